@@ -1,0 +1,1 @@
+"""The blip3o-rt command."""

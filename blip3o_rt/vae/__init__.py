@@ -1,0 +1,1 @@
+"""The DC-AE autoencoder: latent to pixels and back."""
