@@ -1,0 +1,118 @@
+"""Tensors of the DC-AE autoencoder: runtime names, shapes, and the original tensors each is made from.
+
+Original names are those under `model.sana_vae.`, or without a prefix in a diffusers `vae` folder.
+"""
+
+from __future__ import annotations
+
+from blip3o_rt.config import VAEConfig, VAEStageConfig
+from blip3o_rt.weights import TensorSpec, direct, packed, reshaped
+
+GATED_EXPANSION = 4  # hidden width of an EfficientViT block's gated convolution, in channels
+
+
+def layout(config: VAEConfig) -> list[TensorSpec]:
+    """All runtime tensors: the encoder's, then the decoder's, each in the order they are used."""
+    return _encoder(config) + _decoder(config)
+
+
+def _encoder(config: VAEConfig) -> list[TensorSpec]:
+    stages = config.encoder_stages
+    image = config.image_channels
+    if stages[0].layers > 0:
+        specs = _convolution("encoder.conv_in", stages[0].channels, image)
+    else:
+        specs = _downsample(config, "encoder.conv_in.conv", stages[1].channels, image)
+    for index, stage in enumerate(stages):
+        prefix = f"encoder.down_blocks.{index}."
+        for layer in range(stage.layers):
+            specs += _block(config, stage, f"{prefix}{layer}.")
+        if index + 1 < len(stages) and stage.layers > 0:
+            name = f"{prefix}{stage.layers}.conv"
+            specs += _downsample(config, name, stages[index + 1].channels, stage.channels)
+    return specs + _convolution("encoder.conv_out", config.latent_channels, stages[-1].channels)
+
+
+def _decoder(config: VAEConfig) -> list[TensorSpec]:
+    stages = config.decoder_stages
+    specs = _convolution("decoder.conv_in", stages[-1].channels, config.latent_channels)
+    for index, stage in reversed(list(enumerate(stages))):
+        prefix = f"decoder.up_blocks.{index}."
+        upsamples = index + 1 < len(stages) and stage.layers > 0
+        if upsamples:
+            specs += _upsample(config, f"{prefix}0.conv", stage.channels, stages[index + 1].channels)
+        for layer in range(stage.layers):
+            specs += _block(config, stage, f"{prefix}{layer + upsamples}.")
+    full_resolution = stages[0].layers > 0
+    last = stages[0].channels if full_resolution else stages[1].channels
+    specs += [direct("decoder.norm_out.weight", last), direct("decoder.norm_out.bias", last)]
+    if full_resolution:
+        return specs + _convolution("decoder.conv_out", config.image_channels, last)
+    return specs + _upsample(config, "decoder.conv_out.conv", config.image_channels, last)
+
+
+def _convolution(prefix: str, channels_out: int, channels_in: int) -> list[TensorSpec]:
+    return [
+        direct(prefix + ".weight", channels_out, channels_in, 3, 3),
+        direct(prefix + ".bias", channels_out),
+    ]
+
+
+def _downsample(config: VAEConfig, prefix: str, channels_out: int, channels_in: int) -> list[TensorSpec]:
+    unshuffled = channels_out // 4 if config.downsample == "pixel_unshuffle" else channels_out
+    return _convolution(prefix, unshuffled, channels_in)
+
+
+def _upsample(config: VAEConfig, prefix: str, channels_out: int, channels_in: int) -> list[TensorSpec]:
+    shuffled = channels_out if config.upsample == "interpolate" else channels_out * 4
+    return _convolution(prefix, shuffled, channels_in)
+
+
+def _block(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[TensorSpec]:
+    channels = stage.channels
+    if stage.block == "ResBlock":
+        return [
+            *_convolution(prefix + "conv1", channels, channels),
+            direct(prefix + "conv2.weight", channels, channels, 3, 3),
+            direct(prefix + "norm.weight", channels),
+            direct(prefix + "norm.bias", channels),
+        ]
+    return [
+        *_multiscale_attention(config, stage, prefix + "attn."),
+        *_gated_convolution(channels, prefix + "conv_out."),
+    ]
+
+
+def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[TensorSpec]:
+    channels, head_dim = stage.channels, config.attention_head_dim
+    inner = channels // head_dim * head_dim
+    specs = [
+        packed(
+            prefix + "to_qkv.weight", [(f"{prefix}to_{letter}.weight", inner) for letter in "qkv"], channels
+        )
+    ]
+    for index, kernel in enumerate(stage.multiscales):
+        scale = f"{prefix}to_qkv_multiscale.{index}."
+        specs += [
+            direct(scale + "proj_in.weight", 3 * inner, 1, kernel, kernel),
+            direct(scale + "proj_out.weight", 3 * inner, head_dim, 1, 1),
+        ]
+    return [
+        *specs,
+        direct(prefix + "to_out.weight", channels, inner * (1 + len(stage.multiscales))),
+        direct(prefix + "norm_out.weight", channels),
+        direct(prefix + "norm_out.bias", channels),
+    ]
+
+
+def _gated_convolution(channels: int, prefix: str) -> list[TensorSpec]:
+    hidden = GATED_EXPANSION * channels
+    return [
+        reshaped(prefix + "conv_inverted.weight", (2 * hidden, channels), (2 * hidden, channels, 1, 1)),
+        direct(prefix + "conv_inverted.bias", 2 * hidden),
+        direct(prefix + "conv_depth.weight", 2 * hidden, 1, 3, 3),
+        direct(prefix + "conv_depth.bias", 2 * hidden),
+        reshaped(prefix + "conv_point.weight", (channels, hidden), (channels, hidden, 1, 1)),
+        direct(prefix + "norm.weight", channels),
+        direct(prefix + "norm.bias", channels),
+    ]
