@@ -49,13 +49,13 @@ class Stage:
 class Report:
     """What one request took on this machine.
 
-    implementations: op name -> name of the implementation it used (comma-separated where its calls differed).
+    implementations: op name -> names of the implementations its calls ran on.
     peak_memory_bytes: on a GPU the most allocated during the request; on the CPU the most the process has
     held resident since it started.
     """
 
     stages: tuple[Stage, ...]
-    implementations: Mapping[str, str]
+    implementations: Mapping[str, tuple[str, ...]]
     peak_memory_bytes: int
     device: str
     dtype: str
@@ -93,7 +93,7 @@ class Report:
             "tokens_per_second": self.tokens_per_second,
             "milliseconds_per_step": self.milliseconds_per_step,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "implementations": dict(self.implementations),
+            "implementations": {op: list(names) for op, names in self.implementations.items()},
         }
 
     def table(self) -> str:
@@ -102,7 +102,7 @@ class Report:
         rows.append(["total", f"{self.total_seconds:.3f}", "", ""])
         headers = ["stage", "seconds", "work", "rate"]
         body = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
-        used = ", ".join(f"{op}={name}" for op, name in sorted(self.implementations.items()))
+        used = ", ".join(f"{op}={'|'.join(names)}" for op, names in sorted(self.implementations.items()))
         memory = f"{self.peak_memory_bytes / 2**20:.0f} MiB"
         lines = [body, f"{self.device}, {self.dtype}, tier {self.tier}; peak memory {memory}"]
         return "\n".join([*lines, f"ops: {used}"] if used else lines)
@@ -150,7 +150,9 @@ class StageTimer:
         """The stages so far."""
         return tuple(Stage(name, seconds, self._work[name]) for name, seconds in self._seconds.items())
 
-    def report(self, implementations: Mapping[str, str], *, device: str, dtype: str, tier: str) -> Report:
+    def report(
+        self, implementations: Mapping[str, tuple[str, ...]], *, device: str, dtype: str, tier: str
+    ) -> Report:
         """The report of everything timed so far."""
         peak = peak_memory_bytes(self._device)
         return Report(self.stages, dict(implementations), peak, device=device, dtype=dtype, tier=tier)
