@@ -1,0 +1,25 @@
+"""The ops that the model is made of; a call picks the best implementation this machine has (see registry)."""
+
+from blip3o_rt.ops.nearest_code import nearest_code
+from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
+from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
+from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
+from blip3o_rt.ops.rms_norm import rms_norm
+from blip3o_rt.ops.row_linear import row_linear
+from blip3o_rt.ops.sample_tokens import sample_tokens
+from blip3o_rt.ops.silu_mul import silu_mul
+
+__all__ = [
+    "all_ops",
+    "choices",
+    "force",
+    "nearest_code",
+    "paged_decode_attention",
+    "qk_norm_rope_append",
+    "reset_used",
+    "rms_norm",
+    "row_linear",
+    "sample_tokens",
+    "silu_mul",
+    "used",
+]

@@ -1,0 +1,44 @@
+"""Attention of one new token per sequence over its pages of the KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+
+@op(tolerance={torch.float32: 4e-6, torch.bfloat16: BF16})
+def paged_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lengths: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q k^T) v of each sequence's one query over its first context_lengths[b] positions.
+
+    q [B, Hq, D]; k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV head h // (Hq / Hkv).
+    Position p of sequence b is at page block_table[b, p // page_size] (int32 [B, max_blocks]), offset
+    p % page_size; entries past the context are not read. context_lengths int32 [B]; length 0 gives zeros.
+    -> [B, Hq, D] in the dtype of q. A sequence's result does not depend on the others of the batch.
+    """
+    wide = arithmetic_dtype(q)
+    _, kv_heads, page_size, head_dim = k_cache.shape
+    grouped = q.to(wide).reshape(q.shape[0], kv_heads, -1, head_dim)
+    result = torch.zeros_like(grouped)
+    for b, length in enumerate(context_lengths.tolist()):
+        if length == 0:
+            continue
+        pages = block_table[b, : -(-length // page_size)].long()
+        k, v = (
+            cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :length].to(wide)
+            for cache in (k_cache, v_cache)
+        )
+        weights = torch.softmax(scale * grouped[b] @ k.transpose(1, 2), dim=-1)
+        result[b] = weights @ v
+    return deliver(result.reshape(q.shape), q.dtype, out)

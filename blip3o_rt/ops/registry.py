@@ -1,0 +1,273 @@
+"""Ops as contracts: each has a definition in torch, and implementations that are chosen per call.
+
+    @op(tolerance={torch.float32: 1e-6, torch.bfloat16: BF16})
+    def rms_norm(x, weight, eps): ...                # docstring: the contract; body: the torch reference
+
+    @rms_norm.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
+    def _(x, weight, eps): ...                       # same signature
+
+A call goes to the first implementation, in the order of registration, that is available on this machine and
+supports the arguments; the torch reference is the last and takes everything. A choice forced with `force`
+or with BLIP3O_OPS="rms_norm=torch,row_linear=cpu" never falls back: it runs or it raises OpError.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.errors import OpError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FLOATS = (torch.float32, torch.bfloat16)
+"""Dtypes of weights and activations at run time; references also run in float64."""
+
+BF16 = 2.0**-8
+"""Tolerance of a result rounded to bfloat16 once: half a unit in the last place, and as much again for a
+value that rounds the other way because float32 arithmetic came out on the other side of a tie."""
+
+ENVIRONMENT_VARIABLE = "BLIP3O_OPS"
+REFERENCE = "torch"
+
+
+def usable() -> None:
+    """The availability of an implementation that every machine has."""
+
+
+def always_supported(*_: Any, **__: Any) -> None:
+    """The support of an implementation that takes every argument of its device and dtypes."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    device:    device type of the tensors it takes ("cpu", "cuda"); None for any.
+    dtypes:    dtypes of the op's first argument it takes; None for any.
+    supports:  called with the call's arguments; None if it can compute them, else the reason in words.
+    available: None if it can run on this machine, else the reason and the remedy in words.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    supports: Callable[..., str | None] = always_supported
+    available: Callable[[], str | None] = usable
+
+    def takes(self, device: str, dtype: torch.dtype) -> str | None:
+        """None if calls with a first argument of this device type and dtype can be taken, else why not."""
+        if self.device is not None and device != self.device:
+            return f"takes tensors on {self.device}, got {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"takes {' or '.join(_dtype_name(d) for d in self.dtypes)}, got {_dtype_name(dtype)}"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the list of implementations that `doctor` prints."""
+
+    op: str
+    implementation: str
+    chosen: bool  # calls of the device and dtype asked for go here (if their shapes are supported)
+    reason: str | None  # why it is not chosen: unavailable (with the remedy), or another one comes first
+
+
+class Op(Generic[P, R]):
+    """A named contract, its torch reference, and its implementations; calling it runs one of them.
+
+    tolerance: per dtype of the inputs, the largest |result - exact| / (|exact| + rms(exact)) allowed of any
+    implementation, where exact is the reference computed in float64.
+    """
+
+    def __init__(self, reference: Callable[P, R], tolerance: Mapping[torch.dtype, float]) -> None:
+        self.name = cast(Any, reference).__name__
+        self.reference = reference
+        self.tolerance = dict(tolerance)
+        self.__doc__ = reference.__doc__
+        self._implementations = [Implementation(REFERENCE, reference)]
+        self._forced: Implementation | None = None
+        self._candidates: dict[tuple[str, torch.dtype], tuple[Implementation, ...]] = {}
+        self._used: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {', '.join(self.implementation_names)}>"
+
+    @property
+    def implementations(self) -> tuple[Implementation, ...]:
+        """In order of preference; the torch reference is the last."""
+        return tuple(self._implementations)
+
+    @property
+    def implementation_names(self) -> list[str]:
+        return [implementation.name for implementation in self._implementations]
+
+    def implementation(
+        self,
+        name: str,
+        *,
+        device: str | None = None,
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        supports: Callable[..., str | None] = always_supported,
+        available: Callable[[], str | None] = usable,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Register the decorated function (same signature as the op) before the torch reference."""
+
+        def register(run: Callable[P, R]) -> Callable[P, R]:
+            found = Implementation(name, run, device, dtypes, supports, available)
+            self._implementations.insert(len(self._implementations) - 1, found)
+            self._candidates.clear()
+            return run
+
+        return register
+
+    def named(self, name: str) -> Implementation:
+        """The implementation of that name. Raises OpError listing the known ones."""
+        for implementation in self._implementations:
+            if implementation.name == name:
+                return implementation
+        known = ", ".join(self.implementation_names)
+        raise OpError(f"op {self.name} has no implementation '{name}'; it has: {known}")
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        first = cast(Tensor, args[0])
+        key = (first.device.type, first.dtype)
+        for implementation in self._candidates.get(key) or self._find_candidates(*key):
+            if implementation.supports(*args, **kwargs) is None:
+                self._used.add(implementation.name)
+                return cast(R, implementation.run(*args, **kwargs))
+        forced = cast(Implementation, self._forced)  # the torch reference refuses nothing
+        raise self._forced_error(forced, forced.supports(*args, **kwargs) or "it refused the call")
+
+    def force(self, implementation: Implementation | None) -> Implementation | None:
+        """Send every call to one implementation (None: choose again); returns what was forced before."""
+        previous, self._forced = self._forced, implementation
+        self._candidates.clear()
+        return previous
+
+    def _find_candidates(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
+        """Available implementations for calls of one kind; remembered, so that a call costs one look-up."""
+        read_environment()
+        if self._forced is not None:
+            reason = self._forced.available() or self._forced.takes(device, dtype)
+            if reason:
+                raise self._forced_error(self._forced, reason)
+            found: tuple[Implementation, ...] = (self._forced,)
+        else:
+            found = tuple(i for i in self._implementations if not (i.takes(device, dtype) or i.available()))
+        self._candidates[device, dtype] = found
+        return found
+
+    def _forced_error(self, forced: Implementation, reason: str) -> OpError:
+        return OpError(
+            f"op {self.name} was forced to '{forced.name}', which cannot run here: {reason}. "
+            f"Drop the choice ({ENVIRONMENT_VARIABLE} or ops.force) or choose '{REFERENCE}'"
+        )
+
+    def choices(self, device: str, dtype: torch.dtype) -> list[Choice]:
+        """Every implementation with its standing for calls of this device type and dtype.
+
+        An op that has one dtype only (sampling from float32 logits) is listed for that one.
+        """
+        read_environment()
+        dtype = dtype if dtype in self.tolerance else next(iter(self.tolerance))
+        found: list[Choice] = []
+        for implementation in self._implementations:
+            reason = implementation.takes(device, dtype) or implementation.available()
+            if reason is None and self._forced is not None and implementation is not self._forced:
+                reason = f"'{self._forced.name}' is forced"
+            earlier = next((choice.implementation for choice in found if choice.chosen), None)
+            if reason is None and earlier is not None:
+                reason = f"'{earlier}' comes first"
+            found.append(Choice(self.name, implementation.name, reason is None, reason))
+        return found
+
+
+_ops: dict[str, Op[Any, Any]] = {}
+_environment_read = False
+
+
+def op(tolerance: Mapping[torch.dtype, float]) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make the decorated torch function an op under its own name: its docstring is the contract."""
+
+    def register(reference: Callable[P, R]) -> Op[P, R]:
+        found = Op(reference, tolerance)
+        _ops[found.name] = found
+        return found
+
+    return register
+
+
+def all_ops() -> dict[str, Op[Any, Any]]:
+    """Every registered op by name."""
+    return dict(_ops)
+
+
+def find(name: str) -> Op[Any, Any]:
+    """The op of that name. Raises OpError listing the known ones."""
+    if name not in _ops:
+        raise OpError(f"there is no op '{name}'; the ops are: {', '.join(sorted(_ops))}")
+    return _ops[name]
+
+
+@contextmanager
+def force(op_name: str, implementation_name: str) -> Iterator[None]:
+    """Within the block, every call of the op (in the whole process) runs on this implementation or raises.
+
+    Raises OpError for an unknown name, and at the call for an implementation that cannot compute it.
+    """
+    read_environment()
+    target = find(op_name)
+    previous = target.force(target.named(implementation_name))
+    try:
+        yield
+    finally:
+        target.force(previous)
+
+
+def read_environment() -> None:
+    """Apply BLIP3O_OPS="op=implementation,..." once. Raises OpError for unknown names in it."""
+    global _environment_read
+    if _environment_read:
+        return
+    forced: list[tuple[Op[Any, Any], Implementation]] = []
+    for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
+        if not entry.strip():
+            continue
+        op_name, equals, implementation_name = (part.strip() for part in entry.partition("="))
+        if not equals:
+            raise OpError(f"{ENVIRONMENT_VARIABLE}: '{entry.strip()}' is not of the form op=implementation")
+        target = find(op_name)
+        forced.append((target, target.named(implementation_name)))
+    for target, implementation in forced:
+        target.force(implementation)
+    _environment_read = True
+
+
+def used() -> dict[str, tuple[str, ...]]:
+    """Names of the implementations that each op has run on since `reset_used`; ops not called are absent."""
+    return {name: tuple(sorted(found._used)) for name, found in sorted(_ops.items()) if found._used}
+
+
+def reset_used() -> None:
+    """Forget what `used` reports."""
+    for found in _ops.values():
+        found._used.clear()
+
+
+def choices(device: str, dtype: torch.dtype) -> list[Choice]:
+    """Every implementation of every op with its standing for calls of this device type and dtype."""
+    return [choice for name in sorted(_ops) for choice in _ops[name].choices(device, dtype)]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
