@@ -14,13 +14,17 @@ from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
 
-    `out` may be float32 for bfloat16 operands (logits). Meant for M up to about 64. The implementations "cpu"
-    and later ones for the GPU give each row the same bits whatever the other rows are and however many; the
-    reference leaves that to torch.
+    `out` may be float32 for bfloat16 operands (logits). Meant for M up to about 64. Each row has the same bits
+    whatever the other rows are and however many; the reference takes rows one at a time for that.
     """
+    if len(x) > 1:
+        return deliver(torch.cat([_product(row, weight, bias, out) for row in x.split(1)]), x.dtype, out)
+    return deliver(_product(x, weight, bias, out), x.dtype, out)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """The product before it is rounded to the dtype of `out`, or, where torch rounds the same way, after."""
     if x.dtype == torch.bfloat16 and (out is None or out.dtype == x.dtype):
-        result = F.linear(x, weight, bias)  # accumulates in float32, rounds once; spares a copy of the weight
-    else:
-        wide = arithmetic_dtype(x)
-        result = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-    return deliver(result, x.dtype, out)
+        return F.linear(x, weight, bias)  # accumulates in float32, rounds once; spares a copy of the weight
+    wide = arithmetic_dtype(x)
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

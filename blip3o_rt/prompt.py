@@ -1,0 +1,92 @@
+"""From a user's words to the decoder's prompt ids, with the published chat wording."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from blip3o_rt.config import ImageTokenConfig
+from blip3o_rt.errors import CheckpointError, PromptError
+
+SYSTEM = "You are a helpful assistant."
+TEXT_TO_IMAGE = "Please generate image based on the following caption: {prompt}"
+EDIT = "Please edit this image according to the following instruction: {prompt}.\n"
+IMAGE_START = "<|vision_start|>"
+IMAGE_PAD = "<|image_pad|>"
+IMAGE_END = "<|vision_end|>"
+# Every generation starts at the first scale token.
+GENERATION_SUFFIX = "<im_start><S0>"
+
+
+class PromptEncoder:
+    """Tokenizes prompts with the checkpoint's own tokenizer and chat template.
+
+    `max_tokens` is the longest prompt, counted in tokens with the template and any reference images.
+    Raises CheckpointError where the tokenizer does not know the tokens that the model's configuration names.
+    """
+
+    def __init__(self, tokenizer_dir: Path, image_tokens: ImageTokenConfig, max_tokens: int) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+        self._image_tokens = image_tokens
+        self._max_tokens = max_tokens
+        # The ids that only the template may write: markers of the chat, of pictures and the image tokens.
+        self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        self._require_id("<im_start>", image_tokens.image_start_tag_id)
+        self._require_id("<S0>", image_tokens.scale_start_token_id)
+        self._pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+
+    def text_to_image(self, prompt: str) -> list[int]:
+        """Prompt ids of a text-to-image request, ending in `<im_start><S0>`."""
+        return self._encode(prompt, TEXT_TO_IMAGE, image_ids=[])
+
+    def edit(self, prompt: str, image_ids: Sequence[int]) -> list[int]:
+        """Prompt ids of an edit.
+
+        `image_ids` are the vocabulary ids of the reference image's tokens (of several images one after
+        another, between one pair of markers).
+        """
+        return self._encode(prompt, EDIT, image_ids)
+
+    def image_positions(self, prompt_ids: Sequence[int], image_ids: Sequence[int]) -> range:
+        """Where in an edit's prompt the reference image's tokens stand."""
+        start = prompt_ids.index(self._tokenizer.convert_tokens_to_ids(IMAGE_START)) + 1
+        return range(start, start + len(image_ids))
+
+    def _encode(self, prompt: str, wording: str, image_ids: Sequence[int]) -> list[int]:
+        self._check(prompt)
+        content = wording.format_map({"prompt": prompt})
+        if image_ids:
+            content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self._tokenizer(text + GENERATION_SUFFIX)["input_ids"]
+        if len(ids) > self._max_tokens:
+            raise PromptError(
+                f"the prompt is {len(ids)} tokens long with its template; at most {self._max_tokens} "
+                "are accepted: shorten the prompt"
+            )
+        replacements = iter(image_ids)
+        return [next(replacements) if token == self._pad_id else token for token in ids]
+
+    def _check(self, prompt: str) -> None:
+        if not isinstance(prompt, str):
+            raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; say in words what to draw or change")
+        used = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for token in used:
+            if token in self._reserved:
+                raise PromptError(
+                    f"the prompt contains the reserved token {self._tokenizer.decode([token])!r}; "
+                    "write it in other words"
+                )
+
+    def _require_id(self, token: str, expected: int) -> None:
+        found = self._tokenizer.convert_tokens_to_ids(token)
+        if found != expected:
+            raise CheckpointError(
+                f"the tokenizer maps {token!r} to {found}, but config.json says {expected}; "
+                "use the tokenizer files that came with the checkpoint"
+            )

@@ -1,0 +1,78 @@
+"""The oracle of the autoregressive stage: transformers' Qwen3 with the same random weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from blip3o_rt.ar.layout import layout
+from blip3o_rt.config import ARConfig, ImageTokenConfig
+
+
+def small_config(**changes: object) -> ARConfig:
+    """A decoder small enough for a test; head_dim differs from hidden / heads as it may in a checkpoint."""
+    fields: dict[str, object] = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+    }
+    return ARConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def image_tokens(config: ARConfig, tokens_per_image: int = 12) -> ImageTokenConfig:
+    """Image tokens in the upper half of the vocabulary."""
+    start = config.vocab_size // 2
+    return ImageTokenConfig(
+        image_start_tag_id=start - 3,
+        image_end_tag_id=start - 2,
+        scale_start_token_id=start - 1,
+        image_start_token_id=start,
+        num_image_tokens=config.vocab_size - start,
+        tokens_per_image=tokens_per_image,
+    )
+
+
+def oracle(config: ARConfig, seed: int = 0) -> Qwen3ForCausalLM:
+    """transformers' Qwen3 of the same geometry with seeded random weights, float32, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            max_position_embeddings=config.max_position_embeddings,
+            tie_word_embeddings=config.tie_word_embeddings,
+            initializer_range=0.15,  # wide enough that attention is far from uniform
+        )
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def runtime_weights(
+    config: ARConfig, model: Qwen3ForCausalLM, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The oracle's weights under the runtime's names and packing."""
+    state = {name.removeprefix("model."): tensor.detach() for name, tensor in model.state_dict().items()}
+    return {
+        spec.name: spec.build([state[source.name] for source in spec.sources], dtype)
+        for spec in layout(config)
+    }
