@@ -96,7 +96,7 @@ def describe() -> Machine:
         memory=memory(),
         gpus=gpus() if status is None else (),
         gpu_status=status or "found",
-        compiler=_first_version_line(os.environ.get("CXX", ""), "c++", "g++", "clang++"),
+        compiler=compiler_version(),
         nvcc=nvcc_version(),
         packages={name: package_version(name) for name in PACKAGES},
     )
@@ -270,9 +270,9 @@ def nvcc_version() -> str | None:
     return None
 
 
-def _first_version_line(*commands: str) -> str | None:
-    """The first line of --version of the first command that there is."""
-    for command in commands:
+def compiler_version() -> str | None:
+    """The first line that the C++ compiler ($CXX, or the system's) prints of itself; None without one."""
+    for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         output = _version_output(command) if command else None
         if output:
             return output.splitlines()[0]

@@ -26,15 +26,17 @@ def picture_fields(prompt: str, seed: int, parameters: Mapping[str, Any]) -> dic
     }
 
 
-def save_png(image: Image.Image, path: str | Path, fields: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any]) -> None:
     """Write a picture as PNG with one UTF-8 text chunk per field; what is not a string is written as JSON.
+
+    fields: of picture_fields, which a generated picture has in its `info`; other entries are not written.
 
     The file is written beside its target and renamed, so the target is the old file or the whole new one.
     Raises OSError where the folder cannot be written.
     """
     target = Path(path)
     chunks = PngImagePlugin.PngInfo()
-    for name, value in fields.items():
+    for name, value in ((name, fields[name]) for name in FIELDS if name in fields):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
         chunks.add_itxt(name, text.encode("utf-8", "replace").decode("utf-8"))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
