@@ -42,7 +42,8 @@ def test_a_block_that_raises_is_charged_its_time_but_no_work(clock: list[float])
             clock[0] += 4.0
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert timer.stages == (Stage("denoise", 4.0, 0),)
 
 
