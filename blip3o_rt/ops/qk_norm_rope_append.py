@@ -29,7 +29,8 @@ def qk_norm_rope_append(
     rope_table float32 [max_positions, D] = (cos | sin), D / 2 columns each; positions int32 [T] index it, and
     the two halves (a, b) of a head become (a cos - b sin, b cos + a sin).
     k_cache, v_cache [pages, Hkv, page_size, D] (the dtype of qkv): token t goes to page
-    slots[t] // page_size, offset slots[t] % page_size (slots int32 [T]); a slot of -1 is not written. -> q [T, Hq, D].
+    slots[t] // page_size, offset slots[t] % page_size (slots int32 [T]); a slot of -1 is not written.
+    -> q [T, Hq, D] in the dtype of qkv.
     """
     tokens, (_, kv_heads, page_size, head_dim) = qkv.shape[0], k_cache.shape
     heads = qkv.reshape(tokens, -1, head_dim).to(arithmetic_dtype(qkv))

@@ -9,9 +9,7 @@ from blip3o_rt.ops.registry import BF16, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
-@op(
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 2 * BF16}
-)  # bf16: the residual is rounded, then the result
+@op(tolerance={torch.float32: 1e-6, torch.bfloat16: 2 * BF16})  # bf16: the residual is rounded too
 def rms_norm(
     x: Tensor,
     weight: Tensor,

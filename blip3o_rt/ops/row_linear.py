@@ -14,8 +14,8 @@ from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
 
-    `out` may be float32 for bfloat16 operands (logits). Meant for M up to about 64. Each row has the same bits
-    whatever the other rows are and however many; the reference takes rows one at a time for that.
+    `out` may be float32 for bfloat16 operands (logits). Meant for M up to about 64. Each row has the same
+    bits whatever the other rows are and however many; the reference takes rows one at a time for that.
     """
     if len(x) > 1:
         return deliver(torch.cat([_product(row, weight, bias, out) for row in x.split(1)]), x.dtype, out)

@@ -26,13 +26,14 @@ def sample_tokens(
     temperature float32 [B] > 0; top_k int32 [B], 0 for all; top_p float32 [B], 1 for all; seeds int64 [B] and
     positions int32 [B] name the random numbers of the draw (blip3o_rt.random, stream TOKENS).
 
-    Tokens are ordered by (logit descending, index ascending). The first top_k are kept; of those, the shortest
-    prefix whose probability (softmax of logits / temperature over the kept) reaches top_p, at least one. The
-    drawn token is the kept i with the largest logit_i / temperature - log(-log(u_i)), the lower index on a
-    tie, u_i being the i-th uniform: an exact draw (Gumbel-max) that needs no sum over the tokens and no order.
-    Everything after the logits is float64, so implementations agree but for sums that end within a rounding of
-    top_p. A row that holds NaN or +inf, or nothing finite, or whose temperature is not positive, gives -1 and
-    leaves the other rows alone. -inf is a token that is never drawn.
+    Tokens are ordered by (logit descending, index ascending). The first top_k are kept; of those, the
+    shortest prefix whose probability (softmax of logits / temperature over the kept) reaches top_p, at least
+    one. The drawn token is the kept i with the largest logit_i / temperature - log(-log(u_i)), the lower
+    index on a tie, u_i being the i-th uniform: an exact draw (Gumbel-max) that needs no sum over the tokens.
+
+    Everything after the logits is float64, so implementations agree but for sums that end within a rounding
+    of top_p. A row that holds NaN or +inf, or nothing finite, or whose temperature is not positive, gives -1
+    and leaves the other rows alone. -inf is a token that is never drawn.
     """
     vocabulary = logits.shape[-1]
     values, order = logits.sort(dim=-1, descending=True, stable=True)
