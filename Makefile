@@ -1,0 +1,64 @@
+# Every task of the project, from a bare machine: `make demo` draws, `make test` checks, `make lint` reads.
+# A target that has nothing to do is quick: stamp files in .venv remember what is installed and built.
+
+PYTHON ?= python3
+BLIP3O_CUDA ?= auto
+export BLIP3O_CUDA
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUNTIME := $(VENV)/runtime.installed
+DEVELOPMENT := $(VENV)/development.installed
+BUILT := $(VENV)/built-$(BLIP3O_CUDA)
+NATIVE := $(shell find csrc -type f)
+CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+.DELETE_ON_ERROR:
+.PHONY: help demo build test lint format clean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+demo: $(BUILT) ## Install, build, then draw a picture and edit it into out/.
+	$(BIN)/blip3o-rt generate "a red circle on a blue background" --seed 7 --out out/picture.png
+	$(BIN)/blip3o-rt edit "make the circle green" out/picture.png --seed 7 --out out/edit.png
+
+build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with CUDA.
+
+test: $(BUILT) $(DEVELOPMENT) ## Run the whole suite.
+	$(BIN)/python -m pytest
+
+lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(DEVELOPMENT) ## Rewrite Python and C++ in the project's format.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+clean: ## Remove the environment and everything built.
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f blip3o_rt/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+# The pinned build tools are used as they are (no isolated second copy of them), and dependencies are not looked up
+# again. One stamp per value of BLIP3O_CUDA: changing it builds again.
+$(BUILT): pyproject.toml setup.py CMakeLists.txt $(NATIVE) $(RUNTIME)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/built-*
+	touch $@

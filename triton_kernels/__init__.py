@@ -1,0 +1,1 @@
+"""Triton kernels of the ops, one file per op, importable without the runtime. There are none yet."""
