@@ -1,0 +1,232 @@
+"""Converting a published checkpoint into the runtime's layout, tensor by tensor and all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blip3o_rt import __version__
+from blip3o_rt.checkpoint.assemble import check_tensors, pieces
+from blip3o_rt.checkpoint.manifest import (
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    FileRecord,
+    Manifest,
+    is_converted,
+)
+from blip3o_rt.checkpoint.original import OriginalCheckpoint, read_original
+from blip3o_rt.checkpoint.parts import DTYPES, layouts, weight_bytes
+from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
+from blip3o_rt.errors import CheckpointError
+from blip3o_rt.weights import TensorSpec
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    diffusion: str | Path | None = None,
+    ta_tok: str | Path | None = None,
+    dtype: str = "bf16",
+    progress: bool = True,
+    force: bool = False,
+) -> Manifest:
+    """Convert the published checkpoint `source` into the folder `destination`; returns its manifest.
+
+    `dtype` is "bf16" or "fp32"; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
+    is refused, except that `force` replaces an earlier conversion.
+
+    Memory: tensors that are only packed or cast pass through in pieces of 16 MiB; TA-Tok's codebook is made
+    whole. So beyond the package itself this takes a few such pieces, plus, where there is a vision tower, the
+    codebook in float32 and as stored (0.6 GB for the published one in bfloat16). Pages of a ta_tok.pth are
+    mapped, and the system can drop them at need.
+
+    Everything is written to a hidden folder beside the destination, synced, and renamed at the end: after an
+    error, a full disk or a kill the destination is as it was, and the next run removes what was left.
+
+    Raises CheckpointError and ConfigError.
+    """
+    target = Path(destination)
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
+    _check_destination(target, force)
+    original = read_original(source, diffusion=diffusion, ta_tok=ta_tok)
+    warnings = original.warnings + check_tensors(original)
+    output_bytes = sum(weight_bytes(original.config, DTYPES[dtype]).values())
+    source_bytes = sum(path.stat().st_size for path in original.files)
+    _check_space(target, output_bytes)
+    with (
+        _disk_errors(target, output_bytes),
+        _partial_folder(target) as folder,
+        tqdm(
+            total=output_bytes + source_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="convert",
+            disable=not progress,
+        ) as bar,
+    ):
+        files = _write_parts(original, folder, DTYPES[dtype], bar.update)
+        files |= _copy_tokenizer(original, folder)
+        manifest = Manifest(
+            package_version=__version__,
+            dtype=dtype,
+            source=str(original.path.resolve()),
+            sources=_source_records(original, bar.update),
+            files=files,
+            config=original.config,
+            warnings=warnings,
+        )
+        manifest.write(folder)
+        _publish(folder, target)
+    return manifest
+
+
+def _check_destination(target: Path, force: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target.is_dir() and is_converted(target)):
+        raise CheckpointError(
+            f"{target}: exists and is not a converted checkpoint; accepted: a name that is not taken"
+        )
+    if not force:
+        raise CheckpointError(
+            f"{target}: already holds a converted checkpoint; accepted: another name, or --force to replace "
+            "it"
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    with _disk_errors(target, needed):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{target}: no room, the conversion needs {needed / 2**30:.1f} GiB there and {free / 2**30:.1f} GiB "
+            "are free"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path, needed: int) -> Iterator[None]:
+    """Turn the system's errors while writing into one line for people."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise CheckpointError(
+            f"{target}: not written, {reason}; the conversion needs {needed / 2**30:.1f} GiB there; nothing "
+            "was left behind, run it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """A locked hidden folder beside the target, removed at the end unless it was renamed to the target.
+
+    The lock tells a folder in use from one whose process has died; the latter are removed here.
+    """
+    for stale in target.parent.glob(f"{_partial_prefix(target)}*"):
+        _remove_if_abandoned(stale)
+    folder, descriptor = _new_locked_folder(target)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _partial_prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _new_locked_folder(target: Path) -> tuple[Path, int]:
+    while True:
+        folder = target.parent / f"{_partial_prefix(target)}{os.urandom(6).hex()}"
+        folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY)
+        if _lock(descriptor) and folder.exists():
+            return folder, descriptor
+        os.close(descriptor)  # another run took it for abandoned before it was locked
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(descriptor):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_parts(
+    original: OriginalCheckpoint, folder: Path, dtype: torch.dtype, progress: Callable[[int], object]
+) -> dict[str, FileRecord]:
+    records = {}
+    for part, specs in layouts(original.config).items():
+        path = folder / f"{part}.safetensors"
+        by_name: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
+        headers = aligned_order([TensorHeader(s.name, s.shape, s.dtype or dtype) for s in specs])
+        with SafetensorsWriter(path, headers, progress) as writer:
+            for header in headers:
+                for piece in pieces(original.sources[part], by_name[header.name], dtype):
+                    writer.write(piece)
+        records[path.name] = FileRecord(writer.written, writer.sha256)
+    return records
+
+
+def _copy_tokenizer(original: OriginalCheckpoint, folder: Path) -> dict[str, FileRecord]:
+    (folder / TOKENIZER_FOLDER).mkdir()
+    records = {}
+    for path in original.tokenizer_files:
+        name = f"{TOKENIZER_FOLDER}/{path.name}"
+        shutil.copyfile(path, folder / name)
+        records[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
+    return records
+
+
+def _source_records(original: OriginalCheckpoint, progress: Callable[[int], object]) -> dict[str, FileRecord]:
+    return {
+        os.path.relpath(path, original.path).replace(os.sep, "/"): FileRecord(
+            path.stat().st_size, file_sha256(path, progress)
+        )
+        for path in original.files
+    }
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Rename the finished folder to the target, moving an earlier conversion out of the way first."""
+    _sync_folder(folder)
+    replaced = target.parent / f"{_partial_prefix(target)}replaced-{os.urandom(6).hex()}"
+    if (target / MANIFEST).exists():
+        target.rename(replaced)
+    folder.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""Bringing a checkpoint into memory, whichever of the two layouts it is in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from blip3o_rt.checkpoint.assemble import assemble, check_tensors
+from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER_FOLDER,
+    Manifest,
+    check_files,
+)
+from blip3o_rt.checkpoint.original import OriginalCheckpoint, read_original
+from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layouts
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.errors import CheckpointError
+from blip3o_rt.weights import TensorSpec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory: geometry, weights by part and runtime name, and the folder of its tokenizer.
+
+    `dtype` is that of the weights (a few are float32 in every checkpoint); `source` is the folder read.
+    """
+
+    config: ModelConfig
+    weights: dict[str, dict[str, Tensor]]
+    tokenizer_dir: Path
+    dtype: torch.dtype
+    source: Path
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    diffusion: str | Path | None = None,
+    ta_tok: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    verify: bool = False,
+) -> Checkpoint:
+    """Load a checkpoint of either layout; `dtype` None keeps the stored one.
+
+    A converted checkpoint is mapped: on the CPU and in its own dtype nothing is read until it is used, the
+    pages are shared with every other process that maps the file, and the system can drop them at need. (The
+    mapping is private: a write to a tensor would copy the page, never change the file.) File sizes are always
+    compared with the manifest, SHA-256 sums with `verify`.
+
+    A published checkpoint is packed in memory, one tensor at a time; with `cache_dir` it is converted there
+    once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`.
+
+    Raises CheckpointError and ConfigError.
+    """
+    root, device = Path(path), torch.device(device)
+    if (root / MANIFEST).is_file():
+        return _load_converted(root, dtype, device, verify)
+    original = read_original(root, diffusion=diffusion, ta_tok=ta_tok)
+    dtype = dtype or original.stored_dtype
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
+    if cache_dir is not None:
+        cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok)
+        return _load_converted(cached, dtype, device, verify)
+    check_tensors(original)
+    weights = {
+        part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
+        for part, specs in layouts(original.config).items()
+    }
+    return Checkpoint(original.config, weights, root, dtype, root)
+
+
+def _load_converted(root: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> Checkpoint:
+    manifest = Manifest.read(root)
+    check_files(root, manifest, checksums=verify)
+    dtype = dtype or manifest.torch_dtype
+    weights = {
+        part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
+        for part, specs in layouts(manifest.config).items()
+    }
+    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, root)
+
+
+def _map_part(
+    path: Path, specs: list[TensorSpec], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """One part's tensors, mapped where device and dtype are the file's and copied where they are not."""
+    weights = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for spec in specs:
+                tensor = file.get_tensor(spec.name)
+                if tuple(tensor.shape) != spec.shape:
+                    raise CheckpointError(
+                        f"{path}: tensor {spec.name!r} has shape {list(tensor.shape)}; accepted: "
+                        f"{list(spec.shape)}"
+                    )
+                weights[spec.name] = tensor.to(spec.dtype or dtype)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
+    return weights
+
+
+def _convert_into(
+    cache: Path,
+    original: OriginalCheckpoint,
+    dtype: torch.dtype,
+    diffusion: str | Path | None,
+    ta_tok: str | Path | None,
+) -> Path:
+    """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]
+    key = json.dumps([FORMAT_VERSION, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    destination = cache / f"{original.path.resolve().name}-{dtype_name(dtype)}-{digest}"
+    if not (destination / MANIFEST).is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            convert(original.path, destination, diffusion=diffusion, ta_tok=ta_tok, dtype=dtype_name(dtype))
+        except CheckpointError:
+            if not (destination / MANIFEST).is_file():  # another process may have been faster
+                raise
+    return destination

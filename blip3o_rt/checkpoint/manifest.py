@@ -1,0 +1,124 @@
+"""The manifest of a converted checkpoint: what it was made from, what its files must be, its geometry."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.checkpoint.tensor_file import file_sha256
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "blip3o_rt checkpoint"
+FORMAT_VERSION = 1
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of manifest.json. `files` and `sources` are by path relative to their folder, with "/"."""
+
+    package_version: str
+    dtype: str  # "bf16" or "fp32"
+    source: str  # the folder converted
+    sources: dict[str, FileRecord]
+    files: dict[str, FileRecord]
+    config: ModelConfig
+    warnings: list[str]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json into a folder."""
+        data = asdict(self) | {"config": self.config.to_dict()}
+        text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **data}, indent=2)
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a folder's manifest. Raises CheckpointError when it is not one this package reads."""
+        path = folder / MANIFEST
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: not found; accepted: a folder written by blip3o-rt convert"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable ({error}); convert the checkpoint again") from None
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{path}: not a manifest of a converted checkpoint")
+        version = data.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format version {version}; accepted: {FORMAT_VERSION}; convert the checkpoint again"
+            )
+        try:
+            return cls(**{**data, **_parsed(data)})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); convert the checkpoint again") from None
+
+
+def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+    if data["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {data['dtype']!r}")
+    for name in data["files"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"file name {name!r}")
+    return {
+        "sources": {name: FileRecord(**record) for name, record in data["sources"].items()},
+        "files": {name: FileRecord(**record) for name, record in data["files"].items()},
+        "config": ModelConfig.from_dict(data["config"]),
+    }
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a converted checkpoint (of whatever version)."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == FORMAT
+
+
+def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
+    """Compare a converted checkpoint's files with its manifest: sizes, and with `checksums` their SHA-256.
+
+    Raises CheckpointError for a file that is missing, of another size, or of other content.
+    """
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; convert the checkpoint again")
+        if path.stat().st_size != record.size:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, the manifest says {record.size}; convert the checkpoint "
+                "again"
+            )
+    if checksums:
+        for name, record in manifest.files.items():
+            if file_sha256(folder / name) != record.sha256:
+                raise CheckpointError(
+                    f"{folder / name}: checksum mismatch, its content has changed since it was written; "
+                    "convert the checkpoint again"
+                )

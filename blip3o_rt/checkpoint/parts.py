@@ -1,0 +1,57 @@
+"""The parts a model is made of, the tensors of each, and where a published checkpoint keeps them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from blip3o_rt.ar.connector_layout import layout as connector_layout
+from blip3o_rt.ar.layout import layout as ar_layout
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.tatok.layout import layout as ta_tok_layout
+from blip3o_rt.vae.layout import layout as vae_layout
+from blip3o_rt.weights import TensorSpec
+
+PREFIXES = {
+    "ar": "model.",
+    "connector": "model.",
+    "dit": "model.sana.",
+    "vae": "model.sana_vae.",
+    "ta_tok": "model.vision_tower.vision_tower.",
+}
+HEAD = "lm_head.weight"  # the one tensor of the decoder that stands outside `model.`
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def layouts(config: ModelConfig) -> dict[str, list[TensorSpec]]:
+    """Part name -> all its runtime tensors. "ta_tok" is absent where the model has no vision tower."""
+    parts = {
+        "ar": ar_layout(config.ar),
+        "connector": connector_layout(config),
+        "dit": dit_layout(config.dit),
+        "vae": vae_layout(config.vae),
+    }
+    if config.ta_tok is not None:
+        parts["ta_tok"] = ta_tok_layout(config.ta_tok)
+    return parts
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Part name -> bytes its runtime tensors take in `dtype`."""
+    return {
+        part: sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
+        for part, specs in layouts(config).items()
+    }
+
+
+def published_name(part: str, source: str) -> str:
+    """Name of a part's original tensor in a published model.safetensors."""
+    return HEAD if source == HEAD and part == "ar" else PREFIXES[part] + source
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bf16" or "fp32"."""
+    return next(name for name, value in DTYPES.items() if value == dtype)

@@ -1,0 +1,291 @@
+"""Reading weight files piece by piece and writing them as a stream, never a whole file in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.errors import CheckpointError
+
+CHUNK_BYTES = 16 * 2**20  # read, convert and write at most about this much at once
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+HEADER_LIMIT = 100_000_000  # bytes, the format's own limit
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class TensorFile(Protocol):
+    """A file of named tensors: their shapes and dtypes at hand, their values read in chunks."""
+
+    path: Path
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor, by name."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype the tensor is stored in."""
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The tensor's elements in order, as one-dimensional pieces valid until the next one is taken."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """A safetensors file read through plain file reads, so that memory use stays at one chunk.
+
+    Raises CheckpointError when the file is missing, truncated or not a safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                self._entries, self._data_start = _read_header(path, file, size)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found; accepted: a complete copy of the checkpoint") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].dtype
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        entry = self._entries[name]
+        step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
+        buffer = torch.empty(min(step, entry.end - entry.begin), dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data_start + entry.begin)
+            for position in range(entry.begin, entry.end, step):
+                piece = buffer[: min(step, entry.end - position)]
+                self._fill(file, piece)
+                yield piece.view(entry.dtype)
+
+    def _fill(self, file: io.RawIOBase, piece: Tensor) -> None:
+        view = piece.numpy().data
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise _truncated(self.path)
+            view = view[count:]
+
+
+def _truncated(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: truncated, it ends before its tensors do; copy or download it again")
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: not a valid safetensors file ({what}); copy or download it again")
+
+
+def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, _Entry], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > HEADER_LIMIT:
+        raise _damaged(path, "its header length makes no sense")
+    if size < 8 + length:
+        raise _truncated(path)
+    try:
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: _entry(fields) for name, fields in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"its header does not parse: {error}") from None
+    for name, entry in entries.items():
+        stored = entry.end - entry.begin
+        if entry.begin < 0 or stored != math.prod(entry.shape) * entry.dtype.itemsize:
+            raise _damaged(path, f"{name} of shape {list(entry.shape)} occupies {stored} bytes")
+    if 8 + length + max((entry.end for entry in entries.values()), default=0) > size:
+        raise _truncated(path)
+    return entries, 8 + length
+
+
+def _entry(fields: dict[str, object]) -> _Entry:
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"data type {dtype!r}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        raise ValueError("a tensor without shape and data_offsets")
+    numbers = [*shape, *offsets]
+    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
+        raise ValueError("shape and data_offsets must be integers")
+    return _Entry(DTYPES[str(dtype)], tuple(shape), offsets[0], offsets[1])
+
+
+class TorchTensors:
+    """The state dictionary of a torch file, mapped into memory; its pages are read only as they are used."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.path = path
+        self._tensors = tensors
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        tensor = self._tensors[name]
+        yield from tensor.reshape(-1).split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))
+
+
+def read_torch_file(path: Path) -> object:
+    """Load a torch file that holds nothing but tensors and plain values; tensors stay mapped to the file.
+
+    Raises CheckpointError when it is missing, damaged, or a pickle that wants to run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; accepted: a ta_tok.pth file") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: refused, it holds Python objects that would run code when loaded; "
+            "accepted: tensors and plain values only"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: truncated or not a torch file ({reason}); copy or download it again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def aligned_order(headers: list[TensorHeader]) -> list[TensorHeader]:
+    """An order in which every tensor whose size is a multiple of ALIGNMENT bytes starts at such a multiple.
+
+    The format leaves no gaps between tensors, so those of other sizes go last, widest elements first.
+    """
+    return sorted(headers, key=lambda h: (h.size % ALIGNMENT != 0, -h.dtype.itemsize))
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file as a stream: the header first, then each tensor's elements in its order.
+
+    Used as a context manager. `written` and `sha256` describe the file once it is closed.
+    """
+
+    def __init__(
+        self, path: Path, headers: list[TensorHeader], progress: Callable[[int], object] | None = None
+    ) -> None:
+        self.path = path
+        self.written = 0
+        self._expected = sum(header.size for header in headers)
+        self._progress = progress
+        self._hash = hashlib.sha256()
+        self._header = _encode_header(headers)
+
+    def __enter__(self) -> SafetensorsWriter:
+        self._file = self.path.open("wb", buffering=0)
+        self._write(self._header)
+        return self
+
+    def write(self, piece: Tensor) -> None:
+        """Append a contiguous CPU tensor's elements."""
+        data = piece.reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), CHUNK_BYTES):
+            part = data[start : start + CHUNK_BYTES]
+            self._write(part)
+            if self._progress:
+                self._progress(len(part))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            count = self._file.write(view)
+            view = view[count:]
+            self.written += count
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                if self.written != len(self._header) + self._expected:
+                    raise RuntimeError(f"{self.path}: wrote {self.written} bytes, promised another number")
+                os.fsync(self._file.fileno())
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _encode_header(headers: list[TensorHeader]) -> bytes:
+    fields: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for header in headers:
+        end = offset + header.size
+        fields[header.name] = {
+            "dtype": DTYPE_NAMES[header.dtype],
+            "shape": list(header.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(CHUNK_BYTES):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+    return digest.hexdigest()
