@@ -5,8 +5,13 @@ Original names are those under `model.sana_vae.`, or without a prefix in a diffu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
 from blip3o_rt.config import VAEConfig, VAEStageConfig
-from blip3o_rt.weights import TensorSpec, direct, packed, reshaped
+from blip3o_rt.weights import Source, TensorSpec, concatenate_rows, direct, reshaped
 
 GATED_EXPANSION = 4  # hidden width of an EfficientViT block's gated convolution, in channels
 
@@ -86,16 +91,18 @@ def _block(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[Tensor
 def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[TensorSpec]:
     channels, head_dim = stage.channels, config.attention_head_dim
     inner = channels // head_dim * head_dim
-    specs = [
-        packed(
-            prefix + "to_qkv.weight", [(f"{prefix}to_{letter}.weight", inner) for letter in "qkv"], channels
-        )
-    ]
+    grouped = partial(_group_by_letter, head_dim=head_dim)
+
+    def regrouped(name: str, *shape: int) -> TensorSpec:
+        return TensorSpec(name, shape, (Source(name, shape),), grouped)
+
+    thirds = tuple(Source(f"{prefix}to_{letter}.weight", (inner, channels)) for letter in "qkv")
+    specs = [TensorSpec(prefix + "to_qkv.weight", (3 * inner, channels), thirds, grouped)]
     for index, kernel in enumerate(stage.multiscales):
         scale = f"{prefix}to_qkv_multiscale.{index}."
         specs += [
-            direct(scale + "proj_in.weight", 3 * inner, 1, kernel, kernel),
-            direct(scale + "proj_out.weight", 3 * inner, head_dim, 1, 1),
+            regrouped(scale + "proj_in.weight", 3 * inner, 1, kernel, kernel),
+            regrouped(scale + "proj_out.weight", 3 * inner, head_dim, 1, 1),
         ]
     return [
         *specs,
@@ -103,6 +110,16 @@ def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str)
         direct(prefix + "norm_out.weight", channels),
         direct(prefix + "norm_out.bias", channels),
     ]
+
+
+def _group_by_letter(tensors: Sequence[Tensor], head_dim: int) -> Tensor:
+    """Rows in the order of the heads, [q k v] of each, to the rows of all q, then of all k, then of all v.
+
+    The published to_q, to_k and to_v are thirds of such an interleaved projection: none is the query's, the
+    keys' or the values' alone.
+    """
+    rows = concatenate_rows(tensors)
+    return rows.unflatten(0, (-1, 3, head_dim)).transpose(0, 1).flatten(0, 2)
 
 
 def _gated_convolution(channels: int, prefix: str) -> list[TensorSpec]:

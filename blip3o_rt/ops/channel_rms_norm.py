@@ -1,0 +1,42 @@
+"""RMSNorm over the channels of an image held channels last, with the block's residual added after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype
+
+_ELEMENTS = 2**22  # normalised at a time: bounds the wide intermediates of a full-resolution image
+
+
+@op(tolerance={torch.float32: 1e-6, torch.bfloat16: BF16})
+def channel_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight + bias + residual over the last dimension.
+
+    x [..., C] contiguous, weight and bias [C], residual [..., C] or None -> [..., C] in the dtype of x. `out`
+    receives the result; it may be x or the residual.
+    """
+    wide = arithmetic_dtype(x)
+    scale, shift = weight.to(wide), bias.to(wide)
+    out = torch.empty_like(x) if out is None else out
+    step = max(1, _ELEMENTS // x.shape[-1])
+    rows, results = x.view(-1, x.shape[-1]).split(step), out.view(-1, x.shape[-1]).split(step)
+    added = None if residual is None else residual.view(-1, x.shape[-1]).split(step)
+    for index, (row, result) in enumerate(zip(rows, results, strict=True)):
+        y = row.to(wide)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
+        y.mul_(scale).add_(shift)
+        if added is not None:
+            y.add_(added[index])
+        result.copy_(y)
+    return out

@@ -1,0 +1,237 @@
+"""Blocks of the DC-AE autoencoder, each a call from activations [B, H, W, C], contiguous, to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
+from blip3o_rt.ops.depthwise_glu import depthwise_glu
+from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
+from blip3o_rt.ops.rounding import arithmetic_dtype
+
+NORM_EPS = 1e-5
+
+Weights = Mapping[str, Tensor]
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """[B, H, W, C] -> [B, C, H, W], the same memory: a tensor in torch's channels_last format."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H, W, C] contiguous; no copy of what already is in torch's channels_last format."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+class Convolution:
+    """k x k convolution (k odd) that keeps the size, or halves it with stride 2."""
+
+    def __init__(self, weights: Weights, name: str, stride: int = 1, groups: int = 1) -> None:
+        self.weight = weights[name + ".weight"]
+        self.bias = weights.get(name + ".bias")
+        self.stride = stride
+        self.groups = groups
+
+    def __call__(self, x: Tensor) -> Tensor:
+        padding = self.weight.shape[-1] // 2
+        return channels_last(
+            F.conv2d(channels_first(x), self.weight, self.bias, self.stride, padding, groups=self.groups)
+        )
+
+
+class ChannelNorm:
+    """RMSNorm over the channels with weight and bias, in place, plus a residual."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weight = weights[name + ".weight"]
+        self.bias = weights[name + ".bias"]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, out=x)
+
+
+class ResidualBlock:
+    """x + norm(conv(silu(conv(x))))."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self.conv1 = Convolution(weights, prefix + "conv1")
+        self.conv2 = Convolution(weights, prefix + "conv2")
+        self.norm = ChannelNorm(weights, prefix + "norm")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv2(F.silu(self.conv1(x), inplace=True)), residual=x)
+
+
+class EfficientViTBlock:
+    """Multiscale linear attention, then a gated convolution, each with its residual (arXiv 2205.14756)."""
+
+    def __init__(self, weights: Weights, prefix: str, head_dim: int, scales: int) -> None:
+        self.attention = MultiscaleAttention(weights, prefix + "attn.", head_dim, scales)
+        self.gated_convolution = GatedConvolution(weights, prefix + "conv_out.")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.gated_convolution(self.attention(x))
+
+
+class MultiscaleAttention:
+    """x + norm(attention of every scale's q|k|v, concatenated and projected).
+
+    The published code changes to the quadratic order of the same products where there are no more tokens than
+    head_dim; the linear order with its float32 state serves both.
+    """
+
+    def __init__(self, weights: Weights, prefix: str, head_dim: int, scales: int) -> None:
+        self.to_qkv = weights[prefix + "to_qkv.weight"]
+        self.num_heads = self.to_qkv.shape[0] // (3 * head_dim)
+        self.scales = [
+            (
+                Convolution(weights, f"{prefix}to_qkv_multiscale.{i}.proj_in", groups=self.to_qkv.shape[0]),
+                Convolution(weights, f"{prefix}to_qkv_multiscale.{i}.proj_out", groups=3 * self.num_heads),
+            )
+            for i in range(scales)
+        ]
+        self.to_out = weights[prefix + "to_out.weight"]
+        self.norm = ChannelNorm(weights, prefix + "norm_out")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        qkv = F.linear(x, self.to_qkv)
+        attended = [self._attend(qkv)]
+        attended += [self._attend(project(depthwise(qkv))) for depthwise, project in self.scales]
+        return self.norm(F.linear(torch.cat(attended, dim=-1), self.to_out), residual=x)
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        tokens = qkv.flatten(1, 2)
+        return relu_linear_attention(tokens, None, None, self.num_heads, 0.0).unflatten(1, qkv.shape[1:3])
+
+
+class GatedConvolution:
+    """x + norm(pointwise(value * silu(gate))), value|gate = depthwise(silu(pointwise(x)))."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self.inverted = weights[prefix + "conv_inverted.weight"]
+        self.inverted_bias = weights[prefix + "conv_inverted.bias"]
+        self.depth = weights[prefix + "conv_depth.weight"]
+        self.depth_bias = weights[prefix + "conv_depth.bias"]
+        self.point = weights[prefix + "conv_point.weight"]
+        self.norm = ChannelNorm(weights, prefix + "norm")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        hidden = depthwise_glu(F.linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias)
+        return self.norm(F.linear(hidden, self.point), residual=x)
+
+
+class NearestUpsampling:
+    """conv3x3 of the image doubled by nearest neighbours, plus the pixel-shuffled shortcut.
+
+    Four of the nine taps of a doubled image meet the same source pixel, so the two steps are one transposed
+    convolution of stride 2 with 4 x 4 summed taps: 4/9 of the products, and the doubled image never exists.
+    """
+
+    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
+        self.weight = fold_nearest_taps(weights[name + ".weight"])
+        self.bias = weights[name + ".bias"]
+        self.shortcut = shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        doubled = F.conv_transpose2d(channels_first(x), self.weight, self.bias, stride=2, padding=1)
+        result = channels_last(doubled)
+        return add_up_shortcut(result, x) if self.shortcut else result
+
+
+def fold_nearest_taps(weight: Tensor) -> Tensor:
+    """conv3x3 weight [out, in, 3, 3] -> transposed weight [in, out, 4, 4] that doubles the image first."""
+    wide = arithmetic_dtype(weight)
+    taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=wide, device=weight.device)
+    return torch.einsum("yk,oikl,xl->ioyx", taps, weight.to(wide), taps).to(weight.dtype).contiguous()
+
+
+class ShuffleUpsampling:
+    """Pixel shuffle of conv3x3, plus the pixel-shuffled shortcut."""
+
+    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
+        self.convolution = Convolution(weights, name)
+        self.shortcut = shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = channels_last(F.pixel_shuffle(channels_first(self.convolution(x)), 2))
+        return add_up_shortcut(result, x) if self.shortcut else result
+
+
+def add_up_shortcut(result: Tensor, x: Tensor) -> Tensor:
+    """result += pixel_shuffle(x, channels repeated), in place: x [B, H, W, C], result [B, 2 H, 2 W, D].
+
+    Output channel c at corner (y, x) of a doubled pixel takes input channel (4 c + 2 y + x) * C // (4 D).
+    """
+    channels = 4 * torch.arange(result.shape[-1], device=x.device)
+    repeats = 4 * result.shape[-1] // x.shape[-1]
+    for corner in range(4):
+        y, column = divmod(corner, 2)
+        corner_pixels = result[:, y::2, column::2]
+        corner_pixels += x if repeats == 4 else x.index_select(3, (channels + corner) // repeats)
+    return result
+
+
+class Downsampling:
+    """conv3x3 of stride 2, or the pixel unshuffle of conv3x3, plus the averages of unshuffled groups."""
+
+    def __init__(self, weights: Weights, name: str, unshuffle: bool, shortcut: bool) -> None:
+        self.convolution = Convolution(weights, name, stride=1 if unshuffle else 2)
+        self.unshuffle = unshuffle
+        self.shortcut = shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self.convolution(x)
+        if self.unshuffle:
+            result = channels_last(F.pixel_unshuffle(channels_first(result), 2))
+        if self.shortcut:
+            unshuffled = channels_last(F.pixel_unshuffle(channels_first(x), 2))
+            result += average_groups(unshuffled, result.shape[-1])
+        return result
+
+
+def average_groups(x: Tensor, groups: int) -> Tensor:
+    """Means of consecutive channels: [..., C] -> [..., groups]."""
+    return x.unflatten(-1, (groups, -1)).mean(-1)
+
+
+class LatentIn:
+    """The decoder's first convolution, plus the latent with every channel repeated."""
+
+    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
+        self.convolution = Convolution(weights, name)
+        self.shortcut = shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self.convolution(x)
+        if self.shortcut:
+            result += x.repeat_interleave(result.shape[-1] // x.shape[-1], dim=-1)
+        return result
+
+
+class LatentOut:
+    """The encoder's last convolution, plus the averages of its input's groups of channels."""
+
+    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
+        self.convolution = Convolution(weights, name)
+        self.shortcut = shortcut
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self.convolution(x)
+        if self.shortcut:
+            result += average_groups(x, result.shape[-1])
+        return result
+
+
+class NormRelu:
+    """relu(norm(x)), in place."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.norm = ChannelNorm(weights, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.norm(x).relu_()

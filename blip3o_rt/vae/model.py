@@ -1,0 +1,177 @@
+"""The DC-AE autoencoder: pixels to latent and latent to pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.config import VAEConfig, VAEStageConfig
+from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.ops.rounding import arithmetic_dtype
+from blip3o_rt.vae.blocks import (
+    Convolution,
+    Downsampling,
+    EfficientViTBlock,
+    LatentIn,
+    LatentOut,
+    NearestUpsampling,
+    NormRelu,
+    ResidualBlock,
+    ShuffleUpsampling,
+    Weights,
+    channels_first,
+    channels_last,
+)
+
+Block = Callable[[Tensor], Tensor]
+
+
+class Autoencoder:
+    """DC-AE (arXiv 2410.10733) over its weights.
+
+    `weights` are the runtime tensors of part "vae" (vae/layout.py), all of one dtype and on one device;
+    activations have that dtype, norms and attention accumulate in float32. Raises ConfigError for a geometry
+    that is not a DC-AE's.
+    """
+
+    def __init__(self, config: VAEConfig, weights: Weights) -> None:
+        check_geometry(config)
+        self.config = config
+        self.dtype = weights["decoder.conv_in.weight"].dtype
+        self.device = weights["decoder.conv_in.weight"].device
+        self._decoder = _decoder(config, weights)
+        self._encoder = _encoder(config, weights)
+
+    @torch.inference_mode()
+    def decode(self, latent: Tensor) -> Tensor:
+        """The picture of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
+
+        The latent is as the diffusion model holds it, multiplied by the scaling factor; H and W are h and w
+        times config.compression.
+        """
+        x = latent.to(self.device, arithmetic_dtype(latent))
+        x = x / self.config.scaling_factor + self.config.shift_factor
+        return self._run(self._decoder, x).div_(2).add_(0.5).clamp_(0, 1)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The latent of a picture: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
+
+        The latent is multiplied by the scaling factor, as the diffusion model wants it. Raises ImageError
+        unless H and W are multiples of config.compression.
+        """
+        height, width = pixels.shape[-2:]
+        side = self.config.compression
+        if height % side or width % side:
+            raise ImageError(f"cannot encode {width} x {height} pixels: multiples of {side} are accepted")
+        latent = self._run(self._encoder, pixels)
+        return latent.sub_(self.config.shift_factor).mul_(self.config.scaling_factor)
+
+    def _run(self, blocks: list[Block], x: Tensor) -> Tensor:
+        """The blocks one after the other, [B, C, H, W] to a fresh [B, C', H', W'] in float32 (or float64)."""
+        x = channels_last(x.to(self.device, self.dtype))
+        for block in blocks:
+            x = block(x)
+        return channels_first(x).to(arithmetic_dtype(x)).contiguous()
+
+
+def _decoder(config: VAEConfig, weights: Weights) -> list[Block]:
+    stages = config.decoder_stages
+    upsampling = NearestUpsampling if config.upsample == "interpolate" else ShuffleUpsampling
+    blocks: list[Block] = [LatentIn(weights, "decoder.conv_in", config.decoder_in_shortcut)]
+    for index, stage in reversed(list(enumerate(stages))):
+        prefix = f"decoder.up_blocks.{index}."
+        upsamples = index + 1 < len(stages) and stage.layers > 0
+        if upsamples:
+            blocks.append(upsampling(weights, prefix + "0.conv", shortcut=True))
+        blocks += _stage(config, stage, weights, prefix, first=int(upsamples))
+    blocks.append(NormRelu(weights, "decoder.norm_out"))
+    if stages[0].layers > 0:
+        return [*blocks, Convolution(weights, "decoder.conv_out")]
+    return [*blocks, upsampling(weights, "decoder.conv_out.conv", shortcut=False)]
+
+
+def _encoder(config: VAEConfig, weights: Weights) -> list[Block]:
+    stages = config.encoder_stages
+    unshuffle = config.downsample == "pixel_unshuffle"
+    blocks: list[Block] = []
+    if stages[0].layers > 0:
+        blocks.append(Convolution(weights, "encoder.conv_in"))
+    else:
+        blocks.append(Downsampling(weights, "encoder.conv_in.conv", unshuffle, shortcut=False))
+    for index, stage in enumerate(stages):
+        prefix = f"encoder.down_blocks.{index}."
+        blocks += _stage(config, stage, weights, prefix, first=0)
+        if index + 1 < len(stages) and stage.layers > 0:
+            blocks.append(Downsampling(weights, f"{prefix}{stage.layers}.conv", unshuffle, shortcut=True))
+    return [*blocks, LatentOut(weights, "encoder.conv_out", config.encoder_out_shortcut)]
+
+
+def _stage(
+    config: VAEConfig, stage: VAEStageConfig, weights: Weights, prefix: str, first: int
+) -> list[Block]:
+    prefixes = [f"{prefix}{first + layer}." for layer in range(stage.layers)]
+    if stage.block == "ResBlock":
+        return [ResidualBlock(weights, prefix) for prefix in prefixes]
+    scales = len(stage.multiscales)
+    return [EfficientViTBlock(weights, prefix, config.attention_head_dim, scales) for prefix in prefixes]
+
+
+def check_geometry(config: VAEConfig) -> None:
+    """Raises ConfigError where the numbers do not make a DC-AE whose two halves fit each other."""
+    if config.downsample not in ("Conv", "pixel_unshuffle"):
+        raise ConfigError(
+            f"VAE downsampling '{config.downsample}': 'Conv' and 'pixel_unshuffle' are accepted"
+        )
+    if config.upsample not in ("interpolate", "pixel_shuffle"):
+        raise ConfigError(
+            f"VAE upsampling '{config.upsample}': 'interpolate' and 'pixel_shuffle' are accepted"
+        )
+    if len(config.encoder_stages) != len(config.decoder_stages):
+        raise ConfigError(
+            f"VAE encoder has {len(config.encoder_stages)} stages and decoder {len(config.decoder_stages)}: "
+            "the same number is needed"
+        )
+    shortcuts = {"encoder": config.encoder_out_shortcut, "decoder": config.decoder_in_shortcut}
+    for half, stages in (("encoder", config.encoder_stages), ("decoder", config.decoder_stages)):
+        for index, stage in enumerate(stages):
+            _check_stage(config, stage, f"VAE {half} stage {index}", outermost=index in (0, len(stages) - 1))
+        _check_resampling(config, half, stages)
+        if shortcuts[half] and stages[-1].channels % config.latent_channels:
+            raise ConfigError(
+                f"VAE {half} has {stages[-1].channels} channels at the latent, not a multiple of its "
+                f"{config.latent_channels}: the shortcut needs that"
+            )
+
+
+def _check_stage(config: VAEConfig, stage: VAEStageConfig, name: str, outermost: bool) -> None:
+    if stage.block not in ("ResBlock", "EfficientViTBlock"):
+        raise ConfigError(
+            f"{name} has blocks '{stage.block}': 'ResBlock' and 'EfficientViTBlock' are accepted"
+        )
+    if stage.layers == 0 and not outermost:
+        raise ConfigError(f"{name} has no layers: only the first and the last stage may have none")
+    if stage.block == "EfficientViTBlock" and stage.channels < config.attention_head_dim:
+        raise ConfigError(f"{name} has {stage.channels} channels, fewer than one attention head")
+    if any(kernel % 2 == 0 for kernel in stage.multiscales):
+        raise ConfigError(f"{name} has multiscale kernels {list(stage.multiscales)}: odd sizes are accepted")
+
+
+def _check_resampling(config: VAEConfig, half: str, stages: tuple[VAEStageConfig, ...]) -> None:
+    """Shortcuts average or repeat whole groups of channels; a pixel unshuffle makes channels in fours."""
+    if len(stages) == 1 and stages[0].layers == 0:
+        raise ConfigError(f"VAE {half} has a single stage without layers: nothing to compute")
+    for index, (fine, coarse) in enumerate(pairwise(stages)):
+        wide, narrow = 4 * fine.channels, coarse.channels
+        if fine.layers > 0 and wide % narrow:
+            raise ConfigError(
+                f"VAE {half} stage {index} has {fine.channels} channels and the next {narrow}: "
+                "4 times the first must be a multiple of the second"
+            )
+        if half == "encoder" and config.downsample == "pixel_unshuffle" and narrow % 4:
+            raise ConfigError(
+                f"VAE {half} stage {index + 1} has {narrow} channels: multiples of 4 are accepted"
+            )
