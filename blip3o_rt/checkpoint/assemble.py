@@ -1,4 +1,4 @@
-"""Making runtime tensors from original ones, every name, shape and value checked, a few megabytes at a time."""
+"""Making runtime tensors from original ones, every name, shape and value checked, piece by piece."""
 
 from __future__ import annotations
 

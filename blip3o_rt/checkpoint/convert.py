@@ -110,8 +110,8 @@ def _check_space(target: Path, needed: int) -> None:
         free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise CheckpointError(
-            f"{target}: no room, the conversion needs {needed / 2**30:.1f} GiB there and {free / 2**30:.1f} GiB "
-            "are free"
+            f"{target}: no room, the conversion needs {needed / 2**30:.1f} GiB there and "
+            f"{free / 2**30:.1f} GiB are free"
         )
 
 

@@ -112,8 +112,8 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
             raise CheckpointError(f"{path}: missing; convert the checkpoint again")
         if path.stat().st_size != record.size:
             raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {record.size}; convert the checkpoint "
-                "again"
+                f"{path}: {path.stat().st_size} bytes, the manifest says {record.size}; convert the "
+                "checkpoint again"
             )
     if checksums:
         for name, record in manifest.files.items():

@@ -81,7 +81,7 @@ class PartSource:
 
 @dataclass(frozen=True)
 class OriginalCheckpoint:
-    """A published checkpoint: geometry, source of each part, tokenizer files, and every file it is read from."""
+    """A published checkpoint: geometry, source of each part, tokenizer files, and every file read."""
 
     path: Path
     config: ModelConfig
@@ -212,7 +212,7 @@ class _DiffusionFolder:
         return (self.path or Path()) / component / file
 
     def source(self, part: str, component: str, index: TensorIndex, root: Path) -> PartSource:
-        """The checkpoint's own tensors where it has the part (they are trained further), else the folder's."""
+        """The checkpoint's own tensors where it has the part (trained further), else the folder's."""
         if index.has_part(part):
             return PartSource(part, index, str(root), True)
         if self.path is None:
