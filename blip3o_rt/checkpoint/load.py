@@ -31,13 +31,15 @@ from blip3o_rt.weights import TensorSpec
 class Checkpoint:
     """A model in memory: geometry, weights by part and runtime name, and the folder of its tokenizer.
 
-    `dtype` is that of the weights (a few are float32 in every checkpoint); `source` is the folder read.
+    `dtype` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
+    folder read.
     """
 
     config: ModelConfig
     weights: dict[str, dict[str, Tensor]]
     tokenizer_dir: Path
     dtype: torch.dtype
+    device: torch.device
     source: Path
 
 
@@ -78,7 +80,7 @@ def load_checkpoint(
         part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
         for part, specs in layouts(original.config).items()
     }
-    return Checkpoint(original.config, weights, root, dtype, root)
+    return Checkpoint(original.config, weights, root, dtype, device, root)
 
 
 def _load_converted(root: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> Checkpoint:
@@ -89,7 +91,7 @@ def _load_converted(root: Path, dtype: torch.dtype | None, device: torch.device,
         part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
         for part, specs in layouts(manifest.config).items()
     }
-    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, root)
+    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root)
 
 
 def _map_part(
