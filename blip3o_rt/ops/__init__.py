@@ -1,9 +1,15 @@
 """The ops that the model is made of; a call picks the best implementation this machine has (see registry)."""
 
+from blip3o_rt.ops.cross_attention import cross_attention
+from blip3o_rt.ops.depthwise_glu import depthwise_glu
+from blip3o_rt.ops.gated_add import gated_add
+from blip3o_rt.ops.guided_euler_step import guided_euler_step
+from blip3o_rt.ops.layer_norm_modulate import layer_norm_modulate
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
 from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
+from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.sample_tokens import sample_tokens
@@ -12,10 +18,16 @@ from blip3o_rt.ops.silu_mul import silu_mul
 __all__ = [
     "all_ops",
     "choices",
+    "cross_attention",
+    "depthwise_glu",
     "force",
+    "gated_add",
+    "guided_euler_step",
+    "layer_norm_modulate",
     "nearest_code",
     "paged_decode_attention",
     "qk_norm_rope_append",
+    "relu_linear_attention",
     "reset_used",
     "rms_norm",
     "row_linear",

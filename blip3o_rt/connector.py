@@ -1,0 +1,36 @@
+"""The connectors: small networks that carry one stage's features into another stage's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt import ops
+
+NORM_EPS = 1e-5
+
+
+class Connector:
+    """RMSNorm(Linear(gelu_tanh(Linear(features)))).
+
+    `weights` are the runtime tensors of part "connector"; `name` is the one to use: "diffusion_connector"
+    (decoder states to DiT condition), "und_image_vae_connector" (latents to DiT condition) or
+    "tar_siglip_features_connector" (TA-Tok features to decoder embeddings).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        self.weight_in, self.bias_in = weights[f"{name}.0.weight"], weights[f"{name}.0.bias"]
+        self.weight_out, self.bias_out = weights[f"{name}.2.weight"], weights[f"{name}.2.bias"]
+        self.norm_weight = weights[f"{name}.3.weight"]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_in.shape[1]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[..., in_features] of any float dtype -> [..., out_features] in the dtype of the weights."""
+        hidden = F.linear(features.to(self.weight_in.dtype), self.weight_in, self.bias_in)
+        hidden = F.linear(F.gelu(hidden, approximate="tanh"), self.weight_out, self.bias_out)
+        return ops.rms_norm(hidden, self.norm_weight, NORM_EPS)

@@ -1,0 +1,286 @@
+"""The SANA diffusion transformer (arXiv 2410.10629), token-major, its loop invariants computed ahead.
+
+Three calls, from rare to frequent: `prepare_schedule` once per number of steps, `condition` once per picture,
+`predict` once per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt import ops
+from blip3o_rt.config import DiTConfig
+from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
+from blip3o_rt.dit.layout import TIMESTEP_FEATURES
+from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.errors import ParameterError
+
+QK_NORM_EPS = 1e-5
+CAPTION_NORM_EPS = 1e-5
+FINAL_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class StepModulation:
+    """What one step's timestep does to the activations, fp32: blocks [layers, 6, D], final [2, D]."""
+
+    blocks: Tensor
+    final: Tensor
+
+
+@dataclass(frozen=True)
+class ScheduleTables:
+    """A schedule and its modulation vectors, fp32: blocks [steps, layers, 6, D], final [steps, 2, D]."""
+
+    schedule: Schedule
+    blocks: Tensor
+    final: Tensor
+
+    def step(self, index: int) -> StepModulation:
+        """The modulation of one step, as views."""
+        return StepModulation(self.blocks[index], self.final[index])
+
+
+class DiT:
+    """Noise prediction for one picture, both halves of classifier-free guidance at once.
+
+    `weights` are the runtime tensors of part "dit", all of one dtype (fp32, bf16; float64 for tests) and on
+    one device. Activations have that dtype; norms, attention, time embedding and the first and last
+    projection are computed in fp32.
+    """
+
+    def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.weights = weights
+        self.dtype = weights["proj_out.weight"].dtype
+        self.device = weights["proj_out.weight"].device
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
+        self.patch_weight, self.patch_bias = self._wide_linear("patch_embed.proj")
+        self.out_weight, self.out_bias = self._wide_linear("proj_out")
+
+    def prepare_schedule(self, schedule: Schedule) -> ScheduleTables:
+        """Time embedding and modulation vectors of every step, block and the final norm."""
+        timesteps = schedule.timesteps.to(self.device) * self.config.timestep_scale
+        features = timestep_features(timesteps).to(self.wide)
+        hidden = F.silu(F.linear(features, *self._wide_linear("time_embed.emb.timestep_embedder.linear_1")))
+        embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
+        modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
+        tables = torch.stack([block.table for block in self.blocks]).to(self.wide)  # [layers, 6, D]
+        blocks = modulation.view(schedule.steps, 1, 6, -1) + tables
+        final = embedding.unsqueeze(1) + self.weights["scale_shift_table"].to(self.wide)
+        on_device = Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device))
+        return ScheduleTables(on_device, blocks, final)
+
+    def condition(self, tokens: ConditionTokens) -> Condition:
+        """Caption projection and norm, and the cross-attention keys and values of all layers.
+
+        Raises ParameterError where the null tokens and their counts do not agree.
+        """
+        counts = tokens.null_counts
+        if len(counts) != len(tokens.null) or min(counts, default=0) < 1:
+            raise ParameterError(
+                f"each of {len(tokens.null)} distinct null tokens needs a count of at least 1, got {counts}"
+            )
+        keys, values = self._keys_values(tokens.conditional)
+        if len(counts) == 1:
+            return Condition(keys, values, self._constant_null(tokens.null))
+        log_multiplicity = torch.tensor(counts, dtype=self.wide, device=self.device).log()
+        return Condition(keys, values, WeightedNull(*self._keys_values(tokens.null), log_multiplicity))
+
+    def predict(self, latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
+        """Noise predictions fp32 [2, out_channels, H, W], null half first, for latent [1, in_channels, H, W].
+
+        Both halves see the same latent, so they part only at the first cross-attention. H and W are any
+        multiples of the patch size. Raises ParameterError for other latents.
+        """
+        self._check(latent)
+        patch = self.config.patch_size
+        height, width = latent.shape[2] // patch, latent.shape[3] // patch
+        patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(1, height * width, -1)
+        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D], later [2, N, D]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation.blocks[layer], condition, layer, height, width)
+        shift, scale = modulation.final
+        normed = ops.layer_norm_modulate(
+            x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
+        )
+        patches = F.linear(normed, self.out_weight, self.out_bias).view(2, height, width, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(2, -1, height * patch, width * patch)
+
+    def _wide_linear(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.weights[f"{name}.weight"].to(self.wide), self.weights[f"{name}.bias"].to(self.wide)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _captions(self, tokens: Tensor) -> Tensor:
+        hidden = self._linear("caption_projection.linear_1", tokens.to(self.dtype))
+        hidden = self._linear("caption_projection.linear_2", F.gelu(hidden, approximate="tanh"))
+        return ops.rms_norm(hidden, self.weights["caption_norm.weight"], CAPTION_NORM_EPS)
+
+    def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        captions = self._captions(tokens)
+        config = self.config
+        shape = (config.num_layers, config.num_cross_heads, len(tokens), config.cross_head_dim)
+        keys, values = captions.new_empty(shape), captions.new_empty(shape)
+        for layer, block in enumerate(self.blocks):
+            key, value = block.cross_attention.keys_values(captions)
+            keys[layer], values[layer] = key, value
+        return keys, values
+
+    def _constant_null(self, token: Tensor) -> ConstantNull:
+        captions = self._captions(token)
+        outputs = [block.cross_attention.constant(captions) for block in self.blocks]
+        return ConstantNull(torch.cat(outputs))
+
+    def _check(self, latent: Tensor) -> None:
+        channels, patch = self.config.in_channels, self.config.patch_size
+        batch, found, height, width = latent.shape
+        if batch != 1 or found != channels or height % patch or width % patch:
+            raise ParameterError(
+                f"the DiT takes a latent [1, {channels}, H, W] with sides that are multiples of {patch}, "
+                f"got {list(latent.shape)}"
+            )
+
+
+def timestep_features(timesteps: Tensor) -> Tensor:
+    """[steps] -> [steps, 256] fp32: cosines, then sines, at frequencies 10000^(-i / 128).
+
+    In fp32 as the published code computes it: at t = 1000 the rounding of the angle shows, and the model was
+    trained with it.
+    """
+    half = TIMESTEP_FEATURES // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.float()[:, None] * exponents.exp()[None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class _Block:
+    """One transformer block: linear self-attention, cross-attention, convolutional feed-forward."""
+
+    def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.norm_eps = config.norm_eps
+        self.table = weights[prefix + "scale_shift_table"]
+        self.self_attention = _SelfAttention(config, weights, prefix + "attn1.")
+        self.cross_attention = _CrossAttention(config, weights, prefix + "attn2.")
+        self.feed_forward = _FeedForward(weights, prefix + "ff.")
+
+    def __call__(
+        self, x: Tensor, modulation: Tensor, condition: Condition, layer: int, height: int, width: int
+    ) -> Tensor:
+        """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D]."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        normed = ops.layer_norm_modulate(x, shift_msa, scale_msa, self.norm_eps)
+        ops.gated_add(x, self.self_attention(normed), gate_msa)
+        if len(x) == 1:
+            x = x.repeat(2, 1, 1)
+        self.cross_attention.add(x, condition, layer)
+        normed = ops.layer_norm_modulate(x, shift_mlp, scale_mlp, self.norm_eps)
+        return ops.gated_add(x, self.feed_forward(normed, height, width), gate_mlp)
+
+
+class _SelfAttention:
+    """ReLU linear attention among the image tokens."""
+
+    def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.num_heads = config.num_heads
+        self.qkv_weight, self.qkv_bias = (
+            weights[prefix + "to_qkv.weight"],
+            weights.get(prefix + "to_qkv.bias"),
+        )
+        self.q_norm, self.k_norm = (
+            weights.get(prefix + "norm_q.weight"),
+            weights.get(prefix + "norm_k.weight"),
+        )
+        self.out_weight, self.out_bias = (
+            weights[prefix + "to_out.0.weight"],
+            weights[prefix + "to_out.0.bias"],
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
+        attended = ops.relu_linear_attention(qkv, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS)
+        return F.linear(attended, self.out_weight, self.out_bias)
+
+
+class _CrossAttention:
+    """Softmax attention of the image tokens to the condition."""
+
+    def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.num_heads = config.num_cross_heads
+        self.q_weight, self.q_bias = weights[prefix + "to_q.weight"], weights[prefix + "to_q.bias"]
+        self.kv_weight, self.kv_bias = weights[prefix + "to_kv.weight"], weights[prefix + "to_kv.bias"]
+        self.q_norm, self.k_norm = (
+            weights.get(prefix + "norm_q.weight"),
+            weights.get(prefix + "norm_k.weight"),
+        )
+        self.out_weight, self.out_bias = (
+            weights[prefix + "to_out.0.weight"],
+            weights[prefix + "to_out.0.bias"],
+        )
+
+    def keys_values(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, D] -> keys (normed) and values, both [H, M, d]."""
+        key, value = F.linear(captions, self.kv_weight, self.kv_bias).chunk(2, dim=-1)
+        if self.k_norm is not None:
+            key = ops.rms_norm(key.contiguous(), self.k_norm, QK_NORM_EPS)
+        split = (t.unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for t in (key, value))
+        return next(split), next(split)
+
+    def constant(self, caption: Tensor) -> Tensor:
+        """[1, D]: the result for any query where all tokens are this one; softmax weights sum to one."""
+        _, value = F.linear(caption, self.kv_weight, self.kv_bias).chunk(2, dim=-1)
+        return F.linear(value, self.out_weight, self.out_bias)
+
+    def add(self, x: Tensor, condition: Condition, layer: int) -> None:
+        """x [2, N, D] += attention, in place: x[0] to the null half, x[1] to the condition."""
+        null = condition.null
+        if isinstance(null, ConstantNull):
+            query = F.linear(x[1], self.q_weight, self.q_bias)
+            attended = self._attend(query, condition.keys[layer], condition.values[layer])
+            x[0] += null.outputs[layer]
+            x[1] += F.linear(attended, self.out_weight, self.out_bias)
+            return
+        query = F.linear(x, self.q_weight, self.q_bias)
+        attended = torch.empty_like(query)
+        self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, attended[0])
+        self._attend(query[1], condition.keys[layer], condition.values[layer], None, attended[1])
+        x += F.linear(attended, self.out_weight, self.out_bias)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_multiplicity: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return ops.cross_attention(
+            query, key, value, self.q_norm, QK_NORM_EPS, log_multiplicity=log_multiplicity, out=out
+        )
+
+
+class _FeedForward:
+    """1x1 convolution, depthwise 3x3 gate, 1x1 convolution; the 1x1 ones are matrix products over tokens."""
+
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.inverted_weight = weights[prefix + "conv_inverted.weight"]
+        self.inverted_bias = weights[prefix + "conv_inverted.bias"]
+        self.depth_weight, self.depth_bias = (
+            weights[prefix + "conv_depth.weight"],
+            weights[prefix + "conv_depth.bias"],
+        )
+        self.point_weight = weights[prefix + "conv_point.weight"]
+
+    def __call__(self, x: Tensor, height: int, width: int) -> Tensor:
+        hidden = F.linear(x, self.inverted_weight).unflatten(1, (height, width))
+        gated = ops.depthwise_glu(hidden, self.inverted_bias, self.depth_weight, self.depth_bias)
+        return F.linear(gated.flatten(1, 2), self.point_weight)

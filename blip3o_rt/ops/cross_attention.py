@@ -1,0 +1,37 @@
+"""Attention of image tokens to the condition's keys, each of which may stand for several identical ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: logits are sums over the head's channels
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    eps: float,
+    *,
+    log_multiplicity: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + log_multiplicity) v per head, where q = rms_norm(query).
+
+    query [N, H d], key and value [H, M, d] -> [N, H d] in the dtype of query. The norm is over all H d
+    channels of a token, with query_weight [H d] and `eps`; without a weight there is none (keys come normed).
+    log_multiplicity fp32 [M]: a key that stands for n identical ones adds log(n) to its logits.
+    """
+    wide = arithmetic_dtype(query)
+    q = query.to(wide)
+    if query_weight is not None:
+        q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * query_weight.to(wide)
+    q = q.unflatten(-1, (key.shape[0], -1)).transpose(0, 1)
+    bias = None if log_multiplicity is None else log_multiplicity.to(wide).expand(1, 1, len(query), -1)
+    attended = F.scaled_dot_product_attention(q[None], key.to(wide)[None], value.to(wide)[None], bias)[0]
+    return deliver(attended.transpose(0, 1).flatten(1), query.dtype, out)

@@ -1,0 +1,43 @@
+"""The middle of SANA's feed-forward: bias, SiLU, depthwise 3x3 convolution, bias and gate, channels last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype
+
+CPU_CHANNELS = 256  # channels at a time on the CPU, so that the fp32 intermediates stay in cache
+
+
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: sums of nine products
+def depthwise_glu(
+    x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """value * silu(gate), (value | gate) = depthwise_conv3x3(silu(x + input_bias)) + bias.
+
+    x [B, H, W, 2 C], input_bias and bias [2 C], weight [2 C, 1, 3, 3] -> [B, H, W, C] in the dtype of x. The
+    convolution pads the activated image with one pixel of zeros.
+    """
+    channels = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], channels)) if out is None else out
+    step = CPU_CHANNELS if x.device.type == "cpu" else channels
+    for first in range(0, channels, step):
+        value_range = slice(first, min(first + step, channels))
+        gate_range = slice(channels + value_range.start, channels + value_range.stop)
+        value = _convolved(x, input_bias, weight, bias, value_range)
+        gate = _convolved(x, input_bias, weight, bias, gate_range)
+        out[..., value_range].copy_(value.mul_(F.silu(gate, inplace=True)))
+    return out
+
+
+def _convolved(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, channels: slice) -> Tensor:
+    wide = arithmetic_dtype(x)
+    activated = F.silu(x[..., channels].to(wide) + input_bias[channels].to(wide), inplace=True)
+    planes = activated.permute(0, 3, 1, 2)
+    result = F.conv2d(
+        planes, weight[channels].to(wide), bias[channels].to(wide), padding=1, groups=planes.shape[1]
+    )
+    return result.permute(0, 2, 3, 1)

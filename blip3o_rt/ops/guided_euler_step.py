@@ -1,0 +1,30 @@
+"""Classifier-free guidance and one Euler step of the latent, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops.registry import op
+from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+
+@op(tolerance={torch.float32: 1e-6})
+def guided_euler_step(
+    latent: Tensor,
+    prediction: Tensor,
+    guidance_scale: Tensor,
+    delta_sigma: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """latent + delta_sigma * (null + guidance_scale * (conditional - null)) -> [1, C, H, W] fp32.
+
+    latent fp32 [1, C, H, W], prediction fp32 [2, C, H, W] = (null, conditional) (either may be a strided part
+    of a larger tensor), guidance_scale and delta_sigma fp32 scalars (tensors, so that a recorded step can be
+    run again with other values). `out` may be latent. (Guidance: arXiv 2207.12598.)
+    """
+    wide = arithmetic_dtype(latent)
+    null, conditional = prediction.to(wide).split(1)
+    guided = null + guidance_scale.to(wide) * (conditional - null)
+    return deliver(latent + delta_sigma.to(wide) * guided, latent.dtype, out)

@@ -1,0 +1,24 @@
+"""LayerNorm without weights of its own, scaled and shifted by vectors that the timestep gives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: subtracting the mean cancels digits
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift over the last dimension (var: biased).
+
+    x [..., D], shift and scale [D] (fp32, or the dtype of x) -> [..., D] in the dtype of x, or in that of
+    `out`, which may be fp32 for bf16 x.
+    """
+    wide = arithmetic_dtype(x)
+    y = F.layer_norm(x.to(wide), x.shape[-1:], 1 + scale.to(wide), shift.to(wide), eps)
+    return deliver(y, x.dtype, out)

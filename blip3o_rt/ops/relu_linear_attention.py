@@ -1,0 +1,44 @@
+"""Self-attention with a ReLU kernel: linear in the number of tokens, since the keys meet the values first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+EPSILON = 1e-15  # added to the denominator; 0 / EPSILON is the result of a query that meets no key
+
+
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: sums over all tokens
+def relu_linear_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    num_heads: int,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """q_n . sum_m(k_m v_m) / (q_n . sum_m(k_m) + 1e-15) per head, where q, k = relu(rms_norm(.)).
+
+    qkv [B, N, 3 D] = (q | k | v), D = num_heads * head_dim -> [B, N, D] in the dtype of qkv. The norm is over
+    all D channels of a token, with weights [D] and `eps`; without weights there is no norm. The sums over the
+    N tokens are kept in fp32. (SANA, arXiv 2410.10629.)
+    """
+    wide = arithmetic_dtype(qkv)
+    q, k, v = qkv.chunk(3, dim=-1)
+    q, k = _positive(q, q_weight, eps, wide), _positive(k, k_weight, eps, wide)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v.to(wide)))  # [B, H, N, d]
+    state = k.transpose(2, 3) @ v  # [B, H, d, d]
+    total = k.sum(2).unsqueeze(-1)  # [B, H, d, 1]
+    attended = (q @ state).div_((q @ total).add_(EPSILON))
+    return deliver(attended.transpose(1, 2).flatten(2), qkv.dtype, out)
+
+
+def _positive(x: Tensor, weight: Tensor | None, eps: float, wide: torch.dtype) -> Tensor:
+    x = x.to(wide)
+    if weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    return x.relu()
