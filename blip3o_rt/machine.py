@@ -259,30 +259,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The data type a name stands for: "fp32", "bf16", or "auto".
-
-    "auto" is bfloat16 on a GPU that computes in it and on a CPU with bfloat16 instructions, else float32.
-    Raises DeviceError on another name.
-    """
-    import torch
-
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if name in named:
-        return named[name]
-    if name != "auto":
-        raise DeviceError(f"dtype is {name!r}: accepted are auto, fp32 and bf16")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = bool({"avx512_bf16", "amx_bf16"}.intersection(processor().isa))
-    return torch.bfloat16 if native else torch.float32
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype a name stands for on a device: "fp32", "bf16", or "auto".
 
     auto is bfloat16 where the device has instructions for it (a GPU of compute capability 8.0, a CPU with
-    AVX512-BF16, AMX or Arm's BF16), else float32. Raises DeviceError on another name, and on bf16 on an older GPU.
+    AVX512-BF16, AMX or Arm's BF16), else float32. Raises DeviceError on another name, and for bf16 on an older
+    GPU.
     """
     import torch
 
