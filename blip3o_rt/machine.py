@@ -262,8 +262,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype a name stands for on a device: "fp32", "bf16", or "auto".
 
     auto is bfloat16 where the device has instructions for it (a GPU of compute capability 8.0, a CPU with
-    AVX512-BF16, AMX or Arm's BF16), else float32. Raises DeviceError on another name, and for bf16 on an older
-    GPU.
+    AVX512-BF16, AMX or Arm's BF16), else float32. Raises DeviceError on another name, and for bf16 on an
+    older GPU.
     """
     import torch
 
