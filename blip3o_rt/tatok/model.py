@@ -1,0 +1,118 @@
+"""TA-Tok's encoder: a SigLIP vision tower up to one hidden state, then the nearest code of each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_rt.config import TATokConfig
+from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.ops.nearest_code import nearest_code
+
+Weights = Mapping[str, Tensor]
+
+
+class ImageTokenizer:
+    """TA-Tok (arXiv 2506.18898) over its weights.
+
+    `weights` are the runtime tensors of part "ta_tok" (tatok/layout.py), on one device and of one dtype, but
+    for the float32 codebook. Encoder layers above the selected hidden state are never run. Raises ConfigError
+    for a geometry that is not a vision tower's.
+    """
+
+    def __init__(self, config: TATokConfig, weights: Weights) -> None:
+        check_geometry(config)
+        self.config = config
+        self.codebook = weights["codebook"]
+        self.patch_weight = weights["encoder.embeddings.patch_embedding.weight"].flatten(1)
+        self.patch_bias = weights["encoder.embeddings.patch_embedding.bias"]
+        self.position_embedding = weights["encoder.embeddings.position_embedding.weight"]
+        self.layers = [
+            EncoderLayer(config, weights, f"encoder.encoder.layers.{index}.")
+            for index in range(config.layers_run)
+        ]
+        self.task = weights["encode_task_layer.0.weight"], weights["encode_task_layer.0.bias"]
+        wide = self.codebook.dtype
+        self.bottleneck = (
+            weights["bottleneck.in_linear.weight"].to(wide),
+            weights["bottleneck.in_linear.bias"].to(wide),
+        )
+        self.dtype = self.patch_weight.dtype
+        self.device = self.patch_weight.device
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, N, hidden] in the tower's dtype, and codes int64 [B, N], of pixels [B, C, S, S] in -1..1.
+
+        N is config.tokens. The features are those after Linear and Tanh; the codes are rows of the codebook,
+        chosen in float32 whatever the dtype of the tower. Raises ImageError for pixels of another shape.
+        """
+        size, channels = self.config.image_size, self.config.image_channels
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
+            raise ImageError(f"pixels must be [B, {channels}, {size}, {size}], not {list(pixels.shape)}")
+        features = torch.tanh(F.linear(self._hidden_state(pixels.to(self.device, self.dtype)), *self.task))
+        projected = F.linear(features.to(self.codebook.dtype), *self.bottleneck)
+        codes = nearest_code(projected.flatten(0, 1), self.codebook)
+        return features, codes.view(features.shape[:2])
+
+    def _hidden_state(self, pixels: Tensor) -> Tensor:
+        x = F.linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
+        x += self.position_embedding
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def patches(pixels: Tensor, side: int) -> Tensor:
+    """[B, C, H, W] -> [B, rows * columns, C * side * side]; a rest smaller than a patch is left out."""
+    rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+    grid = (
+        pixels[:, :, : rows * side, : columns * side].unflatten(2, (rows, side)).unflatten(4, (columns, side))
+    )
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class EncoderLayer:
+    """x += attention(norm(x)); x += mlp(norm(x)): full attention, GELU by its tanh approximation."""
+
+    def __init__(self, config: TATokConfig, weights: Weights, prefix: str) -> None:
+        self.num_heads = config.num_heads
+        self.eps = config.layer_norm_eps
+
+        def affine(name: str) -> tuple[Tensor, Tensor]:
+            return weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]
+
+        self.norm1, self.norm2 = affine("layer_norm1"), affine("layer_norm2")
+        self.qkv, self.attention_out = affine("self_attn.qkv_proj"), affine("self_attn.out_proj")
+        self.fc1, self.fc2 = affine("mlp.fc1"), affine("mlp.fc2")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x + self._attention(F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps))
+        hidden = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps), *self.fc1)
+        return x + F.linear(F.gelu(hidden, approximate="tanh"), *self.fc2)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        qkv = F.linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return F.linear(attended.transpose(1, 2).flatten(2), *self.attention_out)
+
+
+def check_geometry(config: TATokConfig) -> None:
+    """Raises ConfigError where the numbers do not make a vision tower."""
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"vision tower width {config.hidden_size} is not a multiple of its {config.num_heads} heads"
+        )
+    if not 0 <= config.layers_run <= config.num_layers:
+        raise ConfigError(
+            f"vision tower layer {config.selected_layer} is selected of {config.num_layers}: "
+            f"{-config.num_layers - 1} to {config.num_layers} is accepted"
+        )
+    if config.patch_size > config.image_size:
+        raise ConfigError(
+            f"vision tower patches of {config.patch_size} pixels in images of {config.image_size}"
+        )
