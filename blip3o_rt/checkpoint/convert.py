@@ -22,7 +22,7 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     is_converted,
 )
-from blip3o_rt.checkpoint.original import OriginalCheckpoint, read_original
+from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
 from blip3o_rt.checkpoint.parts import DTYPES, layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.errors import CheckpointError
@@ -30,11 +30,11 @@ from blip3o_rt.weights import TensorSpec
 
 
 def convert(
-    source: str | Path,
-    destination: str | Path,
+    source: PathName,
+    destination: PathName,
     *,
-    diffusion: str | Path | None = None,
-    ta_tok: str | Path | None = None,
+    diffusion: PathName | None = None,
+    ta_tok: PathName | None = None,
     dtype: str = "bf16",
     progress: bool = True,
     force: bool = False,
@@ -44,10 +44,10 @@ def convert(
     `dtype` is "bf16" or "fp32"; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
     is refused, except that `force` replaces an earlier conversion.
 
-    Memory: tensors that are only packed or cast pass through in pieces of 16 MiB; TA-Tok's codebook is made
-    whole. So beyond the package itself this takes a few such pieces, plus, where there is a vision tower, the
-    codebook in float32 and as stored (0.6 GB for the published one in bfloat16). Pages of a ta_tok.pth are
-    mapped, and the system can drop them at need.
+    Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that need more are made
+    whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes a few such pieces, or,
+    where there is a vision tower, the codebook in float32 and as stored (0.6 GB for the published one in
+    bfloat16). Pages of a ta_tok.pth are mapped, and the system can drop them at need.
 
     Everything is written to a hidden folder beside the destination, synced, and renamed at the end: after an
     error, a full disk or a kill the destination is as it was, and the next run removes what was left.

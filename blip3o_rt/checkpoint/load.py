@@ -20,7 +20,7 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     check_files,
 )
-from blip3o_rt.checkpoint.original import OriginalCheckpoint, read_original
+from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
@@ -44,13 +44,13 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | Path,
+    path: PathName,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    diffusion: str | Path | None = None,
-    ta_tok: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    diffusion: PathName | None = None,
+    ta_tok: PathName | None = None,
+    cache_dir: PathName | None = None,
     verify: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint of either layout; `dtype` None keeps the stored one.
@@ -118,8 +118,8 @@ def _convert_into(
     cache: Path,
     original: OriginalCheckpoint,
     dtype: torch.dtype,
-    diffusion: str | Path | None,
-    ta_tok: str | Path | None,
+    diffusion: PathName | None,
+    ta_tok: PathName | None,
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]

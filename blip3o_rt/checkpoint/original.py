@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from blip3o_rt.checkpoint.parts import PREFIXES, published_name
 from blip3o_rt.checkpoint.tensor_file import SafetensorsFile, TensorFile, TorchTensors, read_torch_file
 from blip3o_rt.config import DiTConfig, ModelConfig, TATokConfig
 from blip3o_rt.errors import CheckpointError, ConfigError
+
+PathName = str | os.PathLike[str]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,7 +96,7 @@ class OriginalCheckpoint:
 
 
 def read_original(
-    path: str | Path, *, diffusion: str | Path | None = None, ta_tok: str | Path | None = None
+    path: PathName, *, diffusion: PathName | None = None, ta_tok: PathName | None = None
 ) -> OriginalCheckpoint:
     """Find and check everything of a published checkpoint folder except the tensors' values and shapes.
 
@@ -272,7 +275,7 @@ class _Tower:
         settings, tensors = (None, None) if file is None else _read_ta_tok(file)
         inside = index.has_part("ta_tok")
         if not inside and tensors is None:
-            return cls(None, None, published.TA_TOK_ARGUMENTS["bottleneck_token_num"], ())
+            return cls(None, None, _tokens_without_tower(root), ())
         if tensors is not None and (given is not None or not inside):
             source = PartSource("ta_tok", TensorIndex([tensors]), str(file), False)
         else:
@@ -311,6 +314,21 @@ def _read_ta_tok(path: Path) -> tuple[ConfigFile, TorchTensors]:
     return ConfigFile(f"{path}: args", arguments), TorchTensors(path, tensors)
 
 
+def _tokens_without_tower(root: Path) -> int:
+    """Tokens per picture of a checkpoint that has no tower: its SigLIP configuration's patches, or 729."""
+    path = root / "siglip2" / "config.json"
+    vision = (
+        ConfigFile("published", published.SIGLIP2_VISION) if not path.is_file() else _vision_section(path)
+    )
+    return (vision.integer("image_size", 224) // vision.integer("patch_size", 16)) ** 2
+
+
+def _vision_section(path: Path) -> ConfigFile:
+    """The vision part of a SigLIP configuration, which is either all of the file or a section of it."""
+    config = ConfigFile.read(path)
+    return config.section("vision_config") if "vision_config" in config.data else config
+
+
 def _settings_from_shapes(root: Path, index: TensorIndex) -> ConfigFile:
     """TA-Tok's settings as its weights show them, for a checkpoint that has the tower but no ta_tok.pth."""
     name = published_name("ta_tok", "bottleneck.regularizer.embedding.weight")
@@ -330,8 +348,7 @@ def _vision_config(root: Path, ta_tok: Path | None, settings: ConfigFile) -> tup
     candidates = [parent / name / "config.json" for name in (teacher, "siglip2") for parent in parents]
     for path in candidates:
         if path.is_file():
-            config = ConfigFile.read(path)
-            return (config.section("vision_config") if "vision_config" in config.data else config), path
+            return _vision_section(path), path
     known = published.known_name(teacher, published.VISION)
     if known is None:
         raise settings.error(

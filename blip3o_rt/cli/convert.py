@@ -1,0 +1,89 @@
+"""blip3o-rt convert: a published checkpoint into the runtime's layout, or a check of one converted before."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.manifest import Manifest, check_files
+from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.errors import ParameterError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "convert",
+        help="convert a published checkpoint",
+        description="Convert the published checkpoint SRC into the folder DST, or check DST with --verify.",
+    )
+    parser.add_argument(
+        "source", nargs="?", type=Path, metavar="SRC", help="the published checkpoint's folder"
+    )
+    parser.add_argument("destination", nargs="?", type=Path, metavar="DST", help="a new folder")
+    parser.add_argument(
+        "--diffusion", type=Path, metavar="DIR", help="the diffusers folder (transformer/, vae/, scheduler/)"
+    )
+    parser.add_argument("--ta-tok", type=Path, metavar="FILE", help="the image tokenizer's ta_tok.pth")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights (default: bf16)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="DST",
+        help="only compare DST's files with the checksums in its manifest",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert or verify; returns the exit code."""
+    if arguments.verify is not None:
+        if arguments.source is not None:
+            raise ParameterError("--verify takes one folder and no SRC: blip3o-rt convert --verify DST")
+        return _verify(arguments.verify)
+    if arguments.source is None or arguments.destination is None:
+        raise ParameterError("two folders are needed: blip3o-rt convert SRC DST")
+    return _convert(arguments)
+
+
+def _verify(folder: Path) -> int:
+    manifest = Manifest.read(folder)
+    check_files(folder, manifest, checksums=True)
+    print(f"{folder}: {len(manifest.files)} files are as they were written ({manifest.dtype})")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    manifest = convert(
+        arguments.source,
+        arguments.destination,
+        diffusion=arguments.diffusion,
+        ta_tok=arguments.ta_tok,
+        dtype=arguments.dtype,
+        progress=not arguments.quiet,
+        force=arguments.force,
+    )
+    for warning in manifest.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    size = sum(record.size for record in manifest.files.values())
+    print(
+        f"{arguments.destination}: {size / 1e9:.2f} GB in {manifest.dtype}, "
+        f"{time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 2**20:.0f} MiB"
+    )
+    return 0
+
+
+def peak_memory() -> int:
+    """Largest resident size this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
