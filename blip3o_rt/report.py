@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 # What one unit of a stage is called; a stage not named here has no unit.
-STAGE_UNITS = {"prefill": "token", "tokens": "token", "denoise": "step", "decode": "image"}
+STAGE_UNITS = {
+    "reference": "image",
+    "prefill": "token",
+    "tokens": "token",
+    "denoise": "step",
+    "decode": "image",
+}
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_stages_that_did_not_run_have_no_rate() -> None:
     assert (report.tokens_per_second, report.milliseconds_per_step, report.total_seconds) == (0.0, 0.0, 0)
     assert report.stage("tokens") == Stage("tokens", 0.0, 0)
     assert Stage("tokens", 0.0, 5).rate == ""
-    assert Stage("reference", 1.0, 5).rate == ""
+    assert Stage("another", 1.0, 5).rate == ""
 
 
 def test_json_form() -> None:
