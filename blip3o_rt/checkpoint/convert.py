@@ -44,10 +44,10 @@ def convert(
     `dtype` is "bf16" or "fp32"; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
     is refused, except that `force` replaces an earlier conversion.
 
-    Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that need more are made
-    whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes a few such pieces, or,
-    where there is a vision tower, the codebook in float32 and as stored (0.6 GB for the published one in
-    bfloat16). Pages of a ta_tok.pth are mapped, and the system can drop them at need.
+    Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that need more are
+    made whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes a few such
+    pieces, or, where there is a vision tower, the codebook in float32 and as stored (0.6 GB for the published
+    one in bfloat16). Pages of a ta_tok.pth are mapped, and the system can drop them at need.
 
     Everything is written to a hidden folder beside the destination, synced, and renamed at the end: after an
     error, a full disk or a kill the destination is as it was, and the next run removes what was left.

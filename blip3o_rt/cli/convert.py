@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.manifest import Manifest, check_files
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.report import peak_memory_bytes
 
 
 def add_parser(subparsers: Any) -> None:
@@ -78,12 +78,6 @@ def _convert(arguments: argparse.Namespace) -> int:
     size = sum(record.size for record in manifest.files.values())
     print(
         f"{arguments.destination}: {size / 1e9:.2f} GB in {manifest.dtype}, "
-        f"{time.perf_counter() - start:.1f} s, peak memory {peak_memory() / 2**20:.0f} MiB"
+        f"{time.perf_counter() - start:.1f} s, peak memory {peak_memory_bytes() / 2**20:.0f} MiB"
     )
     return 0
-
-
-def peak_memory() -> int:
-    """Largest resident size this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
