@@ -8,9 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.checkpoint.convert import convert
-from blip3o_rt.checkpoint.manifest import Manifest, check_files
-from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.report import peak_memory_bytes
 
@@ -31,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--ta-tok", type=Path, metavar="FILE", help="the image tokenizer's ta_tok.pth")
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights (default: bf16)"
+        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)"
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -56,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(folder: Path) -> int:
+    from blip3o_rt.checkpoint.manifest import Manifest, check_files
+
     manifest = Manifest.read(folder)
     check_files(folder, manifest, checksums=True)
     print(f"{folder}: {len(manifest.files)} files are as they were written ({manifest.dtype})")
@@ -63,6 +62,8 @@ def _verify(folder: Path) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from blip3o_rt.checkpoint.convert import convert  # PyTorch takes seconds to import: not for --help
+
     start = time.perf_counter()
     manifest = convert(
         arguments.source,

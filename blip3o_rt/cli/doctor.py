@@ -1,0 +1,154 @@
+"""blip3o-rt doctor: what this machine has, which implementation each op would use, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from blip3o_rt import __version__
+from blip3o_rt.machine import Machine, describe, format_bytes
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    summary = "what this machine has, what each op would run on, what is missing and how to get it"
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "doctor", help=summary, description=f"Print {summary}."
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings; what is missing is no failure, so the exit code is 0."""
+    findings = examine()
+    print(json.dumps(asdict(findings), indent=2) if arguments.json else as_text(findings))
+    return 0
+
+
+@dataclass(frozen=True)
+class OpChoice:
+    """Which implementation an op's calls of one device and dtype go to, and why not to the others."""
+
+    op: str
+    device: str
+    dtype: str
+    chosen: str
+    passed_over: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything doctor prints. extensions: module name -> None where it is usable, else why not."""
+
+    version: str
+    machine: dict[str, Any]
+    extensions: dict[str, str | None]
+    ops: list[OpChoice]
+    missing: list[str]
+
+
+def examine() -> Findings:
+    """Look at the machine, the native modules and the op registry."""
+    from blip3o_rt.ops import native  # PyTorch takes seconds to import: not for --help
+
+    found = describe()
+    extensions = {"_cpu": native.cpu_unavailable(), "_cuda": native.cuda_unavailable()}
+    return Findings(
+        version=__version__,
+        machine=found.to_dict(),
+        extensions=extensions,
+        ops=[
+            choice for device in (["cpu", "cuda"] if found.gpus else ["cpu"]) for choice in op_choices(device)
+        ],
+        missing=missing(found, extensions),
+    )
+
+
+def op_choices(device: str) -> list[OpChoice]:
+    """The choices of every op on a device type, for both dtypes of weights and activations."""
+    import torch
+
+    from blip3o_rt import ops
+
+    found = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        choices = ops.choices(device, dtype)
+        for op in sorted({choice.op for choice in choices}):
+            standing = [choice for choice in choices if choice.op == op]
+            chosen = next((choice.implementation for choice in standing if choice.chosen), "none")
+            reasons = {c.implementation: c.reason or "" for c in standing if not c.chosen}
+            found.append(OpChoice(op, device, name, chosen, reasons))
+    return found
+
+
+def missing(found: Machine, extensions: dict[str, str | None]) -> list[str]:
+    """One line for everything that would make this faster, with how to get it."""
+    lines = [f"{module}: {reason}" for module, reason in extensions.items() if reason is not None]
+    if not found.gpus:
+        lines.append(f"GPU: {found.gpu_status}")
+    if found.nvcc is None:
+        lines.append("nvcc: not found; install the CUDA toolkit and build again to get _cuda")
+    if found.compiler is None:
+        lines.append("C++ compiler: not found; install g++ or clang++ and build again to get _cpu")
+    return lines
+
+
+def as_text(findings: Findings) -> str:
+    """The findings as people read them."""
+    sections = [
+        tabulate(machine_rows(findings.machine), tablefmt="plain"),
+        tabulate(
+            [[name, version or "not installed"] for name, version in findings.machine["packages"].items()],
+            ["package", "version"],
+            disable_numparse=True,
+        ),
+        tabulate(
+            [
+                [name, "usable" if reason is None else "not usable"]
+                for name, reason in findings.extensions.items()
+            ],
+            ["native module", ""],
+        ),
+        tabulate(op_rows(findings.ops), ["op", "device", "dtype", "runs on", "passed over"]),
+        "\n".join(["missing:", *(f"  {line}" for line in findings.missing)]) if findings.missing else "",
+    ]
+    return "\n\n".join([f"blip3o_rt {findings.version}", *filter(None, sections)])
+
+
+def machine_rows(machine: dict[str, Any]) -> list[list[str]]:
+    """The machine in two columns."""
+    processor, memory = machine["processor"], machine["memory"]
+    cores = f"{processor['physical_cores']} cores, {processor['usable_cores']} usable threads"
+    free = f"{format_bytes(memory['available'])} free of {format_bytes(memory['total'])}"
+    gpus = [
+        f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
+        f"{format_bytes(gpu['free_memory'])} free of {format_bytes(gpu['total_memory'])}"
+        for gpu in machine["gpus"]
+    ]
+    return [
+        ["system", f"{machine['system']}, Python {machine['python']}"],
+        ["processor", f"{processor['model']} ({processor['architecture']}), {cores}"],
+        ["vector extensions", ", ".join(processor["isa"]) or "none known"],
+        ["memory", free + (" (limited by a cgroup)" if memory["limit"] == "cgroup" else "")],
+        *([f"cuda:{index}", gpu] for index, gpu in enumerate(gpus)),
+        *([] if gpus else [["GPU", "none"]]),
+        ["C++ compiler", machine["compiler"] or "none"],
+        ["nvcc", machine["nvcc"] or "none"],
+    ]
+
+
+def op_rows(choices: list[OpChoice]) -> list[list[str]]:
+    """One row per op, device and outcome; dtypes with the same outcome share it."""
+    merged: dict[tuple[str, str, str, str], list[str]] = {}
+    for choice in choices:
+        passed_over = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over.items())
+        merged.setdefault((choice.op, choice.device, choice.chosen, passed_over), []).append(choice.dtype)
+    return [
+        [op, device, ", ".join(dtypes), chosen, passed_over]
+        for (op, device, chosen, passed_over), dtypes in merged.items()
+    ]

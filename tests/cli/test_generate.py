@@ -1,0 +1,239 @@
+"""blip3o-rt generate: options reach the model, pictures and reports their files; refusals are one line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from blip3o_rt.cli import build_parser, pictures
+from blip3o_rt.errors import CheckpointError, GenerationError
+from blip3o_rt.metadata import read_metadata
+from tests.cli.conftest import Command, FakePipeline
+
+
+def test_defaults_are_the_published_ones(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "a red circle") == 0
+    load, generate = pipeline.calls
+    places = {"diffusion": None, "ta_tok": None, "cache_dir": None}
+    assert load == ("load", (None,), {"device": "auto", "dtype": "auto", **places})
+    assert generate == (
+        "generate",
+        (["a red circle"],),
+        {
+            "n": 1,
+            "seed": 0,
+            "steps": 30,
+            "guidance": 2.0,
+            "temperature": 1.0,
+            "top_k": None,
+            "top_p": 0.95,
+            "image_tokens_only": True,
+            "progress": True,
+        },
+    )
+    assert command.files() == ["out/a-red-circle-0.png"]
+
+
+def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePipeline]) -> None:
+    options = (
+        "-n 2 --seed 5 --steps 4 --guidance 1.5 --temperature 0.5 --top-k 7 --top-p 0.9 --whole-vocabulary"
+    )
+    places = "--model m --diffusion d --ta-tok t.pth --cache-dir c --device cpu --dtype bf16 --quiet"
+    sizes = "--max-batch 8 --max-prompt-tokens 99"
+    assert command("generate", "x", "y", *options.split(), *places.split(), *sizes.split()) == 0
+    load, generate = pipeline.calls
+    assert load[1] == (Path("m"),)
+    assert load[2] == {
+        "device": "cpu",
+        "dtype": "bf16",
+        "diffusion": Path("d"),
+        "ta_tok": Path("t.pth"),
+        "cache_dir": Path("c"),
+        "max_batch": 8,
+        "max_prompt_tokens": 99,
+    }
+    assert generate[1] == (["x", "y"],)
+    assert generate[2] == {
+        "n": 2,
+        "seed": 5,
+        "steps": 4,
+        "guidance": 1.5,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "image_tokens_only": False,
+        "progress": False,
+    }
+
+
+def test_the_real_pipeline_takes_these_arguments() -> None:
+    from blip3o_rt.pipeline import Pipeline
+
+    arguments = build_parser().parse_args(["generate", "x"])
+    keywords = pictures.generation_arguments(arguments)
+    inspect.signature(Pipeline.generate).bind(None, ["x"], **keywords)
+    inspect.signature(Pipeline.edit).bind(None, "x", [Image.new("RGB", (1, 1))], **keywords)
+    sizes = {"max_batch": 4, "max_prompt_tokens": 1536}
+    inspect.signature(Pipeline.load).bind(
+        None, device="auto", dtype="auto", diffusion=None, ta_tok=None, cache_dir=None, **sizes
+    )
+
+
+def test_pictures_are_named_after_prompt_and_seed(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert (
+        command("generate", "A red circle!", "Красный круг", "?!", "-n", "2", "--seed", "3", "--out", "a/b")
+        == 0
+    )
+    names = ["a-red-circle-3", "a-red-circle-4", "picture-3", "picture-4", "красный-круг-3", "красный-круг-4"]
+    assert command.files() == [f"a/b/{name}.png" for name in names]
+    fields = read_metadata(command.folder / "a/b/красный-круг-4.png")
+    assert (fields["prompt"], fields["seed"], fields["parameters"]) == ("Красный круг", 4, {"steps": 30})
+    with Image.open(command.folder / "a/b/a-red-circle-4.png") as image:
+        assert image.getpixel((0, 0)) == (4, 0, 0)
+
+
+def test_prompts_that_come_out_alike_do_not_overwrite_each_other(
+    command: Command, pipeline: type[FakePipeline]
+) -> None:
+    assert command("generate", "a cat", "A cat.", "a-cat", "--out", "o") == 0
+    assert command.files() == ["o/a-cat-0.png", "o/a-cat-2-0.png", "o/a-cat-3-0.png"]
+    assert read_metadata(command.folder / "o/a-cat-3-0.png")["prompt"] == "a-cat"
+
+
+def test_names_stay_within_a_file_systems_limit(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "𠀀" * 500, "--seed", str(2**63 - 1), "--out", "o") == 0
+    (name,) = command.files()
+    longest_while_written = f".{name.removeprefix('o/')}.12345678.part"
+    assert len(longest_while_written.encode()) <= 255
+
+
+def test_one_picture_into_one_file(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--out", "deep/x.PNG") == 0
+    assert command.files() == ["deep/x.PNG"]
+    assert command.output.splitlines()[-1] == "deep/x.PNG"
+
+
+@pytest.mark.parametrize("arguments", [["x", "y"], ["x", "-n", "2"]])
+def test_several_pictures_into_one_file(
+    command: Command, pipeline: type[FakePipeline], arguments: list[str]
+) -> None:
+    message = command.refused("generate", *arguments, "--out", "x.png")
+    assert message == "--out is x.png but there are 2 pictures to write: give a folder"
+    assert pipeline.calls == []
+
+
+def test_a_file_in_the_place_of_the_folder(command: Command, pipeline: type[FakePipeline]) -> None:
+    (command.folder / "taken").write_text("mine")
+    assert "a file: accepted is a .png" in command.refused("generate", "x", "--out", "taken")
+    assert pipeline.calls == []
+
+
+def test_a_folder_that_cannot_be_made(command: Command, pipeline: type[FakePipeline]) -> None:
+    (command.folder / "taken").write_text("mine")
+    assert command.refused("generate", "x", "--out", "taken/o").startswith("taken/o: Not a directory")
+
+
+def test_table_and_paths_are_printed(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x") == 0
+    assert "8.0 tokens/s" in command.output
+    assert command.output.splitlines()[-1] == "out/x-0.png"
+
+
+def test_quiet_prints_the_paths_alone(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--quiet") == 0
+    assert (command.output, command.errors) == ("out/x-0.png\n", "")
+
+
+def test_report_file(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--report", "r/report.json") == 0
+    report = json.loads((command.folder / "r/report.json").read_text())
+    assert report["stages"]["tokens"] == {"seconds": 2.0, "work": 16}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("-n", "0", "1 to 64"),
+        ("-n", "65", "1 to 64"),
+        ("--seed", "-1", "0 to 9223372036854775807"),
+        ("--steps", "0", "1 to 1000"),
+        ("--guidance", "nan", "0 to 100"),
+        ("--guidance", "-1", "0 to 100"),
+        ("--temperature", "0", "greedy is top_k=1"),
+        ("--top-k", "-1", "0 (off)"),
+        ("--top-p", "0", "above 0 and at most 1"),
+        ("--top-p", "inf", "above 0 and at most 1"),
+    ],
+)
+def test_out_of_range_is_refused_before_the_model_is_loaded(
+    command: Command, pipeline: type[FakePipeline], option: str, value: str, accepted: str
+) -> None:
+    assert accepted in command.refused(
+        "generate", "x", f"{option}={value}" if option != "-n" else f"-n{value}"
+    )
+    assert pipeline.calls == []
+    assert command.files() == []
+
+
+def test_our_errors_are_one_line(command: Command, pipeline: type[FakePipeline]) -> None:
+    pipeline.failure = CheckpointError("the tensor is not there: convert again")
+    assert command.refused("generate", "x") == "the tensor is not there: convert again"
+
+
+def test_a_failed_picture_does_not_take_the_others_along(
+    command: Command, pipeline: type[FakePipeline]
+) -> None:
+    drawn = Image.new("RGB", (1, 1))
+    drawn.info = {"seed": 1}
+    pipeline.failure = GenerationError("picture 0: the logits are not finite", [None, drawn])
+    assert command("generate", "x", "-n", "2") == 2
+    assert command.files() == ["out/x-1.png"]
+    assert (command.output, command.errors) == (
+        "out/x-1.png\n",
+        "blip3o-rt: error: picture 0: the logits are not finite\n",
+    )
+
+
+def test_our_mistakes_keep_their_traceback(command: Command, pipeline: type[FakePipeline]) -> None:
+    pipeline.failure = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        command("generate", "x")
+
+
+def test_interrupt(command: Command, pipeline: type[FakePipeline]) -> None:
+    pipeline.failure = KeyboardInterrupt()
+    assert command("generate", "x") == 130
+    assert (command.output, command.errors) == ("", "blip3o-rt: interrupted\n")
+    assert command.files() == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["generate"], ["generate", "x", "--dtype", "fp64"], ["paint", "x"]]
+)
+def test_what_argparse_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["doctor", "--help"]]
+)
+def test_help_does_not_wait_for_pytorch(arguments: list[str]) -> None:
+    program = (
+        "import sys; from blip3o_rt.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert result.stdout.startswith(("usage: ", "blip3o-rt 0."))
