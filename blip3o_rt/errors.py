@@ -1,5 +1,13 @@
 """Every error a user of the runtime can meet, one class per kind of cause."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 
 class Blip3oError(Exception):
     """Base of all errors raised on purpose by blip3o_rt; the message is one line meant for people."""
@@ -38,7 +46,14 @@ class OpError(Blip3oError):
 
 
 class GenerationError(Blip3oError):
-    """One request of a batch failed while running (its batch-mates are unaffected)."""
+    """A picture failed while running; its batch-mates are unaffected.
+
+    `images` holds the pictures of the call in order, None where one failed.
+    """
+
+    def __init__(self, message: str, images: Sequence[Image.Image | None] = ()) -> None:
+        super().__init__(message)
+        self.images = list(images)
 
 
 class Cancelled(Blip3oError):

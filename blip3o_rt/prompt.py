@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from blip3o_rt.config import ImageTokenConfig
 from blip3o_rt.errors import CheckpointError, PromptError
@@ -28,7 +28,7 @@ class PromptEncoder:
     """
 
     def __init__(self, tokenizer_dir: Path, image_tokens: ImageTokenConfig, max_tokens: int) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+        self._tokenizer = _load_tokenizer(tokenizer_dir)
         self._image_tokens = image_tokens
         self._max_tokens = max_tokens
         # The ids that only the template may write: markers of the chat, of pictures and the image tokens.
@@ -60,7 +60,7 @@ class PromptEncoder:
         if image_ids:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         ids = self._tokenizer(text + GENERATION_SUFFIX)["input_ids"]
         if len(ids) > self._max_tokens:
             raise PromptError(
@@ -90,3 +90,20 @@ class PromptEncoder:
                 f"the tokenizer maps {token!r} to {found}, but config.json says {expected}; "
                 "use the tokenizer files that came with the checkpoint"
             )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of tokenizer.json with the chat template of tokenizer_config.json."""
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder}: tokenizer.json is missing; copy the tokenizer files of the checkpoint there"
+        )
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises what its JSON, Rust and template readers raise
+        raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"{folder}: tokenizer_config.json has no chat_template; copy the checkpoint's own"
+        )
+    return tokenizer

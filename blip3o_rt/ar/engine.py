@@ -228,6 +228,7 @@ class TokenEngine:
 
     def _group(self, rows: list[_Row], members: list[int], vocabulary: range) -> _Group:
         params = [rows[i].params for i in members]
+        codes, words = self.image_tokens.num_image_tokens, self.decoder.config.vocab_size
 
         def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.decoder.device)
@@ -236,7 +237,7 @@ class TokenEngine:
             vocabulary,
             column(members, torch.int64),
             column([p.temperature for p in params], torch.float32),
-            column([p.top_k for p in params], torch.int32),
+            column([p.top_k_for(codes, words) for p in params], torch.int32),
             column([p.top_p for p in params], torch.float32),
             column([p.seed for p in params], torch.int64),
             everyone=len(members) == len(rows),

@@ -1,0 +1,509 @@
+"""What a user holds: load a model, plan a picture, render it; or generate and edit in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.connector import Connector
+from blip3o_rt.dit.conditioning import Condition, condition_tokens
+from blip3o_rt.dit.denoise import denoise
+from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.embedded import embedded_checkpoint
+from blip3o_rt.errors import GenerationError, ImageError, ParameterError
+from blip3o_rt.image_input import load_reference
+from blip3o_rt.machine import resolve_device, resolve_dtype
+from blip3o_rt.metadata import picture_fields, save_png
+from blip3o_rt.params import DiffusionParams, SamplingParams, check_seed, image_seeds
+from blip3o_rt.progress import ProgressCallback, ProgressReporter
+from blip3o_rt.prompt import PromptEncoder
+from blip3o_rt.random import normal_noise
+from blip3o_rt.report import Report, StageTimer
+from blip3o_rt.tatok.model import ImageTokenizer
+from blip3o_rt.tatok.pixels import tower_pixels
+from blip3o_rt.vae.model import Autoencoder
+from blip3o_rt.vae.pixels import reference_pixels
+
+ReferenceImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+DEFAULT_MAX_PROMPT_TOKENS = 1536
+OUTPUTS = ("pil", "tensor", "latent")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The autoregressive stage's result for one picture.
+
+    prompt_ids [1, P] and token_ids [1, T] are vocabulary ids (int64); hidden_states [1, T + 1, hidden] are
+    the decoder's final states from `<S0>` to the last image token. reference_latents are the scaled VAE
+    latents [1, C, h, w] of an edit's pictures. non_image_positions lists the tokens that are not image
+    tokens, which only whole-vocabulary sampling and replayed tokens can contain. error says why a plan cannot
+    be rendered.
+    """
+
+    prompt: str
+    prompt_ids: Tensor
+    token_ids: Tensor
+    hidden_states: Tensor
+    sampling: SamplingParams
+    reference_latents: tuple[Tensor, ...] = ()
+    non_image_positions: tuple[int, ...] = ()
+    error: GenerationError | None = None
+
+
+class Result(list[Image.Image]):
+    """Pictures in order, with the `plans` they came from and a `report` of time, implementations and
+    memory."""
+
+    def __init__(self, images: Sequence[Image.Image], plans: Sequence[Plan], report: Report) -> None:
+        super().__init__(images)
+        self.plans = list(plans)
+        self.report = report
+
+    def save(self, directory: str | Path) -> list[Path]:
+        """Write the pictures as 000.png, 001.png, ... with their metadata; makes the directory if missing."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{index:03d}.png" for index in range(len(self))]
+        for image, path in zip(self, paths, strict=True):
+            save_png(image, path, image.info)
+        return paths
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What an edit takes from its reference pictures: vocabulary ids, TA-Tok features, and latents."""
+
+    token_ids: list[int]
+    features: Tensor | None
+    latents: tuple[Tensor, ...]
+
+
+NO_REFERENCE = _Reference([], None, ())
+
+
+class _Run:
+    """The time, progress and op usage of one call."""
+
+    def __init__(self, pipeline: Pipeline, callback: ProgressCallback | None, progress: bool) -> None:
+        ops.reset_used()
+        self._pipeline = pipeline
+        self.timer = StageTimer(pipeline.device)
+        self.progress = ProgressReporter(callback, progress)
+
+    def report(self) -> Report:
+        pipeline = self._pipeline
+        dtype = "fp32" if pipeline.dtype == torch.float32 else "bf16"
+        return self.timer.report(ops.used(), device=str(pipeline.device), dtype=dtype, tier=pipeline.tier)
+
+
+class Pipeline:
+    """A loaded model. Make one with `Pipeline.load`; use it for any number of requests, one at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        tier: str = "exact",
+        max_batch: int = 4,
+        max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+    ) -> None:
+        config, weights = checkpoint.config, checkpoint.weights
+        self.config: ModelConfig = config
+        self.dtype: torch.dtype = checkpoint.dtype
+        self.tier = tier
+        tokens = config.image_tokens.tokens_per_image
+        longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
+        self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
+        self._engine = TokenEngine(
+            config.ar, config.image_tokens, weights["ar"], max_batch=max_batch, max_prompt_tokens=longest
+        )
+        self.device: torch.device = self._engine.decoder.device
+        connectors, edit = weights["connector"], config.edit
+        self._diffusion_connector = Connector(connectors, "diffusion_connector")
+        self._reference_connector = (
+            Connector(connectors, "und_image_vae_connector") if edit.use_und_image_vae else None
+        )
+        self._feature_connector = (
+            Connector(connectors, "tar_siglip_features_connector") if edit.use_tar_siglip_features else None
+        )
+        self._dit = DiT(config.dit, weights["dit"])
+        self._vae = Autoencoder(config.vae, weights["vae"])
+        self._tokenizer = (
+            ImageTokenizer(config.ta_tok, weights["ta_tok"]) if config.ta_tok is not None else None
+        )
+        self._schedules: dict[int, ScheduleTables] = {}
+        # Whether the DiT sees the reference latent beside the noisy one, as columns or as further channels.
+        self._sees_reference = (
+            edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        tier: str = "exact",
+        diffusion: str | Path | None = None,
+        ta_tok: str | Path | None = None,
+        cache_dir: str | Path | None = None,
+        max_batch: int = 4,
+        max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+    ) -> Pipeline:
+        """Load a checkpoint in the published layout or as written by `blip3o-rt convert`.
+
+        path: its folder; None is the embedded model. diffusion, ta_tok: the diffusion model's folder and the
+        image tokenizer's file, where the checkpoint names ones that are not here. device: "auto" (a GPU if
+        there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 where the device computes in it,
+        else float32), "fp32" or "bf16". tier: "exact", the published mathematics. cache_dir: keep the
+        converted form of a published checkpoint there. max_batch: pictures whose tokens are drawn together;
+        max_prompt_tokens: the longest prompt, counted with its template and reference tokens; both size the
+        key/value cache, which is allocated here.
+
+        Raises CheckpointError, ConfigError, DeviceError, InsufficientMemoryError or ParameterError.
+        """
+        if tier != "exact":
+            raise ParameterError(
+                f"tier is {tier!r}: accepted is 'exact' (this release has no lossy switches)"
+            )
+        target = resolve_device(device)
+        checkpoint = load_checkpoint(
+            path if path is not None else embedded_checkpoint(),
+            dtype=resolve_dtype(dtype, target),
+            device=target,
+            diffusion=diffusion,
+            ta_tok=ta_tok,
+            cache_dir=cache_dir,
+        )
+        return cls(checkpoint, tier=tier, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
+
+    def plan(
+        self,
+        prompt: str,
+        *,
+        image: ReferenceImage | Sequence[ReferenceImage] | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 0.95,
+        image_tokens_only: bool = True,
+        token_ids: Tensor | Sequence[int] | None = None,
+        progress: bool = False,
+        callback: ProgressCallback | None = None,
+    ) -> Plan:
+        """Run the autoregressive stage for one picture.
+
+        image: the reference picture (or pictures) of an edit. token_ids: [T] or [1, T] vocabulary ids to
+        replay instead of sampling. seed to image_tokens_only are those of SamplingParams (top_k=1 is greedy).
+        The callback is told of every token; returning False raises Cancelled between two of them.
+
+        Raises PromptError, ImageError, ParameterError, Cancelled, or GenerationError where logits are not
+        finite.
+        """
+        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        run = _Run(self, callback, progress)
+        reference = self._look_at(image, run)
+        prompts = [self._token_prompt(prompt, reference, [sampling])]
+        if token_ids is None:
+            tokens = self._draw_tokens(prompts, run)[0][0]
+        else:
+            tokens = self._engine.replay(prompts[0], self._check_token_ids(token_ids))
+        plan = self._plan(prompt, prompts[0], sampling, tokens, reference)
+        if plan.error is not None:
+            raise plan.error
+        return plan
+
+    def render(
+        self,
+        plan: Plan,
+        *,
+        seed: int | None = None,
+        steps: int = 30,
+        guidance: float = 2.0,
+        noise: Tensor | None = None,
+        output: str = "pil",
+        progress: bool = False,
+        callback: ProgressCallback | None = None,
+    ) -> Image.Image | Tensor:
+        """Run the diffusion stage and the decoder for one plan.
+
+        seed: of the noise; None is the plan's. noise: [1, C, h, w], overrides the seed. output: "pil",
+        "tensor" ([1, 3, H, W] float32 in 0..1) or "latent" ([1, C, h, w] float32). The callback is told of
+        every step; returning False raises Cancelled between two of them.
+
+        Raises ParameterError or Cancelled, or the plan's own GenerationError.
+        """
+        if output not in OUTPUTS:
+            raise ParameterError(f"output is {output!r}: accepted are {', '.join(OUTPUTS)}")
+        params = DiffusionParams(steps, guidance)
+        seed = plan.sampling.seed if seed is None else check_seed(seed)
+        noise = self._noise(seed) if noise is None else self._check_noise(noise)
+        run = _Run(self, callback, progress)
+        latent = self._denoise(plan, params, noise, run)
+        if output == "latent":
+            return latent
+        pixels = self._decode(latent, run)
+        if output == "tensor":
+            return pixels
+        return _to_image(pixels, self._fields(plan, params, seed))
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        steps: int = 30,
+        guidance: float = 2.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 0.95,
+        image_tokens_only: bool = True,
+        progress: bool = False,
+        callback: ProgressCallback | None = None,
+    ) -> Result:
+        """Draw n pictures of every prompt; picture i of a prompt uses seed + i for its tokens and its noise.
+
+        The pictures come in the order of the prompts, all n of the first one first. A picture does not depend
+        on the others of the call.
+
+        Raises PromptError or ParameterError before any work; Cancelled; GenerationError where a picture
+        fails, after the others are done, with them in its `images`.
+        """
+        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return self._pictures(
+            prompts, None, n, sampling, DiffusionParams(steps, guidance), progress, callback
+        )
+
+    def edit(
+        self,
+        prompt: str,
+        reference: ReferenceImage | Sequence[ReferenceImage],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        steps: int = 30,
+        guidance: float = 2.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 0.95,
+        image_tokens_only: bool = True,
+        progress: bool = False,
+        callback: ProgressCallback | None = None,
+    ) -> Result:
+        """Draw n pictures of what the prompt makes of the reference picture; otherwise as `generate`.
+
+        Raises ImageError where the reference cannot be used, and what `generate` raises.
+        """
+        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        return self._pictures(
+            [prompt], reference, n, sampling, DiffusionParams(steps, guidance), progress, callback
+        )
+
+    def _pictures(
+        self,
+        prompts: list[str],
+        images: ReferenceImage | Sequence[ReferenceImage] | None,
+        n: int,
+        sampling: SamplingParams,
+        params: DiffusionParams,
+        progress: bool,
+        callback: ProgressCallback | None,
+    ) -> Result:
+        run = _Run(self, callback, progress)
+        samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
+        reference = self._look_at(images, run)
+        token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
+        plans = [
+            self._plan(prompt, token_prompt, sample, tokens, reference)
+            for prompt, token_prompt, drawn in zip(
+                prompts, token_prompts, self._draw_tokens(token_prompts, run), strict=True
+            )
+            for sample, tokens in zip(samples, drawn, strict=True)
+        ]
+        pictures: list[Image.Image | None] = []
+        for plan in plans:
+            if plan.error is not None:
+                pictures.append(None)
+                continue
+            latent = self._denoise(plan, params, self._noise(plan.sampling.seed), run)
+            fields = self._fields(plan, params, plan.sampling.seed)
+            pictures.append(_to_image(self._decode(latent, run), fields))
+        errors = [plan.error for plan in plans if plan.error is not None]
+        if errors:
+            raise GenerationError(
+                f"{len(errors)} of {len(plans)} pictures failed: {errors[0]}", images=pictures
+            )
+        return Result([picture for picture in pictures if picture is not None], plans, run.report())
+
+    def _token_prompt(self, prompt: str, reference: _Reference, samples: list[SamplingParams]) -> TokenPrompt:
+        if not reference.token_ids:
+            return TokenPrompt(self._prompts.text_to_image(prompt), samples)
+        ids = self._prompts.edit(prompt, reference.token_ids)
+        span = self._prompts.image_positions(ids, reference.token_ids)
+        return TokenPrompt(ids, samples, reference.features, span)
+
+    def _draw_tokens(self, prompts: list[TokenPrompt], run: _Run) -> list[list[TokenPlan]]:
+        count = self.config.image_tokens.tokens_per_image * sum(len(prompt.samples) for prompt in prompts)
+        with run.timer.stage("tokens", count), run.progress.stage("tokens", count) as update:
+            return self._engine.generate(prompts, lambda done, _: update(done))
+
+    def _plan(
+        self,
+        prompt: str,
+        token_prompt: TokenPrompt,
+        sampling: SamplingParams,
+        tokens: TokenPlan,
+        reference: _Reference,
+    ) -> Plan:
+        image_tokens = self.config.image_tokens.image_token_range
+        return Plan(
+            prompt=prompt,
+            prompt_ids=torch.tensor([token_prompt.ids]),
+            token_ids=tokens.token_ids[None].cpu(),
+            hidden_states=tokens.hidden_states[None],
+            sampling=sampling,
+            reference_latents=reference.latents,
+            non_image_positions=tuple(
+                position
+                for position, token in enumerate(tokens.token_ids.tolist())
+                if token not in image_tokens
+            ),
+            error=tokens.error,
+        )
+
+    def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage] | None, run: _Run) -> _Reference:
+        """Encode the reference pictures of an edit in the ways the checkpoint was trained with."""
+        if images is None:
+            return NO_REFERENCE
+        pictures = [load_reference(image) for image in _as_list(images)]
+        edit = self.config.edit
+        if self._tokenizer is None:
+            raise ImageError(
+                "this checkpoint has no image tokenizer and only draws from text: leave the image out"
+            )
+        if not pictures:
+            raise ImageError("an edit needs at least one reference picture; the list is empty")
+        if len(pictures) > 1 and self._sees_reference:
+            raise ImageError(
+                f"this checkpoint edits one reference picture at a time; {len(pictures)} were given"
+            )
+        with run.timer.stage("reference", len(pictures)):
+            size = self._tokenizer.config.image_size
+            encoded = [self._tokenizer.encode(tower_pixels(picture, size)) for picture in pictures]
+            start = self.config.image_tokens.image_token_range.start
+            ids = [start + code for _, codes in encoded for code in codes.flatten().tolist()]
+            features = None
+            if self._feature_connector is not None:
+                features = self._feature_connector(torch.cat([found.flatten(0, 1) for found, _ in encoded]))
+            latents: tuple[Tensor, ...] = ()
+            if edit.use_und_image_vae or self._sees_reference:
+                latents = tuple(
+                    self._vae.encode(reference_pixels(picture, self.config.image_size))
+                    for picture in pictures
+                )
+        return _Reference(ids, features, latents)
+
+    def _denoise(self, plan: Plan, params: DiffusionParams, noise: Tensor, run: _Run) -> Tensor:
+        reference = plan.reference_latents[0] if plan.reference_latents and self._sees_reference else None
+        with run.timer.stage("denoise", params.steps), run.progress.stage("denoise", params.steps) as update:
+            return denoise(
+                self._dit,
+                noise,
+                self._schedule(params.steps),
+                self._condition(plan),
+                params.guidance,
+                reference_latent=reference,
+                callback=lambda done, _: update(done),
+            )
+
+    def _condition(self, plan: Plan) -> Condition:
+        latents = torch.cat(plan.reference_latents) if plan.reference_latents else None
+        hidden = plan.hidden_states[0].to(self.device)
+        return self._dit.condition(
+            condition_tokens(hidden, self._diffusion_connector, latents, self._reference_connector)
+        )
+
+    def _schedule(self, steps: int) -> ScheduleTables:
+        """The schedule's modulation tables, kept from one request to the next."""
+        if steps not in self._schedules:
+            schedule = flow_schedule(self.config.scheduler, steps)
+            self._schedules = {steps: self._dit.prepare_schedule(schedule)}
+        return self._schedules[steps]
+
+    def _decode(self, latent: Tensor, run: _Run) -> Tensor:
+        with run.timer.stage("decode", 1), run.progress.stage("decode", 1) as update:
+            pixels = self._vae.decode(latent)
+            update(1)
+            return pixels
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        side = self.config.dit.sample_size
+        return (1, self.config.vae.latent_channels, side, side)
+
+    def _noise(self, seed: int) -> Tensor:
+        return normal_noise(seed, self._latent_shape)
+
+    def _check_noise(self, noise: Tensor) -> Tensor:
+        if tuple(noise.shape) != self._latent_shape or not noise.is_floating_point():
+            raise ParameterError(
+                f"noise is {noise.dtype} {list(noise.shape)}: "
+                f"accepted is floating point {list(self._latent_shape)}"
+            )
+        if not bool(torch.isfinite(noise).all()):
+            raise ParameterError("noise has values that are not finite: accepted are finite numbers")
+        return noise
+
+    def _check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
+        found = torch.as_tensor(token_ids)
+        count, vocabulary = self.config.image_tokens.tokens_per_image, self.config.ar.vocab_size
+        if (
+            found.is_floating_point()
+            or found.numel() != count
+            or tuple(found.shape) not in ((count,), (1, count))
+        ):
+            raise ParameterError(
+                f"token_ids is {found.dtype} {list(found.shape)}: accepted are {count} integers, [T] or [1, T]"
+            )
+        if int(found.min()) < 0 or int(found.max()) >= vocabulary:
+            raise ParameterError(
+                f"token_ids has ids outside the vocabulary: accepted is 0 to {vocabulary - 1}"
+            )
+        return found.reshape(count).to(torch.int64)
+
+    def _fields(self, plan: Plan, params: DiffusionParams, seed: int) -> dict[str, object]:
+        """The metadata of a picture: what it takes to draw it again."""
+        sampling = {
+            name: value for name, value in dataclasses.asdict(plan.sampling).items() if name != "seed"
+        }
+        parameters = {**sampling, **dataclasses.asdict(params), "token_seed": plan.sampling.seed}
+        return picture_fields(plan.prompt, seed, parameters)
+
+
+def _as_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:
+    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
+
+
+def _to_image(pixels: Tensor, fields: dict[str, object]) -> Image.Image:
+    """[1, 3, H, W] in 0..1 to an 8-bit picture that carries its metadata in `info`."""
+    levels = (pixels[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().numpy()
+    image = Image.fromarray(levels)
+    image.info.update(fields)
+    return image
