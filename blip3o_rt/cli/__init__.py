@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's parser; `run` in its result is the command to call."""
     parser = argparse.ArgumentParser(
         prog="blip3o-rt",
-        description="Draw and edit pictures with BLIP3o-NEXT; without --model, with a small embedded one.",
+        description="Draw and edit pictures with BLIP3o-NEXT: your checkpoint, or a small embedded one.",
     )
     parser.add_argument("--version", action="version", version=f"blip3o-rt {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

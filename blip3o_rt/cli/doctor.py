@@ -42,22 +42,29 @@ class OpChoice:
 
 
 @dataclass(frozen=True)
+class Extension:
+    """A native module: whether it can be used, and how it is set up or why it cannot."""
+
+    name: str
+    usable: bool
+    detail: str
+
+
+@dataclass(frozen=True)
 class Findings:
-    """Everything doctor prints. extensions: module name -> None where it is usable, else why not."""
+    """Everything doctor prints."""
 
     version: str
     machine: dict[str, Any]
-    extensions: dict[str, str | None]
+    extensions: list[Extension]
     ops: list[OpChoice]
     missing: list[str]
 
 
 def examine() -> Findings:
     """Look at the machine, the native modules and the op registry."""
-    from blip3o_rt.ops import native  # PyTorch takes seconds to import: not for --help
-
     found = describe()
-    extensions = {"_cpu": native.cpu_unavailable(), "_cuda": native.cuda_unavailable()}
+    extensions = [cpu_extension(), cuda_extension()]
     return Findings(
         version=__version__,
         machine=found.to_dict(),
@@ -67,6 +74,27 @@ def examine() -> Findings:
         ],
         missing=missing(found, extensions),
     )
+
+
+def cpu_extension() -> Extension:
+    """The state of blip3o_rt._cpu."""
+    from blip3o_rt.ops import native  # PyTorch takes seconds to import: not for --help
+
+    reason = native.cpu_unavailable()
+    if reason is not None:
+        return Extension("_cpu", False, reason)
+    module = native.cpu()
+    return Extension(
+        "_cpu", True, f"{module.isa()} (of {', '.join(module.isas())}), {module.num_threads()} threads"
+    )
+
+
+def cuda_extension() -> Extension:
+    """The state of blip3o_rt._cuda."""
+    from blip3o_rt.ops import native
+
+    reason = native.cuda_unavailable()
+    return Extension("_cuda", reason is None, reason or "usable")
 
 
 def op_choices(device: str) -> list[OpChoice]:
@@ -86,9 +114,9 @@ def op_choices(device: str) -> list[OpChoice]:
     return found
 
 
-def missing(found: Machine, extensions: dict[str, str | None]) -> list[str]:
+def missing(found: Machine, extensions: list[Extension]) -> list[str]:
     """One line for everything that would make this faster, with how to get it."""
-    lines = [f"{module}: {reason}" for module, reason in extensions.items() if reason is not None]
+    lines = [f"{extension.name}: {extension.detail}" for extension in extensions if not extension.usable]
     if not found.gpus:
         lines.append(f"GPU: {found.gpu_status}")
     if found.nvcc is None:
@@ -102,19 +130,8 @@ def as_text(findings: Findings) -> str:
     """The findings as people read them."""
     sections = [
         tabulate(machine_rows(findings.machine), tablefmt="plain"),
-        tabulate(
-            [[name, version or "not installed"] for name, version in findings.machine["packages"].items()],
-            ["package", "version"],
-            disable_numparse=True,
-        ),
-        tabulate(
-            [
-                [name, "usable" if reason is None else "not usable"]
-                for name, reason in findings.extensions.items()
-            ],
-            ["native module", ""],
-        ),
-        tabulate(op_rows(findings.ops), ["op", "device", "dtype", "runs on", "passed over"]),
+        tabulate(package_rows(findings), tablefmt="plain", disable_numparse=True),
+        tabulate(op_rows(findings.ops), ["op", "device", "dtype", "implementation", "passed over"]),
         "\n".join(["missing:", *(f"  {line}" for line in findings.missing)]) if findings.missing else "",
     ]
     return "\n\n".join([f"blip3o_rt {findings.version}", *filter(None, sections)])
@@ -140,6 +157,13 @@ def machine_rows(machine: dict[str, Any]) -> list[list[str]]:
         ["C++ compiler", machine["compiler"] or "none"],
         ["nvcc", machine["nvcc"] or "none"],
     ]
+
+
+def package_rows(findings: Findings) -> list[list[str]]:
+    """Packages with their versions, then the native modules."""
+    packages = [[name, version or "not installed"] for name, version in findings.machine["packages"].items()]
+    modules = [[e.name, e.detail if e.usable else "not usable"] for e in findings.extensions]
+    return packages + modules
 
 
 def op_rows(choices: list[OpChoice]) -> list[list[str]]:
