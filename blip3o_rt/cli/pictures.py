@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +186,13 @@ def draw(request: Callable[[], Result], paths: Sequence[Path], arguments: argpar
     if not arguments.quiet:
         print(result.report.table())
     save(result, paths)
+    for plan, path in zip(result.plans, paths, strict=True):
+        if plan.non_image_positions:
+            print(
+                f"blip3o-rt: warning: {path}: {len(plan.non_image_positions)} of its tokens, the first at "
+                f"position {plan.non_image_positions[0]}, are not image tokens",
+                file=sys.stderr,
+            )
 
 
 def save(images: Sequence[Image.Image | None], paths: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +17,11 @@ from blip3o_rt.report import Report, Stage
 
 
 class FakeResult(list[Image.Image]):
-    """Pictures with a report, as the pipeline returns them."""
+    """Pictures with their plans and a report, as the pipeline returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plans: list[SimpleNamespace] = []
 
     report = Report((Stage("tokens", 2.0, 16),), {"rms_norm": ("cpu",)}, 2**20, "cpu", "fp32", "exact")
 
@@ -27,6 +31,7 @@ class FakePipeline:
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     failure: BaseException | None
+    non_image_positions: tuple[int, ...]
 
     @classmethod
     def load(cls, *arguments: Any, **keywords: Any) -> FakePipeline:
@@ -51,6 +56,7 @@ class FakePipeline:
                 image = Image.new("RGB", (1, 1), (seed % 256, 0, 0))
                 image.info = picture_fields(prompt, seed, {"steps": keywords["steps"]})
                 result.append(image)
+                result.plans.append(SimpleNamespace(non_image_positions=self.non_image_positions))
         return result
 
 
@@ -58,7 +64,7 @@ class FakePipeline:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     """The stand-in, in the place of blip3o_rt.pipeline.Pipeline."""
     module = ModuleType("blip3o_rt.pipeline")
-    FakePipeline.calls, FakePipeline.failure = [], None
+    FakePipeline.calls, FakePipeline.failure, FakePipeline.non_image_positions = [], None, ()
     module.Pipeline = FakePipeline  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blip3o_rt.pipeline", module)
     return FakePipeline

@@ -150,6 +150,15 @@ def test_quiet_prints_the_paths_alone(command: Command, pipeline: type[FakePipel
     assert (command.output, command.errors) == ("out/x-0.png\n", "")
 
 
+def test_tokens_that_are_not_image_tokens_are_reported(
+    command: Command, pipeline: type[FakePipeline]
+) -> None:
+    pipeline.non_image_positions = (3, 5)
+    assert command("generate", "x", "--whole-vocabulary") == 0
+    expected = "out/x-0.png: 2 of its tokens, the first at position 3, are not image tokens"
+    assert command.errors == f"blip3o-rt: warning: {expected}\n"
+
+
 def test_report_file(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command("generate", "x", "--report", "r/report.json") == 0
     report = json.loads((command.folder / "r/report.json").read_text())
