@@ -10,6 +10,7 @@ from typing import Any
 from blip3o_rt.errors import CheckpointError, ConfigError
 
 REQUIRED = object()  # the default of a key that has none
+MAX_LAYERS = 1000
 
 
 class ConfigFile:
@@ -59,6 +60,13 @@ class ConfigFile:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(key, f"an integer of at least {minimum}")
         return value
+
+    def layers(self, key: str, default: Any = REQUIRED) -> int:
+        """A number of layers, of which no known model has more than a thousand."""
+        count = self.integer(key, default)
+        if count > MAX_LAYERS:
+            raise self.error(key, f"an integer from 1 to {MAX_LAYERS}")
+        return count
 
     def number(self, key: str, default: Any = REQUIRED, *, positive: bool = True) -> float:
         value = self._get(key, default)

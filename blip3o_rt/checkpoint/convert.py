@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -57,6 +58,8 @@ def convert(
     target = Path(destination)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
+    if is_converted(Path(source)):
+        raise CheckpointError(f"{source}: already converted; accepted: a published checkpoint")
     _check_destination(target, force)
     original = read_original(source, diffusion=diffusion, ta_tok=ta_tok)
     warnings = original.warnings + check_tensors(original)
@@ -86,7 +89,7 @@ def convert(
             warnings=warnings,
         )
         manifest.write(folder)
-        _publish(folder, target)
+        _publish(folder, target, force)
     return manifest
 
 
@@ -134,7 +137,7 @@ def _partial_folder(target: Path) -> Iterator[Path]:
 
     The lock tells a folder in use from one whose process has died; the latter are removed here.
     """
-    for stale in target.parent.glob(f"{_partial_prefix(target)}*"):
+    for stale in target.parent.glob(f"{glob.escape(_partial_prefix(target))}*"):
         _remove_if_abandoned(stale)
     folder, descriptor = _new_locked_folder(target)
     try:
@@ -213,11 +216,11 @@ def _source_records(original: OriginalCheckpoint, progress: Callable[[int], obje
     }
 
 
-def _publish(folder: Path, target: Path) -> None:
-    """Rename the finished folder to the target, moving an earlier conversion out of the way first."""
+def _publish(folder: Path, target: Path, force: bool) -> None:
+    """Rename the finished folder to the target, with `force` moving an earlier conversion out of the way."""
     _sync_folder(folder)
     replaced = target.parent / f"{_partial_prefix(target)}replaced-{os.urandom(6).hex()}"
-    if (target / MANIFEST).exists():
+    if force and (target / MANIFEST).exists():
         target.rename(replaced)
     folder.rename(target)
     shutil.rmtree(replaced, ignore_errors=True)

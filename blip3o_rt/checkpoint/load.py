@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.weights import TensorSpec
+
+Admission = Callable[[ModelConfig, torch.dtype], None]
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ def load_checkpoint(
     ta_tok: PathName | None = None,
     cache_dir: PathName | None = None,
     verify: bool = False,
+    admit: Admission | None = None,
 ) -> Checkpoint:
     """Load a checkpoint of either layout; `dtype` None keeps the stored one.
+
+    `admit` is called with the geometry and the dtype before any weight is read, and raises to refuse the model.
 
     A converted checkpoint is mapped: on the CPU and in its own dtype nothing is read until it is used, the
     pages are shared with every other process that maps the file, and the system can drop them at need. (The
@@ -61,17 +67,24 @@ def load_checkpoint(
     compared with the manifest, SHA-256 sums with `verify`.
 
     A published checkpoint is packed in memory, one tensor at a time; with `cache_dir` it is converted there
-    once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`.
+    once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`, and are refused with a
+    converted checkpoint.
 
     Raises CheckpointError and ConfigError.
     """
     root, device = Path(path), torch.device(device)
+    if dtype not in (None, *DTYPES.values()):
+        raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
     if (root / MANIFEST).is_file():
-        return _load_converted(root, dtype, device, verify)
+        if diffusion is not None or ta_tok is not None:
+            raise CheckpointError(
+                f"{root}: already converted, so it takes no diffusion folder or ta_tok file"
+            )
+        return _load_converted(root, dtype, device, verify, admit)
     original = read_original(root, diffusion=diffusion, ta_tok=ta_tok)
     dtype = dtype or original.stored_dtype
-    if dtype not in DTYPES.values():
-        raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
+    if admit is not None:
+        admit(original.config, dtype)
     if cache_dir is not None:
         cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok)
         return _load_converted(cached, dtype, device, verify)
@@ -83,10 +96,14 @@ def load_checkpoint(
     return Checkpoint(original.config, weights, root, dtype, device, root)
 
 
-def _load_converted(root: Path, dtype: torch.dtype | None, device: torch.device, verify: bool) -> Checkpoint:
+def _load_converted(
+    root: Path, dtype: torch.dtype | None, device: torch.device, verify: bool, admit: Admission | None = None
+) -> Checkpoint:
     manifest = Manifest.read(root)
     check_files(root, manifest, checksums=verify)
     dtype = dtype or manifest.torch_dtype
+    if admit is not None:
+        admit(manifest.config, dtype)
     weights = {
         part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
         for part, specs in layouts(manifest.config).items()

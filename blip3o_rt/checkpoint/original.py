@@ -310,8 +310,12 @@ def _read_ta_tok(path: Path) -> tuple[ConfigFile, TorchTensors]:
         raise CheckpointError(
             f'{path}: not a TA-Tok file; accepted: {{"model": {{"args": settings, "sd": tensors}}}}'
         )
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(name): value for name, value in state.items() if _is_plain(value)}
     return ConfigFile(f"{path}: args", arguments), TorchTensors(path, tensors)
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
 def _tokens_without_tower(root: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from blip3o_rt.checkpoint.config_file import ConfigFile
+from blip3o_rt.checkpoint.config_file import MAX_LAYERS, ConfigFile
 from blip3o_rt.checkpoint.parts import published_name
 from blip3o_rt.config import (
     ARConfig,
@@ -21,6 +21,14 @@ from blip3o_rt.config import (
 
 ARCHITECTURES = ("blip3oQwenForInferenceLM", "blip3oQwenForCausalLM", "blip3oQwenForGRPOLM")
 MODEL_TYPES = ("blip3o_qwen_inference", "blip3o_qwen", "blip3o_qwen_grpo")
+SCHEDULER_SWITCHES = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "stochastic_sampling",
+)
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 
 
@@ -49,7 +57,7 @@ def parse_ar(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> ARCon
         vocab_size=config.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.layers("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -118,7 +126,7 @@ def parse_dit(config: ConfigFile) -> DiTConfig:
     return DiTConfig(
         in_channels=in_channels,
         out_channels=config.integer("out_channels", in_channels),
-        num_layers=config.integer("num_layers"),
+        num_layers=config.layers("num_layers"),
         num_heads=heads,
         head_dim=head_dim,
         num_cross_heads=config.integer("num_cross_attention_heads"),
@@ -178,7 +186,7 @@ def _stages(config: ConfigFile, side: str) -> tuple[VAEStageConfig, ...]:
             raise config.error(key, "positive integers")
         if blocks[index] not in BLOCKS:
             raise config.error(f"{side}_block_types", " or ".join(BLOCKS))
-        if not _is_count(layers[index], 0) or (layers[index] == 0 and index > 0):
+        if not _is_count(layers[index], 0 if index == 0 else 1) or layers[index] > MAX_LAYERS:
             raise config.error(f"{side}_layers_per_block", "positive integers (0 only for the first stage)")
     stages = zip(channels, blocks, layers, scales, strict=True)
     return tuple(VAEStageConfig(c, b, n, s if b == "EfficientViTBlock" else ()) for c, b, n, s in stages)
@@ -208,14 +216,11 @@ def _check_shortcuts(config: ConfigFile, vae: VAEConfig) -> None:
     """Shortcuts average or repeat channels, so neighbouring channel counts must divide."""
     for side, stages in (("encoder", vae.encoder_stages), ("decoder", vae.decoder_stages)):
         key = f"{side}_block_out_channels"
-        for index, (fine, coarse) in enumerate(pairwise(stages)):
-            first = index == 0 and fine.layers == 0
-            into, out = (fine, coarse) if side == "encoder" else (coarse, fine)
-            ratio = (
-                (4 * into.channels, out.channels) if side == "encoder" else (4 * out.channels, into.channels)
-            )
-            if not first and ratio[0] % ratio[1]:
-                raise config.error(key, "neighbouring channel counts whose quotient, times 4, is whole")
+        for fine, coarse in pairwise(stages):
+            if fine.layers > 0 and 4 * fine.channels % coarse.channels:
+                raise config.error(key, "channel counts that divide 4 times their finer neighbour's")
+            if vae.downsample == "pixel_unshuffle" and side == "encoder" and coarse.channels % 4:
+                raise config.error(key, "multiples of 4, with downsample_block_type pixel_unshuffle")
         for stage in stages:
             if stage.block == "EfficientViTBlock" and stage.channels % vae.attention_head_dim:
                 raise config.error(key, f"multiples of attention_head_dim, {vae.attention_head_dim}")
@@ -228,9 +233,8 @@ def _check_shortcuts(config: ConfigFile, vae: VAEConfig) -> None:
 def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
     """The Euler schedule. Whatever class the folder was written for, only these keys reach it: a `flow_shift`
     is another class's key and has no effect."""
-    for key in ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+    for key in SCHEDULER_SWITCHES:
         config.only(key, False)
-    config.only("invert_sigmas", False)
     config.only("shift_terminal", None)
     return SchedulerConfig(
         num_train_timesteps=config.integer("num_train_timesteps", 1000),
@@ -256,7 +260,7 @@ def parse_ta_tok(settings: ConfigFile, vision: ConfigFile) -> TATokConfig:
         image_channels=vision.integer("num_channels", 3),
         hidden_size=vision.integer("hidden_size", 768),
         intermediate_size=vision.integer("intermediate_size", 3072),
-        num_layers=vision.integer("num_hidden_layers", 12),
+        num_layers=vision.layers("num_hidden_layers", 12),
         num_heads=vision.integer("num_attention_heads", 12),
         layer_norm_eps=vision.number("layer_norm_eps", 1e-6),
         selected_layer=_selected_layer(settings),
