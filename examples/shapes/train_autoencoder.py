@@ -1,0 +1,122 @@
+"""Stage 1: trains the DC-AE autoencoder on rendered scenes (python -m examples.shapes.train_autoencoder)."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+
+from .model_config import AUTOENCODER
+from .render import render_batch
+from .scene import training_scene
+from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
+
+LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffusion model's small errors
+LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means something
+COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
+EDGE_WEIGHT = 8.0
+
+
+def build_autoencoder() -> AutoencoderDC:
+    """An untrained autoencoder of the embedded model's geometry; scaling_factor is set at export."""
+    return AutoencoderDC(**AUTOENCODER)
+
+
+def pixel_weight(covered: torch.Tensor) -> torch.Tensor:
+    """Weight of every pixel in the loss, [N, 1, H, W]: more on shapes, most on their edges."""
+    edge = F.max_pool2d(covered, 3, 1, 1) + F.max_pool2d(-covered, 3, 1, 1)
+    return 1 + COVERED_WEIGHT * covered + EDGE_WEIGHT * edge
+
+
+def reconstruction_loss(model: AutoencoderDC, pictures: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Weighted L1 of the reconstruction through noisy latents, and the latents' mean square."""
+    target = pictures * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = model.encode(target).latent
+        noisy = latents + LATENT_NOISE * torch.randn_like(latents)
+        output = model.decode(noisy).sample
+    weight = pixel_weight(covered)
+    error = ((output.float() - target).abs() * weight).sum() / (weight.sum() * 3)
+    return {"l1": error, "latent_square": latents.float().square().mean()}
+
+
+@torch.no_grad()
+def reconstruction_psnr(model: AutoencoderDC, seed: int = 7, count: int = 64) -> float:
+    """PSNR in dB of float32 reconstructions of fixed unseen scenes."""
+    rng = random.Random(seed)
+    pictures, _ = render_batch([training_scene(rng) for _ in range(count)])
+    output = model.decode(model.encode(pictures * 2 - 1).latent).sample
+    error = ((output / 2 + 0.5).clamp(0, 1) - pictures).square().mean()
+    return round(float(-10 * error.log10()), 2)
+
+
+def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
+    """Runs or resumes the stage; leaves run/autoencoder.pt."""
+    path = run / "autoencoder.pt"
+    torch.manual_seed(seed)
+    model = build_autoencoder().train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    average = WeightAverage([model], 0.998)
+    first = 0
+    if (state := load_state(path)) is not None:
+        first = state["step"]
+        model.load_state_dict(state["weights"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.average = state["average"]
+    log = Log(run / "autoencoder.jsonl", every=100)
+
+    def save(step: int) -> None:
+        average.swap()
+        averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        average.swap()
+        save_atomically(
+            {
+                "step": step,
+                "model": averaged,
+                "weights": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": average.average,
+            },
+            path,
+        )
+
+    def measure() -> dict[str, float]:
+        average.swap()
+        psnr = reconstruction_psnr(model)
+        average.swap()
+        return {"psnr": psnr}
+
+    for step in range(first, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        rng = random.Random(seed * 1_000_003 + step)
+        torch.manual_seed(seed * 1_000_003 + step)
+        losses = reconstruction_loss(model, *render_batch([training_scene(rng) for _ in range(batch)]))
+        optimiser.zero_grad(set_to_none=True)
+        (losses["l1"] + LATENT_PENALTY * losses["latent_square"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        average.update(step)
+        log.add(step, {name: float(value) for name, value in losses.items()}, measure)
+        if (step + 1) % 200 == 0:
+            save(step + 1)
+    save(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    train(arguments.run, arguments.steps, arguments.batch, arguments.peak, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
