@@ -17,6 +17,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
+from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector import Connector
 from blip3o_rt.dit.conditioning import Condition, condition_tokens
@@ -26,7 +27,7 @@ from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import GenerationError, ImageError, ParameterError
 from blip3o_rt.image_input import load_reference
-from blip3o_rt.machine import resolve_device, resolve_dtype
+from blip3o_rt.machine import require_memory, resolve_device, resolve_dtype
 from blip3o_rt.metadata import picture_fields, save_png
 from blip3o_rt.params import DiffusionParams, SamplingParams, check_seed, image_seeds
 from blip3o_rt.progress import ProgressCallback, ProgressReporter
@@ -189,6 +190,7 @@ class Pipeline:
             diffusion=diffusion,
             ta_tok=ta_tok,
             cache_dir=cache_dir,
+            admit=lambda config, dtype: _require_memory(config, dtype, target, max_batch, max_prompt_tokens),
         )
         return cls(checkpoint, tier=tier, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
 
@@ -215,7 +217,8 @@ class Pipeline:
         Raises PromptError, ImageError, ParameterError, Cancelled, or GenerationError where logits are not
         finite.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
+        self._prompts.check(prompt)
         run = _Run(self, callback, progress)
         reference = self._look_at(image, run)
         prompts = [self._token_prompt(prompt, reference, [sampling])]
@@ -285,7 +288,7 @@ class Pipeline:
         Raises PromptError or ParameterError before any work; Cancelled; GenerationError where a picture
         fails, after the others are done, with them in its `images`.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return self._pictures(
             prompts, None, n, sampling, DiffusionParams(steps, guidance), progress, callback
@@ -311,7 +314,7 @@ class Pipeline:
 
         Raises ImageError where the reference cannot be used, and what `generate` raises.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         return self._pictures(
             [prompt], reference, n, sampling, DiffusionParams(steps, guidance), progress, callback
         )
@@ -326,8 +329,10 @@ class Pipeline:
         progress: bool,
         callback: ProgressCallback | None,
     ) -> Result:
-        run = _Run(self, callback, progress)
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
+        for prompt in prompts:
+            self._prompts.check(prompt)
+        run = _Run(self, callback, progress)
         reference = self._look_at(images, run)
         token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
         plans = [
@@ -351,6 +356,13 @@ class Pipeline:
                 f"{len(errors)} of {len(plans)} pictures failed: {errors[0]}", images=pictures
             )
         return Result([picture for picture in pictures if picture is not None], plans, run.report())
+
+    def _sampling(
+        self, seed: int, temperature: float, top_k: int | None, top_p: float, image_tokens_only: bool
+    ) -> SamplingParams:
+        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        sampling.top_k_for(self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size)
+        return sampling
 
     def _token_prompt(self, prompt: str, reference: _Reference, samples: list[SamplingParams]) -> TokenPrompt:
         if not reference.token_ids:
@@ -480,7 +492,8 @@ class Pipeline:
             or tuple(found.shape) not in ((count,), (1, count))
         ):
             raise ParameterError(
-                f"token_ids is {found.dtype} {list(found.shape)}: accepted are {count} integers, [T] or [1, T]"
+                f"token_ids is {found.dtype} {list(found.shape)}: "
+                f"accepted are {count} integers, [{count}] or [1, {count}]"
             )
         if int(found.min()) < 0 or int(found.max()) >= vocabulary:
             raise ParameterError(
@@ -495,6 +508,19 @@ class Pipeline:
         }
         parameters = {**sampling, **dataclasses.asdict(params), "token_seed": plan.sampling.seed}
         return picture_fields(plan.prompt, seed, parameters)
+
+
+def _require_memory(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, max_prompt_tokens: int
+) -> None:
+    """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
+    positions = (max_batch + 1) * (max_prompt_tokens + config.image_tokens.tokens_per_image)
+    cache = positions * 2 * config.ar.num_layers * config.ar.kv_size * dtype.itemsize
+    # The decoder's last stage holds three tensors of its width at full resolution: input, product and result.
+    picture = 3 * config.image_size**2 * config.vae.decoder_stages[0].channels * dtype.itemsize
+    needed = sum(weight_bytes(config, dtype).values()) + cache + picture
+    remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
+    require_memory(needed, "the model", device, remedy)
 
 
 def _as_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:

@@ -37,6 +37,20 @@ class PromptEncoder:
         self._require_id("<S0>", image_tokens.scale_start_token_id)
         self._pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
 
+    def check(self, prompt: str) -> None:
+        """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
+        if not isinstance(prompt, str):
+            raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
+        if not prompt.strip():
+            raise PromptError("the prompt is empty; say in words what to draw or change")
+        used = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for token in used:
+            if token in self._reserved:
+                raise PromptError(
+                    f"the prompt contains the reserved token {self._tokenizer.decode([token])!r}; "
+                    "write it in other words"
+                )
+
     def text_to_image(self, prompt: str) -> list[int]:
         """Prompt ids of a text-to-image request, ending in `<im_start><S0>`."""
         return self._encode(prompt, TEXT_TO_IMAGE, image_ids=[])
@@ -55,7 +69,7 @@ class PromptEncoder:
         return range(start, start + len(image_ids))
 
     def _encode(self, prompt: str, wording: str, image_ids: Sequence[int]) -> list[int]:
-        self._check(prompt)
+        self.check(prompt)
         content = wording.format_map({"prompt": prompt})
         if image_ids:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
@@ -69,19 +83,6 @@ class PromptEncoder:
             )
         replacements = iter(image_ids)
         return [next(replacements) if token == self._pad_id else token for token in ids]
-
-    def _check(self, prompt: str) -> None:
-        if not isinstance(prompt, str):
-            raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
-        if not prompt.strip():
-            raise PromptError("the prompt is empty; say in words what to draw or change")
-        used = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        for token in used:
-            if token in self._reserved:
-                raise PromptError(
-                    f"the prompt contains the reserved token {self._tokenizer.decode([token])!r}; "
-                    "write it in other words"
-                )
 
     def _require_id(self, token: str, expected: int) -> None:
         found = self._tokenizer.convert_tokens_to_ids(token)

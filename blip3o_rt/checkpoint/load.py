@@ -59,7 +59,7 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a checkpoint of either layout; `dtype` None keeps the stored one.
 
-    `admit` is called with the geometry and the dtype before any weight is read, and raises to refuse the model.
+    `admit` is called with geometry and dtype before any weight is read; it raises to refuse the model.
 
     A converted checkpoint is mapped: on the CPU and in its own dtype nothing is read until it is used, the
     pages are shared with every other process that maps the file, and the system can drop them at need. (The
