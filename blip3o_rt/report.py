@@ -108,10 +108,17 @@ class Report:
         rows.append(["total", f"{self.total_seconds:.3f}", "", ""])
         headers = ["stage", "seconds", "work", "rate"]
         body = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
-        used = ", ".join(f"{op}={'|'.join(names)}" for op, names in sorted(self.implementations.items()))
         memory = f"{self.peak_memory_bytes / 2**20:.0f} MiB"
-        lines = [body, f"{self.device}, {self.dtype}, tier {self.tier}; peak memory {memory}"]
-        return "\n".join([*lines, f"ops: {used}"] if used else lines)
+        machine = f"{self.device}, {self.dtype}, tier {self.tier}; peak memory {memory}"
+        return "\n".join([body, machine, *self._implementation_lines()])
+
+    def _implementation_lines(self) -> list[str]:
+        """One line per implementation, with the ops that ran on it."""
+        names = sorted({name for used in self.implementations.values() for name in used})
+        return [
+            f"on {name}: {', '.join(op for op, used in sorted(self.implementations.items()) if name in used)}"
+            for name in names
+        ]
 
     def __str__(self) -> str:
         return self.table()

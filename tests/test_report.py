@@ -77,9 +77,10 @@ def test_table_holds_every_figure() -> None:
     assert ["tokens", "2.000", "1", "token", "0.5", "tokens/s"] in lines
     assert ["denoise", "3.000", "30", "steps", "100.0", "ms/step"] in lines
     assert ["total", "5.000"] in lines
-    assert table.splitlines()[-2:] == [
+    assert table.splitlines()[-3:] == [
         "cpu, fp32, tier exact; peak memory 3 MiB",
-        "ops: rms_norm=cpu, row_linear=cpu|torch",
+        "on cpu: rms_norm, row_linear",
+        "on torch: row_linear",
     ]
 
 

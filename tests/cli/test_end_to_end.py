@@ -1,0 +1,110 @@
+"""The command on the embedded model: pictures, metadata, reproducibility, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import blip3o_rt
+from blip3o_rt.metadata import read_metadata
+
+COMMAND = [sys.executable, "-m", "blip3o_rt"]
+TIMEOUT = 300  # seconds; far more than it takes, so that a busy machine does not fail the test
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The package under test from any folder; the embedded model is written once, into a cache of its own."""
+    package = str(Path(blip3o_rt.__file__).parents[1])
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return {**os.environ, "PYTHONPATH": package, "BLIP3O_CACHE": cache, "OMP_NUM_THREADS": "1"}
+
+
+def run(folder: Path, environment: dict[str, str], *arguments: str) -> str:
+    """What the command prints on standard output."""
+    result = subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None:
+    options = ["--steps", "2", "--seed", "7", "--dtype", "fp32", "--device", "cpu"]
+    printed = run(
+        tmp_path, environment, "generate", "a red circle", "-n", "2", *options, "--report", "r.json"
+    )
+    assert printed.splitlines()[-2:] == ["out/a-red-circle-7.png", "out/a-red-circle-8.png"]
+    assert "tokens/s" in printed
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["stages"]["denoise"]["work"] == 4
+    assert report["dtype"] == "fp32"
+
+    # picture 1 of seed 7 is picture 0 of seed 8, alone in its batch and in another process
+    options[3] = "8"
+    run(tmp_path, environment, "generate", "a red circle", *options, "--out", "alone.png", "--quiet")
+    with (
+        Image.open(tmp_path / "alone.png") as alone,
+        Image.open(tmp_path / "out/a-red-circle-8.png") as second,
+    ):
+        assert alone.tobytes() == second.tobytes()
+    fields = read_metadata(tmp_path / "alone.png")
+    assert (fields["prompt"], fields["seed"], fields["parameters"]["steps"]) == ("a red circle", 8, 2)
+
+    run(tmp_path, environment, "edit", "make it green", "alone.png", *options, "--out", "edit.png", "--quiet")
+    with Image.open(tmp_path / "edit.png") as edited, Image.open(tmp_path / "alone.png") as alone:
+        assert edited.size == alone.size
+        assert edited.tobytes() != alone.tobytes()
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path: Path, environment: dict[str, str]) -> None:
+    arguments = ["generate", "x", "--steps", "1000", "--out", "x.png"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    seen = ""
+    while "denoise" not in seen:
+        letter = process.stderr.read(1)
+        assert letter, f"the command ended by itself: {seen}"
+        seen += letter
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert output == ""
+    assert errors.splitlines()[-1].endswith("blip3o-rt: interrupted")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_model_refuses_is_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        [*COMMAND, "generate", " ", "--quiet"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("blip3o-rt: error: the prompt is empty")
+    assert result.stderr.count("\n") == 1
