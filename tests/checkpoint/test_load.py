@@ -1,0 +1,151 @@
+"""Loading: mapping, dtypes, verification, the cache, and damaged conversions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.manifest import MANIFEST
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.errors import CheckpointError, InsufficientMemoryError
+
+from .conftest import edit_json
+
+
+@pytest.fixture
+def converted(checkpoint: Path, tmp_path: Path) -> Path:
+    convert(checkpoint, tmp_path / "converted", progress=False)
+    return tmp_path / "converted"
+
+
+def test_a_conversion_is_mapped(converted: Path) -> None:
+    loaded = load_checkpoint(converted)
+    assert loaded.tokenizer_dir == converted / "tokenizer"
+    assert loaded.device == torch.device("cpu")
+    assert loaded.source == converted
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        maps = mapped.read_text()
+        assert all(f"{converted / part}.safetensors" in maps for part in loaded.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_asked_dtype_is_given(dtype: torch.dtype, checkpoint: Path, converted: Path) -> None:
+    for path in (checkpoint, converted):
+        loaded = load_checkpoint(path, dtype=dtype)
+        assert loaded.dtype == dtype
+        kept = {"codebook": torch.float32}
+        for tensors in loaded.weights.values():
+            assert all(tensor.dtype == kept.get(name, dtype) for name, tensor in tensors.items())
+
+
+def test_another_dtype_is_refused(checkpoint: Path, converted: Path) -> None:
+    for path in (checkpoint, converted):
+        with pytest.raises(
+            CheckpointError, match=r"cannot be held as torch\.float16; accepted: bf16 or fp32"
+        ):
+            load_checkpoint(path, dtype=torch.float16)
+
+
+def test_a_model_can_be_refused_before_it_is_read(checkpoint: Path, converted: Path) -> None:
+    def refuse(config: ModelConfig, dtype: torch.dtype) -> None:
+        assert dtype == torch.bfloat16
+        raise InsufficientMemoryError(f"{config.ar.num_layers} layers")
+
+    for path in (checkpoint, converted):
+        with pytest.raises(InsufficientMemoryError, match="2 layers"):
+            load_checkpoint(path, admit=refuse)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_changed_content_is_found_by_verifying(converted: Path) -> None:
+    flip_last_bit(converted / "dit.safetensors")
+    load_checkpoint(converted)
+    with pytest.raises(CheckpointError, match=r"dit\.safetensors: checksum mismatch"):
+        load_checkpoint(converted, verify=True)
+
+
+def test_a_changed_tokenizer_is_found_by_verifying(converted: Path) -> None:
+    flip_last_bit(converted / "tokenizer" / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: checksum mismatch"):
+        load_checkpoint(converted, verify=True)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("name", ["ar.safetensors", "vae.safetensors", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    ("damage", "message"), [(truncate, "bytes, the manifest says"), (os.unlink, "missing")]
+)
+def test_truncated_and_missing_files_are_always_found(
+    name: str, damage: Callable[[Path], None], message: str, converted: Path
+) -> None:
+    damage(converted / name)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        load_checkpoint(converted)
+    assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format version 2; accepted: 1"),
+        ({"format": "other"}, "not a manifest"),
+        ({"dtype": "int4"}, "damaged"),
+        ({"files": {"../../etc/passwd": {"size": 1, "sha256": ""}}}, "damaged"),
+        ({"files": None}, "damaged"),
+        ({"surprise": 1}, "damaged"),
+        ({"config": {}}, "damaged"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(change: dict[str, object], message: str, converted: Path) -> None:
+    edit_json(converted / MANIFEST, change)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        load_checkpoint(converted)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_manifest_of_another_geometry_is_refused(converted: Path) -> None:
+    config = json.loads((converted / MANIFEST).read_text())["config"]
+    for key, value, message in (("intermediate_size", 64, "has shape"), ("num_layers", 3, "layers.2")):
+        changed = {**config, "ar": {**config["ar"], key: value}}
+        edit_json(converted / MANIFEST, {"config": changed})
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(converted)
+
+
+def test_folders_are_refused_with_a_conversion(converted: Path, checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match="takes no diffusion folder"):
+        load_checkpoint(converted, diffusion=checkpoint / "sana")
+
+
+def test_the_cache_is_made_once_and_again_when_the_source_changes(checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = load_checkpoint(checkpoint, cache_dir=cache)
+    made = list(cache.iterdir())
+    assert [first.source] == made
+    inode = (made[0] / MANIFEST).stat().st_ino
+    again = load_checkpoint(checkpoint, cache_dir=cache)
+    assert again.source == first.source
+    assert (made[0] / MANIFEST).stat().st_ino == inode
+    direct = load_checkpoint(checkpoint)
+    for part, tensors in direct.weights.items():
+        assert all(torch.equal(tensor, again.weights[part][name]) for name, tensor in tensors.items())
+    load_checkpoint(checkpoint, cache_dir=cache, dtype=torch.float32)
+    assert len(list(cache.iterdir())) == 2
+    os.utime(checkpoint / "model.safetensors", ns=(0, 0))
+    assert load_checkpoint(checkpoint, cache_dir=cache).source != first.source
