@@ -45,7 +45,7 @@ class ImageTokenizer:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, N, hidden] in the tower's dtype, and codes int64 [B, N], of pixels [B, C, S, S] in -1..1.
+        """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.
 
         N is config.tokens. The features are those after Linear and Tanh; the codes are rows of the codebook,
         chosen in float32 whatever the dtype of the tower. Raises ImageError for pixels of another shape.

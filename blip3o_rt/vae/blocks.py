@@ -32,16 +32,15 @@ class Convolution:
     """k x k convolution (k odd) that keeps the size, or halves it with stride 2."""
 
     def __init__(self, weights: Weights, name: str, stride: int = 1, groups: int = 1) -> None:
-        self.weight = weights[name + ".weight"]
+        self.weight = channels_first(weights[name + ".weight"])
         self.bias = weights.get(name + ".bias")
         self.stride = stride
         self.groups = groups
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = channels_first(x)
         padding = self.weight.shape[-1] // 2
-        return channels_last(
-            F.conv2d(channels_first(x), self.weight, self.bias, self.stride, padding, groups=self.groups)
-        )
+        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups))
 
 
 class ChannelNorm:
@@ -133,7 +132,7 @@ class NearestUpsampling:
     """
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
-        self.weight = fold_nearest_taps(weights[name + ".weight"])
+        self.weight = fold_nearest_taps(channels_first(weights[name + ".weight"]))
         self.bias = weights[name + ".bias"]
         self.shortcut = shortcut
 
@@ -147,7 +146,8 @@ def fold_nearest_taps(weight: Tensor) -> Tensor:
     """conv3x3 weight [out, in, 3, 3] -> transposed weight [in, out, 4, 4] that doubles the image first."""
     wide = arithmetic_dtype(weight)
     taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=wide, device=weight.device)
-    return torch.einsum("yk,oikl,xl->ioyx", taps, weight.to(wide), taps).to(weight.dtype).contiguous()
+    folded = torch.einsum("yk,oikl,xl->ioyx", taps, weight.to(wide), taps).to(weight.dtype)
+    return folded.contiguous(memory_format=torch.channels_last)
 
 
 class ShuffleUpsampling:

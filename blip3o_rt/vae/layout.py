@@ -1,5 +1,6 @@
 """Tensors of the DC-AE autoencoder: runtime names, shapes, and the original tensors each is made from.
 
+Convolution weights are kept [out, height, width, in], as a channels-last convolution reads them.
 Original names are those under `model.sana_vae.`, or without a prefix in a diffusers `vae` folder.
 """
 
@@ -57,10 +58,16 @@ def _decoder(config: VAEConfig) -> list[TensorSpec]:
 
 
 def _convolution(prefix: str, channels_out: int, channels_in: int) -> list[TensorSpec]:
-    return [
-        direct(prefix + ".weight", channels_out, channels_in, 3, 3),
-        direct(prefix + ".bias", channels_out),
-    ]
+    return [_taps(prefix + ".weight", channels_out, channels_in), direct(prefix + ".bias", channels_out)]
+
+
+def _taps(name: str, channels_out: int, channels_in: int) -> TensorSpec:
+    source = Source(name, (channels_out, channels_in, 3, 3))
+    return TensorSpec(name, (channels_out, 3, 3, channels_in), (source,), _channels_last)
+
+
+def _channels_last(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].permute(0, 2, 3, 1)
 
 
 def _downsample(config: VAEConfig, prefix: str, channels_out: int, channels_in: int) -> list[TensorSpec]:
@@ -78,7 +85,7 @@ def _block(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[Tensor
     if stage.block == "ResBlock":
         return [
             *_convolution(prefix + "conv1", channels, channels),
-            direct(prefix + "conv2.weight", channels, channels, 3, 3),
+            _taps(prefix + "conv2.weight", channels, channels),
             direct(prefix + "norm.weight", channels),
             direct(prefix + "norm.bias", channels),
         ]
@@ -93,16 +100,16 @@ def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str)
     inner = channels // head_dim * head_dim
     grouped = partial(_group_by_letter, head_dim=head_dim)
 
-    def regrouped(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name, shape, (Source(name, shape),), grouped)
+    def regrouped(name: str, source_shape: tuple[int, ...], *shape: int) -> TensorSpec:
+        return TensorSpec(name, shape, (Source(name, source_shape),), grouped)
 
     thirds = tuple(Source(f"{prefix}to_{letter}.weight", (inner, channels)) for letter in "qkv")
     specs = [TensorSpec(prefix + "to_qkv.weight", (3 * inner, channels), thirds, grouped)]
     for index, kernel in enumerate(stage.multiscales):
         scale = f"{prefix}to_qkv_multiscale.{index}."
         specs += [
-            regrouped(scale + "proj_in.weight", 3 * inner, 1, kernel, kernel),
-            regrouped(scale + "proj_out.weight", 3 * inner, head_dim, 1, 1),
+            regrouped(scale + "proj_in.weight", (3 * inner, 1, kernel, kernel), 3 * inner, kernel, kernel, 1),
+            regrouped(scale + "proj_out.weight", (3 * inner, head_dim, 1, 1), 3 * inner, 1, 1, head_dim),
         ]
     return [
         *specs,
