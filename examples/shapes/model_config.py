@@ -17,8 +17,8 @@ AUTOENCODER: dict[str, Any] = {
     "attention_head_dim": 32,
     "encoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
     "decoder_block_types": ["ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
-    "encoder_block_out_channels": [16, 32, 64, 128, 128],
-    "decoder_block_out_channels": [16, 32, 64, 128, 128],
+    "encoder_block_out_channels": [8, 16, 32, 64, 128],
+    "decoder_block_out_channels": [8, 32, 64, 64, 128],
     "encoder_layers_per_block": [1, 1, 1, 1, 1],
     "decoder_layers_per_block": [1, 1, 1, 1, 1],
     "encoder_qkv_multiscales": [[], [], [], [5], [5]],
@@ -39,7 +39,7 @@ TRANSFORMER: dict[str, Any] = {
     "cross_attention_head_dim": 64,
     "cross_attention_dim": 256,
     "caption_channels": CAPTION_CHANNELS,
-    "mlp_ratio": 2.5,
+    "mlp_ratio": 2.0,
     "attention_bias": False,
     "sample_size": LATENT_SIDE,
     "patch_size": 1,
@@ -66,7 +66,7 @@ VISION_SELECT_LAYER = -2
 
 LANGUAGE_MODEL: dict[str, Any] = {
     "hidden_size": 256,
-    "intermediate_size": 640,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -12,13 +12,15 @@ from diffusers import AutoencoderDC
 
 from .model_config import AUTOENCODER
 from .render import render_batch
-from .scene import training_scene
+from .scene import PICTURE_SIZE, PLACES, Scene, training_scene
 from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
 
 LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffusion model's small errors
 LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means something
 COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
 EDGE_WEIGHT = 8.0
+CROP = PICTURE_SIZE // 2  # side of the crops around shapes that the first part of training sees
+CROP_SHARE = 0.65  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
 
 
 def build_autoencoder() -> AutoencoderDC:
@@ -30,6 +32,26 @@ def pixel_weight(covered: torch.Tensor) -> torch.Tensor:
     """Weight of every pixel in the loss, [N, 1, H, W]: more on shapes, most on their edges."""
     edge = F.max_pool2d(covered, 3, 1, 1) + F.max_pool2d(-covered, 3, 1, 1)
     return 1 + COVERED_WEIGHT * covered + EDGE_WEIGHT * edge
+
+
+def crop_around_shapes(scenes: list[Scene], pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """The CROP x CROP window around one shape of every scene (the middle of a scene without any)."""
+    windows = []
+    for scene, picture in zip(scenes, pictures, strict=True):
+        place = PLACES.index(rng.choice(scene.shapes).place if scene.shapes else "centre")
+        top, left = (CROP // 2 * cell for cell in divmod(place, 3))
+        windows.append(picture[:, top : top + CROP, left : left + CROP])
+    return torch.stack(windows)
+
+
+def training_batch(rng: random.Random, batch: int, crops: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures [N, 3, S, S] and their coverage [N, 1, S, S], whole or as crops around shapes."""
+    scenes = [training_scene(rng) for _ in range(batch)]
+    pictures, covered = render_batch(scenes)
+    if not crops:
+        return pictures, covered
+    cropped = crop_around_shapes(scenes, torch.cat([pictures, covered], dim=1), rng)
+    return cropped[:, :3], cropped[:, 3:]
 
 
 def reconstruction_loss(model: AutoencoderDC, pictures: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,7 +117,8 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
             group["lr"] = learning_rate(step, steps, peak)
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
-        losses = reconstruction_loss(model, *render_batch([training_scene(rng) for _ in range(batch)]))
+        crops = step < CROP_SHARE * steps
+        losses = reconstruction_loss(model, *training_batch(rng, batch, crops))
         optimiser.zero_grad(set_to_none=True)
         (losses["l1"] + LATENT_PENALTY * losses["latent_square"]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

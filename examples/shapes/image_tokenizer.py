@@ -1,0 +1,52 @@
+"""TA-Tok in small: a SigLIP vision tower, a bottleneck and a cosine codebook (SimVQ), on the reference modules."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from .model_config import CODE_WIDTH, CODEBOOK_SIZE, VISION_SELECT_LAYER, VISION_TOWER
+
+
+class Codebook(nn.Module):
+    """Fixed random rows under a learned projection; codes are compared by cosine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(CODEBOOK_SIZE, CODE_WIDTH)
+        self.embedding.weight.requires_grad_(False)
+        self.embedding_proj = nn.Linear(CODE_WIDTH, CODE_WIDTH)
+
+    def unit_rows(self) -> torch.Tensor:
+        """L2-normalised projected rows, [codes, width]."""
+        return F.normalize(self.embedding_proj(self.embedding.weight).float(), dim=-1)
+
+
+class ImageTokenizer(nn.Module):
+    """Pictures to codes. Module names are those of the published tokenizer's state dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = VISION_TOWER["hidden_size"]
+        self.encoder = SiglipVisionModel(SiglipVisionConfig(**VISION_TOWER))
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        self.bottleneck = nn.ModuleDict(
+            {"in_linear": nn.Linear(width, CODE_WIDTH), "regularizer": Codebook()}
+        )
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Unquantised features [N, tokens, CODE_WIDTH] of pictures [N, 3, H, W] in [0, 1]."""
+        states = self.encoder(pixel_values=(pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states
+        return self.bottleneck["in_linear"](self.encode_task_layer(states[VISION_SELECT_LAYER]))
+
+    def similarity(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Cosine of every token's feature with every code, [N, tokens, codes]."""
+        features = F.normalize(self.features(pictures).float(), dim=-1)
+        return features @ self.bottleneck["regularizer"].unit_rows().T
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [N, tokens]."""
+        return self.similarity(pictures).argmax(dim=-1)

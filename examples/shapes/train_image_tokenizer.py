@@ -1,0 +1,127 @@
+"""Stage 2: trains the image tokenizer on exact per-cell labels (python -m examples.shapes.train_image_tokenizer)."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .codes import FIRST_SHAPE_CODE, describe_codes, scene_codes
+from .image_tokenizer import ImageTokenizer
+from .render import render_batch
+from .scene import Scene, random_scene, training_scene
+from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
+
+COSINE_SCALE = 20.0
+SHAPE_WEIGHT = 4.0  # of a cell that holds a shape, against one of background
+NOISE = 0.04  # standard deviation added to pixels, so that generated pictures are read as well
+BLUR_SHARE = 0.3
+
+
+def roughen(pictures: torch.Tensor) -> torch.Tensor:
+    """Noise, a slight colour cast, and for some pictures a blur: what generated pictures suffer from."""
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    chosen = (torch.rand(len(pictures), 1, 1, 1) < BLUR_SHARE).float()
+    pictures = pictures + chosen * (blurred - pictures)
+    cast = torch.randn(len(pictures), 3, 1, 1) * NOISE / 2
+    strength = torch.rand(len(pictures), 1, 1, 1) * NOISE
+    return (pictures + cast + strength * torch.randn_like(pictures)).clamp(0, 1)
+
+
+def code_loss(model: ImageTokenizer, scenes: list[Scene]) -> tuple[torch.Tensor, float]:
+    """Cross-entropy of the scaled cosines against the cells' codes, and the share of right shape cells."""
+    target = torch.tensor([scene_codes(scene) for scene in scenes])
+    pictures = roughen(render_batch(scenes)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        similarity = model.similarity(pictures)
+    weight = torch.where(target >= FIRST_SHAPE_CODE, SHAPE_WEIGHT, 1.0)
+    loss = F.cross_entropy(COSINE_SCALE * similarity.float().flatten(0, 1), target.flatten(), reduction="none")
+    shape_cells = target >= FIRST_SHAPE_CODE
+    right = (similarity.argmax(-1) == target)[shape_cells].float().mean()
+    return (loss * weight.flatten()).sum() / weight.sum(), float(right)
+
+
+@torch.no_grad()
+def gate(model: ImageTokenizer, count: int = 500, seed: int = 11) -> dict[str, float]:
+    """Shares of scenes (held-out ones included) wholly recovered from codes alone, and of exact code grids."""
+    rng = random.Random(seed)
+    scenes = [random_scene(rng) for _ in range(count)]
+    codes = model.encode(render_batch(scenes)[0])
+    recovered = [
+        set(found.shapes) == set(scene.shapes) and found.background == scene.background
+        for scene, found in zip(scenes, map(describe_codes, codes.tolist()), strict=True)
+    ]
+    exact = (codes == torch.tensor([scene_codes(scene) for scene in scenes])).all(dim=1)
+    return {"scenes_recovered": sum(recovered) / count, "grids_exact": round(float(exact.float().mean()), 4)}
+
+
+def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
+    """Runs or resumes the stage; leaves run/image_tokenizer.pt."""
+    path = run / "image_tokenizer.pt"
+    torch.manual_seed(seed)
+    model = ImageTokenizer().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    average = WeightAverage([model], 0.99)
+    first = 0
+    if (state := load_state(path)) is not None:
+        first = state["step"]
+        model.load_state_dict(state["weights"])
+        optimiser.load_state_dict(state["optimiser"])
+        average.average = state["average"]
+    log = Log(run / "image_tokenizer.jsonl", every=100)
+
+    def save(step: int) -> None:
+        average.swap()
+        averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        average.swap()
+        save_atomically(
+            {
+                "step": step,
+                "model": averaged,
+                "weights": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": average.average,
+            },
+            path,
+        )
+
+    def measure() -> dict[str, float]:
+        average.swap()
+        measured = gate(model, 100)
+        average.swap()
+        return measured
+
+    for step in range(first, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        rng = random.Random(seed * 1_000_003 + step)
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss, right = code_loss(model, [training_scene(rng) for _ in range(batch)])
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        average.update(step)
+        log.add(step, {"loss": float(loss), "shape_cells_right": right}, measure)
+        if (step + 1) % 200 == 0:
+            save(step + 1)
+    save(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=2)
+    arguments = parser.parse_args()
+    train(arguments.run, arguments.steps, arguments.batch, arguments.peak, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
