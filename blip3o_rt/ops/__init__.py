@@ -1,5 +1,6 @@
 """The ops that the model is made of; a call picks the best implementation this machine has (see registry)."""
 
+from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.cross_attention import cross_attention
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.gated_add import gated_add
@@ -17,6 +18,7 @@ from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
     "all_ops",
+    "channel_rms_norm",
     "choices",
     "cross_attention",
     "depthwise_glu",
