@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
 
 _ROWS = 64  # rows at a time, so that the scores of a large codebook stay small
@@ -18,3 +19,10 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
     The dot product of the row returned is within the tolerance (of the feature's length) of the largest.
     """
     return torch.cat([(rows @ codebook.T).argmax(dim=-1) for rows in features.split(_ROWS)])
+
+
+@nearest_code.implementation("cpu", device="cpu", dtypes=(torch.float32,), available=native.cpu_unavailable)
+def _cpu(features: Tensor, codebook: Tensor) -> Tensor:
+    out = torch.empty(features.shape[0], dtype=torch.int64)
+    native.cpu().nearest_code(features, codebook, out)
+    return out

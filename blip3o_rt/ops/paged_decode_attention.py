@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import BF16, FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -42,3 +43,19 @@ def paged_decode_attention(
         weights = torch.softmax(scale * grouped[b] @ k.transpose(1, 2), dim=-1)
         result[b] = weights @ v
     return deliver(result.reshape(q.shape), q.dtype, out)
+
+
+@paged_decode_attention.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
+def _cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lengths: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(q) if out is None else out
+    native.cpu().paged_decode_attention(q, k_cache, v_cache, block_table, context_lengths, scale, out)
+    return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import BF16, FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -47,3 +48,27 @@ def qk_norm_rope_append(
     k_cache[page, :, offset] = norm_and_rotate(k, k_weight)[written].to(k_cache.dtype)
     v_cache[page, :, offset] = v[written].to(v_cache.dtype)
     return deliver(norm_and_rotate(q, q_weight), qkv.dtype, out)
+
+
+@qk_norm_rope_append.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
+def _cpu(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    if out is None:
+        _, kv_heads, _, head_dim = k_cache.shape
+        q_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
+        out = torch.empty((qkv.shape[0], q_heads, head_dim), dtype=qkv.dtype)
+    native.cpu().qk_norm_rope_append(
+        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
+    )
+    return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import BF16, FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -33,3 +34,24 @@ def rms_norm(
     if bias is not None:
         y = y + bias.to(wide)
     return deliver(y, x.dtype, out)
+
+
+def _same_dtype(x: Tensor, weight: Tensor, *_: object, **__: object) -> str | None:
+    return None if weight.dtype == x.dtype else "takes x and weight of one dtype"
+
+
+@rms_norm.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_same_dtype, available=native.cpu_unavailable
+)
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    native.cpu().rms_norm(x, weight, eps, bias, residual, out)
+    return out

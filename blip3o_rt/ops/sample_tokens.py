@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import deliver
 from blip3o_rt.random import token_uniforms
@@ -50,3 +51,19 @@ def sample_tokens(
     bad = torch.isnan(logits).any(-1) | (logits == torch.inf).any(-1) | (logits == -torch.inf).all(-1)
     tokens = scores.argmax(dim=-1).masked_fill(bad | ~(temperature > 0), -1)
     return deliver(tokens, torch.int64, out)
+
+
+@sample_tokens.implementation("cpu", device="cpu", dtypes=(torch.float32,), available=native.cpu_unavailable)
+def _cpu(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(logits.shape[0], dtype=torch.int64) if out is None else out
+    native.cpu().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, out)
+    return out

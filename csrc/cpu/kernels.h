@@ -1,0 +1,43 @@
+// The CPU kernels as every instruction set offers them, and the choice between those at run time.
+//
+// Each csrc/cpu/<op>.cpp is compiled once per instruction set into a namespace of its own. Such a file must
+// not instantiate anything of the standard library: the linker keeps one copy of an inline function, and it
+// might be the AVX-512 one that then runs on a machine without it.
+#pragma once
+
+#include <cstdint>
+
+#include "blip3o/op_arguments.h"
+
+namespace blip3o::cpu {
+
+// A kernel computes the outputs begin .. end of its op; what is counted is said with each.
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
+
+struct Kernels {
+    Kernel<RmsNormArguments> rms_norm;                             // rows
+    Kernel<SiluMulArguments> silu_mul;                             // rows
+    Kernel<RowLinearArguments> row_linear;                         // columns of the result
+    Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;         // tokens
+    Kernel<PagedDecodeAttentionArguments> paged_decode_attention;  // (sequence, KV head) pairs
+    Kernel<NearestCodeArguments> nearest_code;                     // rows of features
+};
+
+enum class Isa { portable, avx2, avx512 };
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512};
+
+const char* name_of(Isa isa);
+
+// Whether this build has the kernels of `isa` and this machine runs them.
+bool runs_here(Isa isa);
+
+// The instruction set in use: the best that runs here, until set_isa says otherwise.
+Isa current_isa();
+
+// `isa` must run here.
+void set_isa(Isa isa);
+
+const Kernels& kernels();
+
+}  // namespace blip3o::cpu

@@ -1,0 +1,113 @@
+#include "cpu/ops.h"
+
+#include "cpu/kernels.h"
+#include "cpu/sample_tokens.h"
+#include "cpu/thread_pool.h"
+
+namespace blip3o::cpu {
+namespace {
+
+// Elements that one thread should have at least; less is done sooner than another thread wakes up.
+constexpr int64_t kGrainElements = 16 * 1024;
+
+int64_t grain(int64_t elements_per_unit) {
+    return elements_per_unit >= kGrainElements ? 1 : kGrainElements / (elements_per_unit + 1) + 1;
+}
+
+void check_slots(const QkNormRopeAppendArguments& a) {
+    const int64_t slots = a.cache.pages * a.cache.page_size;
+    for (int64_t token = 0; token < a.tokens; ++token) {
+        if (a.positions[token] < 0 || a.positions[token] >= a.max_positions) {
+            throw ArgumentError("qk_norm_rope_append: positions[" + std::to_string(token) + "] is " +
+                                std::to_string(a.positions[token]) + "; accepted: 0 to " +
+                                std::to_string(a.max_positions - 1) + ", the rows of rope_table");
+        }
+        if (a.slots[token] < -1 || a.slots[token] >= slots) {
+            throw ArgumentError("qk_norm_rope_append: slots[" + std::to_string(token) + "] is " +
+                                std::to_string(a.slots[token]) + "; accepted: -1 (not written) to " +
+                                std::to_string(slots - 1) + ", the last of the cache");
+        }
+    }
+}
+
+void check_pages(const PagedDecodeAttentionArguments& a) {
+    for (int64_t b = 0; b < a.batch; ++b) {
+        const int64_t length = a.context_lengths[b];
+        if (length < 0 || length > a.max_blocks * a.cache.page_size) {
+            throw ArgumentError("paged_decode_attention: context_lengths[" + std::to_string(b) + "] is " +
+                                std::to_string(length) + "; accepted: 0 to " +
+                                std::to_string(a.max_blocks * a.cache.page_size) +
+                                ", what block_table holds");
+        }
+        for (int64_t block = 0; block * a.cache.page_size < length; ++block) {
+            const int64_t page = a.block_table[b * a.max_blocks + block];
+            if (page < 0 || page >= a.cache.pages) {
+                throw ArgumentError("paged_decode_attention: block_table[" + std::to_string(b) + ", " +
+                                    std::to_string(block) + "] is " + std::to_string(page) +
+                                    "; accepted: 0 to " + std::to_string(a.cache.pages - 1) +
+                                    ", the pages of k_cache");
+            }
+        }
+    }
+}
+
+template <class Arguments>
+void run(Kernel<Arguments> kernel, const Arguments& arguments, int64_t count, int64_t grain_units) {
+    parallel_for(count, grain_units, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+
+}  // namespace
+
+void rms_norm(const TensorView& x, const TensorView& weight, double eps, const OptionalView& bias,
+              const OptionalView& residual, const TensorView& out) {
+    const auto arguments = check_rms_norm(Device::cpu, x, weight, eps, bias, residual, out);
+    run(kernels().rms_norm, arguments, arguments.x.count, grain(arguments.x.width));
+}
+
+void silu_mul(const TensorView& gate_up, const TensorView& out) {
+    const auto arguments = check_silu_mul(Device::cpu, gate_up, out);
+    run(kernels().silu_mul, arguments, arguments.out.count, grain(4 * arguments.out.width));
+}
+
+void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                const TensorView& out) {
+    const auto arguments = check_row_linear(Device::cpu, x, weight, bias, out);
+    const int64_t work = arguments.x.width * (arguments.x.count + 1);
+    run(kernels().row_linear, arguments, arguments.x.count > 0 ? arguments.weight.count : 0, grain(work));
+}
+
+void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+                         const TensorView& k_cache, const TensorView& v_cache, double eps,
+                         const TensorView& out) {
+    const auto arguments = check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, rope_table,
+                                                     positions, slots, k_cache, v_cache, eps, out);
+    check_slots(arguments);
+    run(kernels().qk_norm_rope_append, arguments, arguments.tokens, grain(2 * arguments.qkv.width));
+}
+
+void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& out) {
+    const auto arguments = check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, block_table,
+                                                        context_lengths, scale, out);
+    check_pages(arguments);
+    const int64_t largest_work = arguments.max_blocks * arguments.cache.page_size * arguments.cache.head_dim;
+    run(kernels().paged_decode_attention, arguments, arguments.batch * arguments.cache.kv_heads,
+        grain(largest_work));
+}
+
+void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
+                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                   const TensorView& out) {
+    const auto arguments =
+        check_sample_tokens(Device::cpu, logits, temperature, top_k, top_p, seeds, positions, out);
+    run(sample_rows, arguments, arguments.logits.count, 1);
+}
+
+void nearest_code(const TensorView& features, const TensorView& codebook, const TensorView& out) {
+    const auto arguments = check_nearest_code(Device::cpu, features, codebook, out);
+    run(kernels().nearest_code, arguments, arguments.features.count, 4);
+}
+
+}  // namespace blip3o::cpu

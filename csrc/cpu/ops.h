@@ -1,0 +1,33 @@
+// The ops on the CPU: each checks its arguments (ArgumentError), then runs on the pool's threads.
+//
+// Shapes, dtypes and semantics: blip3o_rt/ops.
+#pragma once
+
+#include "blip3o/contracts.h"
+
+namespace blip3o::cpu {
+
+void rms_norm(const TensorView& x, const TensorView& weight, double eps, const OptionalView& bias,
+              const OptionalView& residual, const TensorView& out);
+
+void silu_mul(const TensorView& gate_up, const TensorView& out);
+
+void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                const TensorView& out);
+
+void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+                         const TensorView& k_cache, const TensorView& v_cache, double eps,
+                         const TensorView& out);
+
+void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& out);
+
+void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
+                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                   const TensorView& out);
+
+void nearest_code(const TensorView& features, const TensorView& codebook, const TensorView& out);
+
+}  // namespace blip3o::cpu

@@ -1,0 +1,90 @@
+// What each op's kernels receive, on every device: plain pointers and sizes, already checked (contracts.h).
+//
+// Nothing here has a constructor or a template, so kernels compiled for several instruction sets share it
+// safely.
+#pragma once
+
+#include <cstdint>
+
+namespace blip3o {
+
+enum class DType : uint8_t { f32, bf16, i32, i64, other };
+
+// bfloat16 as it lies in memory: the upper half of a float.
+struct bf16 {
+    uint16_t bits;
+};
+
+// A matrix whose rows are contiguous and lie `stride` elements apart. data is null for an absent optional.
+struct Rows {
+    void* data;
+    int64_t count, width, stride;
+
+    template <class T>
+    T* row(int64_t index) const {
+        return static_cast<T*>(data) + index * stride;
+    }
+};
+
+struct RmsNormArguments {
+    Rows x, residual, out;
+    const void *weight, *bias;  // bias may be null
+    DType dtype;
+    float eps;
+};
+
+struct SiluMulArguments {
+    Rows gate_up, out;
+    DType dtype;
+};
+
+struct RowLinearArguments {
+    Rows x, weight, out;
+    const void* bias;  // may be null
+    DType dtype, out_dtype;
+};
+
+// A paged cache [pages, kv_heads, page_size, head_dim], contiguous.
+struct PagedCache {
+    void *k, *v;
+    int64_t pages, kv_heads, page_size, head_dim;
+};
+
+struct QkNormRopeAppendArguments {
+    Rows qkv;
+    const void *q_weight, *k_weight;
+    const float* rope_table;  // [max_positions, head_dim]
+    const int32_t *positions, *slots;
+    PagedCache cache;
+    void* out;  // [tokens, q_heads, head_dim]
+    int64_t tokens, q_heads, max_positions;
+    DType dtype;
+    float eps;
+};
+
+struct PagedDecodeAttentionArguments {
+    const void* q;
+    PagedCache cache;
+    const int32_t *block_table, *context_lengths;
+    void* out;
+    int64_t batch, q_heads, max_blocks;
+    DType dtype;
+    float scale;
+};
+
+struct SampleTokensArguments {
+    Rows logits;
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const int64_t* seeds;
+    const int32_t* positions;
+    int64_t* out;
+};
+
+struct NearestCodeArguments {
+    Rows features, codebook;
+    int64_t* out;
+};
+
+}  // namespace blip3o
