@@ -1,0 +1,11 @@
+"""How far one result is from another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def relative_l2(found: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of the expected values."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
