@@ -424,6 +424,7 @@ class Pipeline:
             features = None
             if self._feature_connector is not None:
                 features = self._feature_connector(torch.cat([found.flatten(0, 1) for found, _ in encoded]))
+                ids = [self._prompts.image_pad_id] * len(ids)  # their embeddings are the features
             latents: tuple[Tensor, ...] = ()
             if edit.use_und_image_vae or self._sees_reference:
                 latents = tuple(

@@ -35,7 +35,7 @@ class PromptEncoder:
         self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         self._require_id("<im_start>", image_tokens.image_start_tag_id)
         self._require_id("<S0>", image_tokens.scale_start_token_id)
-        self._pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.image_pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
 
     def check(self, prompt: str) -> None:
         """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
@@ -59,7 +59,7 @@ class PromptEncoder:
         """Prompt ids of an edit.
 
         `image_ids` are the vocabulary ids of the reference image's tokens (of several images one after
-        another, between one pair of markers).
+        another, between one pair of markers), or as many `image_pad_id` where features stand for them.
         """
         return self._encode(prompt, EDIT, image_ids)
 
@@ -82,7 +82,7 @@ class PromptEncoder:
                 "are accepted: shorten the prompt"
             )
         replacements = iter(image_ids)
-        return [next(replacements) if token == self._pad_id else token for token in ids]
+        return [next(replacements) if token == self.image_pad_id else token for token in ids]
 
     def _require_id(self, token: str, expected: int) -> None:
         found = self._tokenizer.convert_tokens_to_ids(token)
