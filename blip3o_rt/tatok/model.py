@@ -53,17 +53,19 @@ class ImageTokenizer:
         size, channels = self.config.image_size, self.config.image_channels
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
             raise ImageError(f"pixels must be [B, {channels}, {size}, {size}], not {list(pixels.shape)}")
-        features = torch.tanh(F.linear(self._hidden_state(pixels.to(self.device, self.dtype)), *self.task))
-        projected = F.linear(features.to(self.codebook.dtype), *self.bottleneck)
-        codes = nearest_code(projected.flatten(0, 1), self.codebook)
-        return features, codes.view(features.shape[:2])
+        features = torch.cat(
+            [self._features(single) for single in pixels.to(self.device, self.dtype).split(1)]
+        )
+        projected = [F.linear(single.to(self.codebook.dtype), *self.bottleneck) for single in features]
+        return features, torch.stack([nearest_code(single, self.codebook) for single in projected])
 
-    def _hidden_state(self, pixels: Tensor) -> Tensor:
+    def _features(self, pixels: Tensor) -> Tensor:
+        """[1, N, hidden] of one picture: alone, so that its last bit does not depend on a batch."""
         x = F.linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
         x += self.position_embedding
         for layer in self.layers:
             x = layer(x)
-        return x
+        return torch.tanh(F.linear(x, *self.task))
 
 
 def patches(pixels: Tensor, side: int) -> Tensor:

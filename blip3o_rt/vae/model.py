@@ -71,11 +71,18 @@ class Autoencoder:
         return latent.sub_(self.config.shift_factor).mul_(self.config.scaling_factor)
 
     def _run(self, blocks: list[Block], x: Tensor) -> Tensor:
-        """The blocks one after the other, [B, C, H, W] to a fresh [B, C', H', W'] in float32 (or float64)."""
-        x = channels_last(x.to(self.device, self.dtype))
-        for block in blocks:
-            x = block(x)
-        return channels_first(x).to(arithmetic_dtype(x)).contiguous()
+        """The blocks one after the other, [B, C, H, W] to a fresh [B, C', H', W'] in float32 (or float64).
+
+        Pictures go through one at a time: a result does not depend, in its last bit, on what shares the
+        batch, and the memory is that of one.
+        """
+        results = []
+        for single in x.to(self.device, self.dtype).split(1):
+            y = channels_last(single)
+            for block in blocks:
+                y = block(y)
+            results.append(channels_first(y).to(arithmetic_dtype(y)))
+        return torch.cat(results).contiguous()
 
 
 def _decoder(config: VAEConfig, weights: Weights) -> list[Block]:
