@@ -34,7 +34,7 @@ def qk_norm_rope_append(
     -> q [T, Hq, D] in the dtype of qkv.
     """
     tokens, (_, kv_heads, page_size, head_dim) = qkv.shape[0], k_cache.shape
-    heads = qkv.reshape(tokens, -1, head_dim).to(arithmetic_dtype(qkv))
+    heads = qkv.reshape(tokens, qkv.shape[1] // head_dim, head_dim).to(arithmetic_dtype(qkv))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     cos, sin = rope_table[positions.long()].to(heads.dtype)[:, None].chunk(2, dim=-1)
 

@@ -1,0 +1,86 @@
+"""One call of an op, and its comparison with the reference computed in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ops.registry import Op
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a call. `written`: positions or names of arguments that the op changes, also compared."""
+
+    label: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    written: tuple[int | str, ...] = ()
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal numbers, rounded to the dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+def int32(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def copies(case: Case, device: str = "cpu", widen: bool = False) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments as fresh tensors (same strides); floating ones in float64 if `widen`."""
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+        return fresh.double() if widen and value.is_floating_point() else fresh.to(device)
+
+    return [copy(a) for a in case.arguments], {name: copy(value) for name, value in case.options.items()}
+
+
+def outputs(case: Case, arguments: list[Any], options: dict[str, Any], result: Tensor) -> list[Tensor]:
+    """The result and every written argument."""
+    return [result, *(arguments[w] if isinstance(w, int) else options[w] for w in case.written)]
+
+
+def run(op: Op[Any, Any], implementation: str, case: Case, device: str = "cpu") -> list[Tensor]:
+    """What the named implementation makes of the case, on the CPU."""
+    arguments, options = copies(case, device)
+    with ops.force(op.name, implementation):
+        result = op(*arguments, **options)
+    return [output.cpu() for output in outputs(case, arguments, options, result)]
+
+
+def run_exact(op: Op[Any, Any], case: Case) -> list[Tensor]:
+    """What the reference makes of the case in float64."""
+    arguments, options = copies(case, widen=True)
+    return outputs(case, arguments, options, op.reference(*arguments, **options))
+
+
+def worst_error(result: Tensor, exact: Tensor) -> float:
+    """max |result - exact| / (|exact| + rms(exact)), the measure of an op's tolerance."""
+    if exact.numel() == 0:
+        return 0.0
+    scale = exact.abs() + exact.square().mean().sqrt()
+    error = torch.where(result.double() == exact, 0.0, (result.double() - exact).abs() / scale)
+    return float(error.max())
+
+
+def assert_close(op: Op[Any, Any], case: Case, results: list[Tensor], exact: list[Tensor]) -> None:
+    """Integers are equal; floating numbers are within the op's tolerance for the dtype they came in."""
+    for result, expected in zip(results, exact, strict=True):
+        assert result.shape == expected.shape
+        if not result.is_floating_point():
+            assert torch.equal(result, expected)
+        else:
+            error = worst_error(result, expected)
+            assert error <= op.tolerance[result.dtype], f"{op.name}, {case.label}: error {error:.2e}"

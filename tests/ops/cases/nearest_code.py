@@ -1,0 +1,41 @@
+"""Every remainder of the tiles, several panels of codes, and codes that occur twice."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.ops.case import Case, random
+
+
+def codebook(count: int, width: int) -> Tensor:
+    return F.normalize(random(2, count, width), dim=1)
+
+
+def cases() -> Iterator[Case]:
+    for rows, codes, width in (
+        *((rows, 21, 19) for rows in (1, 2, 3, 4, 5, 9)),
+        *((3, codes, 16) for codes in (1, 2, 3, 4, 5, 400)),
+        *((3, 21, width) for width in (1, 2, 15, 17, 33)),
+        (70, 130, 1536),
+        (0, 5, 8),
+    ):
+        label = f"{rows} rows, {codes} codes of {width}"
+        yield Case(label, (random(1, rows, width), codebook(codes, width)))
+    twice = codebook(60, 24).repeat(3, 1)
+    yield Case("codes that occur three times", (random(1, 40, 24), twice))
+    yield Case(
+        "long and short features", (random(1, 4, 24) * torch.tensor([[1e-12], [1e12], [0.0], [1]]), twice)
+    )
+
+
+def check(op, case: Case, results: list[Tensor], exact: list[Tensor]) -> None:
+    """The chosen code's score is the largest up to the tolerance; of equal codes it is the first."""
+    features, codes = (a.double() for a in case.arguments)
+    chosen, expected = results[0], exact[0]
+    slack = op.tolerance[torch.float32] * features.norm(dim=1)
+    score, best = ((features * codes[index]).sum(dim=1) for index in (chosen, expected))
+    assert torch.all(score >= best - slack)
+    first_equal = (codes[chosen][:, None] == codes[None]).all(dim=-1).int().argmax(dim=1)
+    assert torch.equal(chosen, first_equal)
