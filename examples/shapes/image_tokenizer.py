@@ -7,17 +7,26 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from .codes import code_properties
 from .model_config import CODE_WIDTH, CODEBOOK_SIZE, VISION_SELECT_LAYER, VISION_TOWER
 
 
 class Codebook(nn.Module):
-    """Fixed random rows under a learned projection; codes are compared by cosine."""
+    """Fixed rows under a learned projection; codes are compared by cosine.
+
+    A row marks the properties its code stands for, so that what is learned of a kind or a colour serves every code
+    that has it; spare codes are random.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(CODEBOOK_SIZE, CODE_WIDTH)
         self.embedding.weight.requires_grad_(False)
+        properties = torch.tensor(code_properties())
+        self.embedding.weight[: len(properties)] = F.pad(properties, (0, CODE_WIDTH - properties.shape[1]))
         self.embedding_proj = nn.Linear(CODE_WIDTH, CODE_WIDTH)
+        nn.init.eye_(self.embedding_proj.weight)
+        nn.init.zeros_(self.embedding_proj.bias)
 
     def unit_rows(self) -> torch.Tensor:
         """L2-normalised projected rows, [codes, width]."""

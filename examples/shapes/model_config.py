@@ -34,7 +34,7 @@ TRANSFORMER: dict[str, Any] = {
     "out_channels": LATENT_CHANNELS,
     "num_attention_heads": 8,
     "attention_head_dim": 32,
-    "num_layers": 6,
+    "num_layers": 4,
     "num_cross_attention_heads": 4,
     "cross_attention_head_dim": 64,
     "cross_attention_dim": 256,

@@ -1,4 +1,8 @@
-"""Stage 1: trains the DC-AE autoencoder on rendered scenes (python -m examples.shapes.train_autoencoder)."""
+"""Stage 1: trains the DC-AE autoencoder on rendered scenes (python -m examples.shapes.train_autoencoder).
+
+After a while the encoder is frozen and only the decoder trains on: latents then stay what they are, so that the
+joint stage can begin while the decoder still gets sharper.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means s
 COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
 EDGE_WEIGHT = 8.0
 CROP = PICTURE_SIZE // 2  # side of the crops around shapes that the first part of training sees
-CROP_SHARE = 0.65  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
+CROP_SHARE = 0.8  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
 
 
 def build_autoencoder() -> AutoencoderDC:
@@ -76,8 +80,18 @@ def reconstruction_psnr(model: AutoencoderDC, seed: int = 7, count: int = 64) ->
     return round(float(-10 * error.log10()), 2)
 
 
-def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
-    """Runs or resumes the stage; leaves run/autoencoder.pt."""
+def freeze_encoder(model: AutoencoderDC, average: WeightAverage) -> None:
+    """Gives the encoder its averaged weights for good."""
+    encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    with torch.no_grad():
+        for parameter, averaged in zip(average.parameters, average.average, strict=True):
+            if id(parameter) in encoder:
+                parameter.copy_(averaged)
+    model.encoder.requires_grad_(False)
+
+
+def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, seed: int) -> None:
+    """Runs or resumes the stage; leaves run/autoencoder.pt, whose encoder is final from step encoder_steps on."""
     path = run / "autoencoder.pt"
     torch.manual_seed(seed)
     model = build_autoencoder().train()
@@ -89,7 +103,7 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         model.load_state_dict(state["weights"])
         optimiser.load_state_dict(state["optimiser"])
         average.average = state["average"]
-    log = Log(run / "autoencoder.jsonl", every=100)
+    log = Log(run / "autoencoder.jsonl", every=50)
 
     def save(step: int) -> None:
         average.swap()
@@ -113,6 +127,9 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         return {"psnr": psnr}
 
     for step in range(first, steps):
+        if step >= encoder_steps and next(model.encoder.parameters()).requires_grad:
+            freeze_encoder(model, average)
+            save(step)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         rng = random.Random(seed * 1_000_003 + step)
@@ -124,7 +141,7 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average.update(step)
-        log.add(step, {name: float(value) for name, value in losses.items()}, measure)
+        log.add(step, {name: float(value.detach()) for name, value in losses.items()}, measure)
         if (step + 1) % 200 == 0:
             save(step + 1)
     save(steps)
@@ -134,11 +151,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--encoder-steps", type=int, default=1000, help="then the encoder is frozen")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    train(arguments.run, arguments.steps, arguments.batch, arguments.peak, arguments.seed)
+    train(
+        arguments.run, arguments.steps, arguments.encoder_steps, arguments.batch, arguments.peak, arguments.seed
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .render import render_batch
 from .scene import Scene, random_scene, training_scene
 from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
 
-COSINE_SCALE = 20.0
+COSINE_SCALE = 30.0
 SHAPE_WEIGHT = 4.0  # of a cell that holds a shape, against one of background
 NOISE = 0.04  # standard deviation added to pixels, so that generated pictures are read as well
 BLUR_SHARE = 0.3
@@ -106,7 +106,7 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         average.update(step)
-        log.add(step, {"loss": float(loss), "shape_cells_right": right}, measure)
+        log.add(step, {"loss": float(loss.detach()), "shape_cells_right": right}, measure)
         if (step + 1) % 200 == 0:
             save(step + 1)
     save(steps)
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=2)
     arguments = parser.parse_args()
     train(arguments.run, arguments.steps, arguments.batch, arguments.peak, arguments.seed)

@@ -1,7 +1,10 @@
 """Stage 3: trains the decoder and the diffusion transformer together (python -m examples.shapes.train_joint).
 
 Cross-entropy on image tokens and flow matching on latents, in one backward pass through both, as the published
-recipe does. The condition is dropped for a tenth of the examples, which is what guidance needs.
+recipe does. The condition is dropped for a tenth of the examples, which is what guidance needs. The first steps train
+the decoder alone, on tokens: until it has read the prompts there is nothing for the transformer to learn from.
+
+The image tokens are the scenes' own codes, which the image tokenizer of stage 2 is trained to give.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from .captions import caption
+from .codes import scene_codes
 from .edits import random_edit
 from .embedded_model import EmbeddedModel
-from .image_tokenizer import ImageTokenizer
+from .latents import Latents
 from .model_config import TOKENS_PER_IMAGE
 from .render import render_batch
 from .scene import Scene, training_scene
 from .tokenizer import PromptTokenizer, save_tokenizer
-from .train_autoencoder import build_autoencoder
-from .training import Log, WeightAverage, finished_module, load_state, save_atomically
+from .training import Log, WeightAverage, load_state, save_atomically
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
@@ -33,91 +36,72 @@ DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls 
 
 @dataclass
 class Batch:
-    """Token ids right-padded [N, L], where <S0> stands [N], latents and the weight of their cells."""
+    """Token ids right-padded [N, L], where <S0> stands [N], and the scenes to show (and to edit)."""
 
     ids: torch.Tensor
     starts: torch.Tensor
-    latents: torch.Tensor  # [N, C, h, w]
-    cell_weight: torch.Tensor  # [N, 1, h, w]
-    reference: torch.Tensor | None  # [N, C, h, w] of an edit
-
-
-class FrozenStages:
-    """The finished autoencoder and image tokenizer, and the scale that gives latents unit variance."""
-
-    def __init__(self, run: Path) -> None:
-        self.autoencoder = finished_module(build_autoencoder(), run / "autoencoder.pt")
-        self.image_tokenizer = finished_module(ImageTokenizer(), run / "image_tokenizer.pt")
-        rng = random.Random(3)
-        scenes = [training_scene(rng) for _ in range(256)]
-        self.scaling_factor = 1.0
-        self.scaling_factor = round(1 / float(self.latents(render_batch(scenes)[0]).std()), 5)
-
-    @torch.no_grad()
-    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [N, C, h, w] of pictures in [0, 1]."""
-        return self.autoencoder.encode(pictures * 2 - 1).latent * self.scaling_factor
-
-    @torch.no_grad()
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures [N, 3, H, W] in [0, 1] of scaled latents."""
-        return (self.autoencoder.decode(latents / self.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    scenes: list[Scene]
+    before: list[Scene] | None
 
 
 def make_batch(
-    prompts: list[list[int]], scenes: list[Scene], before: list[Scene] | None, stages: FrozenStages, first_image_id: int
+    prompts: list[list[int]], scenes: list[Scene], before: list[Scene] | None, first_image_id: int
 ) -> Batch:
-    """Appends the pictures' tokens to their prompts and encodes the pictures."""
-    pictures, covered = render_batch(scenes)
-    latents = stages.latents(pictures)
-    images = stages.image_tokenizer.encode(pictures) + first_image_id
+    """Appends the scenes' image tokens to their prompts."""
     starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
     ids = torch.zeros(len(prompts), int(starts.max()) + 1 + TOKENS_PER_IMAGE, dtype=torch.int64)
-    for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        ids[row, len(prompt) : len(prompt) + TOKENS_PER_IMAGE] = image
-    touched = (F.adaptive_max_pool2d(covered, latents.shape[-1]) > 0).float()
-    reference = None if before is None else stages.latents(render_batch(before)[0])
-    return Batch(ids, starts, latents, 1 + (SHAPE_CELL_WEIGHT - 1) * touched, reference)
+    for row, (prompt, scene) in enumerate(zip(prompts, scenes, strict=True)):
+        tokens = [*prompt, *(code + first_image_id for code in scene_codes(scene))]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    return Batch(ids, starts, scenes, before)
 
 
-def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer, stages: FrozenStages) -> Batch:
+def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) -> Batch:
     """Captions and their scenes."""
     scenes = [training_scene(rng) for _ in range(count)]
     prompts = [tokenizer.text_to_image(caption(scene, rng)) for scene in scenes]
-    return make_batch(prompts, scenes, None, stages, tokenizer.first_image_id)
+    return make_batch(prompts, scenes, None, tokenizer.first_image_id)
 
 
-def edit_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer, stages: FrozenStages) -> Batch:
+def edit_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) -> Batch:
     """Edit instructions with the scenes before and after."""
     edits = [random_edit(rng) for _ in range(count)]
-    before = [edit.before for edit in edits]
-    codes = stages.image_tokenizer.encode(render_batch(before)[0]).tolist()
-    prompts = [tokenizer.edit(edit.instruction, code) for edit, code in zip(edits, codes, strict=True)]
-    return make_batch(prompts, [edit.after for edit in edits], before, stages, tokenizer.first_image_id)
+    prompts = [tokenizer.edit(edit.instruction, scene_codes(edit.before)) for edit in edits]
+    return make_batch(prompts, [e.after for e in edits], [e.before for e in edits], tokenizer.first_image_id)
 
 
-def joint_loss(model: EmbeddedModel, batch: Batch, noises: int) -> dict[str, torch.Tensor]:
-    """Cross-entropy, share of right tokens, and the flow loss over several noises per example."""
+def token_loss(model: EmbeddedModel, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Cross-entropy and share of right tokens; and the hidden states of <S0> and the image tokens [N, tokens + 1, H]."""
     with torch.autocast("cpu", torch.bfloat16):
         states = model.language_model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
         places = batch.starts[:, None] + torch.arange(TOKENS_PER_IMAGE + 1)
         hidden = states.gather(1, places[:, :, None].expand(-1, -1, states.shape[-1]))
         logits = model.language_model.lm_head(hidden[:, :-1]).float()
-        target = batch.ids.gather(1, places[:, 1:])
+    target = batch.ids.gather(1, places[:, 1:])
+    right = (logits.detach().argmax(-1) == target).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    return {"tokens": loss, "right": right.mean(), "grids": right.all(dim=1).float().mean()}, hidden
+
+
+def flow_loss(
+    model: EmbeddedModel, batch: Batch, hidden: torch.Tensor, stages: Latents, noises: int
+) -> torch.Tensor:
+    """Flow-matching loss at several noise levels per example; cells that a shape touches weigh more."""
+    pictures, covered = render_batch(batch.scenes)
+    data = stages.latents(pictures).repeat(noises, 1, 1, 1)
+    reference = None if batch.before is None else stages.latents(render_batch(batch.before)[0])
+    touched = (F.adaptive_max_pool2d(covered, data.shape[-1]) > 0).float()
+    weight = (1 + (SHAPE_CELL_WEIGHT - 1) * touched).repeat(noises, 1, 1, 1)
+    noise = torch.randn_like(data)
+    sigma = (torch.randperm(len(data)) + torch.rand(len(data))) / len(data)  # stratified over [0, 1]
+    noisy = data + sigma[:, None, None, None] * (noise - data)
+    with torch.autocast("cpu", torch.bfloat16):
         dropped = torch.rand(len(hidden), 1, 1) < DROP_SHARE
-        given, null = model.condition(hidden, batch.reference), model.null_condition(hidden, batch.reference)
-        condition = torch.where(dropped, null, given)
-        data = batch.latents.repeat(noises, 1, 1, 1)
-        noise = torch.randn_like(data)
-        sigma = (torch.randperm(len(data)) + torch.rand(len(data))) / len(data)  # stratified over [0, 1]
-        noisy = data + sigma[:, None, None, None] * (noise - data)
-        reference = None if batch.reference is None else batch.reference.repeat(noises, 1, 1, 1)
-        predicted = model.velocity(noisy, sigma, condition.repeat(noises, 1, 1), reference).float()
-    weight = batch.cell_weight.repeat(noises, 1, 1, 1)
-    error = ((predicted - (noise - data)).square() * weight).sum() / (weight.sum() * data.shape[1])
-    right = (logits.argmax(-1) == target).float().mean()
-    return {"tokens": F.cross_entropy(logits.flatten(0, 1), target.flatten()), "flow": error, "right": right}
+        given, null = model.condition(hidden, reference), model.null_condition(hidden, reference)
+        condition = torch.where(dropped, null, given).repeat(noises, 1, 1)
+        beside = None if reference is None else reference.repeat(noises, 1, 1, 1)
+        predicted = model.velocity(noisy, sigma, condition, beside).float()
+    return ((predicted - (noise - data)).square() * weight).sum() / (weight.sum() * data.shape[1])
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -134,12 +118,12 @@ def averaged_state(model: EmbeddedModel, average: WeightAverage) -> dict[str, to
     return state
 
 
-def train(run: Path, steps: int, batch: int, noises: int, peak: float, seed: int) -> None:
+def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak: float, seed: int) -> None:
     """Runs or resumes the stage; leaves run/joint.pt."""
     path = run / "joint.pt"
     if not (run / "tokenizer" / "tokenizer.json").exists():
         save_tokenizer(run / "tokenizer")
-    tokenizer, stages = PromptTokenizer(run / "tokenizer"), FrozenStages(run)
+    tokenizer, stages = PromptTokenizer(run / "tokenizer"), None
     torch.manual_seed(seed)
     model = EmbeddedModel(tokenizer.vocab_size).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
@@ -157,12 +141,19 @@ def train(run: Path, steps: int, batch: int, noises: int, peak: float, seed: int
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
         optimiser.zero_grad(set_to_none=True)
+        if step >= token_steps and stages is None:
+            stages = Latents(run)
         report = {}
         edits = batch // 3
         makers = {"caption": (caption_batch, batch - edits), "edit": (edit_batch, edits)}
         for name, (make, count) in makers.items():
-            losses = joint_loss(model, make(rng, count, tokenizer, stages), noises)
-            ((losses["tokens"] + losses["flow"]) * (count / batch)).backward()
+            examples = make(rng, count, tokenizer)
+            losses, hidden = token_loss(model, examples)
+            loss = losses["tokens"]
+            if stages is not None:
+                losses["flow"] = flow_loss(model, examples, hidden, stages, noises)
+                loss = loss + losses["flow"]
+            (loss * (count / batch)).backward()
             report |= {f"{name}_{key}": float(value.detach()) for key, value in losses.items()}
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
@@ -185,13 +176,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
     parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=48, help="examples per step, a third of them edits")
+    parser.add_argument("--token-steps", type=int, default=300, help="steps that train the decoder alone")
+    parser.add_argument("--batch", type=int, default=32, help="examples per step, a third of them edits")
     parser.add_argument("--noises", type=int, default=2, help="noise levels per example and step")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=3)
     arguments = parser.parse_args()
     train(
-        arguments.run, arguments.steps, arguments.batch, arguments.noises, arguments.peak, arguments.seed
+        arguments.run,
+        arguments.steps,
+        arguments.token_steps,
+        arguments.batch,
+        arguments.noises,
+        arguments.peak,
+        arguments.seed,
     )
 
 

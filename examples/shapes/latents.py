@@ -1,0 +1,34 @@
+"""The finished autoencoder between pictures and latents of unit variance."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from .render import render_batch
+from .scene import training_scene
+from .train_autoencoder import build_autoencoder
+from .training import finished_module
+
+
+class Latents:
+    """Encodes and decodes with the autoencoder of a run folder; scaling_factor brings latents to unit variance."""
+
+    def __init__(self, run: Path) -> None:
+        self.autoencoder = finished_module(build_autoencoder(), run / "autoencoder.pt")
+        rng = random.Random(3)
+        scenes = [training_scene(rng) for _ in range(256)]
+        self.scaling_factor = 1.0
+        self.scaling_factor = round(1 / float(self.latents(render_batch(scenes)[0]).std()), 5)
+
+    @torch.no_grad()
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [N, C, h, w] of pictures in [0, 1]."""
+        return self.autoencoder.encode(pictures * 2 - 1).latent * self.scaling_factor
+
+    @torch.no_grad()
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [N, 3, H, W] in [0, 1] of scaled latents."""
+        return (self.autoencoder.decode(latents / self.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
