@@ -115,7 +115,9 @@ def test_float64_is_the_same_mathematics(upsample: str, downsample: str) -> None
 def test_bfloat16_errs_no_more_than_the_oracle_in_bfloat16(upsample: str, downsample: str) -> None:
     """Against the oracle in float32 over bfloat16 weights; at most 1.5 times its own bfloat16 error.
 
-    Over four models: the error of one, carried through all its blocks, is as much luck as precision.
+    The median of the errors, over four models: ReLU attention jumps where a rounding switches off the only
+    channel in which a query meets the keys, and with heads this narrow a jump or two decides an L2 norm, on
+    either side.
     """
     config = small_config(upsample=upsample, downsample=downsample)
     ours: list[Tensor] = []
@@ -127,19 +129,16 @@ def test_bfloat16_errs_no_more_than_the_oracle_in_bfloat16(upsample: str, downsa
         latent, pixels = torch.randn(2, 8, 8, 8), torch.rand(2, 3, 64, 64) * 2 - 1
         image, encoded = oracle_decode(model, latent), oracle_encode(model, pixels)
         model.to(torch.bfloat16)
-        ours.append(relative_errors(rounded.decode(latent), image, rounded.encode(pixels), encoded))
+        ours.append(median_errors(rounded.decode(latent) - image, rounded.encode(pixels) - encoded))
         theirs.append(
-            relative_errors(oracle_decode(model, latent), image, oracle_encode(model, pixels), encoded)
+            median_errors(oracle_decode(model, latent) - image, oracle_encode(model, pixels) - encoded)
         )
-    ratios = torch.stack(ours).square().mean(0).sqrt() / torch.stack(theirs).square().mean(0).sqrt()
+    ratios = torch.stack(ours).mean(0) / torch.stack(theirs).mean(0)
     assert ratios.max() < 1.5, f"decode and encode: {ratios.tolist()}"
 
 
-def relative_errors(image: Tensor, expected_image: Tensor, latent: Tensor, expected_latent: Tensor) -> Tensor:
-    """[2]: of the picture and of the latent."""
-    return torch.tensor(
-        [relative_l2(centred(image), centred(expected_image)), relative_l2(latent, expected_latent)]
-    )
+def median_errors(*differences: Tensor) -> Tensor:
+    return torch.stack([difference.abs().median() for difference in differences])
 
 
 def test_a_batch_equals_its_members_alone_bit_for_bit() -> None:

@@ -67,7 +67,7 @@ def test_reference_latent_is_the_published_one(reference_dir: Path) -> None:
 def test_bfloat16_errs_no_more_than_the_published_modules_in_bfloat16(reference_dir: Path) -> None:
     """On the reference weights; at most 1.5 times diffusers' own bfloat16 error, over several pictures.
 
-    In a flat picture every position errs alike, so that the error of a single one is as much luck as precision.
+    In a flat picture every position errs alike, so that the error of one is as much luck as precision.
     """
     folder = reference_dir / "edit"
     ours, size = autoencoder(folder, torch.bfloat16)
