@@ -62,6 +62,8 @@ def oracle(config: DiTConfig, seed: int = 0) -> SanaTransformer2DModel:
             parameter.data = 0.3 * noise
         else:
             parameter.data = noise / parameter[0].numel() ** 0.5
+        if config.qk_norm and ("to_q" in name or "to_k" in name):
+            parameter.data *= 0.03  # queries and keys so small that the norm's epsilon shows
     return model.eval().requires_grad_(False)
 
 
