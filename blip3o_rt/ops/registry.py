@@ -139,7 +139,7 @@ class Op(Generic[P, R]):
         raise OpError(f"op {self.name} has no implementation '{name}'; it has: {known}")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first = cast(Tensor, args[0])
+        first = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         key = (first.device.type, first.dtype)
         for implementation in self._candidates.get(key) or self._find_candidates(*key):
             if implementation.supports(*args, **kwargs) is None:

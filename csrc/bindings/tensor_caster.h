@@ -46,6 +46,18 @@ inline DType dtype_of(dlpack::DataType type) {
     return DType::other;
 }
 
+// Raises ArgumentError for a tensor without memory of its own (meta, sparse).
+inline dlpack::Tensor look_into(const Torch& torch, py::handle source) {
+    dlpack::Tensor tensor;
+    try {
+        if (torch.exchange->view_from_python(source.ptr(), &tensor) != 0) throw py::error_already_set();
+    } catch (const std::exception& error) {
+        const std::string message = error.what();
+        throw ArgumentError("an argument is no plain tensor: " + message.substr(0, message.find('\n')));
+    }
+    return tensor;
+}
+
 inline TensorView view_of(const dlpack::Tensor& tensor) {
     if (tensor.ndim > TensorView::kMaxDims) throw ArgumentError("a tensor has more than 8 dimensions");
     TensorView view;
@@ -91,9 +103,7 @@ struct pybind11::detail::type_caster<blip3o::TensorView> {
     bool load(handle source, bool) {
         const auto& torch = blip3o::bindings::torch();
         if (!PyObject_TypeCheck(source.ptr(), torch.tensor_type)) return false;
-        blip3o::dlpack::Tensor tensor;
-        if (torch.exchange->view_from_python(source.ptr(), &tensor) != 0) throw error_already_set();
-        value = blip3o::bindings::view_of(tensor);
+        value = blip3o::bindings::view_of(blip3o::bindings::look_into(torch, source));
         return true;
     }
 };

@@ -1,0 +1,107 @@
+"""A row's bits do not depend on its batch, on its place in it, or on the number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ops import native
+from tests.ops.case import random
+from tests.ops.cases import paged_decode_attention as attention_cases
+from tests.ops.cases import sample_tokens as sample_cases
+
+pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+few = settings(deadline=None, derandomize=True, max_examples=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restore() -> Iterator[None]:
+    module = native.cpu()
+    threads, isa = module.num_threads(), module.isa()
+    yield
+    module.set_num_threads(threads)
+    module.set_isa(isa)
+
+
+def set_up(data: st.DataObject) -> None:
+    native.cpu().set_isa(data.draw(st.sampled_from(native.cpu().isas()), "isa"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "threads"))
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 400),
+)
+@few
+def test_row_linear(data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
+    set_up(data)
+    x, weight = random(1, rows, inputs, dtype=dtype), random(2, outputs * 7, inputs, dtype=dtype)
+    together = ops.row_linear(x, weight)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
+    assert torch.equal(ops.row_linear(x[chosen], weight), together[chosen])
+    assert torch.equal(ops.row_linear(x[:1], weight), together[:1])
+
+
+@given(data=st.data(), dtype=DTYPES, lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6))
+@few
+def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths: list[int]) -> None:
+    set_up(data)
+    q, k, v, block_table, context, scale = attention_cases.case("", dtype, lengths, 6, 2, 24, 16).arguments
+    together = ops.paged_decode_attention(q, k, v, block_table, context, scale)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    for b in range(len(lengths)):
+        blocks = max(1, -(-lengths[b] // 16))  # a table of its own size, and the pages elsewhere
+        moved = torch.arange(blocks, dtype=torch.int32)[None] + 1
+        caches = []
+        for cache in (k, v):
+            fresh = torch.full((blocks + 1, *cache.shape[1:]), torch.nan, dtype=dtype)
+            pages = block_table[b, : -(-lengths[b] // 16)].long()
+            fresh[1 : 1 + len(pages)] = cache[pages]
+            caches.append(fresh)
+        alone = ops.paged_decode_attention(q[b : b + 1], *caches, moved, context[b : b + 1], scale)
+        assert torch.equal(alone, together[b : b + 1])
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "silu_mul"])
+@given(data=st.data(), dtype=DTYPES, rows=st.integers(1, 300), width=st.integers(1, 300))
+@few
+def test_rowwise_ops(op: str, data: st.DataObject, dtype: torch.dtype, rows: int, width: int) -> None:
+    set_up(data)
+
+    def call(x: Tensor) -> Tensor:
+        return ops.silu_mul(x) if op == "silu_mul" else ops.rms_norm(x, weight, 1e-6)
+
+    x, weight = random(1, rows, 2 * width, dtype=dtype), random(2, 2 * width, dtype=dtype)
+    together = call(x)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    row = data.draw(st.integers(0, rows - 1), "row")
+    assert torch.equal(call(x[row : row + 1].clone()), together[row : row + 1])
+
+
+@given(data=st.data())
+@few
+def test_sample_tokens(data: st.DataObject) -> None:
+    set_up(data)
+    arguments = sample_cases.case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
+    together = ops.sample_tokens(*arguments)
+    chosen = data.draw(st.permutations(range(9)), "order")[:5]
+    assert torch.equal(ops.sample_tokens(*(a[chosen] for a in arguments)), together[chosen])
+
+
+def test_nearest_code() -> None:
+    features, codebook = random(1, 50, 40), torch.nn.functional.normalize(random(2, 3000, 40), dim=1)
+    together = ops.nearest_code(features, codebook)
+    for threads in (1, 3):
+        native.cpu().set_num_threads(threads)
+        assert torch.equal(ops.nearest_code(features[7:20], codebook), together[7:20])

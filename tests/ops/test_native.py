@@ -1,0 +1,186 @@
+"""The compiled module's door: messages of its matcher, its instruction sets, its threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from blip3o_rt import ops
+from blip3o_rt.errors import OpError
+from blip3o_rt.ops import native
+from tests.ops.case import int32, random
+from tests.ops.cases import paged_decode_attention, qk_norm_rope_append
+
+pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
+
+
+def attention(**changes: object) -> None:
+    names = ("q", "k_cache", "v_cache", "block_table", "context_lengths", "scale")
+    case = paged_decode_attention.case("", torch.float32, [9, 3], 4, 2, 16, 4)
+    ops.paged_decode_attention(**(dict(zip(names, case.arguments, strict=True)) | changes))
+
+
+def append(position: int, value: int) -> None:
+    arguments = list(qk_norm_rope_append.case("", torch.float32, 4, 2, 16, 4, [0, 5]).arguments)
+    arguments[position] = int32([0, value])
+    ops.qk_norm_rope_append(*arguments)
+
+
+WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
+    (
+        lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(7), 1e-6),
+        "rms_norm: weight has shape [7]; accepted: [D = 8] (D as in x)",
+    ),
+    (
+        lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6, bias=torch.ones(8, dtype=torch.float64)),
+        "rms_norm: bias has dtype another dtype; accepted: float32",
+    ),
+    (
+        lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6, residual=torch.ones(3, 8)),
+        "rms_norm: residual has shape [3, 8]; accepted: [rows = 2, D = 8], leading dimensions flattened "
+        "(rows as in x, D as in x)",
+    ),
+    (
+        lambda: ops.rms_norm(torch.ones(2, 8, 3).transpose(1, 2), torch.ones(8), 1e-6),
+        "rms_norm: x has strides [24, 1, 3] for shape [2, 3, 8]; accepted: contiguous rows at one distance "
+        "(call .contiguous())",
+    ),
+    (
+        lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8, device="meta"), 1e-6),
+        "an argument is no plain tensor: Cannot pack tensors on meta",
+    ),
+    (lambda: ops.silu_mul(torch.ones(2, 7)), "silu_mul: gate_up must be twice as wide as out"),
+    (
+        lambda: ops.row_linear(torch.ones(2, 8), torch.ones(4, 9)),
+        "row_linear: weight has shape [4, 9]; accepted: [N, K = 8], leading dimensions flattened (K as in x)",
+    ),
+    (
+        lambda: ops.row_linear(torch.ones(2, 8), torch.ones(4, 8), out=torch.ones(2, 4, dtype=torch.int32)),
+        "row_linear: out has dtype int32; accepted: float32 or float32",
+    ),
+    (
+        lambda: attention(k_cache=torch.ones(4, 3, 16, 16).transpose(1, 2)),
+        "paged_decode_attention: k_cache has strides [768, 16, 256, 1] for shape [4, 16, 3, 16]; accepted: "
+        "contiguous (call .contiguous())",
+    ),
+    (
+        lambda: attention(block_table=torch.ones(2, 3)),
+        "paged_decode_attention: block_table has dtype float32; accepted: int32",
+    ),
+    (
+        lambda: attention(q=torch.ones(2, 5, 16)),
+        "paged_decode_attention: Hq (of q) must be a multiple of Hkv (of k_cache)",
+    ),
+    (
+        lambda: attention(context_lengths=int32([9, 13])),
+        "paged_decode_attention: context_lengths[1] is 13; accepted: 0 to 12, what block_table holds",
+    ),
+    (
+        lambda: attention(block_table=int32([1, 2, 3, 4, 5, 7]).reshape(2, 3), context_lengths=int32([9, 9])),
+        "paged_decode_attention: block_table[1, 2] is 7; accepted: 0 to 6, the pages of k_cache",
+    ),
+    (
+        lambda: append(4, 50),
+        "qk_norm_rope_append: positions[1] is 50; accepted: 0 to 49, the rows of rope_table",
+    ),
+    (
+        lambda: append(5, 16),
+        "qk_norm_rope_append: slots[1] is 16; accepted: -1 (not written) to 15, the last of the cache",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_CALLS, ids=[message[:60] for _, message in WRONG_CALLS])
+def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(OpError) as error:
+        call()
+    assert str(error.value) == message
+
+
+def test_parameters_are_tensors_too() -> None:
+    weight = torch.nn.Parameter(random(1, 5, 8))
+    x = random(2, 2, 8)
+    assert torch.equal(ops.row_linear(x, weight), ops.row_linear(x, weight.detach()))
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_instruction_set_from_the_environment() -> None:
+    done = run_python(
+        "from blip3o_rt.ops import native; print(native.cpu().isa())", BLIP3O_CPU_ISA="portable"
+    )
+    assert done.stdout.split() == ["portable"], done.stderr
+
+
+def test_instruction_set_that_the_machine_lacks() -> None:
+    code = "import torch\nfrom blip3o_rt import ops\nops.silu_mul(torch.ones(1, 2))"
+    done = run_python(code, BLIP3O_CPU_ISA="avx1024")
+    assert done.returncode != 0
+    assert "OpError: BLIP3O_CPU_ISA: this machine has no 'avx1024' kernels; accepted: portable" in done.stderr
+
+
+def test_without_the_compiled_module_ops_run_on_torch() -> None:
+    code = (
+        "import sys, torch\nsys.modules['blip3o_rt._cpu'] = None\n"
+        "from blip3o_rt import ops\nfrom blip3o_rt.ops import native\n"
+        "ops.silu_mul(torch.ones(1, 2))\nprint(ops.used()); print(native.cpu_unavailable())"
+    )
+    done = run_python(code)
+    assert done.stdout.splitlines() == [
+        "{'silu_mul': ('torch',)}",
+        "blip3o_rt._cpu is not built; install a C++17 compiler (g++ or clang++), then run pip install again",
+    ], done.stderr
+
+
+def test_threads_follow_torch() -> None:
+    code = "import torch; from blip3o_rt.ops import native; print(native.cpu().num_threads())"
+    assert run_python(f"import torch; torch.set_num_threads(3); {code}").stdout.split() == ["3"]
+
+
+def test_calls_from_many_threads_at_once() -> None:
+    """The pool serves one caller at a time; the others compute alone, to the same bits."""
+    x, weight = random(1, 5, 300), random(2, 600, 300)
+    expected = ops.row_linear(x, weight)
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(50):
+            if not torch.equal(ops.row_linear(x, weight), expected):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    native.cpu().set_num_threads(3)
+    native.cpu().set_num_threads(2)
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    code = """
+import os, sys, torch
+from blip3o_rt import ops
+from blip3o_rt.ops import native
+native.cpu().set_num_threads(3)
+x, weight = torch.randn(4, 512), torch.randn(2048, 512)
+expected = ops.row_linear(x, weight)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(ops.row_linear(x, weight), expected) else 1)
+assert torch.equal(ops.row_linear(x, weight), expected)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["0"], done.stderr
