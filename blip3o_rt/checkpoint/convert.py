@@ -24,7 +24,7 @@ from blip3o_rt.checkpoint.manifest import (
     is_converted,
 )
 from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
-from blip3o_rt.checkpoint.parts import DTYPES, layouts, weight_bytes
+from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.weights import TensorSpec
@@ -85,6 +85,7 @@ def convert(
             source=str(original.path.resolve()),
             sources=_source_records(original, bar.update),
             files=files,
+            layout=layout_fingerprint(original.config),
             config=original.config,
             warnings=warnings,
         )

@@ -22,7 +22,7 @@ from blip3o_rt.checkpoint.manifest import (
     check_files,
 )
 from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
-from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layouts
+from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.weights import TensorSpec
@@ -140,7 +140,8 @@ def _convert_into(
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]
-    key = json.dumps([FORMAT_VERSION, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])
+    layout = layout_fingerprint(original.config)
+    key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     destination = cache / f"{original.path.resolve().name}-{dtype_name(dtype)}-{digest}"
     if not (destination / MANIFEST).is_file():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint
 from blip3o_rt.checkpoint.tensor_file import file_sha256
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
@@ -38,6 +38,7 @@ class Manifest:
     source: str  # the folder converted
     sources: dict[str, FileRecord]
     files: dict[str, FileRecord]
+    layout: str  # layout_fingerprint of the code that wrote the files
     config: ModelConfig
     warnings: list[str]
 
@@ -74,9 +75,16 @@ class Manifest:
                 f"{path}: format version {version}; accepted: {FORMAT_VERSION}; convert the checkpoint again"
             )
         try:
-            return cls(**{**data, **_parsed(data)})
+            manifest = cls(**{**data, **_parsed(data)})
+            current = manifest.layout == layout_fingerprint(manifest.config)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); convert the checkpoint again") from None
+        if not current:
+            raise CheckpointError(
+                f"{path}: written by version {manifest.package_version}, which arranged tensors "
+                "in another way; convert the checkpoint again"
+            )
+        return manifest
 
 
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:

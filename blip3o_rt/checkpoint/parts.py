@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,6 +49,30 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
         part: sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
         for part, specs in layouts(config).items()
     }
+
+
+def layout_fingerprint(config: ModelConfig) -> str:
+    """A hash of how every runtime tensor is made: it changes when a tensor is stored in another arrangement,
+    even under the same name and shape."""
+    recipes = [
+        (
+            part,
+            spec.name,
+            spec.shape,
+            str(spec.dtype),
+            [(s.name, s.shape) for s in spec.sources],
+            _name(spec.combine),
+        )
+        for part, specs in layouts(config).items()
+        for spec in specs
+    ]
+    return hashlib.sha256(json.dumps(recipes).encode()).hexdigest()
+
+
+def _name(function: Callable[..., object]) -> str:
+    if isinstance(function, partial):
+        return f"{_name(function.func)} {function.args} {sorted(function.keywords.items())}"
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def published_name(part: str, source: str) -> str:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from blip3o_rt.ar.layout import layout as ar_layout
+from blip3o_rt.checkpoint import parts
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST
-from blip3o_rt.config import ModelConfig
+from blip3o_rt.checkpoint.parts import layout_fingerprint
+from blip3o_rt.config import ARConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError, InsufficientMemoryError
+from blip3o_rt.weights import TensorSpec
 
 from .conftest import edit_json
 
@@ -121,11 +126,31 @@ def test_a_damaged_manifest_is_refused(change: dict[str, object], message: str, 
 
 def test_a_manifest_of_another_geometry_is_refused(converted: Path) -> None:
     config = json.loads((converted / MANIFEST).read_text())["config"]
-    for key, value, message in (("intermediate_size", 64, "has shape"), ("num_layers", 3, "layers.2")):
+    for key, value, message in (("intermediate_size", 64, "has shape"), ("num_layers", 3, r"layers\.2")):
         changed = {**config, "ar": {**config["ar"], key: value}}
-        edit_json(converted / MANIFEST, {"config": changed})
+        layout = layout_fingerprint(ModelConfig.from_dict(changed))
+        edit_json(converted / MANIFEST, {"config": changed, "layout": layout})
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(converted)
+
+
+def test_another_arrangement_of_the_same_shapes_is_refused(
+    converted: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = load_checkpoint(checkpoint, cache_dir=tmp_path / "cache").source
+
+    def interleaved(config: ARConfig) -> list[TensorSpec]:
+        return [
+            replace(spec, sources=spec.sources[::-1]) if spec.name.endswith("gate_up_proj.weight") else spec
+            for spec in ar_layout(config)
+        ]
+
+    monkeypatch.setattr(parts, "ar_layout", interleaved)
+    with pytest.raises(
+        CheckpointError, match="arranged tensors in another way; convert the checkpoint again"
+    ):
+        load_checkpoint(converted)
+    assert load_checkpoint(checkpoint, cache_dir=tmp_path / "cache").source != cached
 
 
 def test_folders_are_refused_with_a_conversion(converted: Path, checkpoint: Path) -> None:
