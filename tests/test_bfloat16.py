@@ -1,8 +1,8 @@
 """In bfloat16 the runtime is no further from float32 than transformers and diffusers are in bfloat16.
 
 On the reference checkpoints every stage gets the same inputs in the runtime, in the published modules in
-bfloat16 and in the published modules in float32. The runtime's error (relative L2 from float32) may be at most
-1.5 times that of the published modules: the same rounding in other places. Measured: 0.5 to 1.0 times.
+bfloat16 and in the published modules in float32. The runtime's error (relative L2 from float32) may be 1.5
+times that of the published modules: the same rounding in other places. Measured: 0.5 to 1.0 times.
 """
 
 from __future__ import annotations
