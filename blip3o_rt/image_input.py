@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -49,39 +53,63 @@ def load_reference(image: str | os.PathLike[str] | Image.Image | np.ndarray | Te
 
 
 def _from_file(path: Path) -> Image.Image:
-    name = f"'{path}'"
-    if not path.exists():
-        raise ImageError(f"{name} does not exist: give the path of a picture")
-    if not path.is_file():
-        raise ImageError(f"{name} is not a file: give the path of a picture")
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    try:
-        with path.open("rb") as stream, Image.open(stream, formats=formats) as picture:
+    name = repr(str(path))
+    with _one_line_errors(name):
+        if not path.exists():
+            raise ImageError(f"{name} does not exist: give the path of a picture")
+        if not path.is_file():
+            raise ImageError(f"{name} is not a file: give the path of a picture")
+        with path.open("rb") as stream, _opened(stream) as picture:
             return _upright_rgb(picture, name)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+
+
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """What the system and PIL raise, as ImageError: decoders fail however a damaged file leads them to."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is too large: {_LIMITS}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture: {', '.join(formats)} are accepted") from error
+        raise ImageError(f"{name} is not a picture: {', '.join(_formats())} are accepted") from error
     except OSError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror or error}") from error
+        if error.strerror:
+            raise ImageError(f"{name} cannot be read: {error.strerror}") from error
+        raise ImageError(f"{name} is damaged or cut short: {_first_line(error)}") from error
+    except Exception as error:
+        raise ImageError(f"{name} cannot be decoded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that this machine's PIL reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _opened(stream: IO[bytes]) -> Image.Image:
+    """PIL's picture with its header read; its warning of large ones is silenced, since ours are refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(stream, formats=_formats())
 
 
 def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
-    _check_size(picture.width, picture.height, name)
-    frames = 1 if picture.format in STILL_FORMATS else getattr(picture, "n_frames", 1)
-    if frames > 1:
-        raise ImageError(
-            f"{name} has {frames} frames and a single still picture is accepted: pick one, for instance with "
-            "PIL: picture.seek(0); picture.convert('RGB')"
-        )
-    try:
+    with _one_line_errors(name):
+        _check_size(picture.width, picture.height, name)
+        frames = 1 if picture.format in STILL_FORMATS else getattr(picture, "n_frames", 1)
+        if frames > 1:
+            raise ImageError(
+                f"{name} has {frames} frames and a single still picture is accepted: pick one, for instance "
+                "with PIL: picture.seek(0); picture.convert('RGB')"
+            )
         picture.load()
         return _to_rgb(ImageOps.exif_transpose(picture), name)
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise whatever a damaged file leads them into
-        raise ImageError(f"{name} is damaged or cut short and cannot be decoded: {error}") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -129,6 +157,8 @@ def _scaled_to_bytes(samples: np.ndarray, name: str) -> np.ndarray:
         return samples.astype(np.uint8) * 255
     if kind == "u2":
         return np.round(samples.astype(np.float32) / 257).astype(np.uint8)
+    if samples.dtype.kind not in "fiu":
+        raise ImageError(f"{name} has {samples.dtype} samples: uint8, uint16 and floats are accepted")
     low, high = samples.min(), samples.max()
     if samples.dtype.kind == "f" and low >= 0 and high <= 1:
         return np.round(samples.astype(np.float32) * 255).astype(np.uint8)

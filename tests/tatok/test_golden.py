@@ -59,4 +59,3 @@ def test_bfloat16_errs_no_more_than_the_published_modules_in_bfloat16(reference_
         expected = model.float().features(pixels)
         theirs = model.to(torch.bfloat16).features(pixels.to(torch.bfloat16))
         assert relative_l2(ours.encode(pixels)[0], expected) < 1.5 * relative_l2(theirs, expected)
-        model.float()

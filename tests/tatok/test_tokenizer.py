@@ -15,7 +15,7 @@ from blip3o_rt.errors import ConfigError, ImageError
 from blip3o_rt.tatok.model import ImageTokenizer, check_geometry
 from tests.tatok.oracle import Oracle, oracle, round_weights, runtime_weights, small_config
 
-# Relative L2 of the features: float32 carries 6e-8, through at most four layers of sums of up to 600 products.
+# Relative L2 of the features: float32 carries 6e-8, in at most four layers of sums of up to 600 products.
 FLOAT32 = 5e-6
 # How far below the largest cosine the chosen code's may lie: float32 sums of at most 24 products, of features
 # that agree within FLOAT32.
