@@ -15,7 +15,7 @@ from .scene import HALF_EXTENT, KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Sce
 
 FOREGROUND_DISTANCE = 0.2  # RGB distance (channels 0 to 1) from the background; the palette's closest pair is at 0.38
 SMALLEST_AREA = 14  # pixels; the smallest drawn shape has over 50
-SMALLEST_CORE = 8  # inner pixels that make a second colour in one region a second shape
+SMALLEST_CORE = 6  # pixels inside a patch of a second colour that make it a second shape, not an edge
 LOWEST_IOU = 0.6  # of the best template, under which a region is no known shape
 PLACE_TOLERANCE = 5.0  # pixels between a region's centre and its place
 UNCHANGED_TOLERANCE = 0.05  # mean absolute difference (channels 0 to 1) over pixels an edit should not touch
@@ -104,14 +104,11 @@ def _core(mask: np.ndarray) -> np.ndarray:
 
 
 def _split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """One mask per colour that fills inner pixels of the component: two shapes that touch are still two."""
-    inner = _core(component)
-    colours, counts = np.unique(labels[inner], return_counts=True)
-    solid = [colour for colour, count in zip(colours, counts, strict=True) if count >= SMALLEST_CORE]
-    if len(solid) < 2:
-        return [component]
-    parts = [component & (labels == colour) for colour in solid]
-    return [part for part in parts if part.sum() >= SMALLEST_AREA]
+    """One mask per colour that has inner pixels of its own: two shapes that touch are still two, an edge is not one."""
+    colours, counts = np.unique(labels[component], return_counts=True)
+    parts = [component & (labels == c) for c, n in zip(colours, counts, strict=True) if n >= SMALLEST_AREA]
+    solid = [part for part in parts if _core(part).sum() >= SMALLEST_CORE]
+    return solid if len(solid) > 1 else [component]
 
 
 @functools.cache
@@ -154,7 +151,7 @@ def _place(x: float, y: float) -> str:
 def _describe(part: np.ndarray, pixels: np.ndarray, labels: np.ndarray, behind: np.ndarray) -> Region:
     """What one region of the picture is."""
     inner = _core(part)
-    chosen = labels[inner] if inner.sum() >= SMALLEST_CORE // 2 else labels[part]
+    chosen = labels[inner] if inner.sum() >= SMALLEST_CORE else labels[part]
     label = int(np.bincount(chosen).argmax())
     colour = np.array(list(PALETTE.values())[label], dtype=np.float32) / 255
     direction = colour - behind
