@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.checkpoint import parts
@@ -174,3 +175,31 @@ def test_the_cache_is_made_once_and_again_when_the_source_changes(checkpoint: Pa
     assert len(list(cache.iterdir())) == 2
     os.utime(checkpoint / "model.safetensors", ns=(0, 0))
     assert load_checkpoint(checkpoint, cache_dir=cache).source != first.source
+
+
+def test_packed_tensors_are_in_the_order_their_names_say(checkpoint: Path) -> None:
+    published = load_file(checkpoint / "model.safetensors")
+    weights = load_checkpoint(checkpoint).weights
+
+    def joined(prefix: str, *names: str) -> torch.Tensor:
+        return torch.cat([published[prefix + name] for name in names])
+
+    layer, block = "model.layers.1.", "model.sana.transformer_blocks.1."
+    tower = "model.vision_tower.vision_tower.encoder.encoder.layers.1.self_attn."
+    query_key_value = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    expected = {
+        ("ar", "layers.1.self_attn.qkv_proj.weight"): joined(layer + "self_attn.", *query_key_value),
+        ("ar", "layers.1.mlp.gate_up_proj.weight"): joined(
+            layer + "mlp.", "gate_proj.weight", "up_proj.weight"
+        ),
+        ("dit", "transformer_blocks.1.attn1.to_qkv.weight"): joined(
+            block + "attn1.", "to_q.weight", "to_k.weight", "to_v.weight"
+        ),
+        ("dit", "transformer_blocks.1.attn2.to_kv.bias"): joined(block + "attn2.", "to_k.bias", "to_v.bias"),
+        ("dit", "transformer_blocks.1.ff.conv_point.weight"): published[block + "ff.conv_point.weight"][
+            :, :, 0, 0
+        ],
+        ("ta_tok", "encoder.encoder.layers.1.self_attn.qkv_proj.weight"): joined(tower, *query_key_value),
+    }
+    for (part, name), tensor in expected.items():
+        assert torch.equal(weights[part][name], tensor), name
