@@ -1,7 +1,7 @@
 """The whole pipeline against the published way of running the same random checkpoint, in float32.
 
 Every way of looking at a reference picture, alone and together, on several geometries. Bound: 1e-5 relative
-L2 for hidden states and latents. The oracle's own float32 is within 3e-6 of its float64 here (asserted), and
+L2 for hidden states and latents. The oracle's own float32 is within 5e-6 of its float64 here (asserted), and
 the runtime's sums in another order are as far away again; a formula that is wrong is off by 1e-3.
 """
 
@@ -29,7 +29,7 @@ from tests.oracle.published import PublishedModel, Reference, levels
 
 PROMPT = "a red circle, 2 boxes"
 BOUND = 1e-5
-ROUNDING = 3e-6
+ROUNDING = 5e-6
 CROSS = EditConfig(use_und_image_vae=True)
 NOISE = EditConfig(use_und_image_vae_as_noise=True)
 FEATURES = EditConfig(use_tar_siglip_features=True)
