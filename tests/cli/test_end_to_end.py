@@ -71,9 +71,13 @@ def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None
 
 
 def test_interrupt_leaves_nothing_behind(tmp_path: Path, environment: dict[str, str]) -> None:
-    arguments = ["generate", "x", "--steps", "1000", "--out", "x.png"]
+    # A background job inherits an ignored SIGINT, and Python leaves it so: set it as a terminal has it.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from blip3o_rt.cli import main; sys.exit(main())"
+    )
     process = subprocess.Popen(
-        [*COMMAND, *arguments],
+        [sys.executable, "-c", program, "generate", "x", "--steps", "1000", "--out", "x.png"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
