@@ -78,7 +78,7 @@ def scene_codes(scene: Scene) -> list[int]:
 
 def describe_codes(codes: Sequence[int]) -> Scene:
     """The scene a grid of codes describes: the commonest background, and per shape code the nearest place."""
-    backgrounds = Counter(code for code in codes if code < FIRST_SHAPE_CODE)
+    backgrounds = Counter(code for code in codes if 0 <= code < FIRST_SHAPE_CODE)
     background = BACKGROUNDS[backgrounds.most_common(1)[0][0]] if backgrounds else "gray"
     shapes = []
     counts = Counter(code for code in codes if FIRST_SHAPE_CODE <= code < USED_CODES)

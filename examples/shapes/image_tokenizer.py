@@ -45,17 +45,17 @@ class ImageTokenizer(nn.Module):
             {"in_linear": nn.Linear(width, CODE_WIDTH), "regularizer": Codebook()}
         )
 
-    def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Unquantised features [N, tokens, CODE_WIDTH] of pictures [N, 3, H, W] in [0, 1]."""
-        states = self.encoder(pixel_values=(pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states
-        return self.bottleneck["in_linear"](self.encode_task_layer(states[VISION_SELECT_LAYER]))
+    def similarity_and_states(self, pictures: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Cosine of every token with every code [N, tokens, codes], and the tower's hidden states.
 
-    def similarity(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Cosine of every token's feature with every code, [N, tokens, codes]."""
-        features = F.normalize(self.features(pictures).float(), dim=-1)
-        return features @ self.bottleneck["regularizer"].unit_rows().T
+        Pictures are [N, 3, H, W] in [0, 1].
+        """
+        states = self.encoder(pixel_values=(pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states
+        features = self.bottleneck["in_linear"](self.encode_task_layer(states[VISION_SELECT_LAYER]))
+        unit = F.normalize(features.float(), dim=-1)
+        return unit @ self.bottleneck["regularizer"].unit_rows().T, states
 
     @torch.no_grad()
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [N, tokens]."""
-        return self.similarity(pictures).argmax(dim=-1)
+        """Codes int64 [N, tokens] of pictures [N, 3, H, W] in [0, 1]."""
+        return self.similarity_and_states(pictures)[0].argmax(dim=-1)

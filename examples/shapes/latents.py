@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import torch
@@ -10,7 +11,16 @@ import torch
 from .render import render_batch
 from .scene import training_scene
 from .train_autoencoder import build_autoencoder
-from .training import finished_module
+from .training import finished_module, load_state
+
+
+POLL_SECONDS = 20
+
+
+def wait_for_encoder(run: Path) -> None:
+    """Returns once the run folder's encoder is final: until then latents would still change their meaning."""
+    while not (load_state(run / "autoencoder.pt") or {}).get("encoder_final", False):
+        time.sleep(POLL_SECONDS)
 
 
 class Latents:

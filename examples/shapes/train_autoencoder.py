@@ -116,6 +116,7 @@ def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, se
                 "weights": model.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "average": average.average,
+                "encoder_final": not next(model.encoder.parameters()).requires_grad,
             },
             path,
         )
@@ -144,6 +145,7 @@ def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, se
         log.add(step, {name: float(value.detach()) for name, value in losses.items()}, measure)
         if (step + 1) % 200 == 0:
             save(step + 1)
+    freeze_encoder(model, average)
     save(steps)
 
 

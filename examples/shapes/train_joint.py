@@ -21,7 +21,7 @@ from .captions import caption
 from .codes import scene_codes
 from .edits import random_edit
 from .embedded_model import EmbeddedModel
-from .latents import Latents
+from .latents import Latents, wait_for_encoder
 from .model_config import TOKENS_PER_IMAGE
 from .render import render_batch
 from .scene import Scene, training_scene
@@ -142,6 +142,7 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
         torch.manual_seed(seed * 1_000_003 + step)
         optimiser.zero_grad(set_to_none=True)
         if step >= token_steps and stages is None:
+            wait_for_encoder(run)
             stages = Latents(run)
         report = {}
         edits = batch // 3
