@@ -34,16 +34,16 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc from CUDACXX, the PATH, CUDA_HOME or the toolkit's usual place."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    names = [os.environ.get("CUDACXX"), "nvcc", *(str(Path(home, "bin", "nvcc")) for home in homes if home)]
+    """nvcc from CUDACXX, the PATH, or CUDA_HOME (unset: where the toolkit installs itself)."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    names = [os.environ.get("CUDACXX"), "nvcc", str(Path(home, "bin", "nvcc"))]
     return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
 def modules_to_build() -> list[Extension]:
-    """What this machine can build, with one line on each decision. Raises SetupError for a bad BLIP3O_CUDA."""
+    """What this machine can build, with a line on each decision. Raises SetupError for a bad BLIP3O_CUDA."""
     if find_cxx() is None:
-        say("WARNING: no C++ compiler was found, so _cpu and _cuda are not built and ops run on torch (slower)")
+        say("WARNING: no C++ compiler was found: nothing is built, ops run on torch (slower)")
         return []
     modules = [Extension(CPU, [])]
     choice, nvcc = os.environ.get("BLIP3O_CUDA", "auto"), find_nvcc()

@@ -41,6 +41,23 @@ def _same_dtype(x: Tensor, weight: Tensor, *_: object, **__: object) -> str | No
 
 
 @rms_norm.implementation(
+    "cuda", device="cuda", dtypes=FLOATS, supports=_same_dtype, available=native.cuda_unavailable
+)
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    native.cuda().rms_norm(x, weight, eps, bias, residual, out)
+    return out
+
+
+@rms_norm.implementation(
     "cpu", device="cpu", dtypes=FLOATS, supports=_same_dtype, available=native.cpu_unavailable
 )
 def _cpu(

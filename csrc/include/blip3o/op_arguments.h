@@ -1,7 +1,7 @@
 // What each op's kernels receive, on every device: plain pointers and sizes, already checked (contracts.h).
 //
-// Nothing here has a constructor or a template, so kernels compiled for several instruction sets share it
-// safely.
+// Nothing here is ever compiled out of line, so kernels for several instruction sets share it
+// (cpu/kernels.h).
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Rows {
     int64_t count, width, stride;
 
     template <class T>
-    T* row(int64_t index) const {
+    __attribute__((always_inline)) T* row(int64_t index) const {
         return static_cast<T*>(data) + index * stride;
     }
 };

@@ -1,0 +1,16 @@
+// The ops on NVIDIA GPUs: arguments are checked before (blip3o/contracts.h); each call launches on `stream`
+// and returns at once, so that calls can be recorded into a graph. Errors are std::runtime_error with CUDA's
+// words.
+//
+// Shapes, dtypes and semantics: blip3o_rt/ops.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "blip3o/op_arguments.h"
+
+namespace blip3o::cuda {
+
+void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
+
+}  // namespace blip3o::cuda
