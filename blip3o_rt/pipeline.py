@@ -19,7 +19,7 @@ from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.connector import Connector
+from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables

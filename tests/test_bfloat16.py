@@ -20,7 +20,7 @@ from torch import Tensor
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.config import SchedulerConfig
-from blip3o_rt.connector import Connector
+from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule

@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from blip3o_rt.ar.connector_layout import layout as connector_layout
 from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.config import ModelConfig
+from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_rt.config import DiTConfig, SchedulerConfig
-from blip3o_rt.connector import Connector
+from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables, StepModulation

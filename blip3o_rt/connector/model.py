@@ -1,4 +1,4 @@
-"""The connectors: small networks that carry one stage's features into another stage's inputs."""
+"""The connector network: Linear, GELU, Linear, RMSNorm."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blip3o_rt.connector import Connector
+from blip3o_rt.connector.model import Connector
 
 
 def network(features_in: int, features_out: int) -> nn.Sequential:
