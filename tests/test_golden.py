@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blip3o_rt.pipeline import Pipeline, Plan
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.result import Plan
 
 TOLERANCE = 1e-5
 

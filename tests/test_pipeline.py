@@ -24,7 +24,8 @@ from blip3o_rt.errors import (
 )
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.params import Progress
-from blip3o_rt.pipeline import Pipeline, Plan
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.result import Plan
 
 BOTH = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 STEPS = 2

@@ -15,8 +15,9 @@ from blip3o_rt.params import DiffusionParams, SamplingParams, image_seeds
 if TYPE_CHECKING:
     from PIL import Image
 
-    from blip3o_rt.pipeline import Pipeline, Result
+    from blip3o_rt.pipeline import Pipeline
     from blip3o_rt.report import Report
+    from blip3o_rt.result import Result
 
 DEFAULT_OUT = Path("out")
 MAX_NAME_LENGTH = 48  # letters of the prompt in a file name; file systems take 255 bytes
