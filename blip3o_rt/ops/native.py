@@ -70,9 +70,10 @@ def cuda_unavailable() -> str | None:
     module = cuda_module()
     if module is None:
         return _load_cuda()[1]
-    if not module.device_info()["devices"]:
-        return "no NVIDIA GPU was found; run on a machine with one and its driver"
-    return None
+    info = module.device_info()
+    return (
+        None if info["devices"] else f"no usable GPU ({info['reason']}); needs an NVIDIA GPU and its driver"
+    )
 
 
 def cpu() -> Any:

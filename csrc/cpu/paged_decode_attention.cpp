@@ -104,6 +104,21 @@ void finish(const Group& group, T* out) {
     }
 }
 
+// Rows of one KV head on the page that holds `position` of sequence b.
+template <class T>
+const T* page_rows(const PagedDecodeAttentionArguments& a, const void* cache, int64_t b, int64_t h,
+                   int64_t position) {
+    const int64_t page = a.block_table[b * a.max_blocks + position / a.cache.page_size];
+    const int64_t row = (page * a.cache.kv_heads + h) * a.cache.page_size;
+    return static_cast<const T*>(cache) + row * a.cache.head_dim;
+}
+
+// Pages of one head lie far apart, where the hardware's prefetchers do not look.
+template <class T>
+void fetch(const T* rows, int64_t elements) {
+    for (int64_t i = 0; i < elements; i += 64 / sizeof(T)) __builtin_prefetch(rows + i, 0, 2);
+}
+
 template <class T>
 void attend(const PagedDecodeAttentionArguments& a, int64_t begin, int64_t end) {
     const Group group = make_group(a);
@@ -114,11 +129,13 @@ void attend(const PagedDecodeAttentionArguments& a, int64_t begin, int64_t end) 
         start(group, static_cast<const T*>(a.q) + first_row, a.scale);
         const int64_t length = a.context_lengths[b];
         for (int64_t position = 0; position < length; position += page_size) {
-            const int64_t page = a.block_table[b * a.max_blocks + position / page_size];
-            const int64_t at = (page * a.cache.kv_heads + h) * page_elements;
+            if (position + page_size < length) {
+                fetch(page_rows<T>(a, a.cache.k, b, h, position + page_size), page_elements);
+                fetch(page_rows<T>(a, a.cache.v, b, h, position + page_size), page_elements);
+            }
             const int64_t positions = length - position < page_size ? length - position : page_size;
-            attend_page(group, static_cast<const T*>(a.cache.k) + at, static_cast<const T*>(a.cache.v) + at,
-                        positions);
+            attend_page(group, page_rows<T>(a, a.cache.k, b, h, position),
+                        page_rows<T>(a, a.cache.v, b, h, position), positions);
         }
         finish(group, static_cast<T*>(a.out) + first_row);
     }

@@ -3,7 +3,10 @@
 // BLIP3O_ISA is the namespace and BLIP3O_VECTOR_BYTES the width; both come from CMakeLists.txt.
 #pragma once
 
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -88,22 +91,37 @@ BLIP3O_INLINE void widen_row(float* to, const T* from, int64_t size) {
     for_each_vector(size, [&](int64_t i, int64_t count) { store(to + i, load(from + i, count)); });
 }
 
-// The sum of the lanes, always added in the same order.
+typedef float Vec4 __attribute__((vector_size(16)));
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec16 __attribute__((vector_size(64)));
+
+// Combines the lanes of a vector pairwise, halves first: always in the same order.
+template <class Combine>
+BLIP3O_INLINE float reduce_lanes(Vec4 v, const Combine& combine) {
+    v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return combine(v, __builtin_shufflevector(v, v, 1, 0, 3, 2))[0];
+}
+
+template <class Combine>
+BLIP3O_INLINE float reduce_lanes(Vec8 v, const Combine& combine) {
+    return reduce_lanes(
+        combine(__builtin_shufflevector(v, v, 0, 1, 2, 3), __builtin_shufflevector(v, v, 4, 5, 6, 7)),
+        combine);
+}
+
+template <class Combine>
+BLIP3O_INLINE float reduce_lanes(Vec16 v, const Combine& combine) {
+    return reduce_lanes(combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
+                        combine);
+}
+
 BLIP3O_INLINE float sum_lanes(Vec value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-        for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-    }
-    return lanes[0];
+    return reduce_lanes(value, [](auto a, auto b) { return a + b; });
 }
 
 BLIP3O_INLINE float max_lanes(Vec value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    float largest = lanes[0];
-    for (int64_t i = 1; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-    return largest;
+    return reduce_lanes(value, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 BLIP3O_INLINE Vec maximum(Vec a, Vec b) { return a > b ? a : b; }

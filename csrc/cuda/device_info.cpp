@@ -12,7 +12,7 @@ MachineInfo machine_info() {
     const cudaError_t error = cudaGetDeviceCount(&count);
     // 35: no driver, or one older than this runtime. 100: a driver, but no GPU.
     if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
-        info.reason = cudaGetErrorString(error);
+        info.reason = info.driver_version == 0 ? "no NVIDIA driver is installed" : cudaGetErrorString(error);
         return info;
     }
     check(error, "cudaGetDeviceCount");
