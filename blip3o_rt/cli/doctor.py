@@ -162,7 +162,7 @@ def machine_rows(machine: dict[str, Any]) -> list[list[str]]:
 def package_rows(findings: Findings) -> list[list[str]]:
     """Packages with their versions, then the native modules."""
     packages = [[name, version or "not installed"] for name, version in findings.machine["packages"].items()]
-    modules = [[e.name, e.detail if e.usable else "not usable"] for e in findings.extensions]
+    modules = [[e.name, e.detail if e.usable else "not usable, see missing"] for e in findings.extensions]
     return packages + modules
 
 
