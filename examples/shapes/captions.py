@@ -45,7 +45,7 @@ def with_article(phrase: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
-    """A caption of the scene; unless complete, now and then it leaves out a size, a place or the background."""
+    """A caption of the scene; unless complete, it now and then omits a size, a place or the background."""
 
     def omits(share: float) -> bool:
         return not complete and rng.random() < share
@@ -53,7 +53,9 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
     background = None if omits(OMIT_BACKGROUND_SHARE) else colour_word(scene.background, rng)
     if not scene.shapes:
         colour = background or colour_word(scene.background, rng)
-        return rng.choice(("an empty {} background", "a plain {} background", "nothing on a {} background")).format(colour)
+        return rng.choice(
+            ("an empty {} background", "a plain {} background", "nothing on a {} background")
+        ).format(colour)
     parts = []
     for shape in rng.sample(scene.shapes, len(scene.shapes)):
         phrase = with_article(noun_phrase(shape, rng, size=not omits(OMIT_SIZE_SHARE)))
@@ -66,7 +68,9 @@ def _sentence(parts: list[tuple[str, str | None]], background: str | None, rng: 
     if rng.random() < 0.12 and all(place for _, place in parts):
         shapes = " and ".join(f"{place} {phrase}" for phrase, place in parts)
     else:
-        shapes = rng.choice((" and ", " and ", ", ")).join(f"{phrase} {place}" if place else phrase for phrase, place in parts)
+        shapes = rng.choice((" and ", " and ", ", ")).join(
+            f"{phrase} {place}" if place else phrase for phrase, place in parts
+        )
     if background is None:
         return shapes
     behind = with_article(f"{background} background")

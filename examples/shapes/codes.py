@@ -1,8 +1,8 @@
 """What each image token means: the code of every cell of a scene, and the scene a grid of codes describes.
 
-A cell that a shape's bounding square covers by a quarter or more says (colour, kind, size); every other cell says
-the background. Codes factor this way so that a held-out (colour, kind, background) combination has codes that
-training knows.
+A cell that a shape's bounding square covers by a quarter or more says (colour, kind, size); every other cell
+says the background. Codes factor this way so that a held-out (colour, kind, background) combination has codes
+that training knows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ CELL = PICTURE_SIZE // GRID  # pixels
 COVERED_SHARE = 0.25
 FIRST_SHAPE_CODE = len(BACKGROUNDS)
 USED_CODES = FIRST_SHAPE_CODE + len(COLOURS) * len(KINDS) * len(SIZES)
-assert GRID * GRID == TOKENS_PER_IMAGE and USED_CODES <= CODEBOOK_SIZE
+assert GRID * GRID == TOKENS_PER_IMAGE
+assert USED_CODES <= CODEBOOK_SIZE
 
 
 def shape_code(colour: str, kind: str, size: str) -> int:
@@ -38,8 +39,13 @@ def code_meaning(code: int) -> tuple[str, ...]:
 
 
 def code_properties() -> list[list[float]]:
-    """One row per code, marking its background or its colour, kind and size; what the codebook is built on."""
-    marks = [*(("background", b) for b in BACKGROUNDS), *((c,) for c in COLOURS), *((k,) for k in KINDS), *((s,) for s in SIZES)]
+    """One row per code marking its background or its colour, kind and size: the codebook's base."""
+    marks = [
+        *(("background", b) for b in BACKGROUNDS),
+        *((c,) for c in COLOURS),
+        *((k,) for k in KINDS),
+        *((s,) for s in SIZES),
+    ]
     rows = []
     for code in range(USED_CODES):
         meaning = code_meaning(code)

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .captions import colour_word, noun_phrase, place_words, with_article
-from .scene import BACKGROUNDS, COLOURS, PLACES, Scene, Shape, is_drawable, is_held_out, random_scene, random_shape
+from .scene import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    Scene,
+    Shape,
+    is_drawable,
+    is_held_out,
+    random_scene,
+    random_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,12 @@ def _recolour(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     shape = scene.shapes[index]
     colour = rng.choice([c for c in COLOURS if c != shape.colour])
     name, word = naming(shape, scene, rng), colour_word(colour, rng)
-    wordings = (f"make {name} {word}", f"change {name} to {word}", f"turn {name} {word}", f"recolour {name} to {word}")
+    wordings = (
+        f"make {name} {word}",
+        f"change {name} to {word}",
+        f"turn {name} {word}",
+        f"recolour {name} to {word}",
+    )
     return rng.choice(wordings), scene.with_shape(index, replace(shape, colour=colour))
 
 
@@ -64,7 +79,9 @@ def _remove(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
 def _add(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
     shape = random_shape(rng)
     words = f"{with_article(noun_phrase(shape, rng))} {place_words(shape.place, rng)}"
-    return rng.choice((f"add {words}", f"draw {words}", f"put {words}")), replace(scene, shapes=(*scene.shapes, shape))
+    return rng.choice((f"add {words}", f"draw {words}", f"put {words}")), replace(
+        scene, shapes=(*scene.shapes, shape)
+    )
 
 
 def _move(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
@@ -93,7 +110,7 @@ EDIT_KINDS: dict[str, Callable[[Scene, random.Random], tuple[str, Scene]]] = {
 
 
 def random_edit(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Edit:
-    """A drawable edit of the given kind (default: any); unless held_out, no scene in it shows a held-out combination."""
+    """A drawable edit of a kind (default: any); unless held_out, without held-out combinations."""
     while True:
         chosen = kind or rng.choice(list(EDIT_KINDS))
         before = random_scene(rng, rng.choice((0, 1, 1)) if chosen == "add" else rng.choice((1, 2)))

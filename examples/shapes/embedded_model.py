@@ -1,4 +1,4 @@
-"""The trained half of the embedded model: Qwen3 decoder, connectors and SANA transformer, on the reference modules."""
+"""What the joint stage trains: Qwen3 decoder, connectors and SANA transformer (reference modules)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EmbeddedModel(nn.Module):
                 block.scale_shift_table[[2, 5]] = FIRST_GATE
 
     def condition(self, hidden: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
-        """Cross-attention tokens [N, tokens, CAPTION_CHANNELS] of hidden states and, for an edit, reference latents."""
+        """Cross-attention tokens [N, tokens, CAPTION_CHANNELS]; an edit's reference latents add theirs."""
         tokens = self.diffusion_connector(hidden)
         if reference is None:
             return tokens
@@ -57,9 +57,11 @@ class EmbeddedModel(nn.Module):
         condition: torch.Tensor,
         reference: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Predicted noise - data [N, C, h, w]; an edit's reference stands to the right of the noisy latents."""
+        """Predicted noise - data [N, C, h, w]; an edit's reference stands right of the noisy latents."""
         width = latents.shape[-1]
         if reference is not None:
             latents = torch.cat([latents, reference], dim=-1)
-        output = self.sana(latents, encoder_hidden_states=condition, timestep=1000 * sigma, return_dict=False)[0]
+        output = self.sana(
+            latents, encoder_hidden_states=condition, timestep=1000 * sigma, return_dict=False
+        )[0]
         return output[..., :width]

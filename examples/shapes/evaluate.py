@@ -39,7 +39,9 @@ def contact_sheet(pictures: torch.Tensor, path: Path, columns: int = 8, margin: 
     sheet = torch.full((3, rows * height, columns * width), 0.35)
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
-        sheet[:, row * height : (row + 1) * height - margin, column * width : (column + 1) * width - margin] = picture
+        sheet[
+            :, row * height : (row + 1) * height - margin, column * width : (column + 1) * width - margin
+        ] = picture
     to_image(sheet).save(path)
 
 
@@ -56,7 +58,9 @@ def score_autoencoder(run: Path, count: int, seed: int) -> dict[str, float]:
     return shares(verdicts) | {"psnr": round(float(-10 * (output - pictures).square().mean().log10()), 2)}
 
 
-def score_captions(pipeline: ReferencePipeline, scenes: list[Scene], seed: int, sheet: Path) -> dict[str, float]:
+def score_captions(
+    pipeline: ReferencePipeline, scenes: list[Scene], seed: int, sheet: Path
+) -> dict[str, float]:
     """Complete captions of scenes: shares right in pixels, and in the planned codes."""
     rng = random.Random(seed)
     prompts = [caption(scene, rng, complete=True) for scene in scenes]

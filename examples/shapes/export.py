@@ -93,7 +93,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def export(run: Path, folder: Path) -> None:
-    """Writes the checkpoint folder whole, replacing an earlier one. Raises ValueError where it is too large."""
+    """Writes the checkpoint folder, replacing an earlier one. Raises ValueError where it is too large."""
     tokenizer = PromptTokenizer(run / "tokenizer")
     tensors, scaling_factor = checkpoint_tensors(run, tokenizer.vocab_size)
     partial = folder.with_name(folder.name + ".partial")
@@ -101,7 +101,9 @@ def export(run: Path, folder: Path) -> None:
     partial.mkdir(parents=True)
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     if (size := (partial / "model.safetensors").stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"model.safetensors is {size} bytes; at most {LARGEST_FILE} are accepted: use a smaller geometry")
+        raise ValueError(
+            f"model.safetensors is {size} bytes; at most {LARGEST_FILE} are accepted: use a smaller geometry"
+        )
     config = checkpoint_config(tokenizer)
     _write_json(partial / "config.json", config)
     ends = {key: config[key] for key in ("eos_token_id", "pad_token_id")}

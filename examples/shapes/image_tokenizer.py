@@ -1,4 +1,4 @@
-"""TA-Tok in small: a SigLIP vision tower, a bottleneck and a cosine codebook (SimVQ), on the reference modules."""
+"""TA-Tok in small: SigLIP vision tower, bottleneck, cosine codebook (SimVQ); reference modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .model_config import CODE_WIDTH, CODEBOOK_SIZE, VISION_SELECT_LAYER, VISION
 class Codebook(nn.Module):
     """Fixed rows under a learned projection; codes are compared by cosine.
 
-    A row marks the properties its code stands for, so that what is learned of a kind or a colour serves every code
-    that has it; spare codes are random.
+    A row marks the properties its code stands for, so that what is learned of a kind or a colour serves every
+    code that has it; spare codes are random.
     """
 
     def __init__(self) -> None:

@@ -13,7 +13,6 @@ from .scene import training_scene
 from .train_autoencoder import build_autoencoder
 from .training import finished_module, load_state
 
-
 POLL_SECONDS = 20
 
 
@@ -24,7 +23,7 @@ def wait_for_encoder(run: Path) -> None:
 
 
 class Latents:
-    """Encodes and decodes with the autoencoder of a run folder; scaling_factor brings latents to unit variance."""
+    """A run folder's autoencoder; scaling_factor brings latents to unit variance."""
 
     def __init__(self, run: Path) -> None:
         self.autoencoder = finished_module(build_autoencoder(), run / "autoencoder.pt")

@@ -1,7 +1,8 @@
-"""Generates pictures with the reference modules alone (transformers, diffusers), in batches; slow and plain."""
+"""Generates pictures with the reference modules alone (transformers, diffusers), in batches."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +42,15 @@ class ReferencePipeline:
         self.model = finished_module(EmbeddedModel(self.tokenizer.vocab_size), run / "joint.pt")
 
     @torch.no_grad()
-    def plan(self, prompts: torch.Tensor, top_k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def plan(
+        self, prompts: torch.Tensor, top_k: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [N, tokens] and hidden states [N, tokens + 1, H] of prompts [N, L] of equal length."""
         cache, ids, hidden, tokens = DynamicCache(), prompts, [], []
         for _ in range(TOKENS_PER_IMAGE):
-            states = self.model.language_model.model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
+            states = self.model.language_model.model(input_ids=ids, past_key_values=cache).last_hidden_state[
+                :, -1
+            ]
             ids = sample_tokens(self.model.language_model.lm_head(states), top_k, generator)[:, None]
             hidden.append(states)
             tokens.append(ids)
@@ -53,7 +58,9 @@ class ReferencePipeline:
         return torch.cat(tokens, dim=1) - self.tokenizer.first_image_id, torch.stack([*hidden, last], dim=1)
 
     @torch.no_grad()
-    def render(self, hidden: torch.Tensor, noise: torch.Tensor, reference: torch.Tensor | None) -> torch.Tensor:
+    def render(
+        self, hidden: torch.Tensor, noise: torch.Tensor, reference: torch.Tensor | None
+    ) -> torch.Tensor:
         """Pictures [N, 3, H, W] by STEPS Euler steps with guidance, from noise [N, C, h, w]."""
         condition = torch.cat(
             [self.model.null_condition(hidden, reference), self.model.condition(hidden, reference)]
@@ -61,7 +68,7 @@ class ReferencePipeline:
         twice = None if reference is None else reference.repeat(2, 1, 1, 1)
         sigmas = [*torch.linspace(1, 1 / STEPS, STEPS).tolist(), 0.0]
         latents = noise
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        for sigma, following in itertools.pairwise(sigmas):
             both = latents.repeat(2, 1, 1, 1)
             velocity = self.model.velocity(both, torch.full((len(both),), sigma), condition, twice)
             unconditional, conditional = velocity.chunk(2)

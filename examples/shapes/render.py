@@ -36,7 +36,7 @@ def _star_corners() -> list[tuple[float, float]]:
 
 
 def inside(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points (in units of the half extent, y down) lie in a shape of this kind centred at the origin."""
+    """Whether points (in half extents, y down) lie in a shape of this kind centred at the origin."""
     if kind == "circle":
         return x**2 + y**2 <= 1
     if kind == "square":
@@ -56,7 +56,7 @@ def inside(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def coverage(kind: str, half_extent: float, x: float, y: float) -> np.ndarray:
-    """Share of every pixel that the shape covers: float32 [PICTURE_SIZE, PICTURE_SIZE], centre (x, y) in pixels."""
+    """Share of every pixel that the shape covers, float32 [H, W]; its centre (x, y) is in pixels."""
     samples = (np.arange(PICTURE_SIZE * SUBSAMPLES) + 0.5) / SUBSAMPLES
     grid_y, grid_x = np.meshgrid((samples - y) / half_extent, (samples - x) / half_extent, indexing="ij")
     hits = inside(kind, grid_x, grid_y)
@@ -84,7 +84,7 @@ def _colour(name: str) -> list[float]:
 
 
 def render_batch(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures float32 [N, 3, H, W] in [0, 1], and how much of each pixel a shape covers, float32 [N, 1, H, W]."""
+    """Pictures [N, 3, H, W] in [0, 1] and the shapes' coverage [N, 1, H, W], both float32."""
     pictures = torch.tensor([_colour(scene.background) for scene in scenes])[:, :, None, None]
     pictures = pictures.repeat(1, 1, PICTURE_SIZE, PICTURE_SIZE)
     covered = torch.zeros(len(scenes), 1, PICTURE_SIZE, PICTURE_SIZE)

@@ -1,4 +1,4 @@
-"""Scenes of flat shapes: what a picture may hold, which combinations are held out, and how scenes are drawn at random."""
+"""Scenes of flat shapes: what a picture may hold, what is held out, and random scenes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Scene:
 
 
 def _held_out_combinations() -> frozenset[tuple[str, str, str]]:
-    """A tenth of all (colour, kind, background) triples; every background and colour keeps most of its triples."""
+    """A tenth of all (colour, kind, background) triples."""
     triples = [(c, k, b) for c in COLOURS for k in KINDS for b in BACKGROUNDS if c != b]
     return frozenset(random.Random(HELD_OUT_SEED).sample(triples, round(len(triples) * HELD_OUT_SHARE)))
 
@@ -113,7 +113,7 @@ def random_shape(rng: random.Random) -> Shape:
 
 
 def random_scene(rng: random.Random, shapes: int | None = None) -> Scene:
-    """A drawable scene, held-out combinations included; shapes fixes how many (default: mostly one or two)."""
+    """A drawable scene, held-out ones included; shapes fixes how many (default: mostly one or two)."""
     if shapes is None:
         draw = rng.random()
         shapes = 0 if draw < NO_SHAPE_SHARE else (2 if draw < NO_SHAPE_SHARE + TWO_SHAPES_SHARE else 1)

@@ -13,7 +13,9 @@ from .edits import Edit
 from .render import coverage, render
 from .scene import HALF_EXTENT, KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
 
-FOREGROUND_DISTANCE = 0.2  # RGB distance (channels 0 to 1) from the background; the palette's closest pair is at 0.38
+FOREGROUND_DISTANCE = (
+    0.2  # RGB distance (channels 0 to 1) from the background; the palette's closest pair is at 0.38
+)
 SMALLEST_AREA = 14  # pixels; the smallest drawn shape has over 50
 SMALLEST_CORE = 6  # pixels inside a patch of a second colour that make it a second shape, not an edge
 LOWEST_IOU = 0.6  # of the best template, under which a region is no known shape
@@ -104,7 +106,7 @@ def _core(mask: np.ndarray) -> np.ndarray:
 
 
 def _split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """One mask per colour that has inner pixels of its own: two shapes that touch are still two, an edge is not one."""
+    """One mask per colour with inner pixels of its own: touching shapes are two, an edge is none."""
     colours, counts = np.unique(labels[component], return_counts=True)
     parts = [component & (labels == c) for c, n in zip(colours, counts, strict=True) if n >= SMALLEST_AREA]
     solid = [part for part in parts if _core(part).sum() >= SMALLEST_CORE]
@@ -163,9 +165,12 @@ def _describe(part: np.ndarray, pixels: np.ndarray, labels: np.ndarray, behind: 
 
 
 def read_picture(picture: Image.Image) -> Seen:
-    """The background and shapes a picture of PICTURE_SIZE pixels per side shows, told from its pixels alone."""
+    """What a picture of PICTURE_SIZE pixels per side shows, told from its pixels alone."""
     if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
-        raise ValueError(f"the picture is {picture.width} x {picture.height} pixels; accepted is {PICTURE_SIZE} x {PICTURE_SIZE}")
+        raise ValueError(
+            f"the picture is {picture.width} x {picture.height} pixels; "
+            f"accepted is {PICTURE_SIZE} x {PICTURE_SIZE}"
+        )
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
     labels = _nearest_palette(pixels)
     label = int(np.bincount(labels.ravel()).argmax())
@@ -196,7 +201,7 @@ def judge(seen: Seen, scene: Scene) -> Verdict:
 
 
 def judge_edit(picture: Image.Image, reference: Image.Image, edit: Edit) -> Verdict:
-    """Judges an edited picture: the scene after the edit, and pixels that it should not touch as they were."""
+    """Judges an edit by the scene after it, and by the pixels that it should not touch."""
     before, after, got, was = (
         np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         for image in (render(edit.before), render(edit.after), picture, reference)

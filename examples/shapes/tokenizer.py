@@ -1,7 +1,7 @@
-"""The embedded model's text tokenizer: byte-level BPE over the captions' words, with the published special tokens.
+"""The embedded model's text tokenizer: byte-level BPE over the captions' words, and the special tokens.
 
-Every word of the captions is one token, any other text falls back to bytes. The fixed sentences of the prompts are
-one token each: on a small model they would otherwise be most of the sequence.
+Every word of the captions is one token, any other text falls back to bytes. The fixed sentences of the
+prompts are one token each: on a small model they would otherwise be most of the sequence.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ from .scene import random_scene
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption:"
 EDIT = "Please edit this image according to the following instruction:"
-CHAT_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+CHAT_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
 TAG_TOKENS = ("<im_start>", "<im_end>")
 SCALE_TOKENS = ("<S0>", "<S1>", "<S2>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS_LINES = 4000
@@ -37,7 +45,10 @@ def _corpus() -> list[str]:
     captions = (caption(random_scene(rng), rng) for _ in range(CORPUS_LINES))
     edits = (random_edit(rng, held_out=True).instruction + ".\n" for _ in range(CORPUS_LINES))
     chat = ("system\n", "user\n", "assistant\n", SYSTEM, TEXT_TO_IMAGE, EDIT)
-    return [*itertools.chain.from_iterable((" " + line, line) for line in itertools.chain(captions, edits)), *chat * 10]
+    return [
+        *itertools.chain.from_iterable((" " + line, line) for line in itertools.chain(captions, edits)),
+        *chat * 10,
+    ]
 
 
 def train_tokenizer() -> Tokenizer:
@@ -46,14 +57,18 @@ def train_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=10, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=10, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_corpus(), trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CHAT_TOKENS])
     sentences = (SYSTEM, TEXT_TO_IMAGE, EDIT)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in sentences])
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in TAG_TOKENS])
     images = [f"<I{i}>" for i in range(CODEBOOK_SIZE)]
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in (*SCALE_TOKENS, *images)])
+    tokenizer.add_tokens(
+        [AddedToken(text, special=False, normalized=False) for text in (*SCALE_TOKENS, *images)]
+    )
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Stage 1: trains the DC-AE autoencoder on rendered scenes (python -m examples.shapes.train_autoencoder).
 
-After a while the encoder is frozen and only the decoder trains on: latents then stay what they are, so that the
-joint stage can begin while the decoder still gets sharper.
+After a while the encoder is frozen and only the decoder trains on: latents then stay what they are, so that
+the joint stage can begin while the decoder still gets sharper.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def training_batch(rng: random.Random, batch: int, crops: bool) -> tuple[torch.T
     return cropped[:, :3], cropped[:, 3:]
 
 
-def reconstruction_loss(model: AutoencoderDC, pictures: torch.Tensor, covered: torch.Tensor) -> dict[str, torch.Tensor]:
+def reconstruction_loss(
+    model: AutoencoderDC, pictures: torch.Tensor, covered: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Weighted L1 of the reconstruction through noisy latents, and the latents' mean square."""
     target = pictures * 2 - 1
     with torch.autocast("cpu", torch.bfloat16):
@@ -91,7 +93,7 @@ def freeze_encoder(model: AutoencoderDC, average: WeightAverage) -> None:
 
 
 def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, seed: int) -> None:
-    """Runs or resumes the stage; leaves run/autoencoder.pt, whose encoder is final from step encoder_steps on."""
+    """Runs or resumes the stage; leaves run/autoencoder.pt (encoder final from encoder_steps on)."""
     path = run / "autoencoder.pt"
     torch.manual_seed(seed)
     model = build_autoencoder().train()
@@ -159,7 +161,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     train(
-        arguments.run, arguments.steps, arguments.encoder_steps, arguments.batch, arguments.peak, arguments.seed
+        arguments.run,
+        arguments.steps,
+        arguments.encoder_steps,
+        arguments.batch,
+        arguments.peak,
+        arguments.seed,
     )
 
 

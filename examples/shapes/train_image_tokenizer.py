@@ -1,7 +1,8 @@
-"""Stage 2: trains the image tokenizer on exact per-cell labels (python -m examples.shapes.train_image_tokenizer).
+"""Stage 2: trains the image tokenizer on exact labels (python -m examples.shapes.train_image_tokenizer).
 
-A second head, thrown away afterwards, draws each patch's coverage from an early layer: what a shape is follows from
-where it is, whatever the colours, and a small tower finds that out many times faster when it is told.
+A second head, thrown away afterwards, draws each patch's coverage from an early layer: what a shape is
+follows from where it is, whatever the colours, and a small tower finds that out many times faster when it
+is told.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def roughen(pictures: torch.Tensor) -> torch.Tensor:
 def tokenizer_loss(
     model: ImageTokenizer, coverage_head: nn.Linear, scenes: list[Scene]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy of the scaled cosines against the cells' codes plus that of the coverage; and a report."""
+    """Cross-entropy of the scaled cosines against the cells' codes, plus the coverage's; and a report."""
     target = torch.tensor([scene_codes(scene) for scene in scenes])
     pictures, covered = render_batch(scenes)
     with torch.autocast("cpu", torch.bfloat16):
@@ -50,7 +51,9 @@ def tokenizer_loss(
         drawn = coverage_head(states[COVERAGE_LAYER])
     shape_cells = target >= FIRST_SHAPE_CODE
     weight = torch.where(shape_cells, SHAPE_WEIGHT, 1.0)
-    loss = F.cross_entropy(COSINE_SCALE * similarity.float().flatten(0, 1), target.flatten(), reduction="none")
+    loss = F.cross_entropy(
+        COSINE_SCALE * similarity.float().flatten(0, 1), target.flatten(), reduction="none"
+    )
     codes_loss = (loss * weight.flatten()).sum() / weight.sum()
     patches = F.unfold(covered, CELL, stride=CELL).transpose(1, 2)
     coverage_loss = F.binary_cross_entropy_with_logits(drawn.float(), patches)
@@ -65,7 +68,7 @@ def tokenizer_loss(
 
 @torch.no_grad()
 def gate(model: ImageTokenizer, count: int = 500, seed: int = 11) -> dict[str, float]:
-    """Shares of scenes (held-out ones included) wholly recovered from codes alone, and of exact code grids."""
+    """Shares of scenes (held-out ones too) recovered from codes alone, and of exact code grids."""
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
     codes = model.encode(render_batch(scenes)[0])

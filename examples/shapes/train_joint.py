@@ -1,8 +1,9 @@
 """Stage 3: trains the decoder and the diffusion transformer together (python -m examples.shapes.train_joint).
 
-Cross-entropy on image tokens and flow matching on latents, in one backward pass through both, as the published
-recipe does. The condition is dropped for a tenth of the examples, which is what guidance needs. The first steps train
-the decoder alone, on tokens: until it has read the prompts there is nothing for the transformer to learn from.
+Cross-entropy on image tokens and flow matching on latents, in one backward pass through both, as the
+published recipe does. The condition is dropped for a tenth of the examples, which is what guidance needs.
+The first steps train the decoder alone, on tokens: until it has read the prompts the transformer can learn
+nothing.
 
 The image tokens are the scenes' own codes, which the image tokenizer of stage 2 is trained to give.
 """
@@ -71,7 +72,7 @@ def edit_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) -> Ba
 
 
 def token_loss(model: EmbeddedModel, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Cross-entropy and share of right tokens; and the hidden states of <S0> and the image tokens [N, tokens + 1, H]."""
+    """Token losses, and the hidden states of <S0> and the image tokens [N, tokens + 1, H]."""
     with torch.autocast("cpu", torch.bfloat16):
         states = model.language_model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
         places = batch.starts[:, None] + torch.arange(TOKENS_PER_IMAGE + 1)

@@ -1,10 +1,9 @@
-"""What every training stage shares: the run folder, resumable state, the learning rate and weight averages."""
+"""What every training stage shares: resumable state, weight averages and the log."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,7 +22,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> floa
 
 
 class WeightAverage:
-    """Exponential moving average of a set of modules' parameters; starts short and grows to its full memory."""
+    """Exponential moving average of modules' parameters; its memory starts short and grows."""
 
     def __init__(self, modules: Iterable[nn.Module], decay: float) -> None:
         self.parameters = [p for module in modules for p in module.parameters()]
@@ -50,7 +49,7 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
@@ -68,7 +67,7 @@ def finished_module(module: nn.Module, path: Path) -> nn.Module:
 
 
 class Log:
-    """Appends one JSON line per report, with the step, the seconds so far and the mean of every number since."""
+    """Appends one JSON line per report: the step, the seconds so far, the mean of every number."""
 
     def __init__(self, path: Path, every: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +76,9 @@ class Log:
         self.count = 0
         self.started = time.monotonic()
 
-    def add(self, step: int, values: dict[str, float], extra: Callable[[], dict[str, float]] | None = None) -> None:
+    def add(
+        self, step: int, values: dict[str, float], extra: Callable[[], dict[str, float]] | None = None
+    ) -> None:
         """Counts one step's numbers; every so often writes their means (and those extra() measures)."""
         self.count += 1
         for name, value in values.items():

@@ -67,7 +67,7 @@ def test_scorer_counts_shapes_and_names_the_background() -> None:
 
 
 def test_scorer_forgives_blur_and_noise(scenes: list[Scene]) -> None:
-    """A mild blur and noise of three grey levels leave what a person sees; at least 95% must still be read."""
+    """Mild blur and noise of three grey levels leave what a person sees: 95% must still be read."""
     noise = np.random.default_rng(0)
     right = 0
     for drawn in scenes:
