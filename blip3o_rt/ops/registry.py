@@ -46,6 +46,11 @@ def always_supported(*_: Any, **__: Any) -> None:
     """The support of an implementation that takes every argument of its device and dtypes."""
 
 
+def weight_dtype_matches(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str | None:
+    """The support of an implementation whose first two arguments must have one dtype."""
+    return None if weight.dtype == x.dtype else "takes x and weight of one dtype"
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ops import native
-from blip3o_rt.ops.registry import BF16, FLOATS, op
+from blip3o_rt.ops.registry import BF16, FLOATS, op, weight_dtype_matches
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -36,12 +36,8 @@ def rms_norm(
     return deliver(y, x.dtype, out)
 
 
-def _same_dtype(x: Tensor, weight: Tensor, *_: object, **__: object) -> str | None:
-    return None if weight.dtype == x.dtype else "takes x and weight of one dtype"
-
-
 @rms_norm.implementation(
-    "cuda", device="cuda", dtypes=FLOATS, supports=_same_dtype, available=native.cuda_unavailable
+    "cuda", device="cuda", dtypes=FLOATS, supports=weight_dtype_matches, available=native.cuda_unavailable
 )
 def _cuda(
     x: Tensor,
@@ -58,7 +54,7 @@ def _cuda(
 
 
 @rms_norm.implementation(
-    "cpu", device="cpu", dtypes=FLOATS, supports=_same_dtype, available=native.cpu_unavailable
+    "cpu", device="cpu", dtypes=FLOATS, supports=weight_dtype_matches, available=native.cpu_unavailable
 )
 def _cpu(
     x: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.ops import native
-from blip3o_rt.ops.registry import BF16, FLOATS, op
+from blip3o_rt.ops.registry import BF16, FLOATS, op, weight_dtype_matches
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -31,12 +31,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None)
     return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
 
 
-def _same_dtype(x: Tensor, weight: Tensor, **_: object) -> str | None:
-    return None if weight.dtype == x.dtype else "takes x and weight of one dtype"
-
-
 @row_linear.implementation(
-    "cpu", device="cpu", dtypes=FLOATS, supports=_same_dtype, available=native.cpu_unavailable
+    "cpu", device="cpu", dtypes=FLOATS, supports=weight_dtype_matches, available=native.cpu_unavailable
 )
 def _cpu(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype) if out is None else out

@@ -105,6 +105,7 @@ def test_greedy_takes_the_lowest_index_of_equals() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -0.0, -1.0, 0.0], [-5.0, -5.0, -5.0, -5.0]])
     assert draw(logits, top_k=1).tolist() == [1, 0, 0]
     assert draw(-logits, top_k=1).tolist() == [0, 2, 0]
+    assert draw(torch.tensor([[-0.0, 0.0, -1.0]]), top_k=1).tolist() == [0]  # the zeros are equal
 
 
 def test_ties_at_the_limit_go_to_the_lower_indices() -> None:
