@@ -100,6 +100,7 @@ def export(run: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "model.safetensors").chmod(0o644)
     if (size := (partial / "model.safetensors").stat().st_size) > LARGEST_FILE:
         raise ValueError(
             f"model.safetensors is {size} bytes; at most {LARGEST_FILE} are accepted: use a smaller geometry"
