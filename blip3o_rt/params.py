@@ -10,6 +10,9 @@ from blip3o_rt.errors import ParameterError
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 64
+MAX_BATCH = 256
+MIN_PROMPT_TOKENS = 16  # the chat template alone takes most of these
+MAX_PROMPT_TOKENS = 1_000_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MIN_TEMPERATURE = 1e-5  # logits divided by anything smaller leave float32
@@ -56,6 +59,17 @@ def image_seeds(seed: object, n: object) -> list[int]:
             f"seed is {first} with n {count}: the last picture's, seed + n - 1, may be at most {MAX_SEED}"
         )
     return list(range(first, first + count))
+
+
+def check_max_batch(value: object) -> int:
+    """How many pictures are drawn together, 1 to 256. Raises ParameterError."""
+    return _integer("max_batch", value, 1, MAX_BATCH, f"a whole number from 1 to {MAX_BATCH}")
+
+
+def check_max_prompt_tokens(value: object) -> int:
+    """Positions kept for a prompt, its reference pictures included, 16 to 1,000,000. Raises ParameterError."""
+    accepted = f"a whole number from {MIN_PROMPT_TOKENS} to {MAX_PROMPT_TOKENS}"
+    return _integer("max_prompt_tokens", value, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS, accepted)
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ class DiffusionParams:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told: done of total units of stage "prefill", "tokens", "denoise" or "decode"."""
+    """What a callback is told: done of total units of "tokens" (with the prompt), "denoise" or "decode"."""
 
     stage: str
     done: int

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import MAX_SEED, DiffusionParams, SamplingParams, image_seeds
+from blip3o_rt.params import (
+    MAX_SEED,
+    DiffusionParams,
+    SamplingParams,
+    check_max_batch,
+    check_max_prompt_tokens,
+    image_seeds,
+)
 
 NOT_INTEGERS = [True, 1.0, "1", None, float("nan"), [1]]
 NOT_NUMBERS = [True, "1", None, 1j, float("nan"), float("inf"), -float("inf"), 10**400]
@@ -121,3 +128,26 @@ def test_top_k_scales_to_the_codebook(top_k: int | None, codes: int, expected: i
 def test_top_k_beyond_the_vocabulary() -> None:
     with pytest.raises(ParameterError, match=r"^top_k is 701: accepted is .* to 700, the vocabulary's size$"):
         SamplingParams(top_k=701).top_k_for(512, vocab_size=700)
+
+
+@pytest.mark.parametrize("value", [1, 4, 256])
+def test_a_batch_in_range_is_kept(value: int) -> None:
+    assert check_max_batch(value) == value
+
+
+@pytest.mark.parametrize("value", [0, -3, 257, 2.0, True, "4", None])
+def test_a_batch_out_of_range_is_refused_in_one_line(value: object) -> None:
+    with pytest.raises(ParameterError, match=r"^max_batch is .*: accepted is a whole number from 1 to 256$"):
+        check_max_batch(value)
+
+
+@pytest.mark.parametrize("value", [16, 1536, 1_000_000])
+def test_prompt_positions_in_range_are_kept(value: int) -> None:
+    assert check_max_prompt_tokens(value) == value
+
+
+@pytest.mark.parametrize("value", [15, 0, -5, 1_000_001, 64.0, False, "64"])
+def test_prompt_positions_out_of_range_are_refused_in_one_line(value: object) -> None:
+    accepted = r"accepted is a whole number from 16 to 1000000$"
+    with pytest.raises(ParameterError, match=rf"^max_prompt_tokens is .*: {accepted}"):
+        check_max_prompt_tokens(value)
