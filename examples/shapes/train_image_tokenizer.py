@@ -110,6 +110,7 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
                 "coverage_head": coverage_head.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "average": average.average,
+                "finished": step >= steps,
             },
             path,
         )

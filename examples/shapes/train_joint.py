@@ -5,7 +5,8 @@ published recipe does. The condition is dropped for a tenth of the examples, whi
 The first steps train the decoder alone, on tokens: until it has read the prompts the transformer can learn
 nothing.
 
-The image tokens are the scenes' own codes, which the image tokenizer of stage 2 is trained to give.
+The tokens to write are the scenes' own codes, which the image tokenizer of stage 2 is trained to give; an
+edit's reference is what that tokenizer really sees, as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from .captions import caption
 from .codes import scene_codes
 from .edits import random_edit
 from .embedded_model import EmbeddedModel
+from .image_tokenizer import ImageTokenizer
 from .latents import Latents, wait_for_encoder
 from .model_config import TOKENS_PER_IMAGE
 from .render import render_batch
 from .scene import Scene, training_scene
 from .tokenizer import PromptTokenizer, save_tokenizer
-from .training import Log, WeightAverage, load_state, save_atomically
+from .training import Log, WeightAverage, finished_module, load_state, save_atomically
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
@@ -64,11 +66,15 @@ def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) ->
     return make_batch(prompts, scenes, None, tokenizer.first_image_id)
 
 
-def edit_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) -> Batch:
-    """Edit instructions with the scenes before and after."""
+def edit_batch(
+    rng: random.Random, count: int, tokenizer: PromptTokenizer, eyes: ImageTokenizer | None
+) -> Batch:
+    """Edit instructions with the scenes before (as the image tokenizer sees them, if given) and after."""
     edits = [random_edit(rng) for _ in range(count)]
-    prompts = [tokenizer.edit(edit.instruction, scene_codes(edit.before)) for edit in edits]
-    return make_batch(prompts, [e.after for e in edits], [e.before for e in edits], tokenizer.first_image_id)
+    before = [edit.before for edit in edits]
+    seen = [scene_codes(s) for s in before] if eyes is None else eyes.encode(render_batch(before)[0]).tolist()
+    prompts = [tokenizer.edit(edit.instruction, codes) for edit, codes in zip(edits, seen, strict=True)]
+    return make_batch(prompts, [edit.after for edit in edits], before, tokenizer.first_image_id)
 
 
 def token_loss(model: EmbeddedModel, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -105,10 +111,35 @@ def flow_loss(
     return ((predicted - (noise - data)).square() * weight).sum() / (weight.sum() * data.shape[1])
 
 
+def accumulate_gradients(
+    model: EmbeddedModel, batches: dict[str, Batch], stages: Latents | None, noises: int
+) -> dict[str, float]:
+    """Adds every batch's gradients, weighted by its size, and reports its losses by name."""
+    report = {}
+    examples = sum(len(batch.scenes) for batch in batches.values())
+    for name, batch in batches.items():
+        losses, hidden = token_loss(model, batch)
+        loss = losses["tokens"]
+        if stages is not None:
+            losses["flow"] = flow_loss(model, batch, hidden, stages, noises)
+            loss = loss + losses["flow"]
+        (loss * (len(batch.scenes) / examples)).backward()
+        report |= {f"{name}_{key}": float(value.detach()) for key, value in losses.items()}
+    return report
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Warm-up, a plateau, and a linear fall at the end; raising steps later goes on from the plateau."""
     fall = (steps - step) / (DECAY_SHARE * steps)
     return peak * min(1.0, (step + 1) / WARMUP_STEPS, max(0.05, fall))
+
+
+def finished_tokenizer(run: Path) -> ImageTokenizer | None:
+    """The image tokenizer of stage 2, or None while it is missing or still training."""
+    state = load_state(run / "image_tokenizer.pt")
+    if state is None or not state.get("finished", False):
+        return None
+    return finished_module(ImageTokenizer(), run / "image_tokenizer.pt")
 
 
 def averaged_state(model: EmbeddedModel, average: WeightAverage) -> dict[str, torch.Tensor]:
@@ -124,7 +155,7 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
     path = run / "joint.pt"
     if not (run / "tokenizer" / "tokenizer.json").exists():
         save_tokenizer(run / "tokenizer")
-    tokenizer, stages = PromptTokenizer(run / "tokenizer"), None
+    tokenizer, stages, eyes = PromptTokenizer(run / "tokenizer"), None, None
     torch.manual_seed(seed)
     model = EmbeddedModel(tokenizer.vocab_size).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
@@ -145,18 +176,13 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
         if step >= token_steps and stages is None:
             wait_for_encoder(run)
             stages = Latents(run)
-        report = {}
+            eyes = finished_tokenizer(run)
         edits = batch // 3
-        makers = {"caption": (caption_batch, batch - edits), "edit": (edit_batch, edits)}
-        for name, (make, count) in makers.items():
-            examples = make(rng, count, tokenizer)
-            losses, hidden = token_loss(model, examples)
-            loss = losses["tokens"]
-            if stages is not None:
-                losses["flow"] = flow_loss(model, examples, hidden, stages, noises)
-                loss = loss + losses["flow"]
-            (loss * (count / batch)).backward()
-            report |= {f"{name}_{key}": float(value.detach()) for key, value in losses.items()}
+        batches = {
+            "caption": caption_batch(rng, batch - edits, tokenizer),
+            "edit": edit_batch(rng, edits, tokenizer, eyes),
+        }
+        report = accumulate_gradients(model, batches, stages, noises)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average.update(step)
