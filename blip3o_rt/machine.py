@@ -8,6 +8,8 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,6 +280,24 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = bool({"avx512_bf16", "amx_bf16", "arm_bf16"}.intersection(processor().isa))
     return torch.bfloat16 if native or name == "bf16" else torch.float32
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 without TF32 and bfloat16 products summed in float32; restores what was set."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolution.allow_tf32, product.allow_tf32, product.allow_bf16_reduced_precision_reduction
+    convolution.allow_tf32 = product.allow_tf32 = product.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        convolution.allow_tf32, product.allow_tf32 = before[:2]
+        product.allow_bf16_reduced_precision_reduction = before[2]
 
 
 def nvcc_version() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -25,11 +25,18 @@ from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import GenerationError, ImageError, ParameterError
+from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError, PromptError
 from blip3o_rt.image_input import load_reference
-from blip3o_rt.machine import require_memory, resolve_device, resolve_dtype
+from blip3o_rt.machine import exact_arithmetic, require_memory, resolve_device, resolve_dtype
 from blip3o_rt.metadata import picture_fields
-from blip3o_rt.params import DiffusionParams, SamplingParams, check_seed, image_seeds
+from blip3o_rt.params import (
+    DiffusionParams,
+    SamplingParams,
+    check_max_batch,
+    check_max_prompt_tokens,
+    check_seed,
+    image_seeds,
+)
 from blip3o_rt.progress import ProgressCallback, ProgressReporter
 from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.random import normal_noise
@@ -41,6 +48,7 @@ from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.pixels import reference_pixels
 
 ReferenceImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+ImageCallback = Callable[[int, Image.Image], None]  # a picture's place in the result, and the picture
 DEFAULT_MAX_PROMPT_TOKENS = 1536
 OUTPUTS = ("pil", "tensor", "latent")
 
@@ -83,6 +91,8 @@ class Pipeline:
         max_batch: int = 4,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
     ) -> None:
+        check_max_batch(max_batch)
+        check_max_prompt_tokens(max_prompt_tokens)
         config, weights = checkpoint.config, checkpoint.weights
         self.config: ModelConfig = config
         self.dtype: torch.dtype = checkpoint.dtype
@@ -143,6 +153,10 @@ class Pipeline:
             raise ParameterError(
                 f"tier is {tier!r}: accepted is 'exact' (this release has no lossy switches)"
             )
+        check_max_batch(max_batch)
+        check_max_prompt_tokens(max_prompt_tokens)
+        if path is not None and not isinstance(path, str | os.PathLike):
+            raise CheckpointError(f"path is {path!r}: accepted is the folder of a checkpoint")
         target = resolve_device(device)
         checkpoint = load_checkpoint(
             path if path is not None else embedded_checkpoint(),
@@ -180,14 +194,17 @@ class Pipeline:
         """
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         self._prompts.check(prompt)
+        given = None if token_ids is None else self._check_token_ids(token_ids)
         run = _Run(self, callback, progress)
-        reference = self._look_at(image, run)
-        prompts = [self._token_prompt(prompt, reference, [sampling])]
-        if token_ids is None:
-            tokens = self._draw_tokens(prompts, run)[0][0]
-        else:
-            tokens = self._engine.replay(prompts[0], self._check_token_ids(token_ids))
+        with exact_arithmetic(self.device):
+            reference = NO_REFERENCE if image is None else self._look_at(image, run)
+            prompts = [self._token_prompt(prompt, reference, [sampling])]
+            if given is None:
+                tokens = self._draw_tokens(prompts, run)[0][0]
+            else:
+                tokens = self._engine.replay(prompts[0], given)
         plan = self._plan(prompt, prompts[0], sampling, tokens, reference)
+        plan = dataclasses.replace(plan, replayed=given is not None)
         if plan.error is not None:
             raise plan.error
         return plan
@@ -216,15 +233,15 @@ class Pipeline:
             raise ParameterError(f"output is {output!r}: accepted are {', '.join(OUTPUTS)}")
         params = DiffusionParams(steps, guidance)
         seed = plan.sampling.seed if seed is None else check_seed(seed)
+        fields = self._fields(plan, params, seed, noise_given=noise is not None)
         noise = self._noise(seed) if noise is None else self._check_noise(noise)
         run = _Run(self, callback, progress)
-        latent = self._denoise(plan, params, noise, run)
-        if output == "latent":
-            return latent
-        pixels = self._decode(latent, run)
-        if output == "tensor":
-            return pixels
-        return _to_image(pixels, self._fields(plan, params, seed))
+        with exact_arithmetic(self.device):
+            latent = self._denoise(plan, params, noise, run)
+            if output == "latent":
+                return latent
+            pixels = self._decode(latent, run)
+        return pixels if output == "tensor" else _to_image(pixels, fields)
 
     def generate(
         self,
@@ -240,20 +257,19 @@ class Pipeline:
         image_tokens_only: bool = True,
         progress: bool = False,
         callback: ProgressCallback | None = None,
+        on_image: ImageCallback | None = None,
     ) -> Result:
         """Draw n pictures of every prompt; picture i of a prompt uses seed + i for its tokens and its noise.
 
-        The pictures come in the order of the prompts, all n of the first one first. A picture does not depend
-        on the others of the call.
+        The pictures come in the order of the prompts, all n of the first one first; on_image is given each as
+        soon as it is drawn. A picture does not depend on the others of the call.
 
         Raises PromptError or ParameterError before any work; Cancelled; GenerationError where a picture
         fails, after the others are done, with them in its `images`.
         """
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return self._pictures(
-            prompts, None, n, sampling, DiffusionParams(steps, guidance), progress, callback
-        )
+        params = DiffusionParams(steps, guidance)
+        return self._pictures(_prompts(prompt), None, n, sampling, params, progress, callback, on_image)
 
     def edit(
         self,
@@ -270,53 +286,60 @@ class Pipeline:
         image_tokens_only: bool = True,
         progress: bool = False,
         callback: ProgressCallback | None = None,
+        on_image: ImageCallback | None = None,
     ) -> Result:
         """Draw n pictures of what the prompt makes of the reference picture; otherwise as `generate`.
 
         Raises ImageError where the reference cannot be used, and what `generate` raises.
         """
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
+        params = DiffusionParams(steps, guidance)
         return self._pictures(
-            [prompt], reference, n, sampling, DiffusionParams(steps, guidance), progress, callback
+            [prompt], _references(reference), n, sampling, params, progress, callback, on_image
         )
 
     def _pictures(
         self,
         prompts: list[str],
-        images: ReferenceImage | Sequence[ReferenceImage] | None,
+        references: list[ReferenceImage] | None,
         n: int,
         sampling: SamplingParams,
         params: DiffusionParams,
         progress: bool,
         callback: ProgressCallback | None,
+        on_image: ImageCallback | None,
     ) -> Result:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
         for prompt in prompts:
             self._prompts.check(prompt)
         run = _Run(self, callback, progress)
-        reference = self._look_at(images, run)
-        token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
-        plans = [
-            self._plan(prompt, token_prompt, sample, tokens, reference)
-            for prompt, token_prompt, drawn in zip(
-                prompts, token_prompts, self._draw_tokens(token_prompts, run), strict=True
-            )
-            for sample, tokens in zip(samples, drawn, strict=True)
-        ]
-        pictures: list[Image.Image | None] = []
-        for plan in plans:
-            if plan.error is not None:
-                pictures.append(None)
-                continue
-            latent = self._denoise(plan, params, self._noise(plan.sampling.seed), run)
-            fields = self._fields(plan, params, plan.sampling.seed)
-            pictures.append(_to_image(self._decode(latent, run), fields))
+        with exact_arithmetic(self.device):
+            reference = NO_REFERENCE if references is None else self._look_at(references, run)
+            token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
+            plans = [
+                self._plan(prompt, token_prompt, sample, tokens, reference)
+                for prompt, token_prompt, drawn in zip(
+                    prompts, token_prompts, self._draw_tokens(token_prompts, run), strict=True
+                )
+                for sample, tokens in zip(samples, drawn, strict=True)
+            ]
+            pictures: list[Image.Image | None] = []
+            for index, plan in enumerate(plans):
+                picture = self._picture(plan, params, run) if plan.error is None else None
+                if picture is not None and on_image is not None:
+                    on_image(index, picture)
+                pictures.append(picture)
         errors = [plan.error for plan in plans if plan.error is not None]
         if errors:
             raise GenerationError(
                 f"{len(errors)} of {len(plans)} pictures failed: {errors[0]}", images=pictures
             )
         return Result([picture for picture in pictures if picture is not None], plans, run.report())
+
+    def _picture(self, plan: Plan, params: DiffusionParams, run: _Run) -> Image.Image:
+        seed = plan.sampling.seed
+        latent = self._denoise(plan, params, self._noise(seed), run)
+        return _to_image(self._decode(latent, run), self._fields(plan, params, seed))
 
     def _sampling(
         self, seed: int, temperature: float, top_k: int | None, top_p: float, image_tokens_only: bool
@@ -361,18 +384,14 @@ class Pipeline:
             error=tokens.error,
         )
 
-    def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage] | None, run: _Run) -> _Reference:
+    def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage], run: _Run) -> _Reference:
         """Encode the reference pictures of an edit in the ways the checkpoint was trained with."""
-        if images is None:
-            return NO_REFERENCE
-        pictures = [load_reference(image) for image in _as_list(images)]
+        pictures = [load_reference(image) for image in _references(images)]
         edit = self.config.edit
         if self._tokenizer is None:
             raise ImageError(
                 "this checkpoint has no image tokenizer and only draws from text: leave the image out"
             )
-        if not pictures:
-            raise ImageError("an edit needs at least one reference picture; the list is empty")
         if len(pictures) > 1 and self._sees_reference:
             raise ImageError(
                 f"this checkpoint edits one reference picture at a time; {len(pictures)} were given"
@@ -436,6 +455,8 @@ class Pipeline:
         return normal_noise(seed, self._latent_shape)
 
     def _check_noise(self, noise: Tensor) -> Tensor:
+        if not isinstance(noise, Tensor):
+            raise ParameterError(f"noise is a {type(noise).__name__}: accepted is a tensor")
         if tuple(noise.shape) != self._latent_shape or not noise.is_floating_point():
             raise ParameterError(
                 f"noise is {noise.dtype} {list(noise.shape)}: "
@@ -446,30 +467,49 @@ class Pipeline:
         return noise
 
     def _check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        found = torch.as_tensor(token_ids)
         count, vocabulary = self.config.image_tokens.tokens_per_image, self.config.ar.vocab_size
-        if (
-            found.is_floating_point()
-            or found.numel() != count
-            or tuple(found.shape) not in ((count,), (1, count))
-        ):
-            raise ParameterError(
-                f"token_ids is {found.dtype} {list(found.shape)}: "
-                f"accepted are {count} integers, [{count}] or [1, {count}]"
-            )
+        accepted = f"accepted are {count} integers, [{count}] or [1, {count}]"
+        try:
+            found = torch.as_tensor(token_ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise ParameterError(f"token_ids is not a tensor or list of numbers: {accepted}") from None
+        if found.dtype not in (torch.int32, torch.int64) or tuple(found.shape) not in ((count,), (1, count)):
+            raise ParameterError(f"token_ids is {found.dtype} {list(found.shape)}: {accepted}")
         if int(found.min()) < 0 or int(found.max()) >= vocabulary:
             raise ParameterError(
                 f"token_ids has ids outside the vocabulary: accepted is 0 to {vocabulary - 1}"
             )
         return found.reshape(count).to(torch.int64)
 
-    def _fields(self, plan: Plan, params: DiffusionParams, seed: int) -> dict[str, object]:
-        """The metadata of a picture: what it takes to draw it again."""
-        sampling = {
-            name: value for name, value in dataclasses.asdict(plan.sampling).items() if name != "seed"
-        }
-        parameters = {**sampling, **dataclasses.asdict(params), "token_seed": plan.sampling.seed}
-        return picture_fields(plan.prompt, seed, parameters)
+    def _fields(
+        self, plan: Plan, params: DiffusionParams, seed: int, *, noise_given: bool = False
+    ) -> dict[str, object]:
+        """The metadata of a picture: how it was drawn, and what of it came from the caller."""
+        drawn: dict[str, object] = {"tokens": "given"}
+        if not plan.replayed:
+            codes, words = self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size
+            drawn = {**dataclasses.asdict(plan.sampling), "top_k": plan.sampling.top_k_for(codes, words)}
+            drawn["token_seed"] = drawn.pop("seed")
+        if noise_given:
+            drawn["noise"] = "given"
+        return picture_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)})
+
+
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    """The prompts of a call as a list. Raises PromptError for what is neither text nor a list of texts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise PromptError(f"prompt is {prompt!r}: accepted is a string, or a list of at least one")
+    return list(prompt)
+
+
+def _references(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:
+    """The reference pictures of a call as a list. Raises ImageError where there is none."""
+    found = list(images) if isinstance(images, list | tuple) else [images]
+    if not found or found[0] is None:
+        raise ImageError("an edit needs at least one reference picture")
+    return found  # type: ignore[return-value]
 
 
 def _require_memory(
@@ -483,10 +523,6 @@ def _require_memory(
     needed = sum(weight_bytes(config, dtype).values()) + cache + picture
     remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
     require_memory(needed, "the model", device, remedy)
-
-
-def _as_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
 
 
 def _to_image(pixels: Tensor, fields: dict[str, object]) -> Image.Image:

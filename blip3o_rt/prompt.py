@@ -35,6 +35,8 @@ class PromptEncoder:
         self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         self._require_id("<im_start>", image_tokens.image_start_tag_id)
         self._require_id("<S0>", image_tokens.scale_start_token_id)
+        if "<I0>" in self._tokenizer.get_vocab():
+            self._require_id("<I0>", image_tokens.image_start_token_id)
         self.image_pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
 
     def check(self, prompt: str) -> None:
@@ -43,6 +45,10 @@ class PromptEncoder:
             raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
         if not prompt.strip():
             raise PromptError("the prompt is empty; say in words what to draw or change")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PromptError("the prompt is not valid Unicode text; write it in UTF-8") from None
         used = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         for token in used:
             if token in self._reserved:
@@ -78,8 +84,13 @@ class PromptEncoder:
         ids = self._tokenizer(text + GENERATION_SUFFIX)["input_ids"]
         if len(ids) > self._max_tokens:
             raise PromptError(
-                f"the prompt is {len(ids)} tokens long with its template; at most {self._max_tokens} "
-                "are accepted: shorten the prompt"
+                f"the prompt is {len(ids)} tokens long with its template and pictures; at most "
+                f"{self._max_tokens} are accepted: shorten it, or load with a larger max_prompt_tokens"
+            )
+        if ids.count(self.image_pad_id) != len(image_ids):
+            raise CheckpointError(
+                f"the tokenizer does not know {IMAGE_START}, {IMAGE_PAD} and {IMAGE_END}, which edits need; "
+                "use the tokenizer files that came with the checkpoint"
             )
         replacements = iter(image_ids)
         return [next(replacements) if token == self.image_pad_id else token for token in ids]
