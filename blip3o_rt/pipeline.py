@@ -91,8 +91,6 @@ class Pipeline:
         max_batch: int = 4,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
     ) -> None:
-        check_max_batch(max_batch)
-        check_max_prompt_tokens(max_prompt_tokens)
         config, weights = checkpoint.config, checkpoint.weights
         self.config: ModelConfig = config
         self.dtype: torch.dtype = checkpoint.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoi
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import (
     Cancelled,
+    CheckpointError,
     DeviceError,
     GenerationError,
     ImageError,
@@ -177,6 +179,45 @@ def test_saved_pictures_say_how_they_were_made(pipeline: Pipeline, tmp_path: Pat
     assert_same_pictures([Image.open(paths[1])], again)
 
 
+def test_metadata_says_what_the_caller_gave(pipeline: Pipeline) -> None:
+    plan = pipeline.plan("a", token_ids=pipeline.plan("a").token_ids)
+    noise = torch.zeros(pipeline.render(plan, steps=1, output="latent").shape)  # type: ignore[union-attr]
+    image = pipeline.render(plan, steps=1, noise=noise)
+    assert isinstance(image, Image.Image)
+    assert image.info["parameters"]["tokens"] == "given"
+    assert image.info["parameters"]["noise"] == "given"
+    assert "top_k" not in image.info["parameters"]
+    drawn = pipeline.generate("a", steps=1)[0].info["parameters"]
+    assert drawn["top_k"] >= 1
+    assert "tokens" not in drawn
+
+
+def test_pictures_are_handed_over_as_they_are_drawn(pipeline: Pipeline) -> None:
+    seen: list[tuple[int, Image.Image]] = []
+    with pytest.raises(Cancelled):
+        pipeline.generate(
+            ["a", "b"],
+            steps=1,
+            on_image=lambda index, image: seen.append((index, image)),
+            callback=lambda progress: progress.stage != "decode" or not seen,
+        )
+    assert [index for index, _ in seen] == [0]
+    assert_same_pictures([seen[0][1]], pipeline.generate("a", steps=1))
+
+
+def test_a_tokenizer_that_splits_the_image_marks_is_refused(
+    checkpoint: Path, picture: Image.Image, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "renamed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        file = tmp_path / "renamed" / name
+        if file.exists():
+            file.write_text(file.read_text().replace("<|image_pad|>", "<|other_pad|>"))
+    pipeline = Pipeline.load(tmp_path / "renamed", device="cpu", dtype="fp32")
+    with pytest.raises(CheckpointError, match="which edits need"):
+        pipeline.edit("a", picture)
+
+
 def test_a_picture_that_fails_leaves_the_others(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     make: Callable[..., Plan] = pipeline._plan
 
@@ -222,7 +263,13 @@ def test_parameters_end_at_the_door(pipeline: Pipeline, arguments: dict[str, obj
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", "word " * 2000, "a <im_start> b", 7])
+@pytest.mark.parametrize("prompts", [5, None, [], {"a": "b"}])
+def test_what_is_no_prompt_is_refused(pipeline: Pipeline, prompts: object) -> None:
+    with pytest.raises(PromptError, match="accepted is a string, or a list of at least one"):
+        pipeline.generate(prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "word " * 2000, "a <im_start> b", 7, "caf\udce9"])
 def test_prompts_end_at_the_door(pipeline: Pipeline, prompt: object) -> None:
     with pytest.raises(PromptError) as caught:
         pipeline.generate(["fine", prompt])  # type: ignore[list-item]
@@ -232,8 +279,9 @@ def test_prompts_end_at_the_door(pipeline: Pipeline, prompt: object) -> None:
 def test_references_end_at_the_door(pipeline: Pipeline, picture: Image.Image, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="does not exist"):
         pipeline.edit("a", tmp_path / "none.png")
-    with pytest.raises(ImageError, match="at least one reference picture"):
-        pipeline.edit("a", [])
+    for nothing in ([], None, [None]):
+        with pytest.raises(ImageError, match="at least one reference picture"):
+            pipeline.edit("a", nothing)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="one reference picture at a time; 2 were given"):
         pipeline.edit("a", [picture, picture])
 
@@ -250,6 +298,7 @@ def test_a_text_to_image_checkpoint_refuses_to_edit(tmp_path: Path, picture: Ima
     ("arguments", "message"),
     [
         ({"noise": torch.zeros(1, 1, 2, 2)}, r"accepted is floating point \[1,"),
+        ({"noise": [0.0]}, "noise is a list: accepted is a tensor"),
         ({"output": "jpeg"}, "accepted are pil, tensor, latent"),
         ({"steps": 1001}, "steps is 1001"),
         ({"seed": -5}, "seed is -5"),
@@ -263,7 +312,9 @@ def test_rendering_checks_its_arguments(
         pipeline.render(plan, **arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("token_ids", [[1, 2, 3], [0.5] * 64, [-1] * 64, [10**6] * 64])
+@pytest.mark.parametrize(
+    "token_ids", [[1, 2, 3], [0.5] * 64, [-1] * 64, [10**6] * 64, [True] * 64, "abc", [[1], [2, 3]]]
+)
 def test_replayed_tokens_are_checked(pipeline: Pipeline, token_ids: list[int]) -> None:
     with pytest.raises(ParameterError, match="token_ids"):
         pipeline.plan("a", token_ids=token_ids)
@@ -281,6 +332,9 @@ def test_loading_refuses_what_the_machine_cannot_do(
         Pipeline.load(checkpoint, device="cpu", dtype="fp16")
     with pytest.raises(ParameterError, match="accepted is 'exact'"):
         Pipeline.load(checkpoint, device="cpu", tier="fast")
+    for bad in ({"max_batch": 0}, {"max_batch": "4"}, {"max_prompt_tokens": -5}):
+        with pytest.raises(ParameterError, match="accepted is a whole number"):
+            Pipeline.load(checkpoint, device="cpu", **bad)  # type: ignore[arg-type]
     from blip3o_rt import machine
 
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(2**20, 2**20, "machine"))
