@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _Row:
 
 @dataclass
 class _Group:
-    """Rows of a batch that sample from the same span of the vocabulary."""
+    """Rows of a batch that sample from the same span of the vocabulary, and the buffer of their logits."""
 
     vocabulary: range
     rows: Tensor
@@ -63,7 +63,9 @@ class _Group:
     top_k: Tensor
     top_p: Tensor
     seeds: Tensor
-    everyone: bool = field(default=False)
+    positions: Tensor  # [tokens per image, rows]
+    logits: Tensor
+    everyone: bool
 
 
 class TokenEngine:
@@ -190,10 +192,14 @@ class TokenEngine:
     def _sample(self, hidden: Tensor, groups: list[_Group], index: int, out: Tensor) -> None:
         """Write one token per row, or -1 where a row's logits are not finite."""
         for group in groups:
-            logits = self.decoder.logits(hidden if group.everyone else hidden[group.rows], group.vocabulary)
-            positions = torch.full_like(group.top_k, index)
+            states = hidden if group.everyone else hidden[group.rows]
             drawn = ops.sample_tokens(
-                logits, group.temperature, group.top_k, group.top_p, group.seeds, positions
+                self.decoder.logits(states, group.vocabulary, out=group.logits),
+                group.temperature,
+                group.top_k,
+                group.top_p,
+                group.seeds,
+                group.positions[index],
             )
             out[group.rows] = torch.where(drawn < 0, drawn, drawn + group.vocabulary.start)
 
@@ -233,6 +239,8 @@ class TokenEngine:
         def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.decoder.device)
 
+        count, device = self.image_tokens.tokens_per_image, self.decoder.device
+        positions = torch.arange(count, dtype=torch.int32, device=device)[:, None]
         return _Group(
             vocabulary,
             column(members, torch.int64),
@@ -240,6 +248,8 @@ class TokenEngine:
             column([p.top_k_for(codes, words) for p in params], torch.int32),
             column([p.top_p for p in params], torch.float32),
             column([p.seed for p in params], torch.int64),
+            positions=positions.repeat(1, len(members)),
+            logits=torch.empty(len(members), len(vocabulary), dtype=torch.float32, device=device),
             everyone=len(members) == len(rows),
         )
 

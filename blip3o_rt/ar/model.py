@@ -179,10 +179,9 @@ class Decoder:
             )
         return space.normed
 
-    def logits(self, hidden: Tensor, vocabulary: range) -> Tensor:
-        """float32 [B, len(vocabulary)] logits of the vocabulary ids in the range, from hidden states [B,
-        hidden]."""
-        out = torch.empty(hidden.shape[0], len(vocabulary), dtype=torch.float32, device=self.device)
+    def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
+        """Logits of a range of vocabulary ids: hidden states [B, hidden] -> out, float32 [B,
+        len(vocabulary)]."""
         return ops.row_linear(hidden, self.head[vocabulary.start : vocabulary.stop], out=out)
 
     def _norm_after(self, index: int) -> Tensor:
