@@ -67,7 +67,7 @@ def check_max_batch(value: object) -> int:
 
 
 def check_max_prompt_tokens(value: object) -> int:
-    """Positions kept for a prompt, its reference pictures included, 16 to 1,000,000. Raises ParameterError."""
+    """Positions kept for a prompt with its reference pictures, 16 to 1,000,000. Raises ParameterError."""
     accepted = f"a whole number from {MIN_PROMPT_TOKENS} to {MAX_PROMPT_TOKENS}"
     return _integer("max_prompt_tokens", value, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS, accepted)
 

@@ -16,6 +16,8 @@ ProgressCallback = Callable[[Progress], "bool | None"]
 class ProgressReporter:
     """Reports the stages of a request to a callback and, where asked, to progress bars on standard error.
 
+    Bars are for people: none are drawn where standard error is not a terminal (a notebook shows them).
+
     A callback that returns False ends the request with Cancelled, between two tokens or two steps.
     """
 
@@ -26,7 +28,8 @@ class ProgressReporter:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """A stage of `total` units; the block is given a function to call with the units done so far."""
-        with tqdm(total=total, desc=name, disable=not self._show, leave=False) as bar:
+        disable = None if self._show else True  # None: shown on a terminal
+        with tqdm(total=total, desc=name, disable=disable, leave=False) as bar:
 
             def update(done: int) -> None:
                 bar.update(done - bar.n)

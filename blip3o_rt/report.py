@@ -15,10 +15,9 @@ from tabulate import tabulate
 if TYPE_CHECKING:
     import torch
 
-# What one unit of a stage is called; a stage not named here has no unit.
+# What one unit of a stage is called; one not named here has no unit. "tokens" includes reading the prompt.
 STAGE_UNITS = {
     "reference": "image",
-    "prefill": "token",
     "tokens": "token",
     "denoise": "step",
     "decode": "image",
@@ -78,7 +77,7 @@ class Report:
 
     @property
     def tokens_per_second(self) -> float:
-        """Image tokens drawn per second of the token stage; 0 where none were drawn."""
+        """Image tokens drawn per second of the token stage, which includes the prompt; 0 where none were."""
         tokens = self.stage("tokens")
         return tokens.work / tokens.seconds if tokens.seconds > 0.0 else 0.0
 

@@ -28,10 +28,10 @@ def make_report(*stages: Stage) -> Report:
 
 def test_stages_add_up_in_the_order_they_first_ran(clock: list[float]) -> None:
     timer = StageTimer()
-    for seconds, name, work in ((1.0, "prefill", 40), (2.0, "tokens", 729), (0.5, "prefill", 2)):
+    for seconds, name, work in ((1.0, "denoise", 30), (2.0, "decode", 1), (0.5, "denoise", 2)):
         with timer.stage(name, work):
             clock[0] += seconds
-    assert timer.stages == (Stage("prefill", 1.5, 42), Stage("tokens", 2.0, 729))
+    assert timer.stages == (Stage("denoise", 1.5, 32), Stage("decode", 2.0, 1))
 
 
 def test_a_block_that_raises_is_charged_its_time_but_no_work(clock: list[float]) -> None:
