@@ -28,13 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
     keywords = pictures.generation_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
     paths = pictures.picture_paths(arguments.out, [arguments.prompt], seeds)
-    from blip3o_rt.image_input import (
-        load_reference,
-    )  # NumPy and PyTorch take seconds to import: not for --help
+    pictures.check_report_path(arguments.report, paths)
+    # NumPy and PyTorch take seconds to import: not for --help
+    from blip3o_rt.image_input import load_reference
 
-    references = [
-        load_reference(path) for path in arguments.image
-    ]  # before the model: a bad file costs no waiting
+    # before the model: a bad file costs no waiting
+    references = [load_reference(path) for path in arguments.image]
     pipeline = pictures.load_pipeline(arguments)
-    pictures.draw(lambda: pipeline.edit(arguments.prompt, references, **keywords), paths, arguments)
+    pictures.draw(
+        lambda save: pipeline.edit(arguments.prompt, references, on_image=save, **keywords), paths, arguments
+    )
     return 0

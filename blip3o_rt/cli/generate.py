@@ -24,6 +24,9 @@ def run(arguments: argparse.Namespace) -> int:
     keywords = pictures.generation_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
     paths = pictures.picture_paths(arguments.out, arguments.prompt, seeds)
+    pictures.check_report_path(arguments.report, paths)
     pipeline = pictures.load_pipeline(arguments)
-    pictures.draw(lambda: pipeline.generate(arguments.prompt, **keywords), paths, arguments)
+    pictures.draw(
+        lambda save: pipeline.generate(arguments.prompt, on_image=save, **keywords), paths, arguments
+    )
     return 0

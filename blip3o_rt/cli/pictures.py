@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_rt.errors import GenerationError, ParameterError
-from blip3o_rt.params import DiffusionParams, SamplingParams, image_seeds
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import (
+    DiffusionParams,
+    SamplingParams,
+    check_max_batch,
+    check_max_prompt_tokens,
+    image_seeds,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
     from blip3o_rt.result import Result
 
 DEFAULT_OUT = Path("out")
+OTHER_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_NAME_LENGTH = 48  # letters of the prompt in a file name; file systems take 255 bytes
 
 
@@ -104,6 +112,10 @@ def generation_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     diffusion = DiffusionParams(steps=arguments.steps, guidance=arguments.guidance)
     image_seeds(arguments.seed, arguments.n)
+    if arguments.max_batch is not None:
+        check_max_batch(arguments.max_batch)
+    if arguments.max_prompt_tokens is not None:
+        check_max_prompt_tokens(arguments.max_prompt_tokens)
     return {
         "n": arguments.n,
         "seed": sampling.seed,
@@ -122,22 +134,47 @@ def picture_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> li
 
     A `.png` takes exactly one picture; anything else is a folder, in which pictures are named after
     prompt and seed and replace what an earlier run called the same. Raises ParameterError for several
-    pictures and one `.png`, or where the folder is a file.
+    pictures and one `.png`, for another picture format, or where the folder is a file or cannot be written.
     """
     count = len(prompts) * len(seeds)
     if out.suffix.lower() == ".png" and not out.is_dir():
         if count > 1:
             raise ParameterError(f"--out is {out} but there are {count} pictures to write: give a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", out.parent)
         return [out]
+    if out.suffix.lower() in OTHER_PICTURE_SUFFIXES and not out.is_dir():
+        raise ParameterError(f"--out is {out}: accepted is a .png for one picture, or a folder")
     if out.exists() and not out.is_dir():
         raise ParameterError(f"--out is {out}, a file: accepted is a .png for one picture, or a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("--out", out)
     paths: list[Path] = []
     for prompt in prompts:
         name = unused_name(file_name(prompt), seeds[0], paths)
         paths += [out / f"{name}-{seed}.png" for seed in seeds]
     return paths
+
+
+def check_report_path(report: Path | None, pictures: Sequence[Path]) -> None:
+    """Make the report's folder, if a report is wanted.
+
+    Raises ParameterError where the report cannot be written there or would replace one of the pictures.
+    """
+    if report is None:
+        return
+    if report.is_dir():
+        raise ParameterError(f"--report is {report}, a folder: accepted is a file's path")
+    if report.resolve() in {path.resolve() for path in pictures}:
+        raise ParameterError(f"--report is {report}, where a picture goes: accepted is another file's path")
+    make_folder("--report", report.parent)
+    if report.exists() and not os.access(report, os.W_OK):
+        raise ParameterError(f"--report is {report}, a file that may not be written: choose another")
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder if missing. Raises ParameterError where no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ParameterError(f"{option} needs the folder {folder}, which may not be written: choose another")
 
 
 def file_name(prompt: str) -> str:
@@ -172,21 +209,23 @@ def load_pipeline(arguments: argparse.Namespace) -> Pipeline:
     )
 
 
-def draw(request: Callable[[], Result], paths: Sequence[Path], arguments: argparse.Namespace) -> None:
-    """Make the pictures, save them and the report, and print the table and the paths.
+def draw(
+    request: Callable[[Callable[[int, Image.Image], None]], Result],
+    paths: Sequence[Path],
+    arguments: argparse.Namespace,
+) -> None:
+    """Make the pictures, then write the report and print the table.
 
-    Where a picture fails, the others are saved and its GenerationError is raised.
+    request is given what to call with each picture and its index as soon as it is there: the picture is saved
+    and its path printed, whatever becomes of the others.
     """
-    try:
-        result = request()
-    except GenerationError as error:
-        save(error.images, paths)
-        raise
-    if arguments.report is not None:
-        write_report(result.report, arguments.report)
-    if not arguments.quiet:
-        print(result.report.table())
-    save(result, paths)
+    from blip3o_rt.metadata import save_png
+
+    def save(index: int, image: Image.Image) -> None:
+        save_png(image, paths[index], image.info)
+        print(paths[index], flush=True)
+
+    result = request(save)
     for plan, path in zip(result.plans, paths, strict=True):
         if plan.non_image_positions:
             print(
@@ -194,19 +233,12 @@ def draw(request: Callable[[], Result], paths: Sequence[Path], arguments: argpar
                 f"position {plan.non_image_positions[0]}, are not image tokens",
                 file=sys.stderr,
             )
-
-
-def save(images: Sequence[Image.Image | None], paths: Sequence[Path]) -> None:
-    """Write the pictures that there are, with the metadata they carry, and print their paths."""
-    from blip3o_rt.metadata import save_png
-
-    for image, path in zip(images, paths, strict=False):  # a request that failed early has no pictures
-        if image is not None:
-            save_png(image, path, image.info)
-            print(path)
+    if arguments.report is not None:
+        write_report(result.report, arguments.report)
+    if not arguments.quiet:
+        print(result.report.table())
 
 
 def write_report(report: Report, path: Path) -> None:
-    """The report as JSON; the folder is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The report as JSON."""
     path.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ class FakePipeline:
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     failure: BaseException | None
+    fails_at: int  # the pictures before this one are there when the failure comes
     non_image_positions: tuple[int, ...]
 
     @classmethod
@@ -47,14 +48,16 @@ class FakePipeline:
     def _draw(
         self, name: str, arguments: tuple[Any, ...], keywords: dict[str, Any], prompts: Sequence[str]
     ) -> FakeResult:
+        on_image: Callable[[int, Image.Image], None] = keywords.pop("on_image")
         self.calls.append((name, arguments, keywords))
-        if self.failure is not None:
-            raise self.failure
         result = FakeResult()
         for prompt in prompts:
             for seed in range(keywords["seed"], keywords["seed"] + keywords["n"]):
+                if self.failure is not None and len(result) == self.fails_at:
+                    raise self.failure
                 image = Image.new("RGB", (1, 1), (seed % 256, 0, 0))
                 image.info = picture_fields(prompt, seed, {"steps": keywords["steps"]})
+                on_image(len(result), image)
                 result.append(image)
                 result.plans.append(SimpleNamespace(non_image_positions=self.non_image_positions))
         return result
@@ -64,7 +67,8 @@ class FakePipeline:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> type[FakePipeline]:
     """The stand-in, in the place of blip3o_rt.pipeline.Pipeline."""
     module = ModuleType("blip3o_rt.pipeline")
-    FakePipeline.calls, FakePipeline.failure, FakePipeline.non_image_positions = [], None, ()
+    FakePipeline.calls, FakePipeline.non_image_positions = [], ()
+    FakePipeline.failure, FakePipeline.fails_at = None, 0
     module.Pipeline = FakePipeline  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blip3o_rt.pipeline", module)
     return FakePipeline

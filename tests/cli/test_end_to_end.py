@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None
     printed = run(
         tmp_path, environment, "generate", "a red circle", "-n", "2", *options, "--report", "r.json"
     )
-    assert printed.splitlines()[-2:] == ["out/a-red-circle-7.png", "out/a-red-circle-8.png"]
+    assert printed.splitlines()[:2] == ["out/a-red-circle-7.png", "out/a-red-circle-8.png"]
     assert "tokens/s" in printed
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["stages"]["denoise"]["work"] == 4
@@ -76,27 +77,70 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, environment: dict[str, 
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from blip3o_rt.cli import main; sys.exit(main())"
     )
+    terminal, theirs = pty.openpty()  # the bars are drawn on a terminal only
     process = subprocess.Popen(
         [sys.executable, "-c", program, "generate", "x", "--steps", "1000", "--out", "x.png"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=theirs,
         text=True,
     )
-    assert process.stderr is not None
+    os.close(theirs)
     seen = ""
     while "denoise" not in seen:
-        letter = process.stderr.read(1)
-        assert letter, f"the command ended by itself: {seen}"
-        seen += letter
+        text = read_terminal(terminal)
+        assert text, f"the command ended by itself: {seen}"
+        seen += text
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=TIMEOUT)
+    errors = ""
+    while (text := read_terminal(terminal)) != "":
+        errors += text
+    os.close(terminal)
+    output, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert output == ""
     assert errors.splitlines()[-1].endswith("blip3o-rt: interrupted")
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def read_terminal(terminal: int) -> str:
+    """What has been written to a terminal; empty once nobody can write any more."""
+    try:
+        return os.read(terminal, 4096).decode(errors="replace")
+    except OSError:  # Linux says so of a terminal whose last writer has gone
+        return ""
+
+
+def test_no_bars_where_standard_error_is_not_a_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        [*COMMAND, "generate", "x", "--steps", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"]])
+def test_a_reader_that_has_gone_is_no_error(environment: dict[str, str], arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [*COMMAND, *arguments],
+        env=environment,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_what_the_model_refuses_is_one_line(tmp_path: Path, environment: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from blip3o_rt.cli import build_parser, pictures
@@ -77,8 +78,8 @@ def test_the_real_pipeline_takes_these_arguments() -> None:
 
     arguments = build_parser().parse_args(["generate", "x"])
     keywords = pictures.generation_arguments(arguments)
-    inspect.signature(Pipeline.generate).bind(None, ["x"], **keywords)
-    inspect.signature(Pipeline.edit).bind(None, "x", [Image.new("RGB", (1, 1))], **keywords)
+    inspect.signature(Pipeline.generate).bind(None, ["x"], on_image=print, **keywords)
+    inspect.signature(Pipeline.edit).bind(None, "x", [Image.new("RGB", (1, 1))], on_image=print, **keywords)
     sizes = {"max_batch": 4, "max_prompt_tokens": 1536}
     inspect.signature(Pipeline.load).bind(
         None, device="auto", dtype="auto", diffusion=None, ta_tok=None, cache_dir=None, **sizes
@@ -116,7 +117,7 @@ def test_names_stay_within_a_file_systems_limit(command: Command, pipeline: type
 def test_one_picture_into_one_file(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command("generate", "x", "--out", "deep/x.PNG") == 0
     assert command.files() == ["deep/x.PNG"]
-    assert command.output.splitlines()[-1] == "deep/x.PNG"
+    assert command.output.splitlines()[0] == "deep/x.PNG"
 
 
 @pytest.mark.parametrize("arguments", [["x", "y"], ["x", "-n", "2"]])
@@ -142,7 +143,7 @@ def test_a_folder_that_cannot_be_made(command: Command, pipeline: type[FakePipel
 def test_table_and_paths_are_printed(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command("generate", "x") == 0
     assert "8.0 tokens/s" in command.output
-    assert command.output.splitlines()[-1] == "out/x-0.png"
+    assert command.output.splitlines()[0] == "out/x-0.png"
 
 
 def test_quiet_prints_the_paths_alone(command: Command, pipeline: type[FakePipeline]) -> None:
@@ -166,6 +167,47 @@ def test_report_file(command: Command, pipeline: type[FakePipeline]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("report", "reason"),
+    [
+        ("folder", "a folder: accepted is a file's path"),
+        ("taken/report.json", "File exists"),
+        ("taken/deep/report.json", "Not a directory"),
+        ("x.png", "where a picture goes"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    command: Command, pipeline: type[FakePipeline], report: str, reason: str
+) -> None:
+    (command.folder / "folder").mkdir()
+    (command.folder / "taken").write_text("mine")
+    assert reason in command.refused("generate", "x", "--out", "x.png", "--report", report)
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_a_folder_that_may_not_be_written(
+    command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    locked = Path("locked")
+    monkeypatch.setattr(pictures.os, "access", lambda path, mode: Path(path) != locked)
+    expected = f"{option} needs the folder locked, which may not be written: choose another"
+    assert command.refused("generate", "x", option, "locked/x.png") == expected
+    assert pipeline.calls == []
+
+
+def test_pictures_are_there_whatever_becomes_of_the_report(
+    command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "r.json")
+
+    monkeypatch.setattr(pictures, "write_report", full)
+    assert command("generate", "x", "--report", "r.json") == 2
+    assert command.errors == "blip3o-rt: error: r.json: No space left on device\n"
+    assert command.files() == ["out/x-0.png"]
+
+
+@pytest.mark.parametrize(
     ("option", "value", "accepted"),
     [
         ("-n", "0", "1 to 64"),
@@ -178,6 +220,9 @@ def test_report_file(command: Command, pipeline: type[FakePipeline]) -> None:
         ("--top-k", "-1", "0 (off)"),
         ("--top-p", "0", "above 0 and at most 1"),
         ("--top-p", "inf", "above 0 and at most 1"),
+        ("--max-batch", "0", "1 to 256"),
+        ("--max-batch", "-3", "1 to 256"),
+        ("--max-prompt-tokens", "-5", "16 to 1000000"),
     ],
 )
 def test_out_of_range_is_refused_before_the_model_is_loaded(
@@ -198,14 +243,12 @@ def test_our_errors_are_one_line(command: Command, pipeline: type[FakePipeline])
 def test_a_failed_picture_does_not_take_the_others_along(
     command: Command, pipeline: type[FakePipeline]
 ) -> None:
-    drawn = Image.new("RGB", (1, 1))
-    drawn.info = {"seed": 1}
-    pipeline.failure = GenerationError("picture 0: the logits are not finite", [None, drawn])
-    assert command("generate", "x", "-n", "2") == 2
-    assert command.files() == ["out/x-1.png"]
+    pipeline.failure, pipeline.fails_at = GenerationError("picture 2: the logits are not finite"), 2
+    assert command("generate", "x", "-n", "3") == 2
+    assert command.files() == ["out/x-0.png", "out/x-1.png"]
     assert (command.output, command.errors) == (
-        "out/x-1.png\n",
-        "blip3o-rt: error: picture 0: the logits are not finite\n",
+        "out/x-0.png\nout/x-1.png\n",
+        "blip3o-rt: error: picture 2: the logits are not finite\n",
     )
 
 
@@ -222,14 +265,63 @@ def test_interrupt(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command.files() == []
 
 
+def test_an_interrupt_keeps_the_pictures_drawn_so_far(command: Command, pipeline: type[FakePipeline]) -> None:
+    pipeline.failure, pipeline.fails_at = KeyboardInterrupt(), 63
+    assert command("generate", "x", "-n", "64") == 130
+    assert command.output.splitlines() == [f"out/x-{seed}.png" for seed in range(63)]
+    assert len(command.files()) == 63
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "webp", "gif", "bmp", "tif", "tiff"])
+def test_another_picture_format(command: Command, pipeline: type[FakePipeline], suffix: str) -> None:
+    expected = f"--out is a.{suffix}: accepted is a .png for one picture, or a folder"
+    assert command.refused("generate", "x", "--out", f"a.{suffix}") == expected
+    assert list(command.folder.iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    "arguments", [[], ["generate"], ["generate", "x", "--dtype", "fp64"], ["paint", "x"]]
+    "failure",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nSee the documentation."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
-def test_what_argparse_refuses(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        build_parser().parse_args(arguments)
-    assert caught.value.code == 2
-    assert "error: " in capsys.readouterr().err
+def test_memory_that_runs_out_is_one_line(
+    command: Command, pipeline: type[FakePipeline], failure: Exception
+) -> None:
+    pipeline.failure = failure
+    assert command.refused("generate", "x").startswith("out of memory")
+
+
+def test_a_gpu_that_fails_is_one_line(command: Command, pipeline: type[FakePipeline]) -> None:
+    pipeline.failure = torch.AcceleratorError("CUDA error: an illegal memory access\nmore lines")
+    message = command.refused("generate", "x")
+    assert message.startswith("the GPU failed (CUDA error: an illegal memory access):")
+
+
+def test_a_runtime_error_of_another_kind_keeps_its_traceback(
+    command: Command, pipeline: type[FakePipeline]
+) -> None:
+    pipeline.failure = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        command("generate", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "COMMAND (see blip3o-rt --help)"),
+        (["generate"], "PROMPT (see blip3o-rt generate --help)"),
+        (["generate", "x", "--dtype", "fp64"], "invalid choice: 'fp64'"),
+        (["generate", "x", "-n", "many"], "invalid int value: 'many'"),
+        (["doctor", "two\nlines"], "unrecognized arguments: two lines"),
+        (["paint", "x"], "invalid choice: 'paint'"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line(command: Command, arguments: list[str], reason: str) -> None:
+    assert reason in command.refused(*arguments)
 
 
 @pytest.mark.parametrize(
