@@ -84,7 +84,8 @@ def pieces(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Iterator
     """A runtime tensor's elements in order, as contiguous one-dimensional pieces of its final dtype.
 
     Where the sources are only put one after another, no more than one piece is ever in memory; a tensor that
-    needs arithmetic (TA-Tok's codebook) is made whole. A piece may be overwritten when the next is taken.
+    is rearranged (the autoencoder's convolutions and grouped projections) or computed (TA-Tok's codebook) is
+    made whole. A piece may be overwritten when the next is taken.
     Raises CheckpointError for a value that is not a finite number.
     """
     if spec.combine is concatenate_rows:

@@ -45,13 +45,16 @@ def convert(
     `dtype` is "bf16" or "fp32"; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
     is refused, except that `force` replaces an earlier conversion.
 
-    Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that need more are
-    made whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes a few such
-    pieces, or, where there is a vision tower, the codebook in float32 and as stored (0.6 GB for the published
-    one in bfloat16). Pages of a ta_tok.pth are mapped, and the system can drop them at need.
+    Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that are rearranged
+    or computed are made whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes
+    a few such pieces and the largest of the autoencoder's convolutions, or, where there is a vision tower,
+    the codebook in float32 and as stored (0.6 GB for the published one in bfloat16). Pages of a ta_tok.pth
+    are mapped, and the system can drop them at need.
 
     Everything is written to a hidden folder beside the destination, synced, and renamed at the end: after an
-    error, a full disk or a kill the destination is as it was, and the next run removes what was left.
+    error, a full disk or a kill the destination is as it was, and the next run removes what was left. (A kill
+    between the two renames of `force` leaves the earlier conversion beside the destination, under a hidden
+    name; the next run renames it back before anything else.)
 
     Raises CheckpointError and ConfigError.
     """
@@ -60,6 +63,7 @@ def convert(
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
     if is_converted(Path(source)):
         raise CheckpointError(f"{source}: already converted; accepted: a published checkpoint")
+    _restore_replaced(target)
     _check_destination(target, force)
     original = read_original(source, diffusion=diffusion, ta_tok=ta_tok)
     warnings = original.warnings + check_tensors(original)
@@ -94,8 +98,29 @@ def convert(
     return manifest
 
 
+def _is_free(target: Path) -> bool:
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def _restore_replaced(target: Path) -> None:
+    """Rename an earlier conversion back to its free name: a kill came between the renames of `force`."""
+    for replaced in target.parent.glob(f"{glob.escape(_replaced_prefix(target))}*"):
+        with _locked(replaced) as locked:
+            if locked and _is_free(target):
+                _rename_back(replaced, target)
+
+
+def _rename_back(replaced: Path, target: Path) -> None:
+    try:
+        replaced.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: the conversion that was there is now at {replaced}, rename it back ({error.strerror})"
+        ) from error
+
+
 def _check_destination(target: Path, force: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if _is_free(target):
         return
     if not (target.is_dir() and is_converted(target)):
         raise CheckpointError(
@@ -136,10 +161,13 @@ def _disk_errors(target: Path, needed: int) -> Iterator[None]:
 def _partial_folder(target: Path) -> Iterator[Path]:
     """A locked hidden folder beside the target, removed at the end unless it was renamed to the target.
 
-    The lock tells a folder in use from one whose process has died; the latter are removed here.
+    The lock tells a folder in use from one whose process has died; the latter are removed here. A replaced
+    conversion is never one of them.
     """
     for stale in target.parent.glob(f"{glob.escape(_partial_prefix(target))}*"):
-        _remove_if_abandoned(stale)
+        with _locked(stale) as locked:
+            if locked:
+                shutil.rmtree(stale, ignore_errors=True)
     folder, descriptor = _new_locked_folder(target)
     try:
         yield folder
@@ -152,6 +180,10 @@ def _partial_prefix(target: Path) -> str:
     return f".{target.name}.partial-"
 
 
+def _replaced_prefix(target: Path) -> str:
+    return f".{target.name}.replaced-"
+
+
 def _new_locked_folder(target: Path) -> tuple[Path, int]:
     while True:
         folder = target.parent / f"{_partial_prefix(target)}{os.urandom(6).hex()}"
@@ -162,14 +194,16 @@ def _new_locked_folder(target: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another run took it for abandoned before it was locked
 
 
-def _remove_if_abandoned(folder: Path) -> None:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether the folder is there and no other process holds it; it is held meanwhile, whatever its name."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
+        yield False
         return
     try:
-        if _lock(descriptor):
-            shutil.rmtree(folder, ignore_errors=True)
+        yield _lock(descriptor) and folder.exists()
     finally:
         os.close(descriptor)
 
@@ -220,12 +254,30 @@ def _source_records(original: OriginalCheckpoint, progress: Callable[[int], obje
 def _publish(folder: Path, target: Path, force: bool) -> None:
     """Rename the finished folder to the target, with `force` moving an earlier conversion out of the way."""
     _sync_folder(folder)
-    replaced = target.parent / f"{_partial_prefix(target)}replaced-{os.urandom(6).hex()}"
     if force and (target / MANIFEST).exists():
-        target.rename(replaced)
-    folder.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+        _replace(folder, target)
+    else:
+        folder.rename(target)
     _sync_folder(target.parent)
+
+
+def _replace(folder: Path, target: Path) -> None:
+    """Put the folder in the target's place and remove the old one, which an error puts back."""
+    name = os.urandom(6).hex()
+    replaced = target.parent / f"{_replaced_prefix(target)}{name}"
+    abandoned = target.parent / f"{_partial_prefix(target)}{name}"
+    with _locked(target) as locked:
+        if not locked:
+            raise CheckpointError(f"{target}: another conversion is replacing it; run it again")
+        try:
+            target.rename(replaced)
+            folder.rename(target)
+        except BaseException:
+            if replaced.exists() and not target.exists():
+                _rename_back(replaced, target)
+            raise
+        replaced.rename(abandoned)  # from here on the next run may remove it
+        shutil.rmtree(abandoned, ignore_errors=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -237,6 +237,66 @@ def test_an_earlier_conversion_is_replaced_by_force_only(checkpoint: Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "source"]
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "failed"), KeyboardInterrupt()])
+def test_a_replaced_conversion_is_put_back_after_an_error(
+    error: BaseException, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "converted"
+    before = convert(checkpoint, target, dtype="fp32", progress=False)
+    rename = Path.rename
+
+    def fail_at_the_second(self: Path, destination: Path) -> Path:
+        if destination == target and ".partial-" in self.name:
+            raise error
+        return rename(self, destination)
+
+    monkeypatch.setattr(Path, "rename", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
+        convert(checkpoint, target, force=True, progress=False)
+    assert Manifest.read(target) == before
+    check_files(target, before, checksums=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "source"]
+
+
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from blip3o_rt.checkpoint.convert import convert
+rename = Path.rename
+def killed_rename(self, target):
+    rename(self, target)
+    if ".replaced-" in Path(target).name:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed_rename
+convert(sys.argv[1], sys.argv[2], force=True, progress=False)
+"""
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_replaced_conversion_is_put_back_after_a_kill(
+    force: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "converted"
+    before = convert(checkpoint, target, dtype="fp32", progress=False)
+    killed = run_python(KILLED_BETWEEN_RENAMES, checkpoint, target)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not target.exists()
+    with convert_module._partial_folder(target):  # the clean-up after dead runs leaves it alone
+        (replaced,) = tmp_path.glob(".converted.replaced-*")
+    with convert_module._locked(replaced) as locked:  # so does a run while another is replacing
+        assert locked
+        convert_module._restore_replaced(target)
+        assert not target.exists()
+    if force:
+        assert convert(checkpoint, target, force=True, progress=False).dtype == "bf16"
+    else:
+        with pytest.raises(CheckpointError, match="already holds a converted checkpoint"):
+            convert(checkpoint, target, progress=False)
+        check_files(target, before, checksums=True)
+    assert Manifest.read(target).dtype == ("bf16" if force else "fp32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "source"]
+
+
 def test_what_cannot_be_converted(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="dtype is 'fp16'; accepted: bf16 or fp32"):
         convert(checkpoint, tmp_path / "converted", dtype="fp16", progress=False)
