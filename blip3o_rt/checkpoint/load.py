@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def load_checkpoint(
     once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`, and are refused with a
     converted checkpoint.
 
-    Raises CheckpointError and ConfigError.
+    Raises CheckpointError and ConfigError, and warns (UserWarning) of every tensor or setting that is left
+    out, as the conversion did.
     """
     root, device = Path(path), torch.device(device)
     if dtype not in (None, *DTYPES.values()):
@@ -88,7 +90,13 @@ def load_checkpoint(
     if cache_dir is not None:
         cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok)
         return _load_converted(cached, dtype, device, verify)
-    check_tensors(original)
+    return _load_original(original, root, dtype, device)
+
+
+def _load_original(
+    original: OriginalCheckpoint, root: Path, dtype: torch.dtype, device: torch.device
+) -> Checkpoint:
+    _warn(original.warnings + check_tensors(original))
     weights = {
         part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
         for part, specs in layouts(original.config).items()
@@ -104,11 +112,17 @@ def _load_converted(
     dtype = dtype or manifest.torch_dtype
     if admit is not None:
         admit(manifest.config, dtype)
+    _warn(manifest.warnings)
     weights = {
         part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
         for part, specs in layouts(manifest.config).items()
     }
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root)
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        warnings.warn(message, stacklevel=4)  # where load_checkpoint was called
 
 
 def _map_part(
@@ -147,7 +161,14 @@ def _convert_into(
     if not (destination / MANIFEST).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            convert(original.path, destination, diffusion=diffusion, ta_tok=ta_tok, dtype=dtype_name(dtype))
+            convert(
+                original.path,
+                destination,
+                diffusion=diffusion,
+                ta_tok=ta_tok,
+                dtype=dtype_name(dtype),
+                progress=False,
+            )
         except CheckpointError:
             if not (destination / MANIFEST).is_file():  # another process may have been faster
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from blip3o_rt.config import ARConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError, InsufficientMemoryError
 from blip3o_rt.weights import TensorSpec
 
-from .conftest import edit_json
+from .conftest import edit_json, edit_tensors
 
 
 @pytest.fixture
@@ -175,6 +176,25 @@ def test_the_cache_is_made_once_and_again_when_the_source_changes(checkpoint: Pa
     assert len(list(cache.iterdir())) == 2
     os.utime(checkpoint / "model.safetensors", ns=(0, 0))
     assert load_checkpoint(checkpoint, cache_dir=cache).source != first.source
+
+
+@pytest.mark.parametrize("layout", ["published", "cached", "converted"])
+def test_loading_warns_once_of_what_is_left_out(
+    layout: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit_tensors(
+        checkpoint / "model.safetensors", lambda tensors: tensors.update({"model.new.bias": torch.zeros(2)})
+    )
+    path, cache = checkpoint, tmp_path / "cache" if layout == "cached" else None
+    if layout == "converted":
+        path = tmp_path / "converted"
+        convert(checkpoint, path, progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_checkpoint(path, cache_dir=cache)
+    assert [str(warning.message) for warning in caught] == ["model.new.bias is not known and was left out"]
+    assert caught[0].filename == __file__
+    assert capfd.readouterr() == ("", "")  # no progress bar either
 
 
 def test_packed_tensors_are_in_the_order_their_names_say(checkpoint: Path) -> None:
