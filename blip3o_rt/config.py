@@ -155,7 +155,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EditConfig:
-    """Which ways of looking at a reference image the checkpoint was trained with (MODEL flags)."""
+    """Which ways of looking at a reference image the checkpoint was trained with, as its config.json says."""
 
     use_und_image_vae: bool = False
     use_und_image_vae_as_noise: bool = False

@@ -53,10 +53,6 @@ class ConstantNull:
 
     outputs: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        return self.outputs.nbytes
-
 
 @dataclass(frozen=True)
 class WeightedNull:
@@ -65,10 +61,6 @@ class WeightedNull:
     keys: Tensor
     values: Tensor
     log_multiplicity: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -81,8 +73,3 @@ class Condition:
     keys: Tensor
     values: Tensor
     null: ConstantNull | WeightedNull
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, for memory planning."""
-        return self.keys.nbytes + self.values.nbytes + self.null.nbytes
