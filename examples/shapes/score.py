@@ -127,7 +127,7 @@ def _templates() -> list[tuple[str, str, tuple[float, float], np.ndarray]]:
 
 def _fit_template(alpha: np.ndarray) -> tuple[str, str, tuple[float, float], float]:
     """(kind, size, centre, soft IoU) of the template that agrees best with a region's coverage [H, W]."""
-    rows, columns = np.nonzero(alpha > 0.3)
+    rows, columns = np.nonzero(alpha >= min(0.3, float(alpha.max())))
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     middle_y, middle_x = (int(top) + int(bottom)) // 2, (int(left) + int(right)) // 2
     padded = np.pad(alpha, WINDOW)

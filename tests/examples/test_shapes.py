@@ -85,6 +85,17 @@ def test_scorer_refuses_a_picture_of_another_size() -> None:
         score.read_picture(Image.new("RGB", (32, 32)))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_scorer_reads_any_picture(seed: int) -> None:
+    """Noise, coarse blotches and faint smudges are no scene, and no reason to fail."""
+    rng = np.random.default_rng(seed)
+    blotches = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8), "RGB")
+    smudges = 128 + rng.normal(0, 40, (64, 64, 3)) * (rng.random((64, 64, 1)) < 0.1)
+    asked = Scene("gray", (Shape("red", "circle", "large", "left"),))
+    for picture in (blotches.resize((64, 64)), Image.fromarray(smudges.clip(0, 255).astype(np.uint8), "RGB")):
+        assert not score.judge(score.read_picture(picture), asked).right
+
+
 def test_edits_are_judged_by_the_scene_after_and_by_untouched_pixels() -> None:
     rng = random.Random(4)
     for kind in edits.EDIT_KINDS:
