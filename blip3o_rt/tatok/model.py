@@ -43,7 +43,7 @@ class ImageTokenizer:
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.
 

@@ -102,6 +102,15 @@ def test_bfloat16_errs_no_more_than_the_oracle_in_bfloat16() -> None:
     assert_nearest(codes, model.similarities(features), COSINE)
 
 
+def test_features_are_an_ordinary_tensor() -> None:
+    """An inference tensor would refuse these: a write in place where gradients are recorded, a use in one."""
+    config = small_config()
+    ours = ImageTokenizer(config, runtime_weights(config, oracle(config), torch.float32))
+    features, _ = ours.encode(torch.rand(1, 3, 30, 30))
+    features.mul_(2)
+    (features * torch.ones(1, requires_grad=True)).sum().backward()
+
+
 def test_layers_above_the_selected_one_are_not_needed() -> None:
     config = small_config(num_layers=5, selected_layer=-3)
     weights = runtime_weights(config, oracle(config), torch.float32)

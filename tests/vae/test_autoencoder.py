@@ -168,6 +168,15 @@ def test_the_arguments_are_left_as_they_were() -> None:
     assert torch.equal(pixels, pixels_before)
 
 
+def test_results_are_ordinary_tensors() -> None:
+    """An inference tensor would refuse these: a write in place where gradients are recorded, a use in one."""
+    config = small_config()
+    ours = Autoencoder(config, runtime_weights(config, oracle(config), torch.float32))
+    for result in (ours.decode(torch.randn(1, 8, 4, 4)), ours.encode(torch.randn(1, 3, 32, 32))):
+        result.mul_(2)
+        (result * torch.ones(1, requires_grad=True)).sum().backward()
+
+
 def test_shift_factor_moves_the_latent_before_it_is_scaled() -> None:
     config = small_config(shift_factor=0.25)
     plain_config = dataclasses.replace(config, shift_factor=0.0)
