@@ -91,11 +91,18 @@ BLIP3O_INLINE void widen_row(float* to, const T* from, int64_t size) {
     for_each_vector(size, [&](int64_t i, int64_t count) { store(to + i, load(from + i, count)); });
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define BLIP3O_SHUFFLES
+#endif
+#endif
+
 typedef float Vec4 __attribute__((vector_size(16)));
 typedef float Vec8 __attribute__((vector_size(32)));
 typedef float Vec16 __attribute__((vector_size(64)));
 
 // Combines the lanes of a vector pairwise, halves first: always in the same order.
+#if defined(BLIP3O_SHUFFLES)
 template <class Combine>
 BLIP3O_INLINE float reduce_lanes(Vec4 v, const Combine& combine) {
     v = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
@@ -115,6 +122,18 @@ BLIP3O_INLINE float reduce_lanes(Vec16 v, const Combine& combine) {
                                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)),
                         combine);
 }
+#else
+template <class Vector, class Combine>
+BLIP3O_INLINE float reduce_lanes(Vector vector, const Combine& combine) {
+    constexpr int kCount = sizeof(Vector) / sizeof(float);
+    float lane[kCount];
+    std::memcpy(lane, &vector, sizeof vector);
+    for (int half = kCount / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[half + i]);
+    }
+    return lane[0];
+}
+#endif
 
 BLIP3O_INLINE float sum_lanes(Vec value) {
     return reduce_lanes(value, [](auto a, auto b) { return a + b; });
