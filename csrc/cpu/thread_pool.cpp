@@ -6,10 +6,13 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace blip3o::cpu {
@@ -43,7 +46,7 @@ class ThreadPool {
         busy_.store(false, std::memory_order_release);
     }
 
-    // False if the pool is in use.
+    // False if the pool is in use. Throws the first thing that the work threw, once all of it has ended.
     bool run(int64_t count, int64_t grain, detail::RangeFunction function, const void* context) {
         if (busy_.exchange(true, std::memory_order_acquire)) return false;
         count_ = count;
@@ -54,18 +57,25 @@ class ThreadPool {
         announce();
         run_part(0);
         wait_for_workers();
+        const std::exception_ptr error = std::exchange(error_, nullptr);
         busy_.store(false, std::memory_order_release);
+        if (error) std::rethrow_exception(error);
         return true;
     }
 
   private:
+    // Fewer threads where the system gives no more.
     void start(int threads) {
-        threads_ = threads;
         stopping_ = false;
         const uint64_t seen = job_.load();
-        for (int part = 1; part < threads; ++part) {
-            workers_.emplace_back([this, part, seen] { work(part, seen); });
+        workers_.reserve(threads - 1);
+        try {
+            for (int part = 1; part < threads; ++part) {
+                workers_.emplace_back([this, part, seen] { work(part, seen); });
+            }
+        } catch (const std::system_error&) {
         }
+        threads_ = static_cast<int>(workers_.size()) + 1;
     }
 
     void stop() {
@@ -83,11 +93,16 @@ class ThreadPool {
         wake_.notify_all();
     }
 
-    void run_part(int part) const {
+    void run_part(int part) noexcept {
         const int64_t grains = (count_ + grain_ - 1) / grain_;
         const int64_t begin = grains * part / threads_ * grain_;
         const int64_t end = std::min(count_, grains * (part + 1) / threads_ * grain_);
-        if (begin < end) function_(context_, begin, end);
+        try {
+            if (begin < end) function_(context_, begin, end);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!error_) error_ = std::current_exception();
+        }
     }
 
     void wait_for_workers() {
@@ -135,6 +150,7 @@ class ThreadPool {
     int64_t count_ = 0, grain_ = 1;
     detail::RangeFunction function_ = nullptr;
     const void* context_ = nullptr;
+    std::exception_ptr error_;  // guarded by mutex_ while the job runs
 };
 
 // Never destroyed: at exit its threads sleep until the process ends.

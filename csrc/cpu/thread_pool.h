@@ -21,7 +21,7 @@ void parallel_ranges(int64_t count, int64_t grain, RangeFunction run, const void
 
 // body(begin, end) over ranges that cover 0 .. count, at the same time where each can have `grain` units or
 // more. Range borders are multiples of `grain`. A call from a second thread while the pool works runs on the
-// caller alone.
+// caller alone. What `body` throws is thrown here once no range is being worked on.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
     detail::parallel_ranges(
