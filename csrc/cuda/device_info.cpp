@@ -3,24 +3,32 @@
 #include "cuda/launch.h"
 
 namespace blip3o::cuda {
+namespace {
 
-MachineInfo machine_info() {
-    MachineInfo info = {};
-    check(cudaRuntimeGetVersion(&info.runtime_version), "cudaRuntimeGetVersion");
-    cudaDriverGetVersion(&info.driver_version);
+std::vector<DeviceInfo> find_devices() {
     int count = 0;
-    const cudaError_t error = cudaGetDeviceCount(&count);
-    // 35: no driver, or one older than this runtime. 100: a driver, but no GPU.
-    if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
-        info.reason = info.driver_version == 0 ? "no NVIDIA driver is installed" : cudaGetErrorString(error);
-        return info;
-    }
-    check(error, "cudaGetDeviceCount");
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    std::vector<DeviceInfo> devices;
     for (int index = 0; index < count; ++index) {
         cudaDeviceProp properties;
         check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
-        info.devices.push_back({properties.name, properties.major, properties.minor,
-                                properties.totalGlobalMem, properties.multiProcessorCount});
+        devices.push_back({properties.name, properties.major, properties.minor, properties.totalGlobalMem,
+                           properties.multiProcessorCount});
+    }
+    return devices;
+}
+
+}  // namespace
+
+MachineInfo machine_info() {
+    MachineInfo info = {};
+    cudaRuntimeGetVersion(&info.runtime_version);
+    cudaDriverGetVersion(&info.driver_version);
+    try {
+        info.devices = find_devices();
+        if (info.devices.empty()) info.reason = "CUDA finds none";
+    } catch (const std::runtime_error& error) {
+        info.reason = info.driver_version == 0 ? "no NVIDIA driver is installed" : error.what();
     }
     return info;
 }

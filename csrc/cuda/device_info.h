@@ -21,7 +21,8 @@ struct MachineInfo {
     std::string reason;   // why there is no device; empty if there is one
 };
 
-// A machine without a GPU or a driver is no error: it has no devices and a reason.
+// Nothing is an error here: whatever CUDA answers (no driver, no GPU, a GPU that is lost or in use by another
+// process alone), there are then no devices and a reason.
 MachineInfo machine_info();
 
 }  // namespace blip3o::cuda
