@@ -65,6 +65,14 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear: out has dtype int32; accepted: float32 or float32",
     ),
     (
+        lambda: ops.row_linear(same := torch.ones(2, 8), torch.ones(8, 8), out=same),
+        "row_linear: out must not be the memory of x; give it memory of its own",
+    ),
+    (
+        lambda: ops.nearest_code(torch.ones(2, 0), torch.ones(3, 0)),
+        "nearest_code: features and codebook must be at least one wide",
+    ),
+    (
         lambda: attention(k_cache=torch.ones(4, 3, 16, 16).transpose(1, 2)),
         "paged_decode_attention: k_cache has strides [768, 16, 256, 1] for shape [4, 16, 3, 16]; accepted: "
         "contiguous (call .contiguous())",
@@ -166,6 +174,31 @@ def test_calls_from_many_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_memory_that_runs_out_in_a_thread_is_an_error_of_the_call() -> None:
+    code = """
+import resource, torch
+from blip3o_rt.ops import native
+module = native.cpu()
+x, weight, out = torch.ones(1, 8_000_000), torch.ones(2, 8_000_000), torch.zeros(1, 2)
+module.set_num_threads(1)
+module.row_linear(x, weight, None, out)  # from here on only the other thread needs more memory
+module.set_num_threads(2)
+module.row_linear(x[:, :100], weight[:, :100].contiguous(), None, out)
+pages = int(open("/proc/self/statm").read().split()[0])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 10_000_000, limits[1]))
+try:
+    module.row_linear(x, weight, None, out)
+except MemoryError:
+    print("MemoryError")
+resource.setrlimit(resource.RLIMIT_AS, limits)
+module.row_linear(x, weight, None, out)
+print(out.tolist())
+"""
+    done = run_python(code)
+    assert done.stdout.splitlines() == ["MemoryError", "[[8000000.0, 8000000.0]]"], done.stderr
 
 
 def test_a_forked_child_has_threads_of_its_own() -> None:

@@ -15,7 +15,7 @@ inline const void* data_or_null(const OptionalView& view) { return view ? view->
 inline RmsNormArguments check_rms_norm(Device device, const TensorView& x, const TensorView& weight,
                                        double eps, const OptionalView& bias, const OptionalView& residual,
                                        const TensorView& out) {
-    const Contract contract("rms_norm", device);
+    Contract contract("rms_norm", device);
     Dim rows("rows"), width("D");
     RmsNormArguments arguments;
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, width);
@@ -31,7 +31,7 @@ inline RmsNormArguments check_rms_norm(Device device, const TensorView& x, const
 }
 
 inline SiluMulArguments check_silu_mul(Device device, const TensorView& gate_up, const TensorView& out) {
-    const Contract contract("silu_mul", device);
+    Contract contract("silu_mul", device);
     Dim rows("M"), doubled("2 I"), width("I");
     SiluMulArguments arguments;
     arguments.gate_up = contract(gate_up, "gate_up").dtype({DType::f32, DType::bf16}).rows(rows, doubled);
@@ -43,13 +43,15 @@ inline SiluMulArguments check_silu_mul(Device device, const TensorView& gate_up,
 
 inline RowLinearArguments check_row_linear(Device device, const TensorView& x, const TensorView& weight,
                                            const OptionalView& bias, const TensorView& out) {
-    const Contract contract("row_linear", device);
+    Contract contract("row_linear", device);
     Dim rows("M"), inputs("K"), outputs("N");
     RowLinearArguments arguments;
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
     arguments.weight = contract(weight, "weight").dtype({x.dtype}).rows(outputs, inputs);
     contract(bias, "bias").dtype({x.dtype}).shape({&outputs}).contiguous();
     arguments.out = contract(out, "out").dtype({x.dtype, DType::f32}).rows(rows, outputs);
+    contract.require(rows.value() == 0 || inputs.value() == 0 || out.data != x.data,
+                     "out must not be the memory of x; give it memory of its own");
     arguments.bias = data_or_null(bias);
     arguments.dtype = x.dtype;
     arguments.out_dtype = out.dtype;
@@ -60,7 +62,7 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
     const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
     const TensorView& k_cache, const TensorView& v_cache, double eps, const TensorView& out) {
-    const Contract contract("qk_norm_rope_append", device);
+    Contract contract("qk_norm_rope_append", device);
     Dim tokens("T"), packed("(Hq + 2 Hkv) D"), q_heads("Hq"), head_dim("D"), max_positions("max_positions");
     Dim pages("pages"), kv_heads("Hkv"), page_size("page_size");
     QkNormRopeAppendArguments arguments;
@@ -99,7 +101,7 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
 inline PagedDecodeAttentionArguments check_paged_decode_attention(
     Device device, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
     const TensorView& block_table, const TensorView& context_lengths, double scale, const TensorView& out) {
-    const Contract contract("paged_decode_attention", device);
+    Contract contract("paged_decode_attention", device);
     Dim batch("B"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
     Dim pages("pages"), kv_heads("Hkv"), page_size("page_size");
     contract(q, "q").dtype({DType::f32, DType::bf16}).shape({&batch, &q_heads, &head_dim}).contiguous();
@@ -133,7 +135,7 @@ inline SampleTokensArguments check_sample_tokens(Device device, const TensorView
                                                  const TensorView& temperature, const TensorView& top_k,
                                                  const TensorView& top_p, const TensorView& seeds,
                                                  const TensorView& positions, const TensorView& out) {
-    const Contract contract("sample_tokens", device);
+    Contract contract("sample_tokens", device);
     Dim batch("B"), vocabulary("V");
     SampleTokensArguments arguments;
     arguments.logits = contract(logits, "logits").dtype({DType::f32}).rows(batch, vocabulary);
@@ -154,13 +156,14 @@ inline SampleTokensArguments check_sample_tokens(Device device, const TensorView
 
 inline NearestCodeArguments check_nearest_code(Device device, const TensorView& features,
                                                const TensorView& codebook, const TensorView& out) {
-    const Contract contract("nearest_code", device);
+    Contract contract("nearest_code", device);
     Dim rows("N"), codes("C"), width("D");
     NearestCodeArguments arguments;
     arguments.features = contract(features, "features").dtype({DType::f32}).rows(rows, width);
     arguments.codebook = contract(codebook, "codebook").dtype({DType::f32}).rows(codes, width);
     contract(out, "out").dtype({DType::i64}).shape({&rows}).contiguous();
     contract.require(codes.value() > 0, "codebook must have at least one row");
+    contract.require(width.value() > 0, "features and codebook must be at least one wide");
     arguments.out = out.as<int64_t>();
     return arguments;
 }

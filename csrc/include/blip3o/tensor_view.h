@@ -7,6 +7,7 @@
 //
 // A Dim is bound by the first argument that uses it; a later one that disagrees is told so:
 //     rms_norm: weight has shape [7]; accepted: [D = 8] (D as in x)
+// All arguments of a call live on the device of the first one.
 #pragma once
 
 #include <cstdint>
@@ -100,11 +101,21 @@ class Dim {
 // One argument being checked. Every check returns the argument again, or throws ArgumentError.
 class Argument {
   public:
-    Argument(const char* op, Device device, const TensorView* view, const char* name)
-        : op_(op), view_(view), name_(name) {
+    Argument(const char* op, const TensorView* view, const char* name) : op_(op), view_(view), name_(name) {}
+
+    const Argument& on(Device device) const {
         if (view_ && view_->device != device) {
             fail(std::string("is on ") + name_of(view_->device) + "; accepted: " + name_of(device));
         }
+        return *this;
+    }
+
+    const Argument& beside(const TensorView& first, const char* first_name) const {
+        if (view_ && view_->device == Device::cuda && view_->device_index != first.device_index) {
+            fail("is on cuda:" + std::to_string(view_->device_index) +
+                 "; accepted: cuda:" + std::to_string(first.device_index) + " (as " + first_name + ")");
+        }
+        return *this;
     }
 
     const Argument& dtype(std::initializer_list<DType> accepted) const {
@@ -208,13 +219,11 @@ class Contract {
   public:
     Contract(const char* op, Device device) : op_(op), device_(device) {}
 
-    Argument operator()(const TensorView& view, const char* name) const {
-        return Argument(op_, device_, &view, name);
-    }
+    Argument operator()(const TensorView& view, const char* name) { return check_place(&view, name); }
 
     // An absent optional argument passes every check.
-    Argument operator()(const std::optional<TensorView>& view, const char* name) const {
-        return Argument(op_, device_, view ? &*view : nullptr, name);
+    Argument operator()(const std::optional<TensorView>& view, const char* name) {
+        return check_place(view ? &*view : nullptr, name);
     }
 
     // A condition on numbers rather than on one tensor.
@@ -223,8 +232,22 @@ class Contract {
     }
 
   private:
+    Argument check_place(const TensorView* view, const char* name) {
+        const Argument argument(op_, view, name);
+        argument.on(device_);
+        if (first_) {
+            argument.beside(*first_, first_name_);
+        } else {
+            first_ = view;
+            first_name_ = name;
+        }
+        return argument;
+    }
+
     const char* op_;
     Device device_;
+    const TensorView* first_ = nullptr;
+    const char* first_name_ = "";
 };
 
 }  // namespace blip3o
