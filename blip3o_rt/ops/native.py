@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 from types import ModuleType
 from typing import Any
 
@@ -71,9 +72,39 @@ def cuda_unavailable() -> str | None:
     if module is None:
         return _load_cuda()[1]
     info = module.device_info()
-    return (
-        None if info["devices"] else f"no usable GPU ({info['reason']}); needs an NVIDIA GPU and its driver"
-    )
+    if not info["devices"]:
+        return f"no usable GPU ({info['reason']}); needs an NVIDIA GPU and its driver"
+    return _without_code(info["devices"], module.architectures)
+
+
+def _without_code(devices: list[dict[str, Any]], architectures: str) -> str | None:
+    """None if a build for `architectures` ("80-real 90-virtual") runs on all devices, else why not."""
+    for device in devices:
+        major, minor = device["compute_capability"]
+        if not any(_runs_on(major, minor, architecture) for architecture in architectures.split()):
+            needed = ";".join(sorted({"{}{}".format(*other["compute_capability"]) for other in devices}))
+            return (
+                f"no code for {device['name']} (compute capability {major}.{minor}) in this build, which is "
+                f"for {architectures}; run pip install again with BLIP3O_CUDA_ARCHS='{needed}', or hide that "
+                f"GPU with CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+def _runs_on(major: int, minor: int, architecture: str) -> bool:
+    """Whether code for a CMake architecture (80, 80-real, 80-virtual, 90a-real, native) runs on a GPU.
+
+    Machine code runs on its own major version from its minor version on, PTX on everything from its version
+    on, and both only on exactly their version if that ends in a.
+    """
+    found = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", architecture)
+    if found is None:
+        return True  # native, all, all-major: CMake chose for this machine
+    built, here = (int(found[1]), int(found[2])), (major, minor)
+    if found[3] == "a":
+        return here == built
+    only_real = found[4] == "real" or found[3] == "f"
+    return here >= built and (not only_real or here[0] == built[0])
 
 
 def cpu() -> Any:
