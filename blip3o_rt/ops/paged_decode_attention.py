@@ -27,21 +27,25 @@ def paged_decode_attention(
     Position p of sequence b is at page block_table[b, p // page_size] (int32 [B, max_blocks]), offset
     p % page_size; entries past the context are not read. context_lengths int32 [B]; length 0 gives zeros.
     -> [B, Hq, D] in the dtype of q. A sequence's result does not depend on the others of the batch.
+
+    The reference multiplies the whole width of the table and masks what lies past the context, so that the
+    lengths are never read back from the device.
     """
     wide = arithmetic_dtype(q)
     _, kv_heads, page_size, head_dim = k_cache.shape
     grouped = q.to(wide).reshape(q.shape[0], kv_heads, -1, head_dim)
     result = torch.zeros_like(grouped)
-    for b, length in enumerate(context_lengths.tolist()):
-        if length == 0:
-            continue
-        pages = block_table[b, : -(-length // page_size)].long()
+    position = torch.arange(block_table.shape[1] * page_size, device=q.device)
+    inside = position < context_lengths[:, None]  # [B, max_blocks page_size]
+    pages = torch.where(inside[:, ::page_size], block_table, 0).long()
+    for b in range(q.shape[0]):  # one at a time: a product over the batch may sum in another order
         k, v = (
-            cache[pages].transpose(0, 1).reshape(kv_heads, -1, head_dim)[:, :length].to(wide)
+            cache[pages[b]].transpose(0, 1).reshape(kv_heads, -1, head_dim).to(wide)
             for cache in (k_cache, v_cache)
         )
-        weights = torch.softmax(scale * grouped[b] @ k.transpose(1, 2), dim=-1)
-        result[b] = weights @ v
+        scores = torch.where(inside[b], scale * grouped[b] @ k.transpose(1, 2), -torch.inf)
+        weights = torch.where(inside[b], torch.softmax(scores, dim=-1), 0)  # NaN where nothing is inside
+        result[b] = weights @ torch.where(inside[b, :, None], v, 0)
     return deliver(result.reshape(q.shape), q.dtype, out)
 
 

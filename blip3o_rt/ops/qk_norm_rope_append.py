@@ -33,7 +33,7 @@ def qk_norm_rope_append(
     slots[t] // page_size, offset slots[t] % page_size (slots int32 [T]); a slot of -1 is not written.
     -> q [T, Hq, D] in the dtype of qkv.
     """
-    tokens, (_, kv_heads, page_size, head_dim) = qkv.shape[0], k_cache.shape
+    tokens, (_, kv_heads, _, head_dim) = qkv.shape[0], k_cache.shape
     heads = qkv.reshape(tokens, qkv.shape[1] // head_dim, head_dim).to(arithmetic_dtype(qkv))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     cos, sin = rope_table[positions.long()].to(heads.dtype)[:, None].chunk(2, dim=-1)
@@ -43,11 +43,23 @@ def qk_norm_rope_append(
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-    written = (slots >= 0).nonzero()[:, 0]
-    page, offset = slots.long()[written] // page_size, slots.long()[written] % page_size
-    k_cache[page, :, offset] = norm_and_rotate(k, k_weight)[written].to(k_cache.dtype)
-    v_cache[page, :, offset] = v[written].to(v_cache.dtype)
+    if tokens:
+        _append(k_cache, norm_and_rotate(k, k_weight), slots)
+        _append(v_cache, v, slots)
     return deliver(norm_and_rotate(q, q_weight), qkv.dtype, out)
+
+
+def _append(cache: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write values [T, Hkv, D] to their slots without reading the slots back from the device.
+
+    A token that is not written repeats one that is; if none is, all write what slot 0 already holds.
+    """
+    page_size = cache.shape[2]
+    source = torch.where(slots >= 0, torch.arange(len(slots), device=slots.device), slots.argmax())
+    slot = slots.long()[source]
+    written, slot = (slot >= 0)[:, None, None], slot.clamp(min=0)
+    page, offset = slot // page_size, slot % page_size
+    cache[page, :, offset] = torch.where(written, values[source].to(cache.dtype), cache[page, :, offset])
 
 
 @qk_norm_rope_append.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
