@@ -34,5 +34,7 @@ def cases() -> Iterator[Case]:
         yield case("one head", dtype, 1, 1, 64, 8, [31])
         yield case("pages of one token", dtype, 3, 1, 16, 1, [3, 1, 0])
         yield case("some not written", dtype, 2, 2, 16, 4, [-1, 3, -1, 4, -1])
+        yield case("the first slot among some not written", dtype, 2, 2, 16, 4, [-1, 0, -1])
+        yield case("none written", dtype, 2, 2, 16, 4, [-1, -1])
         yield case("as Qwen3", dtype, 16, 8, 128, 16, list(range(12, 40)))
         yield case("no tokens", dtype, 2, 1, 16, 4, [])

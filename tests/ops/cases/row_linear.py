@@ -31,3 +31,5 @@ def cases() -> Iterator[Case]:
             {"bias": bias, "out": out},
             written=("out",),
         )
+        weight, out = random(2, 4099, 8, dtype=dtype), torch.zeros(2, 4099)
+        yield Case("more rows than are widened at once", (random(1, 2, 8, dtype=dtype), weight), {"out": out})
