@@ -11,7 +11,7 @@ from blip3o_rt.errors import ParameterError
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 64
 MAX_BATCH = 256
-MIN_PROMPT_TOKENS = 16  # the chat template alone takes most of these
+MIN_PROMPT_TOKENS = 16
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
