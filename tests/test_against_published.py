@@ -23,10 +23,10 @@ from torch import Tensor
 from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig, ModelConfig
 from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.reference.measure import relative_l2
+from blip3o_rt.reference.published import PublishedModel, Reference, levels
 from blip3o_rt.result import Plan
-from tests.oracle.geometries import large_patches, tied_head
-from tests.oracle.measure import relative_l2
-from tests.oracle.published import PublishedModel, Reference, levels
+from tests.reference.geometries import large_patches, tied_head
 
 PROMPT = "a red circle, 2 boxes"
 BOUND = 1e-5

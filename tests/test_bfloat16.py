@@ -25,10 +25,10 @@ from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.reference.measure import relative_l2
+from blip3o_rt.reference.published import PublishedModel, Reference
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
-from tests.oracle.measure import relative_l2
-from tests.oracle.published import PublishedModel, Reference
 
 RATIO = 1.5
 GUIDANCE = 2.0

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.validate.case import Case, assert_close, copies, outputs, run_exact
+from blip3o_rt.validate.cases import rms_norm as rms_norm_cases
 from tests.csrc.simt.build import CSRC, SimtCompiler
-from tests.ops.case import Case, assert_close, copies, outputs, run_exact
-from tests.ops.cases import rms_norm as rms_norm_cases
 
 RMS_NORM = (CSRC / "cuda" / "rms_norm.cu").read_text()
 CASES = list(rms_norm_cases.cases())

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops import native
-from tests.ops.case import random
-from tests.ops.cases import paged_decode_attention as attention_cases
-from tests.ops.cases import sample_tokens as sample_cases
+from blip3o_rt.validate.case import random
+from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
+from blip3o_rt.validate.cases import sample_tokens as sample_cases
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

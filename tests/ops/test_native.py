@@ -14,8 +14,8 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
-from tests.ops.case import int32, random
-from tests.ops.cases import paged_decode_attention, qk_norm_rope_append
+from blip3o_rt.validate.case import int32, random
+from blip3o_rt.validate.cases import paged_decode_attention, qk_norm_rope_append
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 

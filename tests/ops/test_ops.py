@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-import tests.ops.cases as cases_package
+import blip3o_rt.validate.cases as cases_package
 from blip3o_rt import ops
 from blip3o_rt.ops import native
-from tests.ops.case import Case, assert_close, run, run_exact
+from blip3o_rt.validate.case import Case, assert_close, run, run_exact
 
 CASES = {module.name for module in pkgutil.iter_modules(cases_package.__path__)}
 
 
 def cases_of(op_name: str) -> ModuleType:
-    return importlib.import_module(f"tests.ops.cases.{op_name}")
+    return importlib.import_module(f"blip3o_rt.validate.cases.{op_name}")
 
 
 def test_every_op_has_cases() -> None:

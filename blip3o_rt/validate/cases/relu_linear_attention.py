@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tests.ops.case import DTYPES, Case, random
+from blip3o_rt.validate.case import DTYPES, Case, random
 
 EPS = 1e-5
 

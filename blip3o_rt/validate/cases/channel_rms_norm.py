@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tests.ops.case import DTYPES, Case, random
+from blip3o_rt.validate.case import DTYPES, Case, random
 
 EPS = 1e-5
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tests.ops.case import Case, int32, random
+from blip3o_rt.validate.case import Case, int32, random
 
 
 def case(label: str, logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Case:

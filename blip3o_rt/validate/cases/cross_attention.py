@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tests.ops.case import DTYPES, Case, random
+from blip3o_rt.validate.case import DTYPES, Case, random
 
 EPS = 1e-5
 

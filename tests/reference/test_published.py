@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.oracle.measure import relative_l2
-from tests.oracle.published import Prompt, PublishedModel, Reference, levels
+from blip3o_rt.reference.measure import relative_l2
+from blip3o_rt.reference.published import Prompt, PublishedModel, Reference, levels
 
 BOUND = 2e-6
 GUIDANCE = 2.0

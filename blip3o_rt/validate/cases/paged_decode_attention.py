@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tests.ops.case import DTYPES, Case, int32, random
+from blip3o_rt.validate.case import DTYPES, Case, int32, random
 
 
 def case(
@@ -26,7 +26,7 @@ def case(
         for block in range(blocks):
             used = min(max(length - block * page_size, 0), page_size)
             for cache in caches:
-                cache[block_table[b, block].item(), :, used:] = torch.nan
+                cache[int(block_table[b, block]), :, used:] = torch.nan
         block_table[b, -(-length // page_size) :] = 2**31 - 1
     q = random(3, len(lengths), q_heads, head_dim, dtype=dtype, scale=scale)
     return Case(label, (q, *caches, block_table, int32(lengths), head_dim**-0.5))

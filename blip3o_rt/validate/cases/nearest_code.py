@@ -1,12 +1,14 @@
 """Every remainder of the tiles, several panels of codes, and codes that occur twice."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.ops.case import Case, random
+from blip3o_rt.ops.registry import Op
+from blip3o_rt.validate.case import Case, random
 
 
 def codebook(count: int, width: int) -> Tensor:
@@ -30,7 +32,7 @@ def cases() -> Iterator[Case]:
     )
 
 
-def check(op, case: Case, results: list[Tensor], exact: list[Tensor]) -> None:
+def check(op: Op[Any, Any], case: Case, results: list[Tensor], exact: list[Tensor]) -> None:
     """The chosen code's score is the largest up to the tolerance; of equal codes it is the first."""
     features, codes = (a.double() for a in case.arguments)
     chosen, expected = results[0], exact[0]

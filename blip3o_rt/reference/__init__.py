@@ -1,0 +1,1 @@
+"""The published pipeline on transformers and diffusers, with which `bench` and `validate` compare ours."""

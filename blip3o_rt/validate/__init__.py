@@ -1,0 +1,1 @@
+"""Proof that every op, every stage and the whole pipeline compute what the published model computes."""
