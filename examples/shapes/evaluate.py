@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from .captions import caption
-from .codes import describe_codes
-from .edits import random_edit
+from blip3o_rt.shapes.captions import caption
+from blip3o_rt.shapes.codes import describe_codes
+from blip3o_rt.shapes.edits import random_edit
+from blip3o_rt.shapes.judge import Verdict, judge, judge_edit, read_picture
+from blip3o_rt.shapes.render import render, render_batch, to_image
+from blip3o_rt.shapes.scene import Scene, held_out_scene, random_scene, training_scene
+
 from .reference_pipeline import ReferencePipeline
-from .render import render, render_batch, to_image
-from .scene import Scene, held_out_scene, random_scene, training_scene
-from .score import Verdict, judge, judge_edit, read_picture
 from .train_autoencoder import build_autoencoder
 from .training import finished_module
 

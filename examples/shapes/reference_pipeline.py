@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from blip3o_rt.shapes.codes import TOKENS_PER_IMAGE
+
 from .embedded_model import EmbeddedModel
 from .image_tokenizer import ImageTokenizer
 from .latents import Latents
-from .model_config import CODEBOOK_SIZE, LATENT_CHANNELS, LATENT_SIDE, TOKENS_PER_IMAGE
+from .model_config import CODEBOOK_SIZE, LATENT_CHANNELS, LATENT_SIDE
 from .tokenizer import PromptTokenizer
 from .training import finished_module
 

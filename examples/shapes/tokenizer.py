@@ -14,10 +14,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .captions import caption
-from .edits import random_edit
+from blip3o_rt.shapes.captions import caption
+from blip3o_rt.shapes.edits import random_edit
+from blip3o_rt.shapes.scene import random_scene
+
 from .model_config import CODEBOOK_SIZE
-from .scene import random_scene
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption:"

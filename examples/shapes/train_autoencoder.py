@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 
+from blip3o_rt.shapes.render import render_batch
+from blip3o_rt.shapes.scene import PICTURE_SIZE, PLACES, Scene, training_scene
+
 from .model_config import AUTOENCODER
-from .render import render_batch
-from .scene import PICTURE_SIZE, PLACES, Scene, training_scene
 from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
 
 LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffusion model's small errors

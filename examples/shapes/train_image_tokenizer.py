@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .codes import CELL, FIRST_SHAPE_CODE, describe_codes, scene_codes
+from blip3o_rt.shapes.codes import CELL, FIRST_SHAPE_CODE, describe_codes, scene_codes
+from blip3o_rt.shapes.render import render_batch
+from blip3o_rt.shapes.scene import Scene, random_scene, training_scene
+
 from .image_tokenizer import ImageTokenizer
 from .model_config import VISION_TOWER
-from .render import render_batch
-from .scene import Scene, random_scene, training_scene
 from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
 
 COSINE_SCALE = 30.0

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .captions import caption
-from .codes import scene_codes
-from .edits import random_edit
+from blip3o_rt.shapes.captions import caption
+from blip3o_rt.shapes.codes import TOKENS_PER_IMAGE, scene_codes
+from blip3o_rt.shapes.edits import random_edit
+from blip3o_rt.shapes.render import render_batch
+from blip3o_rt.shapes.scene import Scene, training_scene
+
 from .embedded_model import EmbeddedModel
 from .image_tokenizer import ImageTokenizer
 from .latents import Latents, wait_for_encoder
-from .model_config import TOKENS_PER_IMAGE
-from .render import render_batch
-from .scene import Scene, training_scene
 from .tokenizer import PromptTokenizer, save_tokenizer
 from .training import Log, WeightAverage, finished_module, load_state, save_atomically
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .scene import Scene, Shape
+from blip3o_rt.shapes.scene import Scene, Shape
 
 SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
 COLOUR_WORDS = {"gray": ("gray", "grey")}

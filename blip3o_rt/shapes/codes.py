@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from .model_config import CODEBOOK_SIZE, TOKENS_PER_IMAGE
-from .scene import BACKGROUNDS, COLOURS, KINDS, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
+from blip3o_rt.shapes.scene import BACKGROUNDS, COLOURS, KINDS, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
 
 GRID = 8  # cells per side
+TOKENS_PER_IMAGE = GRID * GRID
 CELL = PICTURE_SIZE // GRID  # pixels
 COVERED_SHARE = 0.25
 FIRST_SHAPE_CODE = len(BACKGROUNDS)
 USED_CODES = FIRST_SHAPE_CODE + len(COLOURS) * len(KINDS) * len(SIZES)
-assert GRID * GRID == TOKENS_PER_IMAGE
-assert USED_CODES <= CODEBOOK_SIZE
 
 
 def shape_code(colour: str, kind: str, size: str) -> int:

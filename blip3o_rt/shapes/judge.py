@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .edits import Edit
-from .render import coverage, render
-from .scene import HALF_EXTENT, KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
+from blip3o_rt.shapes.edits import Edit
+from blip3o_rt.shapes.render import coverage, render
+from blip3o_rt.shapes.scene import HALF_EXTENT, KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
 
 FOREGROUND_DISTANCE = (
     0.2  # RGB distance (channels 0 to 1) from the background; the palette's closest pair is at 0.38

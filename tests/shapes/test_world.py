@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from examples.shapes import captions, codes, edits, render, scene, score
-from examples.shapes.scene import HELD_OUT, PLACES, Scene, Shape
+from blip3o_rt.shapes import captions, codes, edits, judge, render, scene
+from blip3o_rt.shapes.scene import HELD_OUT, PLACES, Scene, Shape
 
 PICTURES = 120
 
@@ -22,7 +22,7 @@ def scenes() -> list[Scene]:
 
 
 def test_scorer_reads_every_exact_render(scenes: list[Scene]) -> None:
-    verdicts = [score.judge(score.read_picture(render.render(s)), s) for s in scenes]
+    verdicts = [judge.judge(judge.read_picture(render.render(s)), s) for s in scenes]
     assert all(verdict.right for verdict in verdicts)
 
 
@@ -32,15 +32,15 @@ def test_scorer_reads_every_kind_size_and_place() -> None:
             for size in scene.SIZES:
                 colour = scene.COLOURS[index % len(scene.COLOURS)]
                 drawn = Scene("gray", (Shape(colour, kind, size, place),))
-                seen = score.read_picture(render.render(drawn))
-                assert score.judge(seen, drawn).right, (drawn, seen)
+                seen = judge.read_picture(render.render(drawn))
+                assert judge.judge(seen, drawn).right, (drawn, seen)
 
 
 def test_scorer_rejects_shuffled_pairs() -> None:
     rng = random.Random(3)
     drawn = [scene.random_scene(rng, shapes=rng.choice((1, 2))) for _ in range(PICTURES)]
     right = [
-        score.judge(score.read_picture(render.render(shown)), asked).right
+        judge.judge(judge.read_picture(render.render(shown)), asked).right
         for shown, asked in zip(drawn, [*drawn[1:], drawn[0]], strict=True)
     ]
     assert sum(right) <= 0.02 * PICTURES
@@ -51,8 +51,8 @@ def test_one_wrong_property_is_the_one_reported(name: str) -> None:
     asked = Shape("red", "circle", "large", "left")
     wrong = {"colour": "blue", "kind": "square", "size": "small", "place": "top"}
     shown = Shape(**{**vars(asked), name: wrong[name]})
-    verdict = score.judge(
-        score.read_picture(render.render(Scene("white", (shown,)))), Scene("white", (asked,))
+    verdict = judge.judge(
+        judge.read_picture(render.render(Scene("white", (shown,)))), Scene("white", (asked,))
     )
     assert not verdict.right
     assert [key for key, good in vars(verdict).items() if not good] == [name]
@@ -61,9 +61,9 @@ def test_one_wrong_property_is_the_one_reported(name: str) -> None:
 def test_scorer_counts_shapes_and_names_the_background() -> None:
     one = Scene("yellow", (Shape("red", "star", "large", "centre"),))
     two = Scene("yellow", (*one.shapes, Shape("blue", "ring", "small", "top left")))
-    assert not score.judge(score.read_picture(render.render(two)), one).count
-    assert not score.judge(score.read_picture(render.render(one)), two).right
-    assert not score.judge(score.read_picture(render.render(one)), Scene("gray", one.shapes)).background
+    assert not judge.judge(judge.read_picture(render.render(two)), one).count
+    assert not judge.judge(judge.read_picture(render.render(one)), two).right
+    assert not judge.judge(judge.read_picture(render.render(one)), Scene("gray", one.shapes)).background
 
 
 def test_scorer_forgives_blur_and_noise(scenes: list[Scene]) -> None:
@@ -76,13 +76,13 @@ def test_scorer_forgives_blur_and_noise(scenes: list[Scene]) -> None:
             np.int16
         )
         picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
-        right += score.judge(score.read_picture(picture), drawn).right
+        right += judge.judge(judge.read_picture(picture), drawn).right
     assert right >= 0.95 * len(scenes)
 
 
 def test_scorer_refuses_a_picture_of_another_size() -> None:
     with pytest.raises(ValueError, match="accepted is 64 x 64"):
-        score.read_picture(Image.new("RGB", (32, 32)))
+        judge.read_picture(Image.new("RGB", (32, 32)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -93,7 +93,7 @@ def test_scorer_reads_any_picture(seed: int) -> None:
     smudges = 128 + rng.normal(0, 40, (64, 64, 3)) * (rng.random((64, 64, 1)) < 0.1)
     asked = Scene("gray", (Shape("red", "circle", "large", "left"),))
     for picture in (blotches.resize((64, 64)), Image.fromarray(smudges.clip(0, 255).astype(np.uint8), "RGB")):
-        assert not score.judge(score.read_picture(picture), asked).right
+        assert not judge.judge(judge.read_picture(picture), asked).right
 
 
 def test_edits_are_judged_by_the_scene_after_and_by_untouched_pixels() -> None:
@@ -101,14 +101,14 @@ def test_edits_are_judged_by_the_scene_after_and_by_untouched_pixels() -> None:
     for kind in edits.EDIT_KINDS:
         edit = edits.random_edit(rng, kind)
         before, after = render.render(edit.before), render.render(edit.after)
-        assert score.judge_edit(after, before, edit).right
+        assert judge.judge_edit(after, before, edit).right
         if kind != "keep":
-            assert not score.judge_edit(before, before, edit).right
+            assert not judge.judge_edit(before, before, edit).right
     shown = Scene("white", (Shape("red", "circle", "large", "left"),))
     keep = edits.Edit("keep", "keep the image unchanged", shown, shown)
     tinted = Image.blend(render.render(shown), Image.new("RGB", (64, 64), (128, 128, 128)), 0.15)
-    assert score.judge(score.read_picture(tinted), shown).right
-    assert not score.judge_edit(tinted, render.render(shown), keep).unchanged
+    assert judge.judge(judge.read_picture(tinted), shown).right
+    assert not judge.judge_edit(tinted, render.render(shown), keep).unchanged
 
 
 def test_a_tenth_is_held_out_and_training_never_shows_it() -> None:

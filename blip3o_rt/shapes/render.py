@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .scene import KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
+from blip3o_rt.shapes.scene import KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
 
 SUBSAMPLES = 8  # per pixel and axis
 SQUARE_HALF_SIDE = 0.9  # of the half extent, so that a square does not look larger than a circle

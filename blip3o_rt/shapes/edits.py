@@ -6,8 +6,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .captions import colour_word, noun_phrase, place_words, with_article
-from .scene import (
+from blip3o_rt.shapes.captions import colour_word, noun_phrase, place_words, with_article
+from blip3o_rt.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
