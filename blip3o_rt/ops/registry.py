@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
@@ -26,6 +26,7 @@ from blip3o_rt.errors import OpError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+RangeMaker = Callable[[str], AbstractContextManager[Any]]
 
 FLOATS = (torch.float32, torch.bfloat16)
 """Dtypes of weights and activations at run time; references also run in float64."""
@@ -125,15 +126,34 @@ class Op(Generic[P, R]):
         supports: Callable[..., str | None] = always_supported,
         available: Callable[[], str | None] = usable,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Register the decorated function (same signature as the op) before the torch reference."""
+        """Register the decorated function (same signature as the op) before the torch reference.
+
+        Raises OpError where the op has an implementation of that name.
+        """
 
         def register(run: Callable[P, R]) -> Callable[P, R]:
+            if name in self.implementation_names:
+                raise OpError(f"op {self.name} has an implementation '{name}' already: choose another name")
             found = Implementation(name, run, device, dtypes, supports, available)
             self._implementations.insert(len(self._implementations) - 1, found)
             self._candidates.clear()
             return run
 
         return register
+
+    def prefer(self, name: str) -> None:
+        """Make an implementation the first that a call tries. Raises OpError for an unknown name."""
+        found = self.named(name)
+        self._implementations.remove(found)
+        self._implementations.insert(0, found)
+        self._candidates.clear()
+
+    def withdraw(self, name: str) -> None:
+        """Forget an implementation. Raises OpError for an unknown name and for the torch reference."""
+        if name == REFERENCE:
+            raise OpError(f"op {self.name}: '{REFERENCE}' is its definition and stays")
+        self._implementations.remove(self.named(name))
+        self._candidates.clear()
 
     def named(self, name: str) -> Implementation:
         """The implementation of that name. Raises OpError listing the known ones."""
@@ -169,8 +189,20 @@ class Op(Generic[P, R]):
             found: tuple[Implementation, ...] = (self._forced,)
         else:
             found = tuple(i for i in self._implementations if not (i.takes(device, dtype) or i.available()))
+        if _make_range is not None:
+            found = tuple(self._in_range(implementation, _make_range) for implementation in found)
         self._candidates[device, dtype] = found
         return found
+
+    def _in_range(self, implementation: Implementation, make_range: RangeMaker) -> Implementation:
+        """The implementation, every run of it inside a range named "op [implementation]"."""
+        run, name = implementation.run, f"{self.name} [{implementation.name}]"
+
+        def run_in_range(*args: Any, **kwargs: Any) -> Any:
+            with make_range(name):
+                return run(*args, **kwargs)
+
+        return replace(implementation, run=run_in_range)
 
     def _forced_error(self, forced: Implementation, reason: str) -> OpError:
         return OpError(
@@ -199,6 +231,7 @@ class Op(Generic[P, R]):
 
 _ops: dict[str, Op[Any, Any]] = {}
 _environment_read = False
+_make_range: RangeMaker | None = None
 
 
 def op(tolerance: Mapping[torch.dtype, float]) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -267,6 +300,25 @@ def reset_used() -> None:
     """Forget what `used` reports."""
     for found in _ops.values():
         found._used.clear()
+
+
+@contextmanager
+def ranges(make_range: RangeMaker) -> Iterator[None]:
+    """Within the block, every op call of the process runs inside make_range("op [implementation]")."""
+    previous = _make_range
+    _set_ranges(make_range)
+    try:
+        yield
+    finally:
+        _set_ranges(previous)
+
+
+def _set_ranges(make_range: RangeMaker | None) -> None:
+    """Choose candidates anew, inside ranges or not: a call outside a trace pays nothing for them."""
+    global _make_range
+    _make_range = make_range
+    for found in _ops.values():
+        found._candidates.clear()
 
 
 def choices(device: str, dtype: torch.dtype) -> list[Choice]:
