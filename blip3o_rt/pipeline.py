@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.checkpoint.parts import weight_bytes
@@ -200,7 +200,8 @@ class Pipeline:
             if given is None:
                 tokens = self._draw_tokens(prompts, run)[0][0]
             else:
-                tokens = self._engine.replay(prompts[0], given)
+                with trace.span("plan"):
+                    tokens = self._engine.replay(prompts[0], given)
         plan = self._plan(prompt, prompts[0], sampling, tokens, reference)
         plan = dataclasses.replace(plan, replayed=given is not None)
         if plan.error is not None:
@@ -234,7 +235,7 @@ class Pipeline:
         fields = self._fields(plan, params, seed, noise_given=noise is not None)
         noise = self._noise(seed) if noise is None else self._check_noise(noise)
         run = _Run(self, callback, progress)
-        with exact_arithmetic(self.device):
+        with exact_arithmetic(self.device), trace.span("render"):
             latent = self._denoise(plan, params, noise, run)
             if output == "latent":
                 return latent
@@ -334,6 +335,7 @@ class Pipeline:
             )
         return Result([picture for picture in pictures if picture is not None], plans, run.report())
 
+    @trace.spanned("render")
     def _picture(self, plan: Plan, params: DiffusionParams, run: _Run) -> Image.Image:
         seed = plan.sampling.seed
         latent = self._denoise(plan, params, self._noise(seed), run)
@@ -353,6 +355,7 @@ class Pipeline:
         span = self._prompts.image_positions(ids, reference.token_ids)
         return TokenPrompt(ids, samples, reference.features, span)
 
+    @trace.spanned("plan")
     def _draw_tokens(self, prompts: list[TokenPrompt], run: _Run) -> list[list[TokenPlan]]:
         count = self.config.image_tokens.tokens_per_image * sum(len(prompt.samples) for prompt in prompts)
         with run.timer.stage("tokens", count), run.progress.stage("tokens", count) as update:
@@ -382,6 +385,7 @@ class Pipeline:
             error=tokens.error,
         )
 
+    @trace.spanned("reference")
     def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage], run: _Run) -> _Reference:
         """Encode the reference pictures of an edit in the ways the checkpoint was trained with."""
         pictures = [load_reference(image) for image in _references(images)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
 from blip3o_rt.ar.model import Decoder, DecodeStep
 from blip3o_rt.config import ARConfig, ImageTokenConfig
@@ -181,10 +181,11 @@ class TokenEngine:
         for index in range(count):
             if report is not None:
                 report(index)
-            self._sample(hidden[index], groups, index, tokens[index])
-            failed |= tokens[index] < 0
-            tokens[index].clamp_(min=0)
-            hidden[index + 1].copy_(self.decoder.decode(tokens[index], steps[index]))
+            with trace.span("ar.token", index):
+                self._sample(hidden[index], groups, index, tokens[index])
+                failed |= tokens[index] < 0
+                tokens[index].clamp_(min=0)
+                hidden[index + 1].copy_(self.decoder.decode(tokens[index], steps[index]))
         if report is not None:
             report(count)
         return [self._plan(tokens[:, row], hidden[:, row], bool(failed[row])) for row in range(batch)]

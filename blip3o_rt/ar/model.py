@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.config import ARConfig
 
@@ -91,6 +91,7 @@ class Decoder:
         """[.., hidden] embeddings of vocabulary ids."""
         return F.embedding(ids, self.embedding)
 
+    @trace.spanned("ar.prefill")
     def prefill(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
         """Run a prompt of P embeddings [P, hidden] from position 0; returns its P hidden states [P, hidden].
 

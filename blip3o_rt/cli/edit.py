@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     keywords = pictures.generation_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
     paths = pictures.picture_paths(arguments.out, [arguments.prompt], seeds)
-    pictures.check_report_path(arguments.report, paths)
+    pictures.check_output_files(arguments, paths)
     # NumPy and PyTorch take seconds to import: not for --help
     from blip3o_rt.image_input import load_reference
 
@@ -36,6 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     references = [load_reference(path) for path in arguments.image]
     pipeline = pictures.load_pipeline(arguments)
     pictures.draw(
-        lambda save: pipeline.edit(arguments.prompt, references, on_image=save, **keywords), paths, arguments
+        lambda save: pipeline.edit(arguments.prompt, references, on_image=save, **keywords),
+        paths,
+        arguments,
+        pipeline,
     )
     return 0

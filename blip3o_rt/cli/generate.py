@@ -24,9 +24,12 @@ def run(arguments: argparse.Namespace) -> int:
     keywords = pictures.generation_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
     paths = pictures.picture_paths(arguments.out, arguments.prompt, seeds)
-    pictures.check_report_path(arguments.report, paths)
+    pictures.check_output_files(arguments, paths)
     pipeline = pictures.load_pipeline(arguments)
     pictures.draw(
-        lambda save: pipeline.generate(arguments.prompt, on_image=save, **keywords), paths, arguments
+        lambda save: pipeline.generate(arguments.prompt, on_image=save, **keywords),
+        paths,
+        arguments,
+        pipeline,
     )
     return 0

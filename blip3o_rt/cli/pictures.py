@@ -7,9 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip3o_rt import trace
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import (
     DiffusionParams,
@@ -33,14 +35,53 @@ MAX_NAME_LENGTH = 48  # letters of the prompt in a file name; file systems take 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of a command that makes pictures."""
-    sampling, diffusion = SamplingParams(), DiffusionParams()
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
         "-n", type=int, default=1, help="pictures per prompt; picture i uses seed + i (%(default)s)"
     )
     drawing.add_argument(
-        "--seed", type=int, default=sampling.seed, help="same seed, same picture (%(default)s)"
+        "--seed", type=int, default=SamplingParams().seed, help="same seed, same picture (%(default)s)"
     )
+    add_sampling_options(drawing)
+    model = add_model_options(parser)
+    model.add_argument("--max-batch", type=int, metavar="N", help="pictures whose tokens are drawn together")
+    model.add_argument(
+        "--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference pictures"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        metavar="PATH",
+        help="a .png for one picture, else a folder (out/)",
+    )
+    output.add_argument(
+        "--report", type=Path, metavar="FILE", help="write time, memory and implementations as JSON"
+    )
+    traces = output.add_mutually_exclusive_group()
+    traces.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of every stage, step and op for ui.perfetto.dev, a .json or .json.gz",
+    )
+    traces.add_argument(
+        "--nvtx", action="store_true", help="give the same ranges to NVTX, for nsys or ncu on a GPU"
+    )
+    output.add_argument(
+        "--trace-tokens",
+        type=int,
+        default=trace.DEFAULT_TOKENS,
+        metavar="N",
+        help="trace the first N tokens of a plan, 0: all (%(default)s)",
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress bars and no table, only the paths")
+
+
+def add_sampling_options(drawing: argparse._ArgumentGroup) -> None:
+    """How tokens are drawn and the latent is denoised, apart from the seed."""
+    sampling, diffusion = SamplingParams(), DiffusionParams()
     drawing.add_argument("--steps", type=int, default=diffusion.steps, help="denoising steps (%(default)s)")
     drawing.add_argument(
         "--guidance",
@@ -67,6 +108,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="draw among all tokens as the published code does, not only image tokens",
     )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which model, on what and how exact; returns the group, for more options of the model."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint, converted or as published")
     model.add_argument(
@@ -80,28 +125,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="keep a published checkpoint's converted form here"
     )
-    model.add_argument("--max-batch", type=int, metavar="N", help="pictures whose tokens are drawn together")
-    model.add_argument(
-        "--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference pictures"
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=DEFAULT_OUT,
-        metavar="PATH",
-        help="a .png for one picture, else a folder (out/)",
-    )
-    output.add_argument(
-        "--report", type=Path, metavar="FILE", help="write time, memory and implementations as JSON"
-    )
-    output.add_argument("--quiet", action="store_true", help="no progress bars and no table, only the paths")
+    return model
 
 
 def generation_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of Pipeline.generate and Pipeline.edit, checked before a model is loaded.
 
     Raises ParameterError on a value out of range.
+    """
+    options = drawing_options(arguments)
+    image_seeds(arguments.seed, arguments.n)
+    if arguments.max_batch is not None:
+        check_max_batch(arguments.max_batch)
+    if arguments.max_prompt_tokens is not None:
+        check_max_prompt_tokens(arguments.max_prompt_tokens)
+    return {"n": arguments.n, "seed": arguments.seed, **options, "progress": not arguments.quiet}
+
+
+def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What add_sampling_options asked for, as keyword arguments of Pipeline.generate and Pipeline.edit.
+
+    Raises ParameterError on a value out of range, the seed's too.
     """
     sampling = SamplingParams(
         seed=arguments.seed,
@@ -111,21 +155,13 @@ def generation_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         image_tokens_only=not arguments.whole_vocabulary,
     )
     diffusion = DiffusionParams(steps=arguments.steps, guidance=arguments.guidance)
-    image_seeds(arguments.seed, arguments.n)
-    if arguments.max_batch is not None:
-        check_max_batch(arguments.max_batch)
-    if arguments.max_prompt_tokens is not None:
-        check_max_prompt_tokens(arguments.max_prompt_tokens)
     return {
-        "n": arguments.n,
-        "seed": sampling.seed,
         "steps": diffusion.steps,
         "guidance": diffusion.guidance,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "image_tokens_only": sampling.image_tokens_only,
-        "progress": not arguments.quiet,
     }
 
 
@@ -154,20 +190,28 @@ def picture_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> li
     return paths
 
 
-def check_report_path(report: Path | None, pictures: Sequence[Path]) -> None:
-    """Make the report's folder, if a report is wanted.
+def check_output_files(arguments: argparse.Namespace, pictures: Sequence[Path]) -> None:
+    """Make the folders of the report and of the trace, where they are wanted.
 
-    Raises ParameterError where the report cannot be written there or would replace one of the pictures.
+    Raises ParameterError where one cannot be written there, or would replace a picture or the other.
     """
-    if report is None:
-        return
-    if report.is_dir():
-        raise ParameterError(f"--report is {report}, a folder: accepted is a file's path")
-    if report.resolve() in {path.resolve() for path in pictures}:
-        raise ParameterError(f"--report is {report}, where a picture goes: accepted is another file's path")
-    make_folder("--report", report.parent)
-    if report.exists() and not os.access(report, os.W_OK):
-        raise ParameterError(f"--report is {report}, a file that may not be written: choose another")
+    taken = {path.resolve(): "a picture" for path in pictures}
+    if arguments.trace is not None:
+        trace.check_path(arguments.trace)
+    if arguments.trace_tokens < 0:
+        raise ParameterError(f"--trace-tokens is {arguments.trace_tokens}: accepted is 0 (all) or more")
+    for option, file in (("--report", arguments.report), ("--trace", arguments.trace)):
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ParameterError(f"{option} is {file}, a folder: accepted is a file's path")
+        if file.resolve() in taken:
+            place = taken[file.resolve()]
+            raise ParameterError(f"{option} is {file}, where {place} goes: accepted is another file's path")
+        make_folder(option, file.parent)
+        if file.exists() and not os.access(file, os.W_OK):
+            raise ParameterError(f"{option} is {file}, a file that may not be written: choose another")
+        taken[file.resolve()] = "the report"
 
 
 def make_folder(option: str, folder: Path) -> None:
@@ -193,8 +237,8 @@ def unused_name(name: str, seed: int, taken: Sequence[Path]) -> str:
     return candidate
 
 
-def load_pipeline(arguments: argparse.Namespace) -> Pipeline:
-    """The model the options name, on the device they name."""
+def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
+    """The model the arguments name, on the device they name; options are further ones of Pipeline.load."""
     from blip3o_rt.pipeline import Pipeline  # PyTorch takes seconds to import: not for --help
 
     sizes = {"max_batch": arguments.max_batch, "max_prompt_tokens": arguments.max_prompt_tokens}
@@ -206,15 +250,24 @@ def load_pipeline(arguments: argparse.Namespace) -> Pipeline:
         ta_tok=arguments.ta_tok,
         cache_dir=arguments.cache_dir,
         **{name: size for name, size in sizes.items() if size is not None},
+        **options,
     )
+
+
+def ranges(arguments: argparse.Namespace, pipeline: Pipeline) -> AbstractContextManager[None]:
+    """The trace or the NVTX ranges that the options ask for."""
+    if arguments.trace is not None:
+        return trace.recorded(arguments.trace, pipeline.device, arguments.trace_tokens or None)
+    return trace.nvtx() if arguments.nvtx else nullcontext()
 
 
 def draw(
     request: Callable[[Callable[[int, Image.Image], None]], Result],
     paths: Sequence[Path],
     arguments: argparse.Namespace,
+    pipeline: Pipeline,
 ) -> None:
-    """Make the pictures, then write the report and print the table.
+    """Make the pictures, then write the report and the trace and print the table.
 
     request is given what to call with each picture and its index as soon as it is there: the picture is saved
     and its path printed, whatever becomes of the others.
@@ -225,7 +278,8 @@ def draw(
         save_png(image, paths[index], image.info)
         print(paths[index], flush=True)
 
-    result = request(save)
+    with ranges(arguments, pipeline):
+        result = request(save)
     for plan, path in zip(result.plans, paths, strict=True):
         if plan.non_image_positions:
             print(

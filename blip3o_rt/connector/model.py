@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 
 NORM_EPS = 1e-5
 
@@ -29,6 +29,7 @@ class Connector:
     def in_features(self) -> int:
         return self.weight_in.shape[1]
 
+    @trace.spanned("connector")
     def __call__(self, features: Tensor) -> Tensor:
         """[..., in_features] of any float dtype -> [..., out_features] in the dtype of the weights."""
         hidden = F.linear(features.to(self.weight_in.dtype), self.weight_in, self.bias_in)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.errors import ParameterError
@@ -37,8 +37,9 @@ def denoise(
     delta_sigmas = schedule.delta_sigmas
     _, channels, _, width = latent.shape
     for step in range(schedule.steps):
-        prediction = dit.predict(whole, tables.step(step), condition)[:, :channels, :, :width]
-        ops.guided_euler_step(latent, prediction, guidance, delta_sigmas[step], out=latent)
+        with trace.span("dit.step", step):
+            prediction = dit.predict(whole, tables.step(step), condition)[:, :channels, :, :width]
+            ops.guided_euler_step(latent, prediction, guidance, delta_sigmas[step], out=latent)
         if callback is not None:
             callback(step + 1, schedule.steps)
     return latent.clone(memory_format=torch.contiguous_format)

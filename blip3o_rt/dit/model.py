@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt import ops
+from blip3o_rt import ops, trace
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
@@ -65,6 +65,7 @@ class DiT:
         self.patch_weight, self.patch_bias = self._wide_linear("patch_embed.proj")
         self.out_weight, self.out_bias = self._wide_linear("proj_out")
 
+    @trace.spanned("dit.tables")
     def prepare_schedule(self, schedule: Schedule) -> ScheduleTables:
         """Time embedding and modulation vectors of every step, block and the final norm."""
         timesteps = schedule.timesteps.to(self.device) * self.config.timestep_scale
@@ -78,6 +79,7 @@ class DiT:
         on_device = Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device))
         return ScheduleTables(on_device, blocks, final)
 
+    @trace.spanned("dit.condition")
     def condition(self, tokens: ConditionTokens) -> Condition:
         """Caption projection and norm, and the cross-attention keys and values of all layers.
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_rt import trace
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ConfigError, ImageError
 from blip3o_rt.ops.nearest_code import nearest_code
@@ -43,6 +44,7 @@ class ImageTokenizer:
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device
 
+    @trace.spanned("tatok.encode")
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from blip3o_rt import trace
 from blip3o_rt.config import VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ConfigError, ImageError
 from blip3o_rt.ops.rounding import arithmetic_dtype
@@ -45,6 +46,7 @@ class Autoencoder:
         self._decoder = _decoder(config, weights)
         self._encoder = _encoder(config, weights)
 
+    @trace.spanned("vae.decode")
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
@@ -56,6 +58,7 @@ class Autoencoder:
         x = x / self.config.scaling_factor + self.config.shift_factor
         return self._run(self._decoder, x).div_(2).add_(0.5).clamp_(0, 1)
 
+    @trace.spanned("vae.encode")
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """The latent of a picture: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].

@@ -184,14 +184,31 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     assert pipeline.calls == []
 
 
-@pytest.mark.parametrize("option", ["--out", "--report"])
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--trace t.txt", "a trace goes to a file ending in .json or .json.gz, not t.txt"),
+        ("--trace t.json --report t.json", "--trace is t.json, where the report goes"),
+        ("--trace t.json --trace-tokens -1", "--trace-tokens is -1: accepted is 0 (all) or more"),
+        ("--trace t.json --nvtx", "not allowed with argument"),
+    ],
+)
+def test_a_trace_that_cannot_be_is_refused_before_the_model_is_loaded(
+    command: Command, pipeline: type[FakePipeline], options: str, reason: str
+) -> None:
+    assert reason in command.refused("generate", "x", *options.split())
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--report", "--trace"])
 def test_a_folder_that_may_not_be_written(
     command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     locked = Path("locked")
     monkeypatch.setattr(pictures.os, "access", lambda path, mode: Path(path) != locked)
     expected = f"{option} needs the folder locked, which may not be written: choose another"
-    assert command.refused("generate", "x", option, "locked/x.png") == expected
+    name = "x.json" if option == "--trace" else "x.png"
+    assert command.refused("generate", "x", option, f"locked/{name}") == expected
     assert pipeline.calls == []
 
 
