@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,17 @@ class _Group:
     everyone: bool
 
 
+@dataclass
+class _Flight:
+    """A batch on its way through the token loop: where each step goes, and what the steps have made so far."""
+
+    steps: list[DecodeStep]
+    groups: list[_Group]
+    tokens: Tensor  # [tokens per image, images], vocabulary ids
+    hidden: Tensor  # [tokens per image + 1, images, hidden]
+    failed: Tensor  # [images]
+
+
 class TokenEngine:
     """Runs up to `max_batch` images at a time over one paged cache allocated at construction.
 
@@ -117,6 +128,22 @@ class TokenEngine:
                 report = _scaled(callback, done, len(wave), len(wanted) * tokens)
             results.update(self._run_wave(prompts, wave, report))
         return [[results[p, s] for s in range(len(prompt.samples))] for p, prompt in enumerate(prompts)]
+
+    def stream(self, prompt: TokenPrompt) -> Iterator[Tensor]:
+        """Sample the images of one prompt, at most `max_batch`, token by token.
+
+        Each item is int64 [images], vocabulary ids, 0 for an image that failed; a token is drawn and run
+        through the decoder when its item is asked for. Closing the iterator returns its pages.
+        """
+        rows = self._admit(prompt, 0, list(range(len(prompt.samples))))
+        try:
+            flight = self._launch(rows)
+            for index in range(self.image_tokens.tokens_per_image):
+                self._step(flight, index)
+                yield flight.tokens[index]
+        finally:
+            for row in rows:
+                self.cache.release(row.sequence)
 
     def replay(self, prompt: TokenPrompt, token_ids: Tensor) -> TokenPlan:
         """Hidden states of given tokens [T] (teacher forcing), in one pass over prompt and tokens."""
@@ -168,27 +195,40 @@ class TokenEngine:
 
     def _decode(self, rows: list[_Row], report: Callable[[int], None] | None) -> list[TokenPlan]:
         """The token loop. Nothing is read back from the device before the last token."""
-        device, count = self.decoder.device, self.image_tokens.tokens_per_image
-        batch = len(rows)
-        steps = self._schedule(rows)
-        groups = self._groups(rows)
-        tokens = torch.empty(count, batch, dtype=torch.int64, device=device)
-        hidden = torch.empty(
-            count + 1, batch, self.decoder.config.hidden_size, dtype=self.decoder.dtype, device=device
-        )
-        hidden[0] = torch.stack([row.first_hidden for row in rows])
-        failed = torch.zeros(batch, dtype=torch.bool, device=device)
+        flight, count = self._launch(rows), self.image_tokens.tokens_per_image
         for index in range(count):
             if report is not None:
                 report(index)
-            with trace.span("ar.token", index):
-                self._sample(hidden[index], groups, index, tokens[index])
-                failed |= tokens[index] < 0
-                tokens[index].clamp_(min=0)
-                hidden[index + 1].copy_(self.decoder.decode(tokens[index], steps[index]))
+            self._step(flight, index)
         if report is not None:
             report(count)
-        return [self._plan(tokens[:, row], hidden[:, row], bool(failed[row])) for row in range(batch)]
+        return [
+            self._plan(flight.tokens[:, row], flight.hidden[:, row], bool(flight.failed[row]))
+            for row in range(len(rows))
+        ]
+
+    def _launch(self, rows: list[_Row]) -> _Flight:
+        """Everything that the steps of the token loop read and write, laid out before it starts."""
+        device, count, batch = self.decoder.device, self.image_tokens.tokens_per_image, len(rows)
+        width = self.decoder.config.hidden_size
+        hidden = torch.empty(count + 1, batch, width, dtype=self.decoder.dtype, device=device)
+        hidden[0] = torch.stack([row.first_hidden for row in rows])
+        return _Flight(
+            self._schedule(rows),
+            self._groups(rows),
+            tokens=torch.empty(count, batch, dtype=torch.int64, device=device),
+            hidden=hidden,
+            failed=torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+    def _step(self, flight: _Flight, index: int) -> None:
+        """Draw token number `index` of every image and run it through the decoder."""
+        tokens, hidden = flight.tokens[index], flight.hidden
+        with trace.span("ar.token", index):
+            self._sample(hidden[index], flight.groups, index, tokens)
+            flight.failed |= tokens < 0
+            tokens.clamp_(min=0)
+            hidden[index + 1].copy_(self.decoder.decode(tokens, flight.steps[index]))
 
     def _sample(self, hidden: Tensor, groups: list[_Group], index: int, out: Tensor) -> None:
         """Write one token per row, or -1 where a row's logits are not finite."""
