@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: "
@@ -80,38 +82,119 @@ class Step:
 
 
 class PublishedModel:
-    """A checkpoint folder in the original layout, in one dtype on the CPU.
+    """A checkpoint folder in the original layout, in one dtype on one device.
 
-    float64 computes in float64 throughout; the latents are float32, or float64 then.
+    Every part is loaded when it is first used, and `release` gives the memory back; on the CPU, weights in
+    the dtype of the file are mapped. float64 computes in float64 throughout; the latents are float32, or
+    float64 then. Results are on the device.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        self.folder, self.dtype = folder, dtype
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.config = _json(folder / "config.json")
-        self.weights: dict[str, Tensor] = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            self.weights |= load_file(path)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.language = self._language_model()
         sana = folder / self.config["diffusion_name_or_path"]
-        self.transformer = SanaTransformer2DModel.from_config(
-            SanaTransformer2DModel.load_config(sana / "transformer")
-        )
-        self.transformer.load_state_dict(self._part("model.sana."))
-        self.vae = AutoencoderDC.from_config(AutoencoderDC.load_config(sana / "vae"))
-        self.vae.load_state_dict(self._part("model.sana_vae."))
+        self._transformer_config = SanaTransformer2DModel.load_config(sana / "transformer")
+        self._vae_config = AutoencoderDC.load_config(sana / "vae")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
             FlowMatchEulerDiscreteScheduler.load_config(sana / "scheduler")
         )
-        self.latent_size: int = self.transformer.config.sample_size
-        self.latent_channels: int = self.vae.config.latent_channels
-        self.image_size: int = self.latent_size * self.vae.spatial_compression_ratio
-        for module in (self.language, self.transformer, self.vae):
-            self._settle(module)
-        self._load_tower()
+        self.tower_config = _json(folder / "siglip2" / "config.json")["vision_config"]
+        file = folder / "ta_tok.pth"
+        content = torch.load(file, weights_only=True, mmap=True)["model"] if file.is_file() else {}
+        arguments = content.get("args", {})
+        self.tokens_per_image = arguments.get(
+            "bottleneck_token_num", (self.tower_config["image_size"] // self.tower_config["patch_size"]) ** 2
+        )
+        self.selected_layer: int = arguments.get("select_layer_id", -2)
+        self.latent_size: int = self._transformer_config["sample_size"]
+
+    def release(self) -> None:
+        """Forget every loaded part; each is loaded again when it is next used."""
+        for part in ("weights", "tokenizer", "language", "transformer", "vae", "tower_weights", "tower"):
+            self.__dict__.pop(part, None)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of a picture of `latent_size`, which may be set to draw smaller or larger ones."""
+        return self.latent_size * self.vae.spatial_compression_ratio
+
+    @property
+    def latent_channels(self) -> int:
+        return self._vae_config["latent_channels"]
 
     # Weights
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor of the checkpoint's safetensors files by name, mapped."""
+        found: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("model*.safetensors")):
+            found |= load_file(path)
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def language(self) -> Qwen3ForCausalLM:
+        """The language model with its head."""
+        config = Qwen3Config(**{name: self.config[name] for name in QWEN3_KEYS.split()})
+        state = {
+            name: tensor
+            for name, tensor in self.weights.items()
+            if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head."))
+        }
+        if config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        with torch.device("meta"):
+            model = Qwen3ForCausalLM(config)
+        # Computed, not loaded; float32 in a bfloat16 model too, as from_pretrained leaves it.
+        model.model.rotary_emb = Qwen3RotaryEmbedding(config)
+        return self._loaded(model, state)
+
+    @cached_property
+    def transformer(self) -> Any:
+        with torch.device("meta"):
+            model = SanaTransformer2DModel.from_config(self._transformer_config)
+        return self._loaded(model, self._part("model.sana."))
+
+    @cached_property
+    def vae(self) -> Any:
+        with torch.device("meta"):
+            model = AutoencoderDC.from_config(self._vae_config)
+        return self._loaded(model, self._part("model.sana_vae."))
+
+    @cached_property
+    def tower_weights(self) -> dict[str, Tensor]:
+        """Every tensor of the image tokenizer, from the checkpoint or from ta_tok.pth; both name them alike.
+
+        Empty where there is none.
+        """
+        state = self._part("model.vision_tower.vision_tower.")
+        file = self.folder / "ta_tok.pth"
+        if not state and file.is_file():
+            state = torch.load(file, weights_only=True, mmap=True)["model"]["sd"]
+        return {name: self._placed(tensor) for name, tensor in state.items()}
+
+    @cached_property
+    def tower(self) -> SiglipVisionModel:
+        """The vision tower; the image tokenizer's own layers are only in `tower_weights`."""
+        state = {n.removeprefix("encoder."): t for n, t in self.tower_weights.items()}
+        state = {name: state[name] for name in state if f"encoder.{name}" in self.tower_weights}
+        layers = self.tower_config["num_hidden_layers"]
+        tower = SiglipVisionModel(SiglipVisionConfig(**self.tower_config))
+        missing, unexpected = tower.load_state_dict(state, strict=False)
+        # A checkpoint may leave out what stands above the selected hidden state, and only that.
+        selected = range(layers + 1)[self.selected_layer]
+        unused = (*(f"encoder.layers.{i}." for i in range(selected, layers)), "post_layernorm.", "head.")
+        missing = [name for name in missing if not name.startswith(unused)]
+        if missing or unexpected:
+            raise ValueError(f"vision tower: {missing} missing, {unexpected} unexpected")
+        return tower.eval().requires_grad_(False).to(self.device, self.dtype)
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {
@@ -120,51 +203,17 @@ class PublishedModel:
             if name.startswith(prefix)
         }
 
-    def _settle(self, module: nn.Module) -> None:
-        module.eval().requires_grad_(False)
-        if self.dtype != torch.float32:
-            module.to(self.dtype)
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
 
-    def _language_model(self) -> Qwen3ForCausalLM:
-        config = Qwen3Config(**{name: self.config[name] for name in QWEN3_KEYS.split()})
-        model = Qwen3ForCausalLM(config)
-        state = {
-            name: tensor
-            for name, tensor in self.weights.items()
-            if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head."))
-        }
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        model.load_state_dict(state)
-        return model
-
-    def _load_tower(self) -> None:
-        """The vision tower's modules, from the checkpoint or from ta_tok.pth; both name them alike."""
-        self.tower_config = _json(self.folder / "siglip2" / "config.json")["vision_config"]
-        arguments: dict[str, Any] = {}
-        state = self._part("model.vision_tower.vision_tower.")
-        file = self.folder / "ta_tok.pth"
-        if file.is_file():
-            content = torch.load(file, weights_only=True)["model"]
-            arguments, state = content["args"], state or content["sd"]
-        self.tokens_per_image = arguments.get(
-            "bottleneck_token_num", (self.tower_config["image_size"] // self.tower_config["patch_size"]) ** 2
-        )
-        self.selected_layer: int = arguments.get("select_layer_id", -2)
-        self.tower: SiglipVisionModel | None = None
-        if not state:
-            return
-        self.tower = SiglipVisionModel(SiglipVisionConfig(**self.tower_config))
-        encoder = {n.removeprefix("encoder."): t for n, t in state.items() if n.startswith("encoder.")}
-        missing, unexpected = self.tower.load_state_dict(encoder, strict=False)
-        # A checkpoint may leave out what stands above the selected hidden state, and only that.
-        layers = self.tower_config["num_hidden_layers"]
-        selected = range(layers + 1)[self.selected_layer]
-        unused = (*(f"encoder.layers.{i}." for i in range(selected, layers)), "post_layernorm.", "head.")
-        assert not unexpected
-        assert all(name.startswith(unused) for name in missing)
-        self._settle(self.tower)
-        self.tower_weights = {name: tensor.to(self.dtype) for name, tensor in state.items()}
+    def _loaded(self, module: Any, state: dict[str, Tensor]) -> Any:
+        """A module without values given those of the state, tensor by tensor."""
+        module.load_state_dict({name: self._placed(t) for name, t in state.items()}, assign=True)
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ValueError(f"{type(module).__name__} has tensors that no checkpoint gives")
+        if self.dtype == torch.float64:
+            module.to(torch.float64)
+        return module.eval().requires_grad_(False).to(self.device)
 
     def connector(self, name: str) -> nn.Sequential:
         """Linear, GELU (tanh), Linear, RMSNorm."""
@@ -176,9 +225,7 @@ class PublishedModel:
             nn.Linear(hidden, output),
             RMSNorm(output, eps=CONNECTOR_EPS, elementwise_affine=True),
         )
-        layers.load_state_dict(state)
-        self._settle(layers)
-        return layers
+        return self._loaded(layers, state)
 
     # The reference picture
 
@@ -195,20 +242,29 @@ class PublishedModel:
 
     def tokenize(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [1, T, width] and codes [T] of TA-Tok."""
-        assert self.tower is not None
-        weights = self.tower_weights
+        features = self.features(pixels)
+        return features, self.code_scores(features).argmax(dim=-1)
 
-        def linear(x: Tensor, name: str) -> Tensor:
-            return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features [1, T, width] of TA-Tok: the selected hidden state after Linear and Tanh."""
+        with self._arithmetic("tower"):
+            states = self.tower(
+                pixel_values=pixels.to(self.device, self.dtype), output_hidden_states=True
+            ).hidden_states
+            if len(states) != self.tower_config["num_hidden_layers"] + 1:
+                raise ValueError(f"the vision tower returned {len(states)} hidden states")
+            return torch.tanh(self._tower_linear(states[self.selected_layer], "encode_task_layer.0"))
 
-        with self._arithmetic():
-            states = self.tower(pixel_values=pixels.to(self.dtype), output_hidden_states=True).hidden_states
-            assert len(states) == self.tower_config["num_hidden_layers"] + 1
-            features = torch.tanh(linear(states[self.selected_layer], "encode_task_layer.0"))
-            projected = F.normalize(linear(features, "bottleneck.in_linear"), dim=-1)
-            embedding = weights["bottleneck.regularizer.embedding.weight"]
-            codebook = F.normalize(linear(embedding, "bottleneck.regularizer.embedding_proj"), dim=-1)
-            return features, (projected[0] @ codebook.T).argmax(dim=-1)
+    def code_scores(self, features: Tensor) -> Tensor:
+        """Cosines [T, C] of features [1, T, width] with every code."""
+        with self._arithmetic("tower_weights"):
+            projected = F.normalize(self._tower_linear(features, "bottleneck.in_linear"), dim=-1)
+            embedding = self.tower_weights["bottleneck.regularizer.embedding.weight"]
+            codebook = self._tower_linear(embedding, "bottleneck.regularizer.embedding_proj")
+            return projected[0] @ F.normalize(codebook, dim=-1).T
+
+    def _tower_linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.tower_weights[f"{name}.weight"], self.tower_weights[f"{name}.bias"])
 
     def vae_pixels(self, image: Image.Image) -> Tensor:
         """Short side to the picture's size (bilinear), the long side's fraction dropped, centre cut out."""
@@ -221,8 +277,8 @@ class PublishedModel:
         return (_pixels(image.crop((left, top, left + size, top + size))) - 0.5) / 0.5
 
     def encode(self, pixels: Tensor) -> Tensor:
-        with self._arithmetic():
-            return self.vae.encode(pixels.to(self.dtype)).latent * self.vae.config.scaling_factor
+        with self._arithmetic("vae"):
+            return self.vae.encode(pixels.to(self.device, self.dtype)).latent * self.vae.config.scaling_factor
 
     # The autoregressive stage
 
@@ -241,18 +297,18 @@ class PublishedModel:
         if not references:
             return self.embed(ids)
         if not self.config.get("use_tar_siglip_features"):
-            ids[pad] = torch.cat([reference.token_ids for reference in references])
+            ids[pad] = torch.cat([reference.token_ids for reference in references]).cpu()
             return self.embed(ids)
         prompt = self.embed(ids)
+        connector = self.connector("tar_siglip_features_connector")
         with self._arithmetic():
-            features = torch.cat([reference.features[0] for reference in references])
-            prompt.embeddings[pad] = self.connector("tar_siglip_features_connector")(features)
+            prompt.embeddings[pad] = connector(torch.cat([reference.features[0] for reference in references]))
         return prompt
 
     def embed(self, ids: Tensor) -> Prompt:
         """A prompt of token ids [1, P] alone."""
-        with self._arithmetic():
-            return Prompt(ids, self.language.model.embed_tokens(ids))
+        with self._arithmetic("language"):
+            return Prompt(ids, self.language.model.embed_tokens(ids.to(self.device)))
 
     def greedy_tokens(self, prompt: Prompt, *, image_tokens_only: bool) -> Tensor:
         """Token ids [1, T]: the likeliest one each time, of the image tokens or of the whole vocabulary."""
@@ -261,7 +317,7 @@ class PublishedModel:
         tokens: list[int] = []
         embeddings, cache = prompt.embeddings, None
         while len(tokens) < self.tokens_per_image:
-            with self._arithmetic():
+            with self._arithmetic("language"):
                 output = self.language(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
             tokens.append(start + int(output.logits[0, -1, start:stop].argmax()))
             embeddings, cache = self.embed(torch.tensor([tokens[-1:]])).embeddings, output.past_key_values
@@ -269,7 +325,7 @@ class PublishedModel:
 
     def hidden_states(self, prompt: Prompt, token_ids: Tensor) -> Tensor:
         """[1, T + 1, hidden] after the final norm, from a pass over prompt and tokens [1, T] at once."""
-        with self._arithmetic():
+        with self._arithmetic("language"):
             whole = torch.cat([prompt.embeddings, self.embed(token_ids).embeddings], dim=1)
             states = self.language.model(inputs_embeds=whole, use_cache=False).last_hidden_state
         first_tag = int((prompt.ids[0] == self.config["image_start_tag_id"]).nonzero()[0])
@@ -277,29 +333,34 @@ class PublishedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[1, N, vocabulary] of hidden states [1, N, hidden]."""
-        with self._arithmetic():
-            return self.language.lm_head(hidden)
+        with self._arithmetic("language"):
+            return self.language.lm_head(hidden.to(self.device))
 
     # The diffusion stage
 
     def condition(self, hidden: Tensor, references: Sequence[Reference] = ()) -> Tensor:
         """Condition tokens [2, M, width], every null token written out, the null half first."""
+        looks = bool(references) and self.config.get("use_und_image_vae", False)
+        of_hidden = self.connector("diffusion_connector")
+        of_latents = self.connector("und_image_vae_connector") if looks else None
         with self._arithmetic():
-            connector = self.connector("diffusion_connector")
-            halves = connector(torch.cat([torch.zeros_like(hidden), hidden]).to(self.dtype))
-            if not (references and self.config.get("use_und_image_vae")):
+            hidden = torch.cat([torch.zeros_like(hidden), hidden])
+            halves = of_hidden(hidden.to(self.device, self.dtype))
+            if of_latents is None:
                 return halves
             cells = torch.cat(
                 [reference.latent.permute(0, 2, 3, 1).flatten(1, 2) for reference in references], 1
             )
-            seen = self.connector("und_image_vae_connector")(cells.to(self.dtype))
+            seen = of_latents(cells.to(self.device, self.dtype))
             return torch.cat([halves, torch.cat([torch.zeros_like(seen), seen])], dim=1)
 
     def predict(self, model_input: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """Noise predictions [2, C, H, W] for a model input [2, C, H, W]."""
-        with self._arithmetic():
+        with self._arithmetic("transformer"):
             return self.transformer(
-                model_input.to(self.dtype), encoder_hidden_states=condition, timestep=timestep.expand(2)
+                model_input.to(self.device, self.dtype),
+                encoder_hidden_states=condition,
+                timestep=timestep.to(self.device).expand(2),
             ).sample
 
     def denoise(
@@ -312,15 +373,15 @@ class PublishedModel:
         guidance: float = 2.0,
     ) -> Iterator[tuple[Step, Tensor]]:
         """Every step of the loop, and the latent [1, C, h, w] after it."""
-        latent = noise.to(self.wide)
-        channelwise = self.transformer.config.in_channels == 2 * self.latent_channels
+        latent = noise.to(self.device, self.wide)
+        channelwise = self._transformer_config["in_channels"] == 2 * self.latent_channels
         beside = channelwise or self.config.get("use_und_image_vae_as_noise", False)
         self.scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps))
         sigmas = self.scheduler.sigmas.to(self.wide)
         for index, timestep in enumerate(self.scheduler.timesteps):
             seen = latent
             if references and beside:
-                seen = torch.cat([latent, references[0].latent.to(self.wide)], dim=1 if channelwise else 3)
+                seen = torch.cat([latent, references[0].latent.to(latent)], dim=1 if channelwise else 3)
             model_input = torch.cat([seen, seen])
             prediction = self.predict(model_input, timestep, condition)
             null, conditional = prediction.to(self.wide).chunk(2)
@@ -341,17 +402,22 @@ class PublishedModel:
 
     def decode(self, latent: Tensor) -> Tensor:
         """Pixels [1, 3, H, W] in 0..1 of a latent [1, C, h, w]."""
-        with self._arithmetic():
-            decoded = self.vae.decode((latent / self.vae.config.scaling_factor).to(self.dtype)).sample
+        with self._arithmetic("vae"):
+            decoded = self.vae.decode(
+                (latent / self.vae.config.scaling_factor).to(self.device, self.dtype)
+            ).sample
             return (decoded / 2 + 0.5).clamp(0, 1)
 
-    def _arithmetic(self) -> Any:
+    def _arithmetic(self, *parts: str) -> Any:
+        """The mode to compute in; the parts are loaded before it begins, which keeps it off their values."""
+        for part in parts:
+            getattr(self, part)
         return Float64() if self.dtype == torch.float64 else torch.inference_mode()
 
 
 def levels(pixels: Tensor) -> np.ndarray:
     """[1, 3, H, W] in 0..1 as grey levels uint8 [H, W, 3]."""
-    return (pixels[0].permute(1, 2, 0).float().numpy() * 255).round().astype("uint8")
+    return (pixels[0].permute(1, 2, 0).float().cpu().numpy() * 255).round().astype("uint8")
 
 
 def _pixels(image: Image.Image) -> Tensor:
