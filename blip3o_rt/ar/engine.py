@@ -70,7 +70,7 @@ class _Group:
 
 @dataclass
 class _Flight:
-    """A batch on its way through the token loop: where each step goes, and what the steps have made so far."""
+    """A batch in the token loop: where each step goes, and what the steps have made so far."""
 
     steps: list[DecodeStep]
     groups: list[_Group]
