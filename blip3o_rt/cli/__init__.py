@@ -1,4 +1,4 @@
-"""The blip3o-rt command: generate, edit, convert and doctor."""
+"""The blip3o-rt command: generate, edit, convert, score and doctor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blip3o_rt import __version__
-from blip3o_rt.cli import convert, doctor, edit, generate
+from blip3o_rt.cli import convert, doctor, edit, generate, score
 from blip3o_rt.errors import Blip3oError, ParameterError
 
 FAILED = 2
@@ -89,5 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     edit.add_parser(subparsers)
     convert.add_parser(subparsers)
+    score.add_parser(subparsers)
     doctor.add_parser(subparsers)
     return parser

@@ -1,0 +1,159 @@
+"""blip3o-rt score: how often a model of the shapes draws what it is asked."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip3o_rt.cli import pictures
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import MAX_SEED, SamplingParams
+
+if TYPE_CHECKING:
+    from blip3o_rt.pipeline import Pipeline
+    from blip3o_rt.shapes.score import Drawn
+
+DEFAULT_OUT = Path("out/score")
+DEFAULT_COUNT = 25
+MAX_COUNT = 10_000
+UNDER_THE_BAR = 1
+RECORD, SHEET = "score.json", "score.png"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "score",
+        help="measure how often the shapes model draws what it is asked",
+        description="Draw captions and edits with a model of the shapes, judge the pictures by their pixels, "
+        "and print the accuracy by category and by property with 95%% confidence intervals.",
+    )
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument(
+        "--count",
+        type=int,
+        default=DEFAULT_COUNT,
+        metavar="N",
+        help="pictures of each of the four categories: held out, single, two, edit (%(default)s)",
+    )
+    tasks.add_argument(
+        "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the pictures (%(default)s)"
+    )
+    pictures.add_sampling_options(parser.add_argument_group("drawing"))
+    model = pictures.add_model_options(parser)
+    model.add_argument("--tier", default="exact", help="exact: the published mathematics (%(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        metavar="DIR",
+        help=f"where {RECORD} and the contact sheet {SHEET} go (%(default)s)",
+    )
+    output.add_argument(
+        "--fail-under",
+        type=float,
+        metavar="PERCENT",
+        help=f"exit with {UNDER_THE_BAR} where fewer of all pictures are right",
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress bar and no tables, only the paths")
+    parser.set_defaults(run=run, max_batch=1, max_prompt_tokens=None)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw, judge, and write what is there, after an interrupt too; returns the exit code."""
+    options = pictures.drawing_options(arguments)
+    check(arguments)
+    pictures.make_folder("--out", arguments.out)
+    # PyTorch takes seconds to import: not for --help
+    from tqdm import tqdm
+
+    from blip3o_rt.shapes.score import check_model, draw_and_judge, share_right, table
+    from blip3o_rt.shapes.tasks import draw_tasks
+
+    pipeline = pictures.load_pipeline(arguments, tier=arguments.tier)
+    check_model(pipeline)
+    tasks = draw_tasks(arguments.count, arguments.seed)
+    drawn: list[Drawn] = []
+    interrupt = None
+    # A bar is for people: none is drawn where standard error is not a terminal.
+    with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:
+        try:
+            for one in draw_and_judge(pipeline, tasks, **options):
+                drawn.append(one)
+                bar.set_postfix_str(f"{100 * share_right(drawn):.0f}% right", refresh=False)
+                bar.update()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    write(arguments, pipeline, drawn, options, complete=interrupt is None)
+    if drawn and not arguments.quiet:
+        print(table(drawn))
+    if interrupt is not None:
+        print(f"blip3o-rt: {len(drawn)} of {len(tasks)} pictures were drawn", file=sys.stderr)
+        raise interrupt
+    if arguments.fail_under is not None and 100 * share_right(drawn) < arguments.fail_under:
+        print(
+            f"blip3o-rt: {100 * share_right(drawn):.1f}% of the pictures are right, under the bar of "
+            f"{arguments.fail_under:g}%",
+            file=sys.stderr,
+        )
+        return UNDER_THE_BAR
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise ParameterError for a count, a seed, a bar or a folder that cannot be."""
+    if not 1 <= arguments.count <= MAX_COUNT:
+        raise ParameterError(
+            f"--count is {arguments.count}: accepted is a whole number from 1 to {MAX_COUNT}"
+        )
+    if arguments.seed + 4 * arguments.count > MAX_SEED:
+        raise ParameterError(
+            f"--seed is {arguments.seed} with --count {arguments.count}: the last picture's seed, "
+            f"seed + 4 x count, may be at most {MAX_SEED}"
+        )
+    bar = arguments.fail_under
+    if bar is not None and not (math.isfinite(bar) and 0 <= bar <= 100):
+        raise ParameterError(f"--fail-under is {bar:g}: accepted is a percentage from 0 to 100")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")
+
+
+def write(
+    arguments: argparse.Namespace,
+    pipeline: Pipeline,
+    drawn: list[Drawn],
+    options: dict[str, Any],
+    *,
+    complete: bool,
+) -> None:
+    """Write the record and, where anything was drawn, the contact sheet; prints their paths."""
+    import torch
+
+    from blip3o_rt.metadata import save_png
+    from blip3o_rt.provenance import record_head
+    from blip3o_rt.shapes.contact_sheet import contact_sheet
+    from blip3o_rt.shapes.score import record
+
+    head = record_head("score", ["blip3o-rt", *sys.argv[1:]])
+    settings = {"count": arguments.count, "seed": arguments.seed, **options}
+    model: dict[str, Any] = {
+        "size": "shapes" if arguments.model is None else str(arguments.model),
+        "dtype": "fp32" if pipeline.dtype == torch.float32 else "bf16",
+        "tier": pipeline.tier,
+        "device": str(pipeline.device),
+        "threads": torch.get_num_threads(),
+        "switches": {},
+    }
+    content = head | {"complete": complete, "model": model, "settings": settings} | record(drawn)
+    partial = arguments.out / f".{RECORD}.part"
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(arguments.out / RECORD)
+    print(arguments.out / RECORD)
+    if drawn:
+        save_png(contact_sheet(drawn), arguments.out / SHEET, {})
+        print(arguments.out / SHEET)
