@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +57,9 @@ def load_checkpoint(
     cache_dir: PathName | None = None,
     verify: bool = False,
     admit: Admission | None = None,
+    parts: Collection[str] | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint of either layout; `dtype` None keeps the stored one.
+    """Load a checkpoint of either layout; `dtype` None keeps the stored one, `parts` None loads all of them.
 
     `admit` is called with geometry and dtype before any weight is read; it raises to refuse the model.
 
@@ -82,30 +83,40 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{root}: already converted, so it takes no diffusion folder or ta_tok file"
             )
-        return _load_converted(root, dtype, device, verify, admit)
+        return _load_converted(root, dtype, device, parts, verify, admit)
     original = read_original(root, diffusion=diffusion, ta_tok=ta_tok)
     dtype = dtype or original.stored_dtype
     if admit is not None:
         admit(original.config, dtype)
     if cache_dir is not None:
         cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok)
-        return _load_converted(cached, dtype, device, verify)
-    return _load_original(original, root, dtype, device)
+        return _load_converted(cached, dtype, device, parts, verify)
+    return _load_original(original, root, dtype, device, parts)
 
 
 def _load_original(
-    original: OriginalCheckpoint, root: Path, dtype: torch.dtype, device: torch.device
+    original: OriginalCheckpoint,
+    root: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    parts: Collection[str] | None,
 ) -> Checkpoint:
     _warn(original.warnings + check_tensors(original))
     weights = {
         part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
         for part, specs in layouts(original.config).items()
+        if parts is None or part in parts
     }
     return Checkpoint(original.config, weights, root, dtype, device, root)
 
 
 def _load_converted(
-    root: Path, dtype: torch.dtype | None, device: torch.device, verify: bool, admit: Admission | None = None
+    root: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    parts: Collection[str] | None,
+    verify: bool,
+    admit: Admission | None = None,
 ) -> Checkpoint:
     manifest = Manifest.read(root)
     check_files(root, manifest, checksums=verify)
@@ -116,6 +127,7 @@ def _load_converted(
     weights = {
         part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
         for part, specs in layouts(manifest.config).items()
+        if parts is None or part in parts
     }
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root)
 

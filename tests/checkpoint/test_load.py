@@ -53,6 +53,15 @@ def test_the_asked_dtype_is_given(dtype: torch.dtype, checkpoint: Path, converte
             assert all(tensor.dtype == kept.get(name, dtype) for name, tensor in tensors.items())
 
 
+def test_only_the_parts_asked_for_are_read(checkpoint: Path, converted: Path) -> None:
+    for path in (checkpoint, converted):
+        whole = load_checkpoint(path)
+        loaded = load_checkpoint(path, parts=("vae", "connector"))
+        assert set(loaded.weights) == {"vae", "connector"}
+        assert loaded.config == whole.config
+        assert set(loaded.weights["vae"]) == set(whole.weights["vae"])
+
+
 def test_another_dtype_is_refused(checkpoint: Path, converted: Path) -> None:
     for path in (checkpoint, converted):
         with pytest.raises(
