@@ -28,7 +28,7 @@ def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
     """Every picture at twice its size, by category in the order of the tasks."""
     sections = {name: [one for one in drawn if one.task.category == name] for name in CATEGORIES}
     columns = MANY_COLUMNS if len(drawn) >= MANY else COLUMNS
-    columns = min(columns, max(map(len, sections.values()), default=1))
+    columns = min(columns, max(1, *map(len, sections.values())))
     heights = {name: _section_height(members, columns) for name, members in sections.items()}
     width = MARGIN + columns * (CELL_WIDTH + MARGIN)
     sheet = Image.new("RGB", (width, MARGIN + sum(heights.values())), PAPER)
