@@ -1,5 +1,4 @@
-// Module blip3o_rt._cuda: the CUDA ops on torch tensors, launched on torch's current stream, and what GPUs
-// there are.
+// Module blip3o_rt._cuda: the CUDA ops on torch tensors, launched on torch's current stream; what GPUs there are.
 //
 // The CUDA runtime is linked statically, so the module imports on a machine without a driver.
 #include "blip3o/contracts.h"

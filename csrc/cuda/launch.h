@@ -1,5 +1,4 @@
-// Starting kernels from plain C++: compiles under nvcc, and under g++ for the tests that run kernels on the
-// CPU.
+// Starting kernels from plain C++: compiles under nvcc, and under g++ for the tests that run kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,13 +1,13 @@
 // RMSNorm of rows with an optional residual: residual += x, then y / sqrt(mean(y^2) + eps) * weight + bias.
 //
 // Tiling   one block of 256 threads per row; each thread takes packs of 16 bytes at a distance of the block.
-// The sum
-//          of squares goes over the lanes of each warp by shuffles, over the warps through shared memory.
+//          The sum of squares goes over the lanes of each warp by shuffles, over the warps through shared
+//          memory.
 // Bytes    per element: x once (from memory), out once; with a residual also its load and store. The second
-// pass
-//          over the row finds it in the first-level cache. For bfloat16: 4 bytes, with a residual 8.
-// FLOPs    5 per element: bound by memory at every width; a decoding step's few rows are bound by launch
-// latency. State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
+//          pass over the row finds it in the first-level cache. For bfloat16: 4 bytes, with a residual 8.
+// FLOPs    5 per element.
+// Bound    memory at every width; a decoding step's few rows are bound by launch latency.
+// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
@@ -31,7 +31,7 @@ __device__ float sum_over_block(float value) {
 }
 
 template <class T, int kPack>
-__global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormArguments a) {
+__global__ void __launch_bounds__(kThreads, 4) rms_norm_kernel(RmsNormArguments a) {
     using Packed = Pack<T, kPack>;
     const int64_t row = blockIdx.x, packs = a.x.width / kPack;
     const auto* x = reinterpret_cast<const Packed*>(static_cast<const T*>(a.x.data) + row * a.x.stride);
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormArguments a) 
     }
     const float scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(a.x.width) + a.eps);
 
-    for (int64_t i = threadIdx.x; i < packs;
-         i += kThreads) {  // the packs this thread has just written or read
+    // The packs that this thread has just written or read.
+    for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
         const Packed y = adds ? residual[i] : x[i], w = weight[i];
         Packed b = {}, result;
         if (bias) b = bias[i];
