@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
-@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: logits are sums over the head's channels
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5})  # logits are sums over the head's channels
 def cross_attention(
     query: Tensor,
     key: Tensor,

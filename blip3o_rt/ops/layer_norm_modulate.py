@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops.registry import BF16, op
+from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
-@op(tolerance={torch.float32: 1e-5, torch.bfloat16: BF16})  # fp32: subtracting the mean cancels digits
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5})  # subtracting the mean cancels digits
 def layer_norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:

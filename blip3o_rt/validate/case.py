@@ -64,23 +64,3 @@ def run_exact(op: Op[Any, Any], case: Case) -> list[Tensor]:
     """What the reference makes of the case in float64."""
     arguments, options = copies(case, widen=True)
     return outputs(case, arguments, options, op.reference(*arguments, **options))
-
-
-def worst_error(result: Tensor, exact: Tensor) -> float:
-    """max |result - exact| / (|exact| + rms(exact)), the measure of an op's tolerance."""
-    if exact.numel() == 0:
-        return 0.0
-    scale = exact.abs() + exact.square().mean().sqrt()
-    error = torch.where(result.double() == exact, 0.0, (result.double() - exact).abs() / scale)
-    return float(error.max())
-
-
-def assert_close(op: Op[Any, Any], case: Case, results: list[Tensor], exact: list[Tensor]) -> None:
-    """Integers are equal; floating numbers are within the op's tolerance for the dtype they came in."""
-    for result, expected in zip(results, exact, strict=True):
-        assert result.shape == expected.shape
-        if not result.is_floating_point():
-            assert torch.equal(result, expected)
-        else:
-            error = worst_error(result, expected)
-            assert error <= op.tolerance[result.dtype], f"{op.name}, {case.label}: error {error:.2e}"

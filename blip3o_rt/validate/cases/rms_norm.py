@@ -1,8 +1,13 @@
 """Widths around the vector lengths, rows with gaps between them, each combination of bias and residual."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from blip3o_rt.validate.case import DTYPES, Case, random
+from torch import Tensor
+
+from blip3o_rt.ops.registry import Op
+from blip3o_rt.validate.case import DTYPES, Case, copies, random
+from blip3o_rt.validate.finding import Finding, compare, compare_output
 
 EPS = 1e-6
 
@@ -26,3 +31,16 @@ def cases() -> Iterator[Case]:
         yield Case("large eps", (random(8, 2, 40, dtype=dtype, scale=1e-3), weight, 1e-2))
         out = random(9, 2, 40, dtype=dtype)
         yield Case("given out", (random(8, 2, 40, dtype=dtype), weight, EPS), {"out": out}, written=("out",))
+
+
+def check(op: Op[Any, Any], case: Case, results: list[Tensor], exact: list[Tensor]) -> list[Finding]:
+    """The updated residual is rounded before it is normed, so the norm is compared with that of what was
+    written."""
+    if "residual" not in case.written or results[1].shape != exact[1].shape:
+        return compare(op, case, results, exact)
+    (_, weight, eps), options = copies(case, widen=True)
+    normed = op.reference(results[1].double(), weight, eps, bias=options.get("bias"))
+    return [
+        compare_output(op, results[0], normed),
+        compare_output(op, results[1], exact[1], "residual"),
+    ]

@@ -1,0 +1,86 @@
+"""One line of a validation: what was measured, what was found, the bound and why, and whether it passed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+GROUPS = ("ops", "ar", "dit", "vae", "tatok", "pipeline", "determinism", "golden")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One comparison. Make one with `at_most` or `at_least`, which decide whether it passed.
+
+    group: one of GROUPS. name: the op, or what of the stage. shape: the one case of an op that failed, else
+    None. found is None where there is no figure (a kernel raised). reference_error: the error of transformers
+    and diffusers in bfloat16 against themselves in float32, where that is the yardstick of the bound.
+    """
+
+    group: str
+    name: str
+    implementation: str | None
+    dtype: str
+    shape: str | None
+    measure: str
+    found: float | None
+    reference_error: float | None
+    bound: float
+    why: str
+    passed: bool
+    detail: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary; figures that are not finite are None."""
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def at_most(group: str, name: str, dtype: str, measure: str, found: float, bound: float, **rest: Any) -> Line:
+    """A line of an error: it passes where found <= bound, and not where found is no number.
+
+    rest: why, and any of implementation, shape, reference_error and detail.
+    """
+    return _line(group, name, dtype, measure, found, bound, found <= bound, **rest)
+
+
+def at_least(
+    group: str, name: str, dtype: str, measure: str, found: float, bound: float, **rest: Any
+) -> Line:
+    """A line of a likeness (PSNR, SSIM): it passes where found >= bound; otherwise as `at_most`."""
+    return _line(group, name, dtype, measure, found, bound, found >= bound, **rest)
+
+
+def _line(
+    group: str,
+    name: str,
+    dtype: str,
+    measure: str,
+    found: float,
+    bound: float,
+    passed: bool,
+    *,
+    why: str,
+    implementation: str | None = None,
+    shape: str | None = None,
+    reference_error: float | None = None,
+    detail: str | None = None,
+) -> Line:
+    return Line(
+        group=group,
+        name=name,
+        implementation=implementation,
+        dtype=dtype,
+        shape=shape,
+        measure=measure,
+        found=found,
+        reference_error=reference_error,
+        bound=bound,
+        why=why,
+        passed=bool(passed),
+        detail=detail or None,
+    )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
