@@ -76,6 +76,10 @@ class Scene:
         shapes[index] = shape
         return replace(self, shapes=tuple(shapes))
 
+    def shows_the_same(self, other: Scene) -> bool:
+        """Whether two scenes look the same, whatever the order of their shapes."""
+        return self.background == other.background and set(self.shapes) == set(other.shapes)
+
 
 def _held_out_combinations() -> frozenset[tuple[str, str, str]]:
     """A tenth of all (colour, kind, background) triples."""

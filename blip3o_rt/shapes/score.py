@@ -18,7 +18,7 @@ from blip3o_rt.shapes.codes import TOKENS_PER_IMAGE, USED_CODES, describe_codes
 from blip3o_rt.shapes.edits import EDIT_KINDS
 from blip3o_rt.shapes.judge import Verdict, judge, judge_edit, read_picture
 from blip3o_rt.shapes.render import render
-from blip3o_rt.shapes.scene import PICTURE_SIZE, Scene
+from blip3o_rt.shapes.scene import PICTURE_SIZE
 from blip3o_rt.shapes.tasks import CATEGORIES, Task
 
 if TYPE_CHECKING:
@@ -121,8 +121,7 @@ def draw_and_judge(pipeline: Pipeline, tasks: Sequence[Task], **options: Any) ->
         seconds = time.perf_counter() - begin
         first = pipeline.config.image_tokens.image_token_range.start
         codes = [token - first for token in result.plans[0].token_ids.flatten().tolist()]
-        planned = _same_scene(describe_codes(codes), task.scene)
-        yield Drawn(task, result[0], _verdict(result[0], task), planned, seconds)
+        yield judge_task(task, result[0], codes, seconds)
 
 
 def _draw(pipeline: Pipeline, task: Task, options: dict[str, Any]) -> Result:
@@ -131,14 +130,13 @@ def _draw(pipeline: Pipeline, task: Task, options: dict[str, Any]) -> Result:
     return pipeline.edit(task.prompt, render(task.edit.before), seed=task.seed, **options)
 
 
-def _verdict(picture: Image.Image, task: Task) -> Verdict:
+def judge_task(task: Task, picture: Image.Image, codes: Sequence[int], seconds: float) -> Drawn:
+    """What is right about a task's picture, and about its plan [tokens] of codes."""
     if task.edit is None:
-        return judge(read_picture(picture), task.scene)
-    return judge_edit(picture, render(task.edit.before), task.edit)
-
-
-def _same_scene(found: Scene, scene: Scene) -> bool:
-    return found.background == scene.background and set(found.shapes) == set(scene.shapes)
+        verdict = judge(read_picture(picture), task.scene)
+    else:
+        verdict = judge_edit(picture, render(task.edit.before), task.edit)
+    return Drawn(task, picture, verdict, describe_codes(codes).shows_the_same(task.scene), seconds)
 
 
 def scores(drawn: Sequence[Drawn]) -> list[Score]:

@@ -74,7 +74,7 @@ def gate(model: ImageTokenizer, count: int = 500, seed: int = 11) -> dict[str, f
     scenes = [random_scene(rng) for _ in range(count)]
     codes = model.encode(render_batch(scenes)[0])
     recovered = [
-        set(found.shapes) == set(scene.shapes) and found.background == scene.background
+        found.shows_the_same(scene)
         for scene, found in zip(scenes, map(describe_codes, codes.tolist()), strict=True)
     ]
     exact = (codes == torch.tensor([scene_codes(scene) for scene in scenes])).all(dim=1)
