@@ -18,7 +18,7 @@ from blip3o_rt.shapes.render import render_batch
 from blip3o_rt.shapes.scene import PICTURE_SIZE, PLACES, Scene, training_scene
 
 from .model_config import AUTOENCODER
-from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
+from .training import SAVE_EVERY, Log, WeightAverage, learning_rate, load_state, save_atomically
 
 LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffusion model's small errors
 LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means something
@@ -146,7 +146,7 @@ def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, se
         optimiser.step()
         average.update(step)
         log.add(step, {name: float(value.detach()) for name, value in losses.items()}, measure)
-        if (step + 1) % 200 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             save(step + 1)
     freeze_encoder(model, average)
     save(steps)

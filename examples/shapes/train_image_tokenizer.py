@@ -21,7 +21,7 @@ from blip3o_rt.shapes.scene import Scene, random_scene, training_scene
 
 from .image_tokenizer import ImageTokenizer
 from .model_config import VISION_TOWER
-from .training import Log, WeightAverage, learning_rate, load_state, save_atomically
+from .training import SAVE_EVERY, Log, WeightAverage, learning_rate, load_state, save_atomically
 
 COSINE_SCALE = 30.0
 SHAPE_WEIGHT = 4.0  # of a cell that holds a shape, against one of background
@@ -134,7 +134,7 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         optimiser.step()
         average.update(step)
         log.add(step, report, measure)
-        if (step + 1) % 200 == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             save(step + 1)
     save(steps)
 

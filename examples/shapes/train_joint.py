@@ -25,14 +25,16 @@ from blip3o_rt.shapes.edits import random_edit
 from blip3o_rt.shapes.render import render_batch
 from blip3o_rt.shapes.scene import Scene, training_scene
 
+from .auxiliary_heads import AuxiliaryHeads
 from .embedded_model import EmbeddedModel
 from .image_tokenizer import ImageTokenizer
 from .latents import Latents, wait_for_encoder
 from .tokenizer import PromptTokenizer, save_tokenizer
-from .training import Log, WeightAverage, finished_module, load_state, save_atomically
+from .training import SAVE_EVERY, Log, WeightAverage, finished_module, load_state, save_atomically
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
+LOSS_WEIGHTS = {"flow": 1.0, "index": 0.3, "place": 0.1, "shown": 0.1}
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls to a twentieth
 
@@ -90,10 +92,18 @@ def token_loss(model: EmbeddedModel, batch: Batch) -> tuple[dict[str, torch.Tens
     return {"tokens": loss, "right": right.mean(), "grids": right.all(dim=1).float().mean()}, hidden
 
 
-def flow_loss(
-    model: EmbeddedModel, batch: Batch, hidden: torch.Tensor, stages: Latents, noises: int
-) -> torch.Tensor:
-    """Flow-matching loss at several noise levels per example; cells that a shape touches weigh more."""
+def flow_losses(
+    model: EmbeddedModel,
+    heads: AuxiliaryHeads,
+    batch: Batch,
+    hidden: torch.Tensor,
+    stages: Latents,
+    noises: int,
+) -> dict[str, torch.Tensor]:
+    """Flow-matching loss at several noise levels per example, and the auxiliary heads' losses.
+
+    Cells that a shape touches weigh more in the flow-matching loss.
+    """
     pictures, covered = render_batch(batch.scenes)
     data = stages.latents(pictures).repeat(noises, 1, 1, 1)
     reference = None if batch.before is None else stages.latents(render_batch(batch.before)[0])
@@ -108,11 +118,18 @@ def flow_loss(
         condition = torch.where(dropped, null, given).repeat(noises, 1, 1)
         beside = None if reference is None else reference.repeat(noises, 1, 1, 1)
         predicted = model.velocity(noisy, sigma, condition, beside).float()
-    return ((predicted - (noise - data)).square() * weight).sum() / (weight.sum() * data.shape[1])
+    flow = ((predicted - (noise - data)).square() * weight).sum() / (weight.sum() * data.shape[1])
+    codes = torch.tensor([scene_codes(scene) for scene in batch.scenes]).repeat(noises, 1)
+    width = data.shape[-1] * (1 if reference is None else 2)
+    return {"flow": flow, **heads.loss(given, codes, dropped.flatten().repeat(noises), width)}
 
 
 def accumulate_gradients(
-    model: EmbeddedModel, batches: dict[str, Batch], stages: Latents | None, noises: int
+    model: EmbeddedModel,
+    heads: AuxiliaryHeads,
+    batches: dict[str, Batch],
+    stages: Latents | None,
+    noises: int,
 ) -> dict[str, float]:
     """Adds every batch's gradients, weighted by its size, and reports its losses by name."""
     report = {}
@@ -121,8 +138,9 @@ def accumulate_gradients(
         losses, hidden = token_loss(model, batch)
         loss = losses["tokens"]
         if stages is not None:
-            losses["flow"] = flow_loss(model, batch, hidden, stages, noises)
-            loss = loss + losses["flow"]
+            flow = flow_losses(model, heads, batch, hidden, stages, noises)
+            loss = loss + sum(LOSS_WEIGHTS[name] * value for name, value in flow.items())
+            losses |= flow
         (loss * (len(batch.scenes) / examples)).backward()
         report |= {f"{name}_{key}": float(value.detach()) for key, value in losses.items()}
     return report
@@ -158,41 +176,45 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
     tokenizer, stages, eyes = PromptTokenizer(run / "tokenizer"), None, None
     torch.manual_seed(seed)
     model = EmbeddedModel(tokenizer.vocab_size).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    heads = AuxiliaryHeads(model)
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     average = WeightAverage([model], 0.998)
     first = 0
     if (state := load_state(path)) is not None:
         first = state["step"]
         model.load_state_dict(state["weights"])
+        heads.load_state_dict(state["heads"])
         optimiser.load_state_dict(state["optimiser"])
         average.average = state["average"]
     log = Log(run / "joint.jsonl", every=50)
     for step in range(first, steps):
+        if step >= token_steps and stages is None:  # before the seeding: making modules draws random numbers
+            wait_for_encoder(run)
+            stages = Latents(run)
+            eyes = finished_tokenizer(run)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
         optimiser.zero_grad(set_to_none=True)
-        if step >= token_steps and stages is None:
-            wait_for_encoder(run)
-            stages = Latents(run)
-            eyes = finished_tokenizer(run)
         edits = batch // 3
         batches = {
             "caption": caption_batch(rng, batch - edits, tokenizer),
             "edit": edit_batch(rng, edits, tokenizer, eyes),
         }
-        report = accumulate_gradients(model, batches, stages, noises)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        report = accumulate_gradients(model, heads, batches, stages, noises)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         average.update(step)
         log.add(step, report)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             save_atomically(
                 {
                     "step": step + 1,
                     "model": averaged_state(model, average),
                     "weights": model.state_dict(),
+                    "heads": heads.state_dict(),
                     "optimiser": optimiser.state_dict(),
                     "average": average.average,
                 },

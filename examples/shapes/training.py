@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+SAVE_EVERY = 200  # steps: what a kill can cost
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then a cosine to two per cent of the peak at the last step."""
