@@ -1,0 +1,172 @@
+"""A bench record as its pages need it: lines beside their peers, whatever parts of the record are there."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+OURS = "ours"
+PEERS = ("transformers", "diffusers", "published", "published-compiled", "published-graphed")
+STAGES = (
+    "tatok.encode",
+    "vae.encode",
+    "ar.prefill",
+    "ar.token",
+    "connector",
+    "dit.tables",
+    "dit.step",
+    "vae.decode",
+    "image.host",
+    "image",
+)
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One timed thing: seconds per call, and what a call does. What the record does not say is None."""
+
+    name: str
+    who: str = OURS
+    what: str = ""
+    batch: int = 1
+    samples: tuple[float, ...] = ()
+    median: float | None = None
+    p90: float | None = None
+    least: float | None = None
+    count: int = 0
+    cold: float | None = None
+    per: float = 1.0  # units of work in a call
+    bytes: float | None = None
+    flops: float | None = None
+    ceiling: str | None = None
+    share: float | None = None
+    peak_memory: float | None = None
+    launches: float | None = None
+    note: str | None = None
+
+    @property
+    def unit_seconds(self) -> float | None:
+        """Seconds per unit of work."""
+        return None if self.median is None else self.median / self.per
+
+    @property
+    def rate(self) -> float | None:
+        """Units of work per second."""
+        return self.per / self.median if self.median else None
+
+
+def read_line(entry: Mapping[str, Any]) -> Line:
+    """A line of the record; its median, p90, least and count come from its samples where it has none."""
+    samples = tuple(float(sample) for sample in entry.get("samples") or ())
+    return Line(
+        name=str(entry.get("name", "unnamed")),
+        who=str(entry.get("who") or OURS),
+        what=str(entry.get("what") or ""),
+        batch=int(entry.get("batch") or 1),
+        samples=samples,
+        median=number(entry, "median", statistics.median(samples) if samples else None),
+        p90=number(entry, "p90", percentile(samples, 0.9)),
+        least=number(entry, "min", min(samples, default=None)),
+        count=int(entry.get("n") or len(samples)),
+        cold=number(entry, "cold"),
+        per=number(entry, "per") or 1.0,
+        bytes=number(entry, "bytes"),
+        flops=number(entry, "flops"),
+        ceiling=entry.get("ceiling"),
+        share=number(entry, "share"),
+        peak_memory=number(entry, "peak_memory"),
+        launches=number(entry, "launches"),
+        note=entry.get("note"),
+    )
+
+
+def number(entry: Mapping[str, Any], key: str, otherwise: float | None = None) -> float | None:
+    """A finite number of an entry; `otherwise` where it has none."""
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return otherwise
+    return float(value)
+
+
+def percentile(samples: Sequence[float], share: float) -> float | None:
+    """The smallest sample that at least this share of them does not exceed; None of none."""
+    if not samples:
+        return None
+    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage at one batch size: our line and the peers'."""
+
+    name: str
+    batch: int
+    lines: Mapping[str, Line] = field(default_factory=dict)  # who -> line
+
+    @property
+    def ours(self) -> Line | None:
+        return self.lines.get(OURS)
+
+    @property
+    def what(self) -> str:
+        return next((line.what for line in self.lines.values() if line.what), "")
+
+    def ratio(self, who: str) -> float | None:
+        """How many times our time the peer takes."""
+        ours, peer = self.ours, self.lines.get(who)
+        if ours is None or peer is None or not ours.unit_seconds or peer.unit_seconds is None:
+            return None
+        return peer.unit_seconds / ours.unit_seconds
+
+
+def entries(record: Record, key: str) -> list[Mapping[str, Any]]:
+    """A list of the record; empty where it is missing or null."""
+    return [entry for entry in record.get(key) or [] if isinstance(entry, Mapping)]
+
+
+def rows(record: Record) -> list[Row]:
+    """Stages in the order of a request, each batch size apart."""
+    found: dict[tuple[str, int], dict[str, Line]] = {}
+    for line in map(read_line, entries(record, "lines")):
+        found.setdefault((line.name, line.batch), {})[line.who] = line
+    order = {name: place for place, name in enumerate(STAGES)}
+    keys = sorted(found, key=lambda key: (order.get(key[0], len(order)), key[1]))
+    return [Row(name, batch, found[name, batch]) for name, batch in keys]
+
+
+def peers(table: Sequence[Row]) -> list[str]:
+    """Who else was timed: known peers in their order, then others."""
+    seen = {who for row in table for who in row.lines} - {OURS}
+    return [who for who in PEERS if who in seen] + sorted(seen.difference(PEERS))
+
+
+def provenance(record: Record) -> list[tuple[str, str]]:
+    """What produced the record, as (label, text); what it does not say is left out."""
+    machine, versions = record.get("machine") or {}, record.get("versions") or {}
+    model = record.get("model") or {}
+    gpu = machine.get("gpu")
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    cores = f", {machine['cores']} cores" if machine.get("cores") else ""
+    memory = machine.get("memory_bytes")
+    switches = model.get("switches") or {}
+    labelled = [
+        ("model", ", ".join(filter(None, [model.get("size"), model.get("dtype")]))),
+        ("tier", model.get("tier")),
+        ("device", model.get("device")),
+        ("threads", model.get("threads")),
+        ("switches", ", ".join(f"{name} = {value}" for name, value in switches.items())),
+        ("GPU", f"{gpu}{driver}" if gpu else "none" if machine else None),
+        ("processor", f"{machine['cpu']}{cores}" if machine.get("cpu") else None),
+        ("instruction sets", ", ".join(machine.get("instruction_sets") or ())),
+        ("memory", f"{memory / 2**30:.1f} GiB" if isinstance(memory, int | float) else None),
+        ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)),
+        ("commit", record.get("commit")),
+        ("made", record.get("created")),
+        ("command", " ".join(map(str, record.get("command") or ()))),
+    ]
+    return [(label, str(text)) for label, text in labelled if text not in (None, "")]
