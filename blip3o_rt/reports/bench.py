@@ -29,7 +29,7 @@ from blip3o_rt.reports.units import (
 )
 
 NO_PLOTS = "Plots need matplotlib: pip install 'blip3o_rt[bench]'."
-DETAILS = ("median", "p90", "fastest", "n", "cold call", "per second", "peak memory", "launches")
+DETAILS = ("median", "p90", "fastest", "n", "cold call", "rate", "peak memory", "launches", "operator calls")
 PLOTS = {
     "roofline": plots.roofline,
     "breakdown": plots.breakdown,
@@ -55,7 +55,7 @@ def bench_html(record: dict[str, Any], path: str | Path) -> None:
         "peers": others,
         "details": DETAILS,
         "stages": [stage_row(row, others) for row in table],
-        "notes": notes(table),
+        "notes": [*map(str, record.get("notes") or ()), *notes(table)],
         "ceilings": [ceiling_row(entry) for entry in entries(record, "ceilings")],
         "ablations": [ablation_row(entry) for entry in entries(record, "ablations")],
         "ops": [op_row(entry) for entry in entries(record, "ops")],
@@ -91,35 +91,31 @@ def stage_row(row: Row, others: Sequence[str]) -> dict[str, Any]:
         "name": row.name,
         "what": row.what,
         "batch": row.batch,
-        "time": time_text(ours.unit_seconds) if ours else "",
+        "time": time_text(ours.median) if ours else "",
         "share": share_text(ours.share) if ours else "",
         "ceiling": (ours.ceiling or "") if ours else "",
-        "peers": [(time_text(line.unit_seconds) if line else "", ratio_text(r)) for line, r in compared],
+        "peers": [(time_text(line.median) if line else "", ratio_text(r)) for line, r in compared],
         "details": detail_cells(ours) if ours else [],
     }
 
 
 def detail_cells(line: Line) -> list[str]:
     """The cells below DETAILS."""
-    times = (line.unit_seconds, *(None if t is None else t / line.per for t in (line.p90, line.least)))
+    rate = f"{number_text(line.rate)} {line.unit}s/s" if line.rate else ""
     return [
-        *map(time_text, times),
+        *map(time_text, (line.median, line.p90, line.least)),
         str(line.count or ""),
         time_text(line.cold),
-        number_text(line.rate),
+        rate,
         memory_text(line.peak_memory),
-        "" if line.launches is None else f"{line.launches:,.0f}",
+        *("" if count is None else f"{count:,.0f}" for count in (line.launches, line.operator_calls)),
     ]
 
 
-def notes(table: Sequence[Row]) -> list[tuple[str, str]]:
+def notes(table: Sequence[Row]) -> list[str]:
     """What the record says about single lines."""
-    found = []
-    for row in table:
-        for who, line in row.lines.items():
-            if line.note:
-                found.append((f"{row.name}, {who}", line.note))
-    return list(dict.fromkeys(found))
+    lines = [line for row in table for line in row.lines.values() if line.note]
+    return list(dict.fromkeys(f"{line.name}, {line.who}: {line.note}" for line in lines))
 
 
 def ceiling_row(entry: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

@@ -12,7 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from blip3o_rt.reports.reading import OURS, Line, Record, Row, entries, number, peers, read_line, rows
+from blip3o_rt.reports.reading import (
+    OURS,
+    PICTURE,
+    UNITS,
+    Line,
+    Record,
+    Row,
+    entries,
+    number,
+    peers,
+    picture_parts,
+    read_line,
+    rows,
+)
 from blip3o_rt.reports.units import significant
 
 if TYPE_CHECKING:
@@ -26,7 +39,6 @@ COLOURS = {
     "published-compiled": "#cc79a7",
     "published-graphed": "#56b4e9",
 }
-LIBRARIES = ("transformers", "diffusers")  # between them they compute a whole picture
 MARKERS = {
     OURS: "o",
     "transformers": "s",
@@ -215,26 +227,6 @@ def breakdown(record: Record) -> bytes | None:
     return buffer.getvalue()
 
 
-def picture_parts(record: Record) -> dict[str, dict[str, float]]:
-    """who -> stage -> seconds of one picture, of lines at batch 1 that say how often a picture needs them.
-
-    transformers and diffusers, which compute different stages, are one.
-    """
-    parts: dict[str, dict[str, float]] = {}
-    for entry in entries(record, "lines"):
-        line, times = read_line(entry), number(entry, "per_image")
-        if line.batch == 1 and times and line.unit_seconds is not None and line.name != "image":
-            parts.setdefault(line.who, {})[line.name] = times * line.unit_seconds
-    ours = parts.pop(OURS, None)
-    if ours is None:
-        return {}
-    libraries = {who: parts.pop(who) for who in LIBRARIES if who in parts}
-    if libraries:
-        joined = {name: seconds for found in libraries.values() for name, seconds in found.items()}
-        parts = {" + ".join(libraries): {name: joined[name] for name in ours if name in joined}, **parts}
-    return {OURS: ours, **parts}
-
-
 def ablation(record: Record) -> bytes | None:
     """What each switch is worth alone, as steps from everything off to everything on, per timed line."""
     found: dict[str, list[tuple[str, float]]] = {}
@@ -293,11 +285,11 @@ def distribution(record: Record) -> bytes | None:
 
 def draw_samples(axes: Axes, row: Row) -> None:
     whos = [who for who in (OURS, *peers([row])) if who in row.lines and row.lines[who].samples]
-    longest = max(row.lines[who].unit_seconds or 0.0 for who in whos)
+    longest = max(row.lines[who].median or 0.0 for who in whos)
     scale, unit = (1.0, "s") if longest >= 1 else (1e3, "ms") if longest >= 1e-3 else (1e6, "µs")
     for place, who in enumerate(whos):
         line = row.lines[who]
-        values = [scale * sample / line.per for sample in line.samples]
+        values = [scale * sample for sample in line.samples]
         axes.scatter(
             values,
             [place] * len(values),
@@ -307,10 +299,10 @@ def draw_samples(axes: Axes, row: Row) -> None:
             s=28,
             linewidths=0,
         )
-        axes.plot([scale * (line.unit_seconds or 0.0)] * 2, [place - 0.35, place + 0.35], color=TEXT_COLOUR)
+        axes.plot([scale * (line.median or 0.0)] * 2, [place - 0.35, place + 0.35], color=TEXT_COLOUR)
     batch = "" if row.batch == 1 else f", batch {row.batch}"
     axes.set_yticks(range(len(whos)), whos)
-    most = max(scale * max(row.lines[who].samples) / row.lines[who].per for who in whos)
+    most = max(scale * max(row.lines[who].samples) for who in whos)
     axes.set(xlabel=f"{row.name}{batch}, {unit}", xlim=(0, 1.05 * most), ylim=(len(whos) - 0.4, -0.6))
     axes.grid(visible=False, axis="y")
 
@@ -352,6 +344,6 @@ def draw_scaling(axes: Axes, name: str, by_who: Mapping[str, Sequence[Line]]) ->
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
-    axes.set(title=name, xlabel="batch", ylabel="per second")
+    axes.set(title=name, xlabel="batch", ylabel=f"{UNITS.get(name, PICTURE)}s per second")
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -15,13 +15,29 @@ STAGES = (
     "vae.encode",
     "ar.prefill",
     "ar.token",
+    "ar.second_pass",
     "connector",
     "dit.tables",
+    "dit.condition",
     "dit.step",
     "vae.decode",
     "image.host",
     "image",
 )
+
+UNITS = {"ar.prefill": "token", "ar.token": "token", "ar.second_pass": "token", "dit.step": "step"}
+REQUEST = (
+    "ar.prefill",
+    "ar.token",
+    "ar.second_pass",
+    "connector",
+    "dit.tables",
+    "dit.condition",
+    "dit.step",
+    "vae.decode",
+)  # the stages of text to image
+PUBLISHED = ("published", "published-compiled", "published-graphed")
+PICTURE = "picture"  # the unit of every other stage
 
 Record = Mapping[str, Any]
 
@@ -47,12 +63,13 @@ class Line:
     share: float | None = None
     peak_memory: float | None = None
     launches: float | None = None
+    operator_calls: float | None = None
     note: str | None = None
 
     @property
-    def unit_seconds(self) -> float | None:
-        """Seconds per unit of work."""
-        return None if self.median is None else self.median / self.per
+    def unit(self) -> str:
+        """What the work is counted in."""
+        return UNITS.get(self.name, PICTURE)
 
     @property
     def rate(self) -> float | None:
@@ -81,6 +98,7 @@ def read_line(entry: Mapping[str, Any]) -> Line:
         share=number(entry, "share"),
         peak_memory=number(entry, "peak_memory"),
         launches=number(entry, "launches"),
+        operator_calls=number(entry, "operator_calls"),
         note=entry.get("note"),
     )
 
@@ -119,9 +137,9 @@ class Row:
     def ratio(self, who: str) -> float | None:
         """How many times our time the peer takes."""
         ours, peer = self.ours, self.lines.get(who)
-        if ours is None or peer is None or not ours.unit_seconds or peer.unit_seconds is None:
+        if ours is None or peer is None or not ours.median or peer.median is None:
             return None
-        return peer.unit_seconds / ours.unit_seconds
+        return peer.median / ours.median
 
 
 def entries(record: Record, key: str) -> list[Mapping[str, Any]]:
@@ -143,6 +161,43 @@ def peers(table: Sequence[Row]) -> list[str]:
     """Who else was timed: known peers in their order, then others."""
     seen = {who for row in table for who in row.lines} - {OURS}
     return [who for who in PEERS if who in seen] + sorted(seen.difference(PEERS))
+
+
+def picture_parts(record: Record) -> dict[str, dict[str, float]]:
+    """who -> stage -> seconds of one picture, from medians at batch 1; empty where the record has no counts.
+
+    transformers and diffusers, which compute different stages, are one. Whatever stage one of the published
+    ways does not time apart, it does as the eager ones do.
+    """
+    model = record.get("model") or {}
+    tokens, steps = number(model, "tokens_per_image"), number(model, "steps")
+    if tokens is None or steps is None:
+        return {}
+    times: dict[str, dict[str, float]] = {}
+    for line in map(read_line, entries(record, "lines")):
+        if line.batch == 1 and line.median is not None:
+            times.setdefault(line.who, {})[line.name] = line.median
+    stages = [stage for stage in REQUEST if stage in times.get(OURS, {})]
+    libraries = {**times.get("transformers", {}), **times.get("diffusers", {})}
+    found = {OURS: {stage: times[OURS][stage] for stage in stages}}
+    name = " + ".join(who for who in ("transformers", "diffusers") if who in times)
+    if name:
+        found[name] = {stage: libraries[stage] for stage in stages if stage in libraries}
+    eager = {**libraries, **times.get("published", {})}
+    for who in PUBLISHED:
+        if who in times:
+            taken = {**eager, **times[who]}
+            found[who] = {stage: taken[stage] for stage in REQUEST if stage in taken}
+    counts = {"ar.token": tokens, "dit.step": steps}
+    repeated = {"connector": steps}  # which the published way runs at every step
+    return {
+        who: {
+            stage: seconds * {**counts, **(repeated if who in PUBLISHED else {})}.get(stage, 1.0)
+            for stage, seconds in parts.items()
+        }
+        for who, parts in found.items()
+        if parts
+    }
 
 
 def provenance(record: Record) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from blip3o_rt.reports import bench_html, validate_html
-from blip3o_rt.reports.reading import percentile, rows
+from blip3o_rt.reports.reading import percentile, picture_parts, rows
 from blip3o_rt.reports.units import memory_text, significant, time_text
 from tests.reports.records import bench_record, validate_record
 
@@ -99,20 +99,21 @@ def test_a_bench_page_is_one_file_with_its_plots_and_record(tmp_path: Path) -> N
 
 
 def test_ratios_are_the_peers_time_over_ours(tmp_path: Path) -> None:
-    """By hand from the record's medians; a token line of four tokens a call counts per token."""
+    """By hand from the record's medians."""
     record = bench_record()
     median = {(line["name"], line["who"]): line["median"] for line in record["lines"] if line["batch"] == 1}
     page = bench_page(record, tmp_path)
     token = page.row("ar.token", "one decoded token", "1")
     ratio = median["ar.token", "transformers"] / median["ar.token", "ours"]
-    assert token[3:6] == [f"{1000 * median['ar.token', 'ours'] / 4:.0f} ms", "83%", "read"]
+    assert token[3:6] == [f"{1000 * median['ar.token', 'ours']:.0f} ms", "83%", "read"]
     assert token[6].startswith(f"{ratio:.2f}x")
-    assert token[7:] == ["", "", ""]
+    assert token[7] == token[9] == ""
+    assert token[8].startswith(f"{median['ar.token', 'published'] / median['ar.token', 'ours']:.2f}x")
     image = page.row("image", "one picture", "1")
     assert image[8].startswith(f"{median['image', 'published'] / median['image', 'ours']:.2f}x")
     detail = page.row("image", "4")
     line = next(line for line in record["lines"] if line["name"] == "image" and line["batch"] == 4)
-    assert detail[7] == f"{4 / line['median']:.5f}"
+    assert detail[7] == f"{4 / line['median']:.5f} pictures/s"
     assert page.row("silu_mul", "cpu")[-1] == "FAILED"
     assert page.row("native row_linear", "ar.token")[-1] == "1.55x"
 
@@ -155,6 +156,23 @@ def test_a_line_without_its_statistics_gets_them_from_its_samples() -> None:
     (row,) = rows({"lines": [{"name": "ar.token", "samples": [3.0, 1.0, 2.0, 10.0]}]})
     assert row.ours is not None
     assert (row.ours.median, row.ours.p90, row.ours.least, row.ours.count) == (2.5, 10.0, 1.0, 4)
+
+
+def test_the_parts_of_a_picture_are_counted_as_often_as_it_needs_them() -> None:
+    record = bench_record()
+    median = {(line["name"], line["who"]): line["median"] for line in record["lines"] if line["batch"] == 1}
+    parts = picture_parts(record)
+    assert list(parts) == ["ours", "transformers + diffusers", "published", "published-compiled"]
+    assert parts["ours"]["ar.token"] == pytest.approx(729 * median["ar.token", "ours"])
+    assert parts["ours"]["connector"] == median["connector", "ours"]
+    assert parts["published"]["connector"] == pytest.approx(30 * median["connector", "published"])
+    assert parts["published"]["dit.step"] == pytest.approx(30 * median["dit.step", "diffusers"])
+    assert parts["published-compiled"]["dit.step"] == pytest.approx(
+        30 * median["dit.step", "published-compiled"]
+    )
+    assert parts["published-compiled"]["ar.token"] == parts["published"]["ar.token"]
+    assert "dit.tables" not in parts["transformers + diffusers"]
+    assert picture_parts({**record, "model": {}}) == {}
 
 
 def test_a_record_cannot_break_out_of_its_page(tmp_path: Path) -> None:
