@@ -282,17 +282,21 @@ class PublishedModel:
 
     # The autoregressive stage
 
-    def prompt(self, text: str, references: Sequence[Reference] = ()) -> Prompt:
-        """The prompt of a picture, or of an edit where there are references."""
-        pads = "<|image_pad|>" * (self.tokens_per_image * len(references))
+    def prompt_ids(self, text: str, count: int = 0) -> Tensor:
+        """Ids [1, P] of a picture's prompt, or of an edit's with placeholders for `count` pictures."""
+        pads = "<|image_pad|>" * (self.tokens_per_image * count)
         content = TEXT_TO_IMAGE + text
-        if references:
+        if count:
             content = EDIT + text + ".\n" + f"<|vision_start|>{pads}<|vision_end|>"
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         rendered = str(
             self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-        ids = torch.tensor([self.tokenizer(rendered + "<im_start><S0>")["input_ids"]])
+        return torch.tensor([self.tokenizer(rendered + "<im_start><S0>")["input_ids"]])
+
+    def prompt(self, text: str, references: Sequence[Reference] = ()) -> Prompt:
+        """The prompt of a picture, or of an edit where there are references."""
+        ids = self.prompt_ids(text, len(references))
         pad = ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if not references:
             return self.embed(ids)

@@ -1,0 +1,124 @@
+"""blip3o-rt validate: every op, every stage and the whole pipeline against what they must compute."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.errors import ParameterError
+
+DEFAULT_OUT = Path("out/validate")
+FAILED_LINES = 1
+GROUPS = ("ops", "ar", "dit", "vae", "tatok", "pipeline", "determinism", "golden")
+DTYPES = ("fp32", "bf16")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "validate",
+        help="compare every op, every stage and the pipeline with what they must compute",
+        description="Compare every op with its definition in float64, and every stage and the whole pipeline "
+        "with transformers and diffusers on the same checkpoint. Exits with 1 where a line fails.",
+    )
+    model = parser.add_argument_group("model")
+    which = model.add_mutually_exclusive_group()
+    which.add_argument(
+        "--size",
+        choices=("shapes", "published", "tiny"),
+        default="shapes",
+        help="the embedded model, or random weights of the published or a tiny geometry (%(default)s)",
+    )
+    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint in the published layout")
+    which.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png",
+    )
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    model.add_argument(
+        "--work", type=Path, metavar="DIR", help="keep a random checkpoint here for the next run"
+    )
+    what = parser.add_argument_group("what is compared")
+    what.add_argument(
+        "--only", type=_names, metavar="GROUP,...", help=f"of {', '.join(GROUPS)} (all that apply)"
+    )
+    what.add_argument("--op", action="append", default=[], metavar="NAME", help="one op alone; repeatable")
+    what.add_argument("--dtype", type=_names, default=DTYPES, metavar="fp32,bf16", help="(both)")
+    what.add_argument(
+        "--kernel",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a file that registers implementations of ops; they alone are compared, and with --only they "
+        "run in the stages too; repeatable",
+    )
+    what.add_argument(
+        "--tokens", type=int, metavar="N", help="image tokens drawn (all, or 8 of a large model)"
+    )
+    what.add_argument(
+        "--latent", type=int, metavar="N", help="side of the latent (the model's, or 16 of a large one)"
+    )
+    what.add_argument("--steps", type=int, metavar="N", help="denoising steps (4, or 2 of a large model)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=DEFAULT_OUT,
+        metavar="DIR",
+        help="where validate.json, validate.html and the pictures go (%(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Validate; returns the exit code: 0 where every line passes, else 1."""
+    _check(arguments)
+    # PyTorch takes seconds to import: not for --help
+    from transformers.utils import logging
+
+    from blip3o_rt.validate.run import Options, validate
+
+    logging.set_verbosity_error()
+    options = Options(
+        size=arguments.size,
+        checkpoint=arguments.checkpoint,
+        against=arguments.against,
+        only=arguments.only,
+        op_names=tuple(arguments.op),
+        dtypes=tuple(dtype for dtype in DTYPES if dtype in arguments.dtype),
+        kernels=tuple(arguments.kernel),
+        device=arguments.device,
+        work=arguments.work,
+        tokens=arguments.tokens,
+        latent=arguments.latent,
+        steps=arguments.steps,
+        command=["blip3o-rt", *sys.argv[1:]],
+    )
+    lines = validate(options, arguments.out, lambda text: print(text, flush=True))
+    return 0 if all(line.passed for line in lines) else FAILED_LINES
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ParameterError for names and numbers that are not accepted."""
+    for option, names, known in (("--only", arguments.only, GROUPS), ("--dtype", arguments.dtype, DTYPES)):
+        unknown = [name for name in names or () if name not in known]
+        if unknown or names == ():
+            raise ParameterError(
+                f"{option} is {','.join(unknown) or 'empty'}: accepted are {','.join(known)}"
+            )
+    if "golden" in (arguments.only or ()) and arguments.against is None:
+        raise ParameterError("--only golden needs --against DIR, the folder of the recorded results")
+    for option in ("tokens", "latent", "steps"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ParameterError(f"--{option} is {value}: accepted is a whole number from 1")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")

@@ -1,0 +1,151 @@
+"""How alike two pictures are: grey levels, PSNR and SSIM; and the files that show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from blip3o_rt.metadata import save_png
+from blip3o_rt.validate.bounds import BF16_RATIO
+from blip3o_rt.validate.line import Line, at_least, at_most
+
+AMPLIFIED = 32  # times, in the picture of the difference
+OFF_BY_MORE = 1e-3  # share of values that float32 may have off by more than one grey level
+FP32_PSNR = 20 * math.log10(255)  # every value off by one grey level
+FP32_SSIM = 0.999
+WHY_ROUNDED = "each value rounds to the same or the next grey level"
+WHY_BF16_PSNR = f"{BF16_RATIO} x the published bfloat16 picture's error, in dB"
+WHY_BF16_SSIM = f"{BF16_RATIO}^2 x the published bfloat16 picture's loss, which goes as the error's square"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of two pictures: dB (inf where equal), structural similarity, share of values off by more than one."""
+
+    psnr: float
+    ssim: float
+    off_by_more: float
+
+    @classmethod
+    def of(cls, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+        """Of grey levels uint8 [H, W, 3] of the same size."""
+        difference = picture.astype(int) - expected.astype(int)
+        square = float((difference**2).mean())
+        return cls(
+            psnr=10 * math.log10(255**2 / square) if square else math.inf,
+            ssim=ssim(picture, expected),
+            off_by_more=float((np.abs(difference) > 1).mean()),
+        )
+
+
+def ssim(picture: np.ndarray, expected: np.ndarray) -> float:
+    """Structural similarity of grey levels uint8 [H, W, 3], as in the paper.
+
+    Gaussian windows of standard deviation 1.5 (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
+    """
+    return float(
+        structural_similarity(
+            picture,
+            expected,
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def picture_lines(
+    group: str,
+    name: str,
+    dtype: str,
+    picture: np.ndarray,
+    exact: np.ndarray,
+    published: np.ndarray | None,
+) -> Iterator[Line]:
+    """Our picture, grey levels uint8 [H, W, 3], against the published one in float32.
+
+    published: the published one in bfloat16, the yardstick of "bf16" lines.
+    """
+    found = Likeness.of(picture, exact)
+    if published is None:
+        yield at_most(
+            group,
+            f"{name}: grey levels",
+            dtype,
+            "share off by more than one",
+            found.off_by_more,
+            OFF_BY_MORE,
+            why=WHY_ROUNDED,
+        )
+        yield at_least(group, f"{name}: PSNR", dtype, "PSNR dB", _decibels(found), FP32_PSNR, why=WHY_ROUNDED)
+        yield at_least(group, f"{name}: SSIM", dtype, "SSIM", found.ssim, FP32_SSIM, why=WHY_ROUNDED)
+        return
+    yardstick = Likeness.of(published, exact)
+    least = _decibels(yardstick) - 20 * math.log10(BF16_RATIO)
+    yield at_least(
+        group,
+        f"{name}: PSNR",
+        dtype,
+        "PSNR dB",
+        _decibels(found),
+        least,
+        why=WHY_BF16_PSNR,
+        reference_error=_decibels(yardstick),
+    )
+    yield at_least(
+        group,
+        f"{name}: SSIM",
+        dtype,
+        "SSIM",
+        found.ssim,
+        1 - BF16_RATIO**2 * (1 - yardstick.ssim),
+        why=WHY_BF16_SSIM,
+        reference_error=yardstick.ssim,
+    )
+
+
+def _decibels(likeness: Likeness) -> float:
+    """The PSNR as a figure: equal pictures get that of one value in a billion off by one."""
+    return min(likeness.psnr, FP32_PSNR + 90.0)
+
+
+Compared = Callable[[str, np.ndarray, np.ndarray], None]  # name, our picture, the published one
+
+
+class PictureFiles:
+    """Writes compared pictures into a folder and keeps their entries of the record."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.entries: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> None:
+        """Write our picture, the published one and their difference, amplified, as PNG files."""
+        stem = "-".join("".join(c if c.isalnum() else " " for c in name).split())
+        difference = np.abs(picture.astype(int) - expected.astype(int)) * AMPLIFIED
+        files = {
+            "ours": picture,
+            "reference": expected,
+            "difference": difference.clip(max=255).astype(np.uint8),
+        }
+        for kind, levels in files.items():
+            save_png(Image.fromarray(levels), self._folder / f"{stem}-{kind}.png", {})
+        likeness = Likeness.of(picture, expected)
+        self.entries.append(
+            {
+                "name": name,
+                **{kind: f"{stem}-{kind}.png" for kind in files},
+                "psnr": likeness.psnr if math.isfinite(likeness.psnr) else None,
+                "ssim": likeness.ssim,
+                "amplified": AMPLIFIED,
+            }
+        )
