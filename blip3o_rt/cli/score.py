@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,21 +78,22 @@ def run(arguments: argparse.Namespace) -> int:
     from blip3o_rt.shapes.score import check_model, draw_and_judge, share_right, table
     from blip3o_rt.shapes.tasks import draw_tasks
 
-    pipeline = pictures.load_pipeline(arguments, tier=arguments.tier)
-    check_model(pipeline)
     tasks = draw_tasks(arguments.count, arguments.seed)
     drawn: list[Drawn] = []
     interrupt = None
-    # A bar is for people: none is drawn where standard error is not a terminal.
-    with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:
-        try:
-            for one in draw_and_judge(pipeline, tasks, **options):
-                drawn.append(one)
-                bar.set_postfix_str(f"{100 * share_right(drawn):.0f}% right", refresh=False)
-                bar.update()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    write(arguments, pipeline, drawn, options, complete=interrupt is None)
+    with few_threads():
+        pipeline = pictures.load_pipeline(arguments, tier=arguments.tier)
+        check_model(pipeline)
+        # A bar is for people: none is drawn where standard error is not a terminal.
+        with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:
+            try:
+                for one in draw_and_judge(pipeline, tasks, **options):
+                    drawn.append(one)
+                    bar.set_postfix_str(f"{100 * share_right(drawn):.0f}% right", refresh=False)
+                    bar.update()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        write(arguments, pipeline, drawn, options, complete=interrupt is None)
     if drawn and not arguments.quiet:
         print(table(drawn))
     if interrupt is not None:
@@ -103,6 +107,23 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return UNDER_THE_BAR
     return 0
+
+
+@contextlib.contextmanager
+def few_threads() -> Iterator[None]:
+    """One thread within, unless OMP_NUM_THREADS says how many.
+
+    A model of the shapes gives a second thread nothing to do, and on a busy machine waits long for it.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check(arguments: argparse.Namespace) -> None:

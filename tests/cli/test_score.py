@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from blip3o_rt.cli import pictures
@@ -69,6 +70,24 @@ def test_a_model_that_draws_something_else(command: Command, use: Use) -> None:
     assert not any(picture["right"] for picture in found["pictures"])
     assert command("score", *OPTIONS, "--fail-under", "85") == 1
     assert command.errors == "blip3o-rt: 0.0% of the pictures are right, under the bar of 85%\n"
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+def test_one_thread_unless_told_otherwise(
+    command: Command, use: Use, monkeypatch: pytest.MonkeyPatch, variable: str | None, threads: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        use(what_is_asked)
+        assert command("score", *OPTIONS, "--quiet") == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert record(command.folder / "out/score")["model"]["threads"] == threads
 
 
 @pytest.mark.parametrize(("bar", "code"), [("75", 0), ("75.1", 1)])
