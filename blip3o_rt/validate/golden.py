@@ -177,6 +177,5 @@ def _picture_lines(
         pixels = Autoencoder(checkpoint.config.vae, checkpoint.weights["vae"]).decode(latent)
     with Image.open(recording.folder / "golden.png") as image:
         expected = np.asarray(image.convert("RGB"))
-    picture = levels(pixels)
-    yield from picture_lines("golden", "picture", "fp32", picture, expected, None)
-    compared(f"golden {recording.folder.name}", picture, expected)
+    likeness = compared(f"golden {recording.folder.name}", levels(pixels), expected)
+    yield from picture_lines("golden", "picture", "fp32", likeness, None)

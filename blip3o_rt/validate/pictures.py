@@ -67,16 +67,15 @@ def picture_lines(
     group: str,
     name: str,
     dtype: str,
-    picture: np.ndarray,
-    exact: np.ndarray,
-    published: np.ndarray | None,
+    found: Likeness,
+    yardstick: Likeness | None,
 ) -> Iterator[Line]:
-    """Our picture, grey levels uint8 [H, W, 3], against the published one in float32.
+    """How like the published picture in float32 ours is.
 
-    published: the published one in bfloat16, the yardstick of "bf16" lines.
+    yardstick: how like it the published one in bfloat16 is, for "bf16" lines.
     """
-    found = Likeness.of(picture, exact)
-    if published is None:
+    equal = "the pictures are equal" if math.isinf(found.psnr) else None
+    if yardstick is None:
         yield at_most(
             group,
             f"{name}: grey levels",
@@ -86,10 +85,18 @@ def picture_lines(
             OFF_BY_MORE,
             why=WHY_ROUNDED,
         )
-        yield at_least(group, f"{name}: PSNR", dtype, "PSNR dB", _decibels(found), FP32_PSNR, why=WHY_ROUNDED)
+        yield at_least(
+            group,
+            f"{name}: PSNR",
+            dtype,
+            "PSNR dB",
+            _decibels(found),
+            FP32_PSNR,
+            why=WHY_ROUNDED,
+            detail=equal,
+        )
         yield at_least(group, f"{name}: SSIM", dtype, "SSIM", found.ssim, FP32_SSIM, why=WHY_ROUNDED)
         return
-    yardstick = Likeness.of(published, exact)
     least = _decibels(yardstick) - 20 * math.log10(BF16_RATIO)
     yield at_least(
         group,
@@ -100,6 +107,7 @@ def picture_lines(
         least,
         why=WHY_BF16_PSNR,
         reference_error=_decibels(yardstick),
+        detail=equal,
     )
     yield at_least(
         group,
@@ -118,7 +126,7 @@ def _decibels(likeness: Likeness) -> float:
     return min(likeness.psnr, FP32_PSNR + 90.0)
 
 
-Compared = Callable[[str, np.ndarray, np.ndarray], None]  # name, our picture, the published one
+Compared = Callable[[str, np.ndarray, np.ndarray], Likeness]  # name, our picture, the published one
 
 
 class PictureFiles:
@@ -128,8 +136,11 @@ class PictureFiles:
         self._folder = folder
         self.entries: list[dict[str, Any]] = []
 
-    def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> None:
-        """Write our picture, the published one and their difference, amplified, as PNG files."""
+    def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+        """Write our picture, the published one and their difference, amplified, as PNG files.
+
+        Grey levels uint8 [H, W, 3]; gives how alike the two are.
+        """
         stem = "-".join("".join(c if c.isalnum() else " " for c in name).split())
         difference = np.abs(picture.astype(int) - expected.astype(int)) * AMPLIFIED
         files = {
@@ -149,3 +160,4 @@ class PictureFiles:
                 "amplified": AMPLIFIED,
             }
         )
+        return likeness

@@ -13,7 +13,7 @@ from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.pixels import reference_pixels
 from blip3o_rt.validate.bounds import tensor_line
 from blip3o_rt.validate.line import Line
-from blip3o_rt.validate.pictures import Compared, picture_lines
+from blip3o_rt.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.validate.subject import Subject
 
 
@@ -38,11 +38,10 @@ def vae_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) -> It
         yield tensor_line("vae", "encode", dtype, found.latent, exact.latent, other)
         other = rounded.decoded if rounded else None
         yield tensor_line("vae", "decode", dtype, found.decoded, exact.decoded, other)
-        picture, expected = levels(found.decoded), levels(exact.decoded)
-        yield from picture_lines(
-            "vae", "decode", dtype, picture, expected, levels(rounded.decoded) if rounded else None
-        )
-        compared(f"vae decode {dtype}", picture, expected)
+        expected = levels(exact.decoded)
+        likeness = compared(f"vae decode {dtype}", levels(found.decoded), expected)
+        known = Likeness.of(levels(rounded.decoded), expected) if rounded else None
+        yield from picture_lines("vae", "decode", dtype, likeness, known)
 
 
 def _published(subject: Subject, dtype: str) -> Coded:

@@ -14,7 +14,7 @@ from blip3o_rt.random import normal_noise
 from blip3o_rt.reference.published import levels
 from blip3o_rt.validate.bounds import tensor_line
 from blip3o_rt.validate.line import Line
-from blip3o_rt.validate.pictures import Compared, picture_lines
+from blip3o_rt.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.validate.subject import INSTRUCTION, PROMPT, SEED, Subject
 
 GUIDANCE = DiffusionParams().guidance
@@ -46,11 +46,10 @@ def pipeline_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) 
             exact = _published(subject, "fp32", mode, found)
             rounded = _published(subject, "bf16", mode, found) if dtype == "bf16" else None
             yield tensor_line("pipeline", f"{mode}: pixels", dtype, found.pixels, exact, rounded)
-            picture, expected = levels(found.pixels), levels(exact)
-            yield from picture_lines(
-                "pipeline", mode, dtype, picture, expected, None if rounded is None else levels(rounded)
-            )
-            compared(f"pipeline {mode} {dtype}", picture, expected)
+            expected = levels(exact)
+            likeness = compared(f"pipeline {mode} {dtype}", levels(found.pixels), expected)
+            known = None if rounded is None else Likeness.of(levels(rounded), expected)
+            yield from picture_lines("pipeline", mode, dtype, likeness, known)
 
 
 def _modes(subject: Subject) -> list[str]:
