@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,24 +13,19 @@ from typing import Any
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.config import EditConfig, ModelConfig
-from blip3o_rt.embedded import embedded_checkpoint, folder_name
 from blip3o_rt.errors import CheckpointError, DeviceError
-from blip3o_rt.machine import format_bytes, resolve_device
+from blip3o_rt.machine import resolve_device
 from blip3o_rt.ops.user_kernels import UserKernel, load_kernels
+from blip3o_rt.validate.checkpoint import sized_checkpoint
 from blip3o_rt.validate.line import GROUPS, Line, at_most
 from blip3o_rt.validate.record import Record
 from blip3o_rt.validate.sweep import check_op_names, ops_with_cases, sweep
 from blip3o_rt.validate.table import HEADER, row, summary
 
-SIZES = ("shapes", "published", "tiny")
 DTYPES = ("fp32", "bf16")
 STAGES = tuple(group for group in GROUPS if group not in ("ops", "golden"))
 PAGE = "validate.html"
-SEED, SHARDS = 0, 3
 REFERENCE_PACKAGES = ("diffusers", "skimage")
-EDITING = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 
 Show = Callable[[str], None]
 
@@ -233,7 +226,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _model_folder(options: Options, show: Show) -> Iterator[Path]:
-    """Where the model's checkpoint lies. A random one is written, and kept where a work folder is given."""
+    """Where the model's checkpoint lies."""
     if options.against is not None:
         from blip3o_rt.validate.golden import Recording
 
@@ -242,32 +235,6 @@ def _model_folder(options: Options, show: Show) -> Iterator[Path]:
         if not options.checkpoint.is_dir():
             raise CheckpointError(f"{options.checkpoint} is not a folder: accepted is a checkpoint's")
         yield options.checkpoint
-    elif options.size == "shapes":
-        yield embedded_checkpoint()
     else:
-        with ExitStack() as stack:
-            work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            yield _random_checkpoint(preset(options.size, EDITING), work, show)
-
-
-def _random_checkpoint(config: ModelConfig, work: Path, show: Show) -> Path:
-    """A seeded random checkpoint in the published layout, written into the work folder unless it is there."""
-    folder = work / folder_name(config)
-    if folder.exists():
-        return folder
-    from blip3o_rt.checkpoint.parts import weight_bytes
-
-    needed = sum(weight_bytes(config, torch.bfloat16).values())
-    work.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise CheckpointError(
-            f"{work}: a random checkpoint needs {format_bytes(needed)} on disk and {format_bytes(free)} are "
-            "free: name another folder with --work"
-        )
-    show(f"writing a random checkpoint of {format_bytes(needed)} to {folder}")
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_random_checkpoint(partial, config, seed=SEED, shards=SHARDS)
-    partial.rename(folder)
-    return folder
+        with sized_checkpoint(options.size, options.work, show) as folder:
+            yield folder

@@ -38,8 +38,10 @@ def cases() -> Iterator[Case]:
             yield case(f"pages of {page_size}", dtype, [1, 15, 16, 17, 40], 4, 2, 32, page_size)
         for q_heads, kv_heads in ((1, 1), (2, 2), (6, 2), (8, 1), (5, 1)):
             yield case(f"{q_heads} heads on {kv_heads}", dtype, [9, 3], q_heads, kv_heads, 16, 4)
-        for head_dim in (1, 5, 112, 128):
+        for head_dim in (1, 5, 64, 112, 128):
             yield case(f"head_dim {head_dim}", dtype, [33, 8], 4, 2, head_dim, 16)
+        yield case("many heads on one, head_dim 128", dtype, [70, 1], 5, 1, 128, 16)
+        yield case("4,096 tokens", dtype, [4096, 65], 2, 1, 64, 16)
         yield case("an empty context", dtype, [0, 5, 0], 4, 2, 16, 4)
         yield case("as Qwen3", dtype, [700, 1, 333], 16, 8, 128, 16)
         yield case("one key dominates", dtype, [64], 4, 2, 64, 16, scale=40.0)

@@ -16,6 +16,8 @@ def cases() -> Iterator[Case]:
             (1, 300, 1024),
             (6, 33, 2048),
             (40, 12, 6144),
+            (64, 40, 264),
+            (2, 4400, 192),
             (0, 4, 8),
         ):
             weight = random(2, n, k, dtype=dtype, scale=k**-0.5)

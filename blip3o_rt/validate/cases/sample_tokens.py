@@ -22,6 +22,14 @@ def cases() -> Iterator[Case]:
             for top_p in (1.0, 0.9, 1e-6):
                 label = f"{vocabulary} tokens, top_k {top_k}, top_p {top_p}"
                 yield case(label, logits, 1.0, top_k, top_p)
+    logits = random(2, 3, 40_000, scale=3.0)
+    logits[1] = (logits[1] * 4).round() / 4  # ties
+    logits[2, :20_000] = -torch.inf
+    for top_k, top_p in ((0, 1.0), (1200, 0.95), (1200, 1.0), (9000, 0.8), (0, 0.9), (0, 1e-6)):
+        yield case(f"many tokens, top_k {top_k}, top_p {top_p}", logits, 1.0, top_k, top_p)
+    broken = random(3, 3, 40_000)
+    broken[0, 39_999], broken[2, 0] = torch.nan, torch.inf
+    yield case("many tokens, broken rows", broken, 1.0, 50)
     logits = random(1, 8, 300, scale=2.0)
     yield case("hot", logits, 3.0, 40, 0.8)
     yield case("cold", logits, 0.01, 40, 0.8)

@@ -1,0 +1,63 @@
+"""The checkpoint that a size names: the embedded one, or seeded random weights, written when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from blip3o_rt import __version__
+from blip3o_rt.checkpoint.parts import weight_bytes
+from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
+from blip3o_rt.config import EditConfig, ModelConfig
+from blip3o_rt.embedded import embedded_checkpoint
+from blip3o_rt.errors import CheckpointError
+from blip3o_rt.machine import format_bytes
+
+SIZES = ("shapes", "published", "tiny")
+SEED, SHARDS = 0, 3
+EDITING = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
+
+
+@contextmanager
+def sized_checkpoint(size: str, work: Path | None, show: Callable[[str], None]) -> Iterator[Path]:
+    """The folder of a checkpoint in the published layout; a random one is kept where a work folder is given.
+
+    Raises CheckpointError where there is no room for it.
+    """
+    if size == "shapes":
+        yield embedded_checkpoint()
+        return
+    with ExitStack() as stack:
+        if work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-rt-")))
+        yield _random_checkpoint(preset(size, EDITING), work, show)
+
+
+def _random_checkpoint(config: ModelConfig, work: Path, show: Callable[[str], None]) -> Path:
+    """A seeded random checkpoint, written into the work folder unless it is there."""
+    geometry = json.dumps(asdict(config), sort_keys=True).encode()
+    folder = work / f"random-{__version__}-{hashlib.sha256(geometry).hexdigest()[:12]}"
+    if folder.exists():
+        return folder
+    work.mkdir(parents=True, exist_ok=True)
+    needed = sum(weight_bytes(config, torch.bfloat16).values())
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise CheckpointError(
+            f"{work}: a random checkpoint needs {format_bytes(needed)} on disk and {format_bytes(free)} are "
+            "free: name another folder with --work"
+        )
+    show(f"writing a random checkpoint of {format_bytes(needed)} to {folder}")
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_random_checkpoint(partial, config, seed=SEED, shards=SHARDS)
+    partial.rename(folder)
+    return folder
