@@ -75,10 +75,10 @@ def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Drawn, left: i
     if one.picture is not None:
         _paste(sheet, one.picture, at, top)
     font = ImageFont.load_default(FONT_SIZE)
-    verdict = _wrapped(_verdict_words(one), text_width, font)
+    verdict = wrapped(_verdict_words(one), text_width, font)
     colours = [RIGHT if one.verdict.right else WRONG] * len(verdict)
     x, y = text_at
-    for words in [*verdict, *_wrapped(one.task.prompt, text_width, font)]:
+    for words in [*verdict, *wrapped(one.task.prompt, text_width, font)]:
         pen.text((x, y), words, colours.pop() if colours else INK, font)
         y += LINE
 
@@ -94,7 +94,7 @@ def _verdict_words(one: Drawn) -> str:
     return f"{words}, seed {one.task.seed}:"
 
 
-def _wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+def wrapped(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
     """The text in lines of at most so many pixels, broken between words."""
     lines = [""]
     for word in text.split():

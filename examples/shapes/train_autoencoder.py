@@ -155,7 +155,7 @@ def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, se
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--encoder-steps", type=int, default=1000, help="then the encoder is frozen")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
