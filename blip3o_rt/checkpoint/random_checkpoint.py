@@ -249,8 +249,8 @@ def _write_configs(folder: Path, model: ModelConfig, dtype: str) -> None:
     )
     scheduler = model.scheduler
     components = {
-        "transformer/config.json": _transformer_config(model.dit),
-        "vae/config.json": _vae_config(model.vae),
+        "transformer/config.json": transformer_config(model.dit),
+        "vae/config.json": vae_config(model.vae),
         "scheduler/scheduler_config.json": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": scheduler.num_train_timesteps,
@@ -299,7 +299,8 @@ def _model_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _transformer_config(config: DiTConfig) -> dict[str, Any]:
+def transformer_config(config: DiTConfig) -> dict[str, Any]:
+    """transformer/config.json of a diffusers folder."""
     return {
         "_class_name": "SanaTransformer2DModel",
         "attention_bias": config.attention_bias,
@@ -324,7 +325,8 @@ def _transformer_config(config: DiTConfig) -> dict[str, Any]:
     }
 
 
-def _vae_config(config: VAEConfig) -> dict[str, Any]:
+def vae_config(config: VAEConfig) -> dict[str, Any]:
+    """vae/config.json of a diffusers folder."""
     data: dict[str, Any] = {
         "_class_name": "AutoencoderDC",
         "attention_head_dim": config.attention_head_dim,

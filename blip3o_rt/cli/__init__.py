@@ -1,4 +1,4 @@
-"""The blip3o-rt command: generate, edit, convert, score and doctor."""
+"""The blip3o-rt command: generate, edit, convert, bench, score and doctor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blip3o_rt import __version__
-from blip3o_rt.cli import convert, doctor, edit, generate, score
+from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, validate
 from blip3o_rt.errors import Blip3oError, ParameterError
 
 FAILED = 2
@@ -21,7 +21,8 @@ OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "not enough memory", "ALLOC_FA
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 refused or failed, 130 interrupted, 141 unread."""
+    """Run one command; returns the exit code: 0 done, 1 done and not good enough, 2 refused or failed,
+    130 interrupted, 141 unread."""
     try:
         return run(argv)
     except KeyboardInterrupt:
@@ -89,6 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(subparsers)
     edit.add_parser(subparsers)
     convert.add_parser(subparsers)
+    bench.add_parser(subparsers)
     score.add_parser(subparsers)
+    validate.add_parser(subparsers)
     doctor.add_parser(subparsers)
     return parser

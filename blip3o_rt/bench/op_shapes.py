@@ -1,0 +1,322 @@
+"""Every op at the model's own shapes: inputs to time it on, and what it must move and compute there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
+from blip3o_rt.bench.work import FLOPS_PER_PRODUCT, Work
+from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, VAEConfig
+from blip3o_rt.params import SamplingParams
+from blip3o_rt.vae.layout import GATED_EXPANSION
+from blip3o_rt.validate.case import Case, int32, random
+
+PREFILL = 64  # tokens of a prompt
+EPS = 1e-6
+BOTH = (torch.float32, torch.bfloat16)
+FP32 = (torch.float32,)
+Make = Callable[[torch.dtype], Case]
+
+
+@dataclass(frozen=True)
+class OpShape:
+    """An op at one of the model's shapes.
+
+    make: the inputs in a dtype. moved: elements of the activations' dtype, read or written, if not those of
+    all inputs and the result. reads: little of that is written. products: multiply-adds. check: smaller
+    inputs for the comparison with float64, where the shape itself is large.
+    """
+
+    op: str
+    label: str
+    make: Make
+    products: int = 0
+    moved: int | None = None
+    reads: bool = False
+    dtypes: tuple[torch.dtype, ...] = BOTH
+    check: Make | None = None
+
+    def work(self, case: Case, result: Tensor) -> Work:
+        """Bytes read and written, and operations, of one call."""
+        flops = FLOPS_PER_PRODUCT * self.products
+        if self.moved is not None:
+            return Work(self.moved * case.arguments[0].element_size(), flops)
+        tensors = [*case.arguments, *case.options.values()]
+        # What is updated in place is read and written; the result may be one of the arguments.
+        written = [case.arguments[w] if isinstance(w, int) else case.options[w] for w in case.written]
+        outputs = written or [result]
+        return Work(sum(t.numel() * t.element_size() for t in (*tensors, *outputs) if _is_tensor(t)), flops)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def op_shapes(config: ModelConfig, batches: Sequence[int]) -> Iterator[OpShape]:
+    """All ops, decoding at each batch size; what the model does not have is left out."""
+    for batch in batches:
+        yield from _decoding(config, batch)
+    yield from _prefill(config.ar)
+    yield from _dit(config)
+    yield from _vae(config)
+    if config.ta_tok is not None:
+        tokens, width, codes = config.ta_tok.tokens, config.ta_tok.bottleneck_dim, config.ta_tok.codebook_size
+        yield OpShape(
+            "nearest_code",
+            f"{tokens} tokens, {codes} codes of {width}",
+            lambda _: Case("", (random(1, tokens, width), F.normalize(random(2, codes, width), dim=1))),
+            products=tokens * codes * width,
+            reads=True,
+            dtypes=FP32,
+            check=lambda _: Case("", (random(1, 40, width), F.normalize(random(2, 4096, width), dim=1))),
+        )
+
+
+# Decoder
+
+
+def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
+    ar = config.ar
+    yield from _ar_rows(ar, batch, f"decode x{batch}")
+    heads = {"head, image rows": (config.image_tokens.num_image_tokens, ar.hidden_size)}
+    for name, (rows, columns) in {**_ar_matrices(ar), **heads}.items():
+        logits = name.startswith("head")
+        yield OpShape(
+            "row_linear",
+            f"decode x{batch}: {name} {rows} x {columns}",
+            _row_linear(batch, rows, columns, logits),
+            products=batch * rows * columns,
+            reads=True,
+            check=_row_linear(batch, min(rows, 4096), columns, logits),
+        )
+    context = config.image_tokens.tokens_per_image // 2 + PREFILL
+    yield OpShape(
+        "paged_decode_attention",
+        f"decode x{batch}: {context} positions",
+        lambda dtype: _paged_attention(ar, batch, context, dtype),
+        products=2 * batch * context * ar.query_size,
+        moved=2 * batch * (context * ar.kv_size + ar.query_size),
+        reads=True,
+    )
+    codes = config.image_tokens.num_image_tokens
+    yield OpShape(
+        "sample_tokens",
+        f"decode x{batch}: {codes} logits",
+        lambda _: _sampling(config, batch),
+        reads=True,
+        dtypes=FP32,
+    )
+
+
+def _prefill(ar: ARConfig) -> Iterator[OpShape]:
+    yield from _ar_rows(ar, PREFILL, f"prompt of {PREFILL}")
+
+
+def _ar_rows(ar: ARConfig, rows: int, label: str) -> Iterator[OpShape]:
+    """The ops that treat each token alone."""
+    hidden, packed = ar.hidden_size, ar.query_size + 2 * ar.kv_size
+
+    def norm(dtype: torch.dtype) -> Case:
+        x, residual = random(1, rows, hidden, dtype=dtype), random(2, rows, hidden, dtype=dtype)
+        return Case(
+            "", (x, random(3, hidden, dtype=dtype), EPS), {"residual": residual}, written=("residual",)
+        )
+
+    yield OpShape("rms_norm", f"{label}: {hidden} wide, residual", norm, moved=4 * rows * hidden + hidden)
+    yield OpShape(
+        "qk_norm_rope_append",
+        f"{label}: {ar.num_heads}+2x{ar.num_kv_heads} heads of {ar.head_dim}",
+        lambda dtype: _append(ar, rows, dtype),
+        moved=2 * rows * packed,
+    )
+    width = ar.intermediate_size
+    yield OpShape(
+        "silu_mul",
+        f"{label}: 2 x {width}",
+        lambda dtype: Case("", (random(1, rows, 2 * width, dtype=dtype),)),
+    )
+
+
+def _ar_matrices(ar: ARConfig) -> dict[str, tuple[int, int]]:
+    return {
+        "qkv": (ar.query_size + 2 * ar.kv_size, ar.hidden_size),
+        "attention out": (ar.hidden_size, ar.query_size),
+        "gate|up": (2 * ar.intermediate_size, ar.hidden_size),
+        "down": (ar.hidden_size, ar.intermediate_size),
+    }
+
+
+def _row_linear(batch: int, rows: int, columns: int, logits: bool) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        weight = random(2, rows, columns, dtype=dtype, scale=columns**-0.5)
+        out = {"out": torch.zeros(batch, rows)} if logits else {}
+        return Case("", (random(1, batch, columns, dtype=dtype), weight), out, written=tuple(out))
+
+    return make
+
+
+def _append(ar: ARConfig, tokens: int, dtype: torch.dtype) -> Case:
+    pages = -(-tokens // DEFAULT_PAGE_SIZE)
+    shape = (pages, ar.num_kv_heads, DEFAULT_PAGE_SIZE, ar.head_dim)
+    angles = random(2, 1024, ar.head_dim // 2, scale=3.0)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    qkv = random(1, tokens, ar.query_size + 2 * ar.kv_size, dtype=dtype)
+    weights = [random(seed, ar.head_dim, dtype=dtype) for seed in (3, 4)]
+    caches = [torch.zeros(shape, dtype=dtype) for _ in range(2)]
+    places = int32(range(tokens))
+    return Case("", (qkv, *weights, table, places, places.clone(), *caches, EPS), written=(6, 7))
+
+
+def _paged_attention(ar: ARConfig, batch: int, context: int, dtype: torch.dtype) -> Case:
+    blocks = -(-context // DEFAULT_PAGE_SIZE)
+    order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(9))
+    shape = (batch * blocks, ar.num_kv_heads, DEFAULT_PAGE_SIZE, ar.head_dim)
+    caches = [random(seed, *shape, dtype=dtype) for seed in (1, 2)]
+    table = order.to(torch.int32).reshape(batch, blocks)
+    q = random(3, batch, ar.num_heads, ar.head_dim, dtype=dtype)
+    return Case("", (q, *caches, table, int32([context] * batch), ar.head_dim**-0.5))
+
+
+def _sampling(config: ModelConfig, batch: int) -> Case:
+    codes, sampling = config.image_tokens.num_image_tokens, SamplingParams()
+    top_k = sampling.top_k_for(codes, config.ar.vocab_size)
+    rows = (torch.ones(batch), int32([top_k] * batch), torch.full((batch,), sampling.top_p))
+    return Case("", (random(1, batch, codes, scale=3.0), *rows, torch.arange(batch), int32(range(batch))))
+
+
+# Diffusion transformer
+
+
+def _dit(config: ModelConfig) -> Iterator[OpShape]:
+    dit = config.dit
+    side, width = dit.sample_size // dit.patch_size, dit.width
+    tokens = side**2
+    label = f"dit: 2 x {tokens} tokens of {width}"
+
+    def rows(seed: int, dtype: torch.dtype) -> Tensor:
+        return random(seed, 2, tokens, width, dtype=dtype)
+
+    yield OpShape(
+        "layer_norm_modulate",
+        label,
+        lambda dtype: Case("", (rows(1, dtype), random(2, width), random(3, width), dit.norm_eps)),
+    )
+    yield OpShape(
+        "gated_add",
+        label,
+        lambda dtype: Case("", (rows(1, dtype), rows(2, dtype), random(3, width)), written=(0,)),
+    )
+    yield OpShape(
+        "relu_linear_attention",
+        f"dit: 2 x {tokens} tokens, {dit.num_heads} heads of {dit.head_dim}",
+        lambda dtype: _linear_attention(2, tokens, dit.num_heads, dit.head_dim, dtype, norm=dit.qk_norm),
+        products=2 * tokens * dit.num_heads * 2 * (dit.head_dim + 1) * dit.head_dim,
+    )
+    keys = config.image_tokens.tokens_per_image + 1
+    yield OpShape(
+        "cross_attention",
+        f"dit: {tokens} queries, {keys} keys, {dit.num_cross_heads} heads of {dit.cross_head_dim}",
+        lambda dtype: _cross_attention(dit, tokens, keys, dtype),
+        products=2 * tokens * keys * dit.cross_width,
+    )
+    yield OpShape(
+        "depthwise_glu",
+        f"dit: 2 x {side} x {side}, 2 x {dit.mlp_hidden} channels",
+        _depthwise_glu(2, side, dit.mlp_hidden),
+        products=2 * tokens * 9 * 2 * dit.mlp_hidden,
+        check=_depthwise_glu(1, min(side, 8), dit.mlp_hidden),
+    )
+    channels = config.vae.latent_channels
+    yield OpShape(
+        "guided_euler_step",
+        f"dit: {channels} x {dit.sample_size} x {dit.sample_size}",
+        lambda _: _euler(channels, dit.sample_size),
+        dtypes=FP32,
+    )
+
+
+def _linear_attention(
+    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, *, norm: bool
+) -> Case:
+    width = heads * head_dim
+    weights = [1 + random(seed, width, scale=0.3) for seed in (2, 3)]
+    norms = tuple(weight.to(dtype) for weight in weights) if norm else (None, None)
+    return Case("", (random(1, batch, tokens, 3 * width, dtype=dtype), *norms, heads, 1e-5))
+
+
+def _cross_attention(dit: DiTConfig, tokens: int, keys: int, dtype: torch.dtype) -> Case:
+    shape = (dit.num_cross_heads, keys, dit.cross_head_dim)
+    key, value = random(2, *shape, dtype=dtype), random(3, *shape, dtype=dtype)
+    weight = random(4, dit.cross_width, dtype=dtype) if dit.qk_norm else None
+    return Case("", (random(1, tokens, dit.cross_width, dtype=dtype), key, value, weight, 1e-5))
+
+
+def _depthwise_glu(batch: int, side: int, hidden: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        biases = [random(seed, 2 * hidden, dtype=dtype) for seed in (2, 4)]
+        weight = random(3, 2 * hidden, 1, 3, 3, dtype=dtype, scale=1 / 3)
+        x = random(1, batch, side, side, 2 * hidden, dtype=dtype)
+        return Case("", (x, biases[0], weight, biases[1]))
+
+    return make
+
+
+def _euler(channels: int, side: int) -> Case:
+    latent, prediction = random(1, 1, channels, side, side), random(2, 2, channels, side, side)
+    return Case("", (latent, prediction, torch.tensor(2.0), torch.tensor(-0.1)))
+
+
+# Autoencoder
+
+
+def _vae(config: ModelConfig) -> Iterator[OpShape]:
+    """Norms at the finest and the coarsest resolution, and the attention blocks where there are any."""
+    stages = config.vae.decoder_stages
+    sides = [config.image_size >> index for index in range(len(stages))]
+    ends = {(stages[i].channels, sides[i]) for i in (0, -1) if stages[i].layers}
+    for channels, side in sorted(ends, reverse=True):
+        yield OpShape(
+            "channel_rms_norm",
+            f"vae: {side} x {side}, {channels} channels, residual",
+            _channel_norm(side, channels),
+            moved=3 * side**2 * channels + 2 * channels,
+            check=_channel_norm(min(side, 64), channels),
+        )
+    attending = [i for i, stage in enumerate(stages) if stage.block == "EfficientViTBlock" and stage.layers]
+    for i in sorted({attending[0], attending[-1]} if attending else ()):
+        yield from _attention_block(config.vae, stages[i].channels, sides[i])
+
+
+def _attention_block(vae: VAEConfig, channels: int, side: int) -> Iterator[OpShape]:
+    head_dim, hidden = vae.attention_head_dim, GATED_EXPANSION * channels
+    heads = channels // head_dim
+    yield OpShape(
+        "relu_linear_attention",
+        f"vae: {side} x {side}, {heads} heads of {head_dim}",
+        lambda dtype: _linear_attention(1, side**2, heads, head_dim, dtype, norm=False),
+        products=side**2 * heads * 2 * (head_dim + 1) * head_dim,
+        check=lambda dtype: _linear_attention(1, min(side, 32) ** 2, heads, head_dim, dtype, norm=False),
+    )
+    yield OpShape(
+        "depthwise_glu",
+        f"vae: {side} x {side}, 2 x {hidden} channels",
+        _depthwise_glu(1, side, hidden),
+        products=side**2 * 9 * 2 * hidden,
+        check=_depthwise_glu(1, min(side, 8), hidden),
+    )
+
+
+def _channel_norm(side: int, channels: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        shape = (1, side, side, channels)
+        x, residual = random(1, *shape, dtype=dtype), random(2, *shape, dtype=dtype)
+        weights = [random(seed, channels, dtype=dtype) for seed in (3, 4)]
+        return Case("", (x, *weights, EPS), {"residual": residual, "out": x}, written=("out",))
+
+    return make

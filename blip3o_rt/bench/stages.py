@@ -1,0 +1,284 @@
+"""The runtime's stages as calls that can be timed: the code that a request runs, on seeded inputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
+from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, Sequence
+from blip3o_rt.bench import work
+from blip3o_rt.bench.work import Work
+from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.connector.model import Connector
+from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
+from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.errors import ConfigError
+from blip3o_rt.params import SamplingParams
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.prompt import PromptEncoder
+from blip3o_rt.tatok.model import ImageTokenizer
+from blip3o_rt.vae.model import Autoencoder
+
+PROMPT = "a red circle on a blue background"
+STEPS = 30
+GUIDANCE = 2.0
+SEED = 0
+
+
+def seeded(*shape: int, device: torch.device, low: float | None = None) -> Tensor:
+    """float32 numbers that are the same in every run: normal ones, or even ones from `low` to -`low`."""
+    generator = torch.Generator().manual_seed(SEED)
+    if low is None:
+        return torch.randn(*shape, generator=generator).to(device)
+    return (low - 2 * low * torch.rand(*shape, generator=generator)).to(device)
+
+
+class ArStage:
+    """The autoregressive stage: prompts, and tokens from half-way into a picture.
+
+    Half-way, a token attends to as many positions as it does on average over a picture.
+    """
+
+    parts = ("ar",)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        max_batch: int,
+        sampling: SamplingParams | None = None,
+        page_size: int = DEFAULT_PAGE_SIZE,
+    ) -> None:
+        self.config, self.weights = checkpoint.config, checkpoint.weights["ar"]
+        self.sampling = sampling or SamplingParams(seed=SEED)
+        tokens = self.config.image_tokens
+        self.prompt_ids = self.prompt(checkpoint)
+        drawn, codes = tokens.tokens_per_image // 2, tokens.image_token_range
+        self.context = [*self.prompt_ids, *(codes[i % len(codes)] for i in range(drawn))]
+        self.engine = TokenEngine(
+            self.config.ar,
+            replace(tokens, tokens_per_image=tokens.tokens_per_image - drawn),
+            self.weights,
+            max_batch=max_batch,
+            max_prompt_tokens=len(self.context),
+            page_size=page_size,
+        )
+
+    @staticmethod
+    def prompt(checkpoint: Checkpoint) -> list[int]:
+        """The ids of the prompt that is timed, as the checkpoint's tokenizer makes them."""
+        tokens = checkpoint.config.image_tokens
+        longest = checkpoint.config.ar.max_position_embeddings - tokens.tokens_per_image
+        return PromptEncoder(checkpoint.tokenizer_dir, tokens, longest).text_to_image(PROMPT)
+
+    @property
+    def steps_per_run(self) -> int:
+        """Tokens from the context to the end of the picture."""
+        return self.engine.image_tokens.tokens_per_image
+
+    def prefill(self) -> Tensor:
+        """The prompt's hidden states [P, hidden]."""
+        decoder, cache, sequence = self.engine.decoder, self.engine.cache, Sequence()
+        cache.reserve(sequence, len(self.prompt_ids))
+        try:
+            return decoder.prefill(
+                decoder.embed(torch.tensor(self.prompt_ids, device=decoder.device)), sequence
+            )
+        finally:
+            cache.release(sequence)
+
+    def prefill_work(self, length: int | None = None) -> Work:
+        """Of the prompt, or of another number of tokens in one pass."""
+        itemsize = self.engine.decoder.dtype.itemsize
+        return work.ar_prefill(self.config.ar, itemsize, length=length or len(self.prompt_ids))
+
+    def tokens(self, batch: int) -> TokenSteps:
+        """The token loop of `batch` pictures, a token of each at a call."""
+        return TokenSteps(self, batch)
+
+    def head_rows(self) -> range:
+        """Rows of the head that the tokens are drawn from."""
+        whole = range(self.config.ar.vocab_size)
+        return self.config.image_tokens.image_token_range if self.sampling.image_tokens_only else whole
+
+    def token_work(self, batch: int, head_rows: int) -> Work:
+        context = len(self.context) + self.steps_per_run // 2
+        itemsize = self.engine.decoder.dtype.itemsize
+        return work.ar_token(self.config.ar, itemsize, batch=batch, context=context, head_rows=head_rows)
+
+
+class TokenSteps:
+    """The engine's token loop taken one token at a time, begun anew when the picture is finished."""
+
+    def __init__(self, stage: ArStage, batch: int) -> None:
+        self._stage, self._left = stage, 0
+        samples = [replace(stage.sampling, seed=stage.sampling.seed + image) for image in range(batch)]
+        self._prompt = TokenPrompt(stage.context, samples)
+        self._stream: Iterator[Tensor] = iter(())
+
+    def prepare(self) -> None:
+        """Read the context again where no token is left to draw; the first token after it is drawn here."""
+        if self._left == 0:
+            self._stream = self._stage.engine.stream(self._prompt)
+            next(self._stream)
+            self._left = self._stage.steps_per_run - 1
+
+    def __call__(self) -> Tensor:
+        """Vocabulary ids int64 [batch]."""
+        self._left -= 1
+        return next(self._stream)
+
+    def close(self) -> None:
+        """Return the pages of the cache."""
+        self._stream = iter(())
+        self._left = 0
+
+
+class ConnectorStage:
+    """The connector between decoder and diffusion transformer, on all hidden states of a picture."""
+
+    parts = ("connector",)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config, self.weights = checkpoint.config, checkpoint.weights["connector"]
+        self.connector = Connector(self.weights, "diffusion_connector")
+        count = self.config.image_tokens.tokens_per_image + 1
+        self.hidden = seeded(count, self.connector.in_features, device=checkpoint.device).to(checkpoint.dtype)
+
+    def run(self) -> ConditionTokens:
+        """Both halves' tokens; the null half's are all the same, so one is computed."""
+        return condition_tokens(self.hidden, self.connector)
+
+    def work(self) -> Work:
+        return work.connector(self.config, self.hidden.dtype.itemsize, tokens=len(self.hidden) + 1)
+
+    def published_work(self) -> Work:
+        return work.connector(self.config, self.hidden.dtype.itemsize, tokens=2 * len(self.hidden))
+
+
+class DitStage:
+    """The diffusion transformer: what is computed once per schedule, once per picture, and at every step."""
+
+    parts = ("dit",)
+
+    def __init__(self, checkpoint: Checkpoint, steps: int = STEPS) -> None:
+        self.config, self.weights = checkpoint.config, checkpoint.weights["dit"]
+        if self.config.dit.in_channels != self.config.vae.latent_channels:
+            raise ConfigError(
+                "dit lines need a transformer that takes the latent alone, not one for edits only"
+            )
+        self.dit = DiT(self.config.dit, self.weights)
+        self.schedule = flow_schedule(self.config.scheduler, steps)
+        device, dit = self.dit.device, self.config.dit
+        count = self.config.image_tokens.tokens_per_image + 1
+        side = dit.sample_size
+        self.latent = seeded(1, dit.in_channels, side, side, device=device)
+        captions = seeded(count + 1, dit.caption_channels, device=device).to(self.dit.dtype)
+        self.tokens = ConditionTokens(captions[1:], captions[:1], (count,))
+        self.guidance = torch.tensor(GUIDANCE, device=device)
+        self._tables: ScheduleTables | None = None
+        self._condition: Condition | None = None
+        self._stepped = torch.empty_like(self.latent)
+
+    def tables(self) -> ScheduleTables:
+        return self.dit.prepare_schedule(self.schedule)
+
+    def condition(self) -> Condition:
+        return self.dit.condition(self.tokens)
+
+    def prepare(self) -> None:
+        """What the steps take as given."""
+        self._tables = self._tables or self.tables()
+        self._condition = self._condition or self.condition()
+
+    def step(self, index: int = 0) -> Tensor:
+        """The latent after one step from the given latent."""
+        assert self._tables is not None
+        assert self._condition is not None
+        prediction = self.dit.predict(self.latent, self._tables.step(index), self._condition)
+        delta = self._tables.schedule.delta_sigmas[index]
+        return ops.guided_euler_step(self.latent, prediction, self.guidance, delta, out=self._stepped)
+
+    def tables_work(self) -> Work:
+        return work.dit_tables(self.config.dit, self.dit.dtype.itemsize, steps=self.schedule.steps)
+
+    def condition_work(self) -> Work:
+        count = len(self.tokens.conditional) + 1
+        return work.dit_condition(self.config.dit, self.dit.dtype.itemsize, tokens=count)
+
+    def step_work(self, *, shortened: bool) -> Work:
+        return work.dit_step(self.config, self.dit.dtype.itemsize, shortened=shortened)
+
+
+class VaeStage:
+    """The autoencoder, on a latent and on a picture."""
+
+    parts = ("vae",)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.config, self.weights = checkpoint.config, checkpoint.weights["vae"]
+        self.autoencoder = Autoencoder(self.config.vae, self.weights)
+        side, vae, device = self.config.image_size, self.config.vae, self.autoencoder.device
+        self.latent = seeded(
+            1, vae.latent_channels, side // vae.compression, side // vae.compression, device=device
+        )
+        self.pixels = seeded(1, vae.image_channels, side, side, device=device, low=-1.0)
+
+    def decode(self) -> Tensor:
+        return self.autoencoder.decode(self.latent)
+
+    def encode(self) -> Tensor:
+        return self.autoencoder.encode(self.pixels)
+
+    def decode_work(self, *, shortened: bool) -> Work:
+        return work.vae_decode(self.config, self.autoencoder.dtype.itemsize, shortened=shortened)
+
+    def encode_work(self) -> Work:
+        return work.vae_encode(self.config, self.autoencoder.dtype.itemsize)
+
+
+class TatokStage:
+    """The image tokenizer, on a picture."""
+
+    parts = ("ta_tok",)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        tower = checkpoint.config.ta_tok
+        if tower is None:
+            raise ConfigError("this checkpoint has no image tokenizer")
+        self.config, self.tower, self.weights = checkpoint.config, tower, checkpoint.weights["ta_tok"]
+        self.tokenizer = ImageTokenizer(tower, self.weights)
+        size, channels = tower.image_size, tower.image_channels
+        self.pixels = seeded(1, channels, size, size, device=self.tokenizer.device, low=-1.0)
+
+    def encode(self) -> tuple[Tensor, Tensor]:
+        return self.tokenizer.encode(self.pixels)
+
+    def work(self) -> Work:
+        return work.tatok_encode(self.config, self.tokenizer.dtype.itemsize)
+
+
+class ImageStage:
+    """Whole pictures through the pipeline, and the time that none of its stages accounts for."""
+
+    parts = None
+
+    def __init__(self, checkpoint: Checkpoint, *, tier: str, max_batch: int, steps: int = STEPS) -> None:
+        self.pipeline = Pipeline(checkpoint, tier=tier, max_batch=max_batch)
+        self.steps = steps
+        self.host: dict[int, list[float]] = {}
+
+    def draw(self, batch: int) -> list[object]:
+        """`batch` pictures of one prompt."""
+        begin = time.perf_counter()
+        result = self.pipeline.generate(PROMPT, n=batch, seed=SEED, steps=self.steps, guidance=GUIDANCE)
+        whole = time.perf_counter() - begin
+        self.host.setdefault(batch, []).append(whole - result.report.total_seconds)
+        return list(result)
