@@ -196,7 +196,7 @@ def record(drawn: Sequence[Drawn]) -> dict[str, Any]:
         "pictures": [
             {
                 "category": one.task.category,
-                "kind": None if one.task.edit is None else one.task.edit.kind,
+                "edit": None if one.task.edit is None else one.task.edit.kind,
                 "prompt": one.task.prompt,
                 "seed": one.task.seed,
                 "failed": one.picture is None,

@@ -58,6 +58,8 @@ def test_a_model_that_draws_what_it_is_asked(command: Command, use: Use) -> None
     assert {**every, "low": pytest.approx(0.6756, abs=1e-4)} in found["scores"]
     assert [picture["seed"] for picture in found["pictures"]] == list(range(SEED, SEED + 8))
     assert all(picture["right"] and picture["plan"] for picture in found["pictures"])
+    edits = [picture["edit"] for picture in found["pictures"]]
+    assert edits == [None, None, None, "recolour", None, None, None, "background"]
     with Image.open(command.folder / "out/score/score.png") as sheet:
         assert sheet.width > 500
 
