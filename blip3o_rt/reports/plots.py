@@ -200,7 +200,7 @@ def name_ceiling(axes: Axes, name: str, x: float, y: float) -> None:
 
 
 def breakdown(record: Record) -> bytes | None:
-    """Seconds of one picture, stage by stage, ours and whoever was timed in the same stages."""
+    """Seconds of one picture, stage by stage, ours and the published ways."""
     parts = picture_parts(record)
     if not parts:
         return None

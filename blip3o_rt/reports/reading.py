@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from blip3o_rt.bench.compose import parts_of_ours, parts_of_published
+
 OURS = "ours"
 PEERS = ("transformers", "diffusers", "published", "published-compiled", "published-graphed")
 STAGES = (
@@ -26,16 +28,6 @@ STAGES = (
 )
 
 UNITS = {"ar.prefill": "token", "ar.token": "token", "ar.second_pass": "token", "dit.step": "step"}
-REQUEST = (
-    "ar.prefill",
-    "ar.token",
-    "ar.second_pass",
-    "connector",
-    "dit.tables",
-    "dit.condition",
-    "dit.step",
-    "vae.decode",
-)  # the stages of text to image
 PUBLISHED = ("published", "published-compiled", "published-graphed")
 PICTURE = "picture"  # the unit of every other stage
 
@@ -164,39 +156,26 @@ def peers(table: Sequence[Row]) -> list[str]:
 
 
 def picture_parts(record: Record) -> dict[str, dict[str, float]]:
-    """who -> stage -> seconds of one picture, from medians at batch 1; empty where the record has no counts.
+    """who -> stage -> seconds of one picture, put together from the stages' medians.
 
-    transformers and diffusers, which compute different stages, are one. Whatever stage one of the published
-    ways does not time apart, it does as the eager ones do.
+    Only those whose stages were all timed; empty where the record does not say how many tokens and steps a
+    picture takes.
     """
     model = record.get("model") or {}
     tokens, steps = number(model, "tokens_per_image"), number(model, "steps")
     if tokens is None or steps is None:
         return {}
-    times: dict[str, dict[str, float]] = {}
-    for line in map(read_line, entries(record, "lines")):
-        if line.batch == 1 and line.median is not None:
-            times.setdefault(line.who, {})[line.name] = line.median
-    stages = [stage for stage in REQUEST if stage in times.get(OURS, {})]
-    libraries = {**times.get("transformers", {}), **times.get("diffusers", {})}
-    found = {OURS: {stage: times[OURS][stage] for stage in stages}}
-    name = " + ".join(who for who in ("transformers", "diffusers") if who in times)
-    if name:
-        found[name] = {stage: libraries[stage] for stage in stages if stage in libraries}
-    eager = {**libraries, **times.get("published", {})}
-    for who in PUBLISHED:
-        if who in times:
-            taken = {**eager, **times[who]}
-            found[who] = {stage: taken[stage] for stage in REQUEST if stage in taken}
-    counts = {"ar.token": tokens, "dit.step": steps}
-    repeated = {"connector": steps}  # which the published way runs at every step
+    medians = {
+        (line.name, line.who): line.median
+        for line in map(read_line, entries(record, "lines"))
+        if line.batch == 1 and line.median is not None
+    }
+    recipes = {OURS: parts_of_ours(int(tokens), int(steps), 1)}
+    recipes |= {who: parts_of_published(int(tokens), int(steps), 1, who) for who in PUBLISHED}
     return {
-        who: {
-            stage: seconds * {**counts, **(repeated if who in PUBLISHED else {})}.get(stage, 1.0)
-            for stage, seconds in parts.items()
-        }
-        for who, parts in found.items()
-        if parts
+        who: {part.line: part.count * medians[part.line, part.who] for part in parts}
+        for who, parts in recipes.items()
+        if all((part.line, part.who) in medians for part in parts)
     }
 
 
@@ -208,13 +187,15 @@ def provenance(record: Record) -> list[tuple[str, str]]:
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     cores = f", {machine['cores']} cores" if machine.get("cores") else ""
     memory = machine.get("memory_bytes")
-    switches = model.get("switches") or {}
+    switches = [
+        f"{name} = {setting_text(value)}" for name, value in (model.get("switches") or {}).items() if value
+    ]
     labelled = [
         ("model", ", ".join(filter(None, [model.get("size"), model.get("dtype")]))),
         ("tier", model.get("tier")),
         ("device", model.get("device")),
         ("threads", model.get("threads")),
-        ("switches", ", ".join(f"{name} = {value}" for name, value in switches.items())),
+        ("switches", "; ".join(switches)),
         ("GPU", f"{gpu}{driver}" if gpu else "none" if machine else None),
         ("processor", f"{machine['cpu']}{cores}" if machine.get("cpu") else None),
         ("instruction sets", ", ".join(machine.get("instruction_sets") or ())),
@@ -225,3 +206,10 @@ def provenance(record: Record) -> list[tuple[str, str]]:
         ("command", " ".join(map(str, record.get("command") or ()))),
     ]
     return [(label, str(text)) for label, text in labelled if text not in (None, "")]
+
+
+def setting_text(value: object) -> str:
+    """A switch's setting in words; where it is one per op, each with its op."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {setting}" for key, setting in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -39,6 +39,7 @@ def validate_html(record: dict[str, Any], path: str | Path) -> None:
         "complete": record.get("complete", True),
         "provenance": provenance(record),
         "record": record,
+        "notes": [str(note) for note in record.get("notes") or ()],
         "failures": [line for line in lines if line["passed"] is False],
         "groups": grouped(lines),
         "pictures": [picture_cells(entry, folder) for entry in entries(record, "images")],

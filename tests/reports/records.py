@@ -39,13 +39,15 @@ STAGES: dict[str, tuple[str, dict[str, float], float, float | None, float | None
     "ar.prefill": ("one prompt", {"ours": 0.9, "transformers": 1.4}, 40, 3e9, 2.2e11),
     "ar.token": (
         "one decoded token",
-        {"ours": 0.13, "transformers": 0.22, "published": 0.25},
+        {"ours": 0.13, "transformers": 0.22, "published": 0.25, "published-compiled": 0.2},
         1,
         3.1e9,
         6.2e9,
     ),
     "connector": ("one picture", {"ours": 0.031, "published": 0.066}, 1, 3e7, 1.4e10),
     "dit.tables": ("one schedule", {"ours": 0.8}, 1, 1e8, 4e9),
+    "dit.condition": ("one picture", {"ours": 0.2}, 1, 1e8, 1e11),
+    "ar.second_pass": ("the whole sequence", {"published": 11.0}, 800, None, None),
     "dit.step": (
         "one guided step",
         {"ours": 14.5, "diffusers": 21.0, "published-compiled": 19.0},
@@ -53,7 +55,13 @@ STAGES: dict[str, tuple[str, dict[str, float], float, float | None, float | None
         3.4e9,
         5.3e12,
     ),
-    "vae.decode": ("one picture", {"ours": 27.0, "diffusers": 37.0}, 1, 9e9, 8.4e12),
+    "vae.decode": (
+        "one picture",
+        {"ours": 27.0, "diffusers": 37.0, "published-compiled": 33.0},
+        1,
+        9e9,
+        8.4e12,
+    ),
 }
 ENDS = {"ours": 560.0, "published": 830.0, "published-compiled": 720.0}
 
