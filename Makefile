@@ -15,19 +15,23 @@ NATIVE := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test lint format clean
+.PHONY: help demo build test gpu lint format clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 demo: $(BUILT) ## Install, build, then draw a picture and edit it into out/.
-	$(BIN)/blip3o-rt generate "a red circle on a blue background" --seed 7 --out out/picture.png
+	$(BIN)/blip3o-rt generate "a large red circle on a blue background" --seed 7 --out out/picture.png
 	$(BIN)/blip3o-rt edit "make the circle green" out/picture.png --seed 7 --out out/edit.png
 
 build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with CUDA.
 
 test: $(BUILT) $(DEVELOPMENT) ## Run the whole suite.
 	$(BIN)/python -m pytest
+
+gpu: $(BUILT) $(DEVELOPMENT) ## On a GPU: build, test, validate, bench, trace; GPU_OPTIONS=--dry-run only checks.
+	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS)
+	$(BIN)/python -m benchmarks.render $(if $(filter --dry-run,$(GPU_OPTIONS)),--check)
 
 lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
 	$(BIN)/ruff check .

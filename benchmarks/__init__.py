@@ -1,0 +1,1 @@
+"""Programs that measure on a machine, and what they measured."""

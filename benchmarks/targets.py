@@ -1,0 +1,138 @@
+"""What the project wants to reach at the published size, and how far the records of a machine are from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.reports.reading import Record, Row, peers, rows
+from blip3o_rt.reports.units import number_text, ratio_text, share_text, time_text
+
+FILE = Path(__file__).parent / "targets.json"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure to reach.
+
+    measure: "seconds" of a call, "rate" per second, "share" of the ceiling, or "ratio" to `peer`. least or
+    most: the bound. gpu: what the GPU's name contains, where the figure is one of that GPU only.
+    """
+
+    name: str
+    device: str
+    line: str
+    measure: str
+    least: float | None = None
+    most: float | None = None
+    batch: int = 1
+    size: str = "published"
+    dtype: str = "bf16"
+    tier: str = "exact"
+    gpu: str | None = None
+    peer: str | None = None
+
+    def of_machine(self, machine: str | None, device: str) -> bool:
+        """Whether it is a target of that GPU or processor (None: of any), on cuda or cpu."""
+        return device == self.device and (machine is None or self.gpu is None or self.gpu in machine)
+
+    @property
+    def label(self) -> str:
+        """The name, with the GPU where it is about one only."""
+        return self.name if self.gpu is None else f"{self.name}, {self.gpu}"
+
+    def matches(self, record: Record) -> bool:
+        """Whether a bench record measures the model, dtype and tier that it is about."""
+        model = record.get("model") or {}
+        wanted = {"size": self.size, "dtype": self.dtype, "tier": self.tier}
+        on_device = str(model.get("device", "")).startswith(self.device)
+        return on_device and all(model.get(key) == value for key, value in wanted.items())
+
+    def found(self, row: Row) -> float | None:
+        """The figure that a row has."""
+        line = row.ours
+        if line is None:
+            return None
+        if self.measure == "ratio":
+            return row.ratio(str(self.peer))
+        return {"seconds": line.median, "rate": line.rate, "share": line.share}[self.measure]
+
+    def text(self, value: float | None) -> str:
+        """A figure of this target in its unit."""
+        if value is None:
+            return ""
+        form = {"seconds": time_text, "share": share_text, "ratio": ratio_text}
+        return form[self.measure](value) if self.measure in form else f"{number_text(value)}/s"
+
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        return (
+            f"at least {self.text(self.least)}"
+            if self.least is not None
+            else f"at most {self.text(self.most)}"
+        )
+
+    def met(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A target and the figure measured for it, None where there is none."""
+
+    target: Target
+    value: float | None
+
+    @property
+    def word(self) -> str:
+        if self.value is None:
+            return "not measured"
+        return "met" if self.target.met(self.value) else "falls short"
+
+
+def targets(path: Path = FILE) -> list[Target]:
+    """All targets."""
+    return [Target(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind anywhere below a folder, oldest first."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(f"{kind}.json"))]
+    return sorted((r for r in found if r.get("kind") == kind), key=lambda record: str(record.get("created")))
+
+
+def newest_rows(records: Iterable[Record]) -> list[Row]:
+    """Stages of several records, oldest first, as if they were one: the newest of each name and batch.
+
+    A row is taken whole, so that a peer is only ever compared with what was timed beside it.
+    """
+    found = {(row.name, row.batch): row for record in records for row in rows(record)}
+    order = rows({"lines": [{"name": name, "batch": batch} for name, batch in found]})
+    return [found[row.name, row.batch] for row in order]
+
+
+def standings(records: Sequence[Record], machine: str | None, device: str) -> list[Standing]:
+    """Where a machine's records stand with its targets. machine: its GPU or processor, None for any."""
+    result = []
+    for target in targets():
+        if target.of_machine(machine, device):
+            table = newest_rows(record for record in records if target.matches(record))
+            row = next((row for row in table if (row.name, row.batch) == (target.line, target.batch)), None)
+            result.append(Standing(target, target.found(row) if row is not None else None))
+    return result
+
+
+def slower_than(table: Sequence[Row]) -> list[str]:
+    """Where a peer takes less time than ours, in words."""
+    found = []
+    for row in table:
+        for who in peers([row]):
+            ratio = row.ratio(who)
+            if ratio is not None and ratio < 1:
+                batch = f" at batch {row.batch}" if row.batch > 1 else ""
+                found.append(f"{row.name}{batch}: {who} takes {ratio:.2f} of our time")
+    return found
