@@ -1,30 +1,30 @@
-"""The embedded model is written once per geometry and version, and found again."""
+"""What comes with the package draws: a checkpoint in the published layout, found wherever it is installed."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from blip3o_rt import __version__, embedded
-from blip3o_rt.checkpoint.random_checkpoint import preset
+from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset
 from blip3o_rt.config import EditConfig
+from blip3o_rt.embedded import embedded_checkpoint
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.shapes.judge import judge, read_picture
+from blip3o_rt.shapes.scene import Scene, Shape
 
 
-def test_another_geometry_or_version_is_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_lies_in_the_package() -> None:
+    assert (embedded_checkpoint() / "config.json").is_file()
+
+
+def test_it_draws_what_it_is_asked() -> None:
+    """One easy request of each kind; how often it does is for `blip3o-rt score` to say."""
+    pipeline = Pipeline.load(device="cpu")
+    (picture,) = pipeline.generate("a large red circle in the centre on a blue background", seed=7)
+    circle = Shape("red", "circle", "large", "centre")
+    assert judge(read_picture(picture), Scene("blue", (circle,))).right
+    (edited,) = pipeline.edit("change the background to yellow", picture, seed=7)
+    assert judge(read_picture(edited), Scene("yellow", (circle,))).right
+
+
+def test_another_geometry_of_a_random_checkpoint_is_another_folder() -> None:
     plain, edits = preset("tiny", EditConfig()), preset("tiny", EditConfig(use_und_image_vae=True))
-    name = embedded.folder_name(plain)
-    assert name.startswith(f"random-{__version__}-")
-    assert name == embedded.folder_name(preset("tiny", EditConfig()))
-    assert name != embedded.folder_name(edits)
-    monkeypatch.setattr(embedded, "__version__", "99.0")
-    assert name != embedded.folder_name(plain)
-
-
-def test_it_is_written_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("BLIP3O_CACHE", str(tmp_path / "cache"))
-    folder = embedded.embedded_checkpoint()
-    assert (folder / "config.json").is_file()
-    assert list((tmp_path / "cache").iterdir()) == [folder]
-    monkeypatch.setattr(embedded, "write_random_checkpoint", None)
-    assert embedded.embedded_checkpoint() == folder
+    assert folder_name(plain) == folder_name(preset("tiny", EditConfig()))
+    assert folder_name(plain) != folder_name(edits)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blip3o_rt import __version__
 from blip3o_rt.checkpoint import published
 from blip3o_rt.checkpoint.config_file import ConfigFile
 from blip3o_rt.checkpoint.original import PathName
@@ -96,6 +97,12 @@ def _published() -> ModelConfig:
         edit=EditConfig(),
         ta_tok=ta_tok,
     )
+
+
+def folder_name(config: ModelConfig) -> str:
+    """Name for the folder of a random checkpoint that is kept: another version or geometry has another."""
+    geometry = json.dumps(asdict(config), sort_keys=True).encode()
+    return f"random-{__version__}-{hashlib.sha256(geometry).hexdigest()[:12]}"
 
 
 def write_random_checkpoint(

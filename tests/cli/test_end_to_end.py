@@ -20,11 +20,10 @@ TIMEOUT = 300  # seconds; far more than it takes, so that a busy machine does no
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The package under test from any folder; the embedded model is written once, into a cache of its own."""
+def environment() -> dict[str, str]:
+    """The package under test from any folder."""
     package = str(Path(blip3o_rt.__file__).parents[1])
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "PYTHONPATH": package, "BLIP3O_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
 
 
 def run(folder: Path, environment: dict[str, str], *arguments: str) -> str:
