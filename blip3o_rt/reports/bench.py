@@ -10,6 +10,7 @@ from typing import Any
 from blip3o_rt.reports import plots
 from blip3o_rt.reports.page import data_uri, write_page
 from blip3o_rt.reports.reading import (
+    UNCOUNTED,
     Line,
     Record,
     Row,
@@ -101,7 +102,8 @@ def stage_row(row: Row, others: Sequence[str]) -> dict[str, Any]:
 
 def detail_cells(line: Line) -> list[str]:
     """The cells below DETAILS."""
-    rate = f"{number_text(line.rate)} {line.unit}s/s" if line.rate else ""
+    counted = line.rate and line.name not in UNCOUNTED
+    rate = f"{number_text(line.rate)} {line.unit}s/s" if counted else ""
     return [
         *map(time_text, (line.median, line.p90, line.least)),
         str(line.count or ""),

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from blip3o_rt.reports.reading import (
     OURS,
     PICTURE,
+    STAGES,
+    UNCOUNTED,
     UNITS,
     Line,
     Record,
@@ -48,7 +50,17 @@ MARKERS = {
     "published-graphed": "P",
 }
 OTHER_COLOUR, OTHER_MARKER, GRID_COLOUR, TEXT_COLOUR = "#555555", "X", "#dddddd", "#222222"
-STAGE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+STAGE_COLOURS = {
+    "ar.prefill": "#d55e00",
+    "ar.token": "#e69f00",
+    "ar.second_pass": "#999999",
+    "connector": "#cc79a7",
+    "dit.tables": "#f0e442",
+    "dit.condition": "#56b4e9",
+    "dit.step": "#0072b2",
+    "vae.decode": "#009e73",
+}
+MEASURED_WHOLE = ("all ops", "batching")  # switches of bench that no sum of single ones can hold
 BEHIND_TEXT = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 LABEL_HEIGHT = 14.0  # points
 WIDTH = 9.5  # inches; a page shows an inch as 96 pixels
@@ -135,6 +147,7 @@ def roofline(record: Record) -> bytes | None:
                 color=COLOURS[OURS],
                 bbox=BEHIND_TEXT,
                 zorder=2.5,
+                arrowprops={"arrowstyle": "-", "color": COLOURS[OURS], "linewidth": 0.6} if drop else None,
             )
         axes.legend(loc="lower right")
     return buffer.getvalue()
@@ -204,13 +217,13 @@ def breakdown(record: Record) -> bytes | None:
     parts = picture_parts(record)
     if not parts:
         return None
-    stages = list(dict.fromkeys(name for found in parts.values() for name in found))
+    stages = [stage for stage in STAGES if any(stage in found for found in parts.values())]
     with figure(1.3 + 0.55 * len(parts)) as ((axes,), buffer):
         whos = list(parts)[::-1]
         left = [0.0] * len(whos)
-        for place, stage in enumerate(stages):
+        for stage in stages:
             widths = [parts[who].get(stage, 0.0) for who in whos]
-            shade = STAGE_COLOURS[place % len(STAGE_COLOURS)]
+            shade = STAGE_COLOURS.get(stage, OTHER_COLOUR)
             axes.barh(whos, widths, left=left, color=shade, label=stage, edgecolor="white", height=0.6)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         for who, total in zip(whos, left, strict=True):
@@ -228,7 +241,7 @@ def breakdown(record: Record) -> bytes | None:
 
 
 def ablation(record: Record) -> bytes | None:
-    """What each switch is worth alone, as steps from everything off to everything on, per timed line."""
+    """What each switch takes off the time of its line, from everything off to everything on."""
     found: dict[str, list[tuple[str, float]]] = {}
     for entry in entries(record, "ablations"):
         ratio = number(entry, "ratio")  # time with the switch off over time with it on
@@ -237,34 +250,36 @@ def ablation(record: Record) -> bytes | None:
     if not found:
         return None
     height = sum(0.9 + 0.36 * (len(steps) + 1) for steps in found.values())
-    ratios = [len(steps) + 3.0 for steps in found.values()]
-    with figure(height, rows=len(found), heights=ratios) as (panels, buffer):
+    heights = [len(steps) + 3.0 for steps in found.values()]
+    with figure(height, rows=len(found), heights=heights) as (panels, buffer):
         for axes, (line, steps) in zip(panels, found.items(), strict=True):
             draw_waterfall(axes, line, sorted(steps, key=lambda step: -step[1]))
     return buffer.getvalue()
 
 
 def draw_waterfall(axes: Axes, line: str, steps: Sequence[tuple[str, float]]) -> None:
-    """One bar per switch from the time with it off to the time with it on, each beginning where one ended."""
-    total = math.prod(ratio for _, ratio in steps)
-    labels, begin = [name for name, _ in steps], total
-    for place, (_, ratio) in enumerate(steps):
-        end = begin / ratio
-        shade = COLOURS[OURS] if ratio >= 1 else COLOURS["published"]
-        axes.barh(place, end - begin, left=begin, color=shade, height=0.62)
-        axes.annotate(
-            f"{ratio:.2f}x",
-            (max(begin, end), place),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-        )
+    """One bar per switch, from the time with it off to that with it on, each beginning where one ended.
+
+    What turns several switches at once, or times another amount of work, is a bar of its own from 0.
+    """
+    whole = [step for step in steps if step[0] in MEASURED_WHOLE]
+    single = [step for step in steps if step[0] not in MEASURED_WHOLE]
+    begin = 1.0 + sum(ratio - 1.0 for _, ratio in single)
+    bars = [(name, 0.0, ratio, OTHER_COLOUR, ratio) for name, ratio in whole]
+    for name, ratio in single:
+        end = begin - (ratio - 1.0)
+        bars.append((name, begin, end, COLOURS[OURS] if ratio >= 1 else COLOURS["published"], ratio))
         begin = end
-    axes.barh(len(steps), 1.0, color=OTHER_COLOUR, height=0.62)
-    axes.set_yticks(range(len(steps) + 1), [*labels, "all on"])
+    bars.append(("all on", 0.0, 1.0, OTHER_COLOUR, 1.0))
+    for place, (_, left, right, shade, ratio) in enumerate(bars):
+        axes.barh(place, right - left, left=left, color=shade, height=0.62)
+        edge = (max(left, right), place)
+        axes.annotate(f"{ratio:.2f}x", edge, xytext=(5, 0), textcoords="offset points", va="center")
+    axes.set_yticks(range(len(bars)), [bar[0] for bar in bars])
     axes.invert_yaxis()
     axes.axvline(1.0, color=TEXT_COLOUR, linewidth=1)
-    axes.set(title=line, xlabel="time, where all on is 1", xlim=(0, 1.12 * max(total, 1.0)))
+    most = max(edge for bar in bars for edge in bar[1:3])
+    axes.set(title=line, xlabel="time, where all on is 1", xlim=(0, 1.15 * most))
     axes.grid(visible=False, axis="y")
 
 
@@ -312,7 +327,7 @@ def batch_scaling(record: Record) -> bytes | None:
     found: dict[str, dict[str, list[Line]]] = {}
     for row in rows(record):
         for who, line in row.lines.items():
-            if line.rate is not None:
+            if line.rate is not None and row.name not in UNCOUNTED:
                 found.setdefault(row.name, {}).setdefault(who, []).append(line)
     several = {
         name: {who: lines for who, lines in by_who.items() if len(lines) > 1}

@@ -30,6 +30,7 @@ STAGES = (
 UNITS = {"ar.prefill": "token", "ar.token": "token", "ar.second_pass": "token", "dit.step": "step"}
 PUBLISHED = ("published", "published-compiled", "published-graphed")
 PICTURE = "picture"  # the unit of every other stage
+UNCOUNTED = ("image.host", "dit.tables", "dit.condition")  # stages whose work per second says nothing
 
 Record = Mapping[str, Any]
 

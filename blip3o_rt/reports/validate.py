@@ -99,32 +99,38 @@ def line_cells(entry: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(entry.get("dtype") or ""),
         "shape": shape_text(entry.get("shape")),
         "measure": measure,
-        "found": value_text(number(entry, "found")),
-        "bound": "" if bound is None else f"{relation} {value_text(bound)}",
-        "reference_error": value_text(number(entry, "reference_error")),
+        "found": value_text(number(entry, "found"), measure),
+        "bound": "" if bound is None else f"{relation} {value_text(bound, measure)}",
+        "reference_error": value_text(number(entry, "reference_error"), measure),
         "passed": entry.get("passed"),
         "why": sentence(entry.get("why")),
         "detail": sentence(entry.get("detail")),
     }
 
 
-def value_text(value: float | None) -> str:
-    """A measured error or quality; empty for None."""
+def value_text(value: float | None, measure: str) -> str:
+    """A measured error or likeness; empty for None."""
     if value is None:
         return ""
+    if measure.lower().startswith("ssim"):
+        return f"{value:.5f}"
     return f"{value:.2e}" if 0 < abs(value) < 1e-3 else significant(value)
 
 
 def sentence(text: object) -> str:
-    """Text with a full stop, so that it can be followed by more."""
+    """Text as a sentence, so that it can stand beside others."""
     found = str(text or "").strip()
+    found = found[:1].upper() + found[1:]
     return found if not found or found.endswith((".", "!", "?")) else f"{found}."
 
 
 def picture_cells(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A compared picture: its three images as addresses that need no file, and how alike two of them are."""
     psnr, ssim = number(entry, "psnr"), number(entry, "ssim")
-    quality = [f"PSNR {number_text(psnr)} dB"] if psnr is not None else []
+    quality = (
+        ["no pixel differs"] if psnr is None and ssim == 1.0 else []
+    )  # a PSNR without bound is no number
+    quality += [f"PSNR {number_text(psnr)} dB"] if psnr is not None else []
     quality += [f"SSIM {ssim:.4f}"] if ssim is not None else []
     parts = []
     for key, label in PICTURES.items():

@@ -124,6 +124,7 @@ def bench_record() -> dict[str, Any]:
         "ablations": [
             ablated("native row_linear", "ar.token", 1.55),
             ablated("native decode attention", "ar.token", 1.12),
+            ablated("all ops", "ar.token", 1.7),
             ablated("one null token", "dit.step", 1.04),
             ablated("token-major", "dit.step", 0.97),
         ],

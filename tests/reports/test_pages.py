@@ -207,7 +207,7 @@ def test_a_validate_page_names_what_failed(tmp_path: Path) -> None:
     page = validate_page(record, tmp_path)
     assert "1 of 6 checks on the shapes model FAILED." in page.text
     assert re.search(r"What failed\s+ops: silu_mul, cpu, bf16, 3 x 64 worst error 0\.0250", page.text)
-    assert page.row("silu_mul")[-2:] == ["FAILED", "one rounding."]
+    assert page.row("silu_mul")[-2:] == ["FAILED", "One rounding."]
     hidden = page.row("hidden states")
     assert hidden[3:7] == ["0.00400", "≤ 0.00660", "0.00440", "passed"]
     assert page.row("picture")[3:6] == ["44.2", "≥ 38.0", "passed"]
