@@ -24,7 +24,7 @@ def choice_line(
 ) -> Line:
     """Choices [N] against published float32 scores [N, C]; found is how many are wrong.
 
-    published_scores: in bfloat16, for a "bf16" line: a score may be off by 1.5 times their largest error.
+    published_scores: in bfloat16, for a "bf16" line: a score may be off by 1.25 times their largest error.
     Without them it may be off by the bound of float32, of the largest score.
     """
     chosen, scores = chosen.cpu(), scores.float().cpu()

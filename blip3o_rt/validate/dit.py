@@ -17,7 +17,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.reference.measure import relative_l2
 from blip3o_rt.reference.published import Reference, Step
-from blip3o_rt.validate.bounds import BF16_RATIO, FP32_BOUND, WHY_BF16, WHY_FP32, tensor_line
+from blip3o_rt.validate.bounds import BF16_RATIO, FP32_BOUND, WHY_FP32, tensor_line, why_bf16
 from blip3o_rt.validate.line import Line, at_most
 from blip3o_rt.validate.subject import Subject
 
@@ -77,7 +77,7 @@ def _latents_line(
         "relative L2",
         errors[worst],
         bounds[worst],
-        why=WHY_FP32 if published is None else WHY_BF16,
+        why=WHY_FP32 if published is None else why_bf16(),
         reference_error=None if published is None else yardsticks[worst],
         detail=f"worst of {len(errors)} steps: {worst + 1}; each: {each}",
     )

@@ -21,8 +21,6 @@ OFF_BY_MORE = 1e-3  # share of values that float32 may have off by more than one
 FP32_PSNR = 20 * math.log10(255)  # every value off by one grey level
 FP32_SSIM = 0.999
 WHY_ROUNDED = "each value rounds to the same or the next grey level"
-WHY_BF16_PSNR = f"{BF16_RATIO} x the published bfloat16 picture's error, in dB"
-WHY_BF16_SSIM = f"{BF16_RATIO}^2 x the published bfloat16 picture's loss, which goes as the error's square"
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,13 @@ def picture_lines(
     dtype: str,
     found: Likeness,
     yardstick: Likeness | None,
+    *,
+    ratio: float = BF16_RATIO,
 ) -> Iterator[Line]:
     """How like the published picture in float32 ours is.
 
-    yardstick: how like it the published one in bfloat16 is, for "bf16" lines.
+    yardstick: how like it the published one in bfloat16 is, for "bf16" lines: our error may be `ratio` times
+    its error, and our loss of similarity, which goes as the error's square, ratio^2 times its loss.
     """
     equal = "the pictures are equal" if math.isinf(found.psnr) else None
     if yardstick is None:
@@ -97,7 +98,7 @@ def picture_lines(
         )
         yield at_least(group, f"{name}: SSIM", dtype, "SSIM", found.ssim, FP32_SSIM, why=WHY_ROUNDED)
         return
-    least = _decibels(yardstick) - 20 * math.log10(BF16_RATIO)
+    least = _decibels(yardstick) - 20 * math.log10(ratio)
     yield at_least(
         group,
         f"{name}: PSNR",
@@ -105,7 +106,7 @@ def picture_lines(
         "PSNR dB",
         _decibels(found),
         least,
-        why=WHY_BF16_PSNR,
+        why=f"{ratio:g} x the published bfloat16 picture's error, in dB",
         reference_error=_decibels(yardstick),
         detail=equal,
     )
@@ -115,8 +116,8 @@ def picture_lines(
         dtype,
         "SSIM",
         found.ssim,
-        1 - BF16_RATIO**2 * (1 - yardstick.ssim),
-        why=WHY_BF16_SSIM,
+        1 - ratio**2 * (1 - yardstick.ssim),
+        why=f"{ratio:g}^2 x the published bfloat16 picture's loss",
         reference_error=yardstick.ssim,
     )
 

@@ -12,7 +12,7 @@ from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.random import normal_noise
 from blip3o_rt.reference.published import levels
-from blip3o_rt.validate.bounds import tensor_line
+from blip3o_rt.validate.bounds import PIPELINE_RATIO, tensor_line
 from blip3o_rt.validate.line import Line
 from blip3o_rt.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.validate.subject import INSTRUCTION, PROMPT, SEED, Subject
@@ -45,11 +45,13 @@ def pipeline_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) 
             found = _ours(subject, dtype, mode)
             exact = _published(subject, "fp32", mode, found)
             rounded = _published(subject, "bf16", mode, found) if dtype == "bf16" else None
-            yield tensor_line("pipeline", f"{mode}: pixels", dtype, found.pixels, exact, rounded)
+            yield tensor_line(
+                "pipeline", f"{mode}: pixels", dtype, found.pixels, exact, rounded, ratio=PIPELINE_RATIO
+            )
             expected = levels(exact)
             likeness = compared(f"pipeline {mode} {dtype}", levels(found.pixels), expected)
             known = None if rounded is None else Likeness.of(levels(rounded), expected)
-            yield from picture_lines("pipeline", mode, dtype, likeness, known)
+            yield from picture_lines("pipeline", mode, dtype, likeness, known, ratio=PIPELINE_RATIO)
 
 
 def _modes(subject: Subject) -> list[str]:
