@@ -253,6 +253,14 @@ def trace(site: Site) -> list[str]:
     return [site.python, "-m", "blip3o_rt", "generate", "a red circle", *options, *files, *out]
 
 
+def trace_stages(site: Site) -> list[str]:
+    """A call of every stage alone; the record that comes with it is of too few runs to keep."""
+    files = ["--trace", str(site.results / "trace" / "stages.json.gz")]
+    command = bench("unused", 0.1, "--stages", "all", "--peers", "none", "--quick", "--quiet", *files)(site)
+    command[command.index("--out") + 1] = str(site.work / "traced-bench")
+    return command
+
+
 ALL_PEERS = ("--peers", "transformers,diffusers,published,compiled,graphed")
 MEASURES = ("packages", "build", "checkpoint")
 
@@ -353,6 +361,7 @@ PIECES = (
         needs=MEASURES,
     ),
     Piece("trace", "a request with all its ranges and kernels", 120, trace, needs=MEASURES),
+    Piece("trace-stages", "a call of every stage with all its kernels", 120, trace_stages, needs=MEASURES),
 )
 
 

@@ -240,3 +240,28 @@ def test_the_command_writes_a_trace(
     assert read(target).names() == ["plan", "render"]
     assert len(read(target).find("ar.token 1")) == 0
     assert capsys.readouterr().out.split() == [str(out)]
+
+
+def test_bench_traces_a_call_of_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "stages.json"
+    options = ["--size", "tiny", "--device", "cpu", "--dtype", "fp32", "--work", str(tmp_path), "--quick"]
+    options += [
+        "--stages",
+        "connector,dit.step,ar.token",
+        "--peers",
+        "none",
+        "--quiet",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main(["bench", *options, "--trace", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(target)
+    benched = [found for found in read(target).inside if found.name.startswith("bench ")]
+    assert [found.name for found in benched] == ["bench ar.token", "bench connector", "bench dit.step"]
+    assert without_op_ranges(benched[1].names()) == ["connector", "connector"]
+    for found, op in zip(benched, ("row_linear", "", "relu_linear_attention"), strict=True):
+        assert not op or any(name.startswith(f"{op} [") for name in names_below(found))
+
+
+def names_below(parent: Range) -> list[str]:
+    return [name for child in parent.inside for name in (child.name, *names_below(child))]

@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip3o_rt import trace
+from blip3o_rt.cli.pictures import make_folder
 from blip3o_rt.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -72,6 +74,12 @@ def add_parser(subparsers: Any) -> None:
         "--budget", type=float, metavar="MINUTES", help="of all stages (published 20, shapes 4, tiny 1)"
     )
     effort.add_argument("--quick", action="store_true", help="see that it works: numbers mean nothing")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="then trace a call of every stage of ours for ui.perfetto.dev, a .json or .json.gz",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the record (out/bench-DATE-TIME)")
     parser.add_argument("--quiet", action="store_true", help="no table and no lines on the way")
     parser.set_defaults(run=run)
@@ -106,15 +114,22 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("out") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     if out.exists() and not out.is_dir():
         raise ParameterError(f"--out is {out}, a file: accepted is a folder")
+    if arguments.trace is not None:
+        trace.check_path(arguments.trace)
+        make_folder("--trace", arguments.trace.parent)
 
     # PyTorch takes seconds to import: not for --help
+    from transformers.utils import logging
+
     from blip3o_rt.bench import lines
     from blip3o_rt.bench.record import Record
     from blip3o_rt.bench.run import Run, Settings, model_entry
     from blip3o_rt.bench.subject import default_work_folder, prepare
+    from blip3o_rt.bench.traced import trace_stages
     from blip3o_rt.machine import resolve_device, resolve_dtype
     from blip3o_rt.ops.user_kernels import load_kernels
 
+    logging.set_verbosity_error()
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
     wanted = names(arguments.stages) or (() if arguments.ops or arguments.ablate else ("all",))
@@ -144,6 +159,9 @@ def run(arguments: argparse.Namespace) -> int:
             Run(subject, settings, record, say).everything()
         finally:
             finish(record, quiet=arguments.quiet)
+        if arguments.trace is not None:
+            trace_stages(subject, stages, arguments.trace, say)
+            print(arguments.trace)
     return FAILED_LINES if record.failed else 0
 
 

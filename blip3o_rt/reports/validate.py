@@ -133,7 +133,9 @@ def picture_cells(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     quality += [f"PSNR {number_text(psnr)} dB"] if psnr is not None else []
     quality += [f"SSIM {ssim:.4f}"] if ssim is not None else []
     parts = []
-    for key, label in PICTURES.items():
+    amplified = number(entry, "amplified")
+    labels = {**PICTURES, "difference": f"difference, times {amplified:.0f}"} if amplified else PICTURES
+    for key, label in labels.items():
         file = entry.get(key)
         parts.append((label, picture_uri(folder / str(file)) if file else None, file))
     return {"name": str(entry.get("name") or "picture"), "quality": ", ".join(quality), "parts": parts}
