@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "blip3o_rt" / "shapes" / "checkpoint"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -146,5 +147,19 @@ def test_source_distribution_can_be_built_from(tmp_path: Path, tools: Path) -> N
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    folders = (ROOT / "csrc", CHECKPOINT)
+    sources = {str(p.relative_to(ROOT)) for folder in folders for p in folder.rglob("*") if p.is_file()}
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "blip3o_rt/ops/registry.py"} | sources <= names
+
+
+def test_an_installed_package_carries_the_embedded_model(tmp_path: Path, tools: Path) -> None:
+    info = tmp_path / "egg"
+    info.mkdir()
+    done = setup(
+        tmp_path, tools, "egg_info", f"--egg-base={info}", "build_py", f"--build-lib={tmp_path / 'lib'}"
+    )
+    assert done.returncode == 0, done.stderr
+    installed = tmp_path / "lib" / CHECKPOINT.relative_to(ROOT)
+    for path in CHECKPOINT.rglob("*"):
+        if path.is_file():
+            assert (installed / path.relative_to(CHECKPOINT)).read_bytes() == path.read_bytes()
