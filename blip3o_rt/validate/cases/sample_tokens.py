@@ -18,7 +18,7 @@ def case(label: str, logits: Tensor, temperature: float = 1.0, top_k: int = 0, t
 def cases() -> Iterator[Case]:
     for vocabulary in (1, 2, 5, 1000, 4099):
         logits = random(vocabulary, 4, vocabulary, scale=3.0)
-        for top_k in (0, 1, 4, vocabulary, vocabulary + 7):
+        for top_k in dict.fromkeys((0, 1, 4, vocabulary, vocabulary + 7)):
             for top_p in (1.0, 0.9, 1e-6):
                 label = f"{vocabulary} tokens, top_k {top_k}, top_p {top_p}"
                 yield case(label, logits, 1.0, top_k, top_p)
