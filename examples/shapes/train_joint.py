@@ -34,6 +34,7 @@ from .training import SAVE_EVERY, Log, WeightAverage, finished_module, load_stat
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
+EDIT_DRAWS = {"move": 3, "remove": 2, "recolour": 2, "background": 1, "add": 1, "keep": 1}  # hard kinds more often
 LOSS_WEIGHTS = {"flow": 1.0, "index": 0.3, "place": 0.1, "shown": 0.1}
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls to a twentieth
@@ -72,7 +73,8 @@ def edit_batch(
     rng: random.Random, count: int, tokenizer: PromptTokenizer, eyes: ImageTokenizer | None
 ) -> Batch:
     """Edit instructions with the scenes before (as the image tokenizer sees them, if given) and after."""
-    edits = [random_edit(rng) for _ in range(count)]
+    kinds = rng.choices(list(EDIT_DRAWS), weights=list(EDIT_DRAWS.values()), k=count)
+    edits = [random_edit(rng, kind) for kind in kinds]
     before = [edit.before for edit in edits]
     seen = [scene_codes(s) for s in before] if eyes is None else eyes.encode(render_batch(before)[0]).tolist()
     prompts = [tokenizer.edit(edit.instruction, codes) for edit, codes in zip(edits, seen, strict=True)]
@@ -198,7 +200,7 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
         optimiser.zero_grad(set_to_none=True)
-        edits = batch // 3
+        edits = batch // 2
         batches = {
             "caption": caption_batch(rng, batch - edits, tokenizer),
             "edit": edit_batch(rng, edits, tokenizer, eyes),
@@ -227,7 +229,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--token-steps", type=int, default=200, help="steps that train the decoder alone")
-    parser.add_argument("--batch", type=int, default=32, help="examples per step, a third of them edits")
+    parser.add_argument("--batch", type=int, default=32, help="examples per step, half of them edits")
     parser.add_argument("--noises", type=int, default=4, help="noise levels per example and step")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=3)
