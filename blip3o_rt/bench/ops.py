@@ -62,12 +62,17 @@ def time_shape(
     runs: int,
     limit: float,
 ) -> Iterator[dict[str, Any]]:
-    """An entry for each implementation that takes the shape in the dtype, in turns."""
+    """An entry for each implementation that takes the shape in the dtype; they are timed in turns.
+
+    One that gives no result of the right kind is not timed.
+    """
     case = shape.make(dtype)
     names = [i.name for i in op.implementations if refusal(op, i, case, device.type) is None]
     checked = {name: check(op, shape, dtype, name, device) for name in names}
     rotation = Rotation(case, device)
-    samples = rotate(op, rotation, names, device, runs, limit)
+    able = [name for name in names if math.isfinite(checked[name].found)]
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples |= rotate(op, rotation, able, device, runs, limit)
     arguments, options = rotation.arguments[0]
     work = shape.work(case, op.reference(*arguments, **options))
     del rotation

@@ -162,7 +162,8 @@ class VisionTower:
         state = {n.removeprefix("encoder."): t for n, t in originals.items() if n.startswith("encoder.")}
         with torch.device("meta"):
             model = SiglipVisionModel(settings)
-        unused = {n: torch.zeros(t.shape) for n, t in model.state_dict().items() if "post_layernorm" in n}
+        like = originals["encode_task_layer.0.weight"]  # computed by the module and used by nobody:
+        unused = {n: like.new_zeros(t.shape) for n, t in model.state_dict().items() if "post_layernorm" in n}
         buffers = {"embeddings.position_ids": torch.arange(config.tokens)[None]}
         self.model = _loaded(model, {**unused, **state}, buffers)
         self.task = originals["encode_task_layer.0.weight"], originals["encode_task_layer.0.bias"]

@@ -159,10 +159,10 @@ class Run:
 
     def count(self, entry: Entry, timing: Timing) -> dict[str, int]:
         """Launches of one more call on a GPU, operator calls on the CPU; none of what takes long or fails."""
-        compiled = entry.contender.who in peers.WHO.values()
-        if timing.error is not None or compiled or (timing.cold or 0.0) > COUNTED_SECONDS:
-            return {}
         on_gpu = self.subject.device.type == "cuda"
+        uncountable = not on_gpu and entry.contender.who in peers.WHO.values()  # nothing but compiled code
+        if not timing.samples or uncountable or min(timing.samples) > COUNTED_SECONDS:
+            return {}
         with quiet():
             entry.contender.prepare()
             call = entry.contender.call

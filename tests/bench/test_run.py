@@ -1,0 +1,334 @@
+"""A whole run on the tiny model: what the record holds, and what is left of it when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blip3o_rt.bench import ablation, ceilings, lines, run, stages
+from blip3o_rt.bench.record import FILE, Record, as_text, format_seconds
+from blip3o_rt.bench.run import Run, Settings, model_entry
+from blip3o_rt.bench.subject import Subject, prepare
+from blip3o_rt.bench.timing import Timing
+from blip3o_rt.bench.work import Work
+from blip3o_rt.errors import CheckpointError
+
+LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
+launches operator_calls note"""
+OP_KEYS = (
+    "op implementation dtype shape samples median p90 min n bytes flops ceiling share error bound ok note"
+)
+ABLATION_KEYS = "switch off on line samples_off samples_on ratio"
+CEILINGS = [
+    ceilings.Ceiling("read", None, "GB/s", 10.0, [9.0, 10.0]),
+    ceilings.Ceiling("copy", None, "GB/s", 5.0, [5.0]),
+    ceilings.Ceiling("matmul", "fp32", "GFLOP/s", 100.0, [100.0]),
+]
+
+
+def settings(*names: str, **changes: Any) -> Settings:
+    usual: dict[str, Any] = {
+        "tier": "exact",
+        "batches": (1,),
+        "stages": lines.select(names),
+        "peers": (),
+        "op_names": None,
+        "ablate": False,
+        "runs": 2,
+        "seconds": 60.0,
+        "quick": True,
+        "steps": 2,
+    }
+    return Settings(**(usual | changes))
+
+
+@pytest.fixture
+def execute(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
+    """Runs with these settings; the ceilings are given, the record is in the test's folder."""
+    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+
+    def with_settings(chosen: Settings) -> Record:
+        record = Record(tmp_path, ["blip3o-rt", "bench"], model_entry(subject, chosen.tier, []))
+        Run(subject, chosen, record, lambda _: None).everything()
+        return record
+
+    return with_settings
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / FILE).read_text())
+
+
+def by_name(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(line["name"], line["who"]): line for line in data["lines"]}
+
+
+def test_record_of_all_stages(execute: Callable[..., Record], tmp_path: Path) -> None:
+    record = execute(settings("all", peers=("transformers", "diffusers", "published"), runs=1))
+    data = saved(tmp_path)
+    assert data == record.data
+    assert (data["kind"], data["version"], data["complete"]) == ("bench", 1, True)
+    assert {"size", "dtype", "tier", "device", "threads", "switches"} <= set(data["model"])
+    assert data["model"]["size"] == "tiny"
+    assert data["model"]["switches"]["ops"]["rms_norm"] in ("cpu", "torch")
+    assert {(c["name"], c["dtype"], c["unit"]) for c in data["ceilings"]} == {
+        ("read", None, "GB/s"),
+        ("copy", None, "GB/s"),
+        ("matmul", "fp32", "GFLOP/s"),
+    }
+    assert not record.failed
+    found = by_name(data)
+    assert {name for name, who in found if who == "ours"} == set(lines.NAMES) - {"ar.second_pass"}
+    assert {who for name, who in found if name == "image"} == {"ours", "published"}
+    for line in data["lines"]:
+        assert list(line) == LINE_KEYS.split()
+        assert line["n"] == len(line["samples"]) >= 1
+        assert line["launches"] is None  # there is no GPU here
+        if line["bytes"] is not None:
+            floor = max(line["bytes"] / 10e9, line["flops"] / 100e9)
+            assert line["share"] == pytest.approx(floor / line["median"])
+            assert line["ceiling"] in ("read", "matmul fp32")
+    assert found["ar.token", "ours"]["n"] == lines.MORE_RUNS["ar.token"]
+    for who in ("ours", "transformers"):
+        assert found["ar.token", who]["operator_calls"] > 10
+    assert found["image.host", "ours"]["median"] < found["image", "ours"]["median"]
+    text = as_text(data)
+    for name in lines.NAMES:
+        assert name in text
+
+
+def test_batches_are_of_tokens_and_pictures(execute: Callable[..., Record]) -> None:
+    record = execute(settings("ar.token", "connector", "image", batches=(1, 3), runs=1))
+    assert {(line["name"], line["batch"], line["per"]) for line in record.lines} == {
+        ("ar.token", 1, 1),
+        ("ar.token", 3, 3),
+        ("connector", 1, 1),
+        ("image", 1, 1),
+        ("image", 3, 3),
+        ("image.host", 1, 1),
+        ("image.host", 3, 3),
+    }
+
+
+def test_a_picture_that_takes_too_long_is_composed_and_says_so(execute: Callable[..., Record]) -> None:
+    record = execute(settings("ar", "connector", "dit", "vae.decode", "image", seconds=0.0))
+    (image,) = (line for line in record.lines if line["name"] == "image")
+    medians = {line["name"]: line["median"] for line in record.lines}
+    counts = {"ar.prefill": 1, "ar.token": 64, "dit.tables": 1, "connector": 1, "dit.condition": 1}
+    counts |= {"dit.step": 2, "vae.decode": 1}
+    assert image["median"] == pytest.approx(sum(count * medians[name] for name, count in counts.items()))
+    assert image["note"].startswith("composed: 1 x ar.prefill (ours) + 64 x ar.token (ours)")
+    assert image["n"] == 1
+    assert "image.host" not in medians
+
+
+def test_a_picture_that_fits_once_is_drawn_once(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "estimate", lambda *_: 40.0)  # of 60 seconds
+    record = execute(settings("image"))
+    (image,) = (line for line in record.lines if line["name"] == "image")
+    assert image["samples"] == [image["cold"]]
+    assert image["note"] == "its only run is its first"
+
+
+def test_a_line_that_fails_says_why_and_the_others_go_on(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("the first line\nthe second")
+
+    monkeypatch.setattr(stages.VaeStage, "decode", fail)
+    record = execute(settings("vae"))
+    found = by_name(record.data)
+    assert found["vae.decode", "ours"]["note"] == "failed: RuntimeError: the first line"
+    assert (found["vae.decode", "ours"]["n"], found["vae.decode", "ours"]["median"]) == (0, None)
+    assert found["vae.encode", "ours"]["n"] == 2
+    assert record.failed
+    assert record.data["complete"]
+    assert "failed: RuntimeError" in as_text(record.data)
+
+
+def test_an_interruption_keeps_what_was_measured(
+    execute: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def interrupted(_: object) -> None:
+        if next(calls) == 2:  # cold, warm, and then
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.VaeStage, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(settings("vae", runs=5))
+    data = saved(tmp_path)
+    assert not data["complete"]
+    assert by_name(data)["vae.decode", "ours"]["n"] == 5
+    assert by_name(data)["vae.encode", "ours"]["n"] == 1
+
+
+def test_a_part_that_the_checkpoint_lacks_is_left_out_with_a_note(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: object) -> None:
+        raise CheckpointError("this checkpoint has none")
+
+    group = lines.Group(("tatok.encode",), ("ta_tok",), nothing)  # type: ignore[arg-type]
+    monkeypatch.setattr(run, "GROUPS", (group, lines.GROUPS[1]))
+    record = execute(settings("tatok", "connector"))
+    assert [line["name"] for line in record.lines] == ["connector"]
+    assert record.data["notes"] == [
+        "quick: the ceilings are too small to mean anything",
+        "tatok.encode left out: this checkpoint has none",
+    ]
+    assert not record.failed
+
+
+def test_ops_are_recorded(execute: Callable[..., Record]) -> None:
+    record = execute(settings(op_names=("gated_add", "nearest_code")))
+    entries = record.data["ops"]
+    assert {entry["op"] for entry in entries} == {"gated_add", "nearest_code"}
+    assert {entry["dtype"] for entry in entries if entry["op"] == "gated_add"} == {"fp32", "bf16"}
+    for entry in entries:
+        assert set(entry) == set(OP_KEYS.split())
+        assert entry["ok"]
+    gated = next(entry for entry in entries if entry["op"] == "gated_add")
+    assert gated["ceiling"] == "copy" or gated["dtype"] == "bf16"  # no matmul ceiling of bf16 was given
+    assert record.lines == []
+    assert "gated_add" in as_text(record.data)
+
+
+def test_switches_are_recorded_and_leave_no_trace(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "MORE_RUNS", {})
+    record = execute(settings(ablate=True, runs=1))
+    entries = record.data["ablations"]
+    assert {"image rows of the head", "key/value pages", "batching"} <= {entry["switch"] for entry in entries}
+    for entry in entries:
+        assert set(entry) == set(ABLATION_KEYS.split())
+        assert entry["ratio"] == pytest.approx(entry["samples_off"][0] / entry["samples_on"][0])
+    assert not record.failed
+    assert all(switch in as_text(record.data) for switch in ("batching", "key/value pages"))
+
+
+def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = subject.load(stages.ArStage.parts)
+    switches = {s.name: s for s in ablation.op_switches("ar.token", ablation.ar_token(checkpoint))}
+    if "rms_norm" not in switches:
+        pytest.skip("no op has a native implementation here")
+    seen: list[dict[str, tuple[str, ...]]] = []
+    contender = ablation._under(switches["rms_norm"].off, ablation.ar_token(checkpoint))
+    from blip3o_rt import ops
+
+    with ablation._restored([switches["rms_norm"].off]):
+        contender.prepare()
+        ops.reset_used()
+        contender.call()
+        seen.append(ops.used())
+    assert seen[0]["rms_norm"] == ("torch",)
+    assert seen[0]["row_linear"] == ("cpu",)
+    ops.reset_used()
+    ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-6)
+    assert ops.used()["rms_norm"] == ("cpu",)
+    assert set(switches[ablation.ALL_OPS].off.forced) >= {"rms_norm", "row_linear"}
+
+
+# The record by itself
+
+
+def test_a_record_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Record(tmp_path, [], {"dtype": "fp32"})
+    record.note("first")
+    before = (tmp_path / FILE).read_text()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="disk full"):
+        record.note("second")
+    assert (tmp_path / FILE).read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_shares_of_ceilings(tmp_path: Path) -> None:
+    record = Record(tmp_path, [], {"dtype": "fp32"})
+    assert record.share(Work(1, 1), "fp32", 1.0) == {"ceiling": None, "share": None}
+    record.add_ceilings(CEILINGS)
+    assert record.share(Work(10**9, 1), "fp32", 0.2) == {"ceiling": "read", "share": pytest.approx(0.5)}
+    assert record.share(Work(10**9, 1), "fp32", 0.2, "copy") == {"ceiling": "copy", "share": 1.0}
+    assert record.share(Work(1, 10**10), "fp32", 0.2) == {
+        "ceiling": "matmul fp32",
+        "share": pytest.approx(0.5),
+    }
+    assert record.share(None, "fp32", 0.2)["share"] is None
+    assert record.share(Work(1, 1), "fp32", None)["share"] is None
+
+
+def test_a_peer_is_compared_with_ours(tmp_path: Path) -> None:
+    record = Record(tmp_path, [], {"dtype": "fp32"})
+    for who, seconds in (("ours", 0.1), ("transformers", 0.22)):
+        record.add_line("ar.token", "a token", who, Timing(samples=[seconds] * 3), batch=1, per=1)
+    row = next(line for line in as_text(record.data).splitlines() if "transformers" in line)
+    assert row.split()[-1] == "2.20x"
+    assert "4.55 tokens/s" in row
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, ""),
+        (1234.5, "1234 s"),
+        (12.345, "12.3 s"),
+        (1.0, "1.00 s"),
+        (0.99996, "1.00 s"),
+        (0.0123, "12.3 ms"),
+        (0.00099999, "1.00 ms"),
+        (12.3e-6, "12.3 us"),
+        (4.5e-7, "0.450 us"),
+    ],
+)
+def test_seconds_in_words(seconds: float | None, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+# The subject
+
+
+def test_a_random_checkpoint_is_written_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    cpu = torch.device("cpu")
+    first = prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append)
+    assert first.folder == tmp_path / "tiny-bf16"
+    count = len(said)
+    assert count > 0
+    assert prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append) == first
+    assert len(said) == count
+    assert first.load(["dit"]).weights.keys() == {"dit"}
+    with pytest.raises(
+        CheckpointError, match="accepted are published, shapes, tiny or a checkpoint's folder"
+    ):
+        prepare(str(tmp_path / "none"), torch.bfloat16, cpu, tmp_path, said.append)
+
+
+def test_both_dtypes_are_the_same_model(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    wide, narrow = (
+        prepare("tiny", dtype, cpu, tmp_path, lambda _: None).load(["dit"]).weights["dit"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert all(torch.equal(wide[name], narrow[name].float()) for name in wide)
+
+
+def test_ceilings_of_this_machine() -> None:
+    found = ceilings.measure(torch.device("cpu"), quick=True)
+    assert [ceiling.key for ceiling in found] == ["read", "copy", "matmul fp32", "matmul bf16"]
+    for ceiling in found:
+        assert ceiling.value == max(ceiling.samples) > 0
+        assert len(ceiling.samples) == ceilings.RUNS
