@@ -2,8 +2,9 @@
 
 Cross-entropy on image tokens and flow matching on latents, in one backward pass through both, as the
 published recipe does. The condition is dropped for a tenth of the examples, which is what guidance needs.
-The first steps train the decoder alone, on tokens: until it has read the prompts the transformer can learn
-nothing.
+Of as many edits again the decoder alone learns the tokens: which shape an instruction means comes slowest,
+and costs little to practise. The first steps train the decoder alone: until it has read the prompts the
+transformer can learn nothing.
 
 The tokens to write are the scenes' own codes, which the image tokenizer of stage 2 is trained to give; an
 edit's reference is what that tokenizer really sees, as soon as it is finished.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,7 +35,14 @@ from .training import SAVE_EVERY, Log, WeightAverage, finished_module, load_stat
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
-EDIT_DRAWS = {"move": 3, "remove": 2, "recolour": 2, "background": 1, "add": 1, "keep": 1}  # hard kinds more often
+EDIT_DRAWS = {
+    "move": 3,
+    "remove": 2,
+    "recolour": 2,
+    "background": 1,
+    "add": 1,
+    "keep": 1,
+}  # hard kinds more often
 LOSS_WEIGHTS = {"flow": 1.0, "index": 0.3, "place": 0.1, "shown": 0.1}
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls to a twentieth
@@ -42,12 +50,16 @@ DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls 
 
 @dataclass
 class Batch:
-    """Token ids right-padded [N, L], where <S0> stands [N], and the scenes to show (and to edit)."""
+    """Token ids right-padded [N, L], where <S0> stands [N], and the scenes to show (and to edit).
+
+    Of a batch that is not drawn the decoder alone learns.
+    """
 
     ids: torch.Tensor
     starts: torch.Tensor
     scenes: list[Scene]
     before: list[Scene] | None
+    drawn: bool = True
 
 
 def make_batch(
@@ -139,7 +151,7 @@ def accumulate_gradients(
     for name, batch in batches.items():
         losses, hidden = token_loss(model, batch)
         loss = losses["tokens"]
-        if stages is not None:
+        if stages is not None and batch.drawn:
             flow = flow_losses(model, heads, batch, hidden, stages, noises)
             loss = loss + sum(LOSS_WEIGHTS[name] * value for name, value in flow.items())
             losses |= flow
@@ -204,6 +216,7 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
         batches = {
             "caption": caption_batch(rng, batch - edits, tokenizer),
             "edit": edit_batch(rng, edits, tokenizer, eyes),
+            "plan": replace(edit_batch(rng, batch, tokenizer, eyes), drawn=False),
         }
         report = accumulate_gradients(model, heads, batches, stages, noises)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
