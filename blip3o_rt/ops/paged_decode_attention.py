@@ -49,6 +49,29 @@ def paged_decode_attention(
     return deliver(result.reshape(q.shape), q.dtype, out)
 
 
+@paged_decode_attention.implementation(
+    "cuda", device="cuda", dtypes=FLOATS, available=native.cuda_unavailable
+)
+def _cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lengths: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(q) if out is None else out
+    positions = block_table.shape[1] * k_cache.shape[2]
+    size = native.cuda().paged_decode_attention_workspace(*q.shape, positions)
+    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    native.cuda().paged_decode_attention(
+        q, k_cache, v_cache, block_table, context_lengths, scale, workspace, out
+    )
+    return out
+
+
 @paged_decode_attention.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
 def _cpu(
     q: Tensor,

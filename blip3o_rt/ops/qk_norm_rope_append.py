@@ -62,6 +62,33 @@ def _append(cache: Tensor, values: Tensor, slots: Tensor) -> None:
     cache[page, :, offset] = torch.where(written, values[source].to(cache.dtype), cache[page, :, offset])
 
 
+def _new_query(qkv: Tensor, k_cache: Tensor) -> Tensor:
+    _, kv_heads, _, head_dim = k_cache.shape
+    q_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
+    return torch.empty((qkv.shape[0], q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+
+
+@qk_norm_rope_append.implementation("cuda", device="cuda", dtypes=FLOATS, available=native.cuda_unavailable)
+def _cuda(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = _new_query(qkv, k_cache) if out is None else out
+    native.cuda().qk_norm_rope_append(
+        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
+    )
+    return out
+
+
 @qk_norm_rope_append.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
 def _cpu(
     qkv: Tensor,
@@ -76,10 +103,7 @@ def _cpu(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    if out is None:
-        _, kv_heads, _, head_dim = k_cache.shape
-        q_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
-        out = torch.empty((qkv.shape[0], q_heads, head_dim), dtype=qkv.dtype)
+    out = _new_query(qkv, k_cache) if out is None else out
     native.cpu().qk_norm_rope_append(
         qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
     )

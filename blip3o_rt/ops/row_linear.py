@@ -11,6 +11,7 @@ from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op, weight_dtype_matches
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
+CUDA_ROWS = 64  # rows of x that the CUDA kernels take
 WIDENED_ROWS = 4096  # rows of a bfloat16 weight that exist in float32 at a time
 
 
@@ -37,6 +38,23 @@ def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Te
 def _widened_product(rows: tuple[Tensor, ...], weight: Tensor, wide: torch.dtype) -> Tensor:
     weight = weight.to(wide)
     return torch.cat([F.linear(row.to(wide), weight) for row in rows])
+
+
+def _few_rows(x: Tensor, weight: Tensor, **_: object) -> str | None:
+    """The support of the CUDA kernels, which read the weight once per CUDA_ROWS rows at most."""
+    if len(x) > CUDA_ROWS:
+        return f"takes up to {CUDA_ROWS} rows, got {len(x)}"
+    return weight_dtype_matches(x, weight)
+
+
+@row_linear.implementation(
+    "cuda", device="cuda", dtypes=FLOATS, supports=_few_rows, available=native.cuda_unavailable
+)
+def _cuda(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    native.cuda().row_linear(x, weight, bias, out)
+    return out
 
 
 @row_linear.implementation(

@@ -53,6 +53,27 @@ def sample_tokens(
     return deliver(tokens, torch.int64, out)
 
 
+@sample_tokens.implementation(
+    "cuda", device="cuda", dtypes=(torch.float32,), available=native.cuda_unavailable
+)
+def _cuda(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    device = logits.device
+    out = torch.empty(logits.shape[0], dtype=torch.int64, device=device) if out is None else out
+    size = native.cuda().sample_tokens_workspace(*logits.shape)
+    workspace = torch.empty(size, dtype=torch.int64, device=device)
+    native.cuda().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, workspace, out)
+    return out
+
+
 @sample_tokens.implementation("cpu", device="cpu", dtypes=(torch.float32,), available=native.cpu_unavailable)
 def _cpu(
     logits: Tensor,

@@ -18,6 +18,15 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     return deliver(F.silu(gate) * up, gate_up.dtype, out)
 
 
+@silu_mul.implementation("cuda", device="cuda", dtypes=FLOATS, available=native.cuda_unavailable)
+def _cuda(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
+    native.cuda().silu_mul(gate_up, out)
+    return out
+
+
 @silu_mul.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
 def _cpu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is None:

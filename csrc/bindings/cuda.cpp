@@ -1,10 +1,12 @@
-// Module blip3o_rt._cuda: the CUDA ops on torch tensors, launched on torch's current stream; what GPUs there are.
+// Module blip3o_rt._cuda: the CUDA ops on torch tensors, launched on torch's current stream, and what GPUs
+// there are.
 //
 // The CUDA runtime is linked statically, so the module imports on a machine without a driver.
 #include "blip3o/contracts.h"
 #include "cuda/device_info.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/workspaces.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -44,11 +46,56 @@ py::dict device_info() {
                     "runtime_version"_a = info.runtime_version, "reason"_a = info.reason);
 }
 
+// Runs one of cuda/ops.h on the device that `tensor` is on, on torch's current stream there.
+template <class... Parameters, class... Arguments>
+void run(void (*op)(Parameters...), const TensorView& tensor, const Arguments&... arguments) {
+    const DeviceGuard guard(tensor.device_index);
+    op(arguments..., static_cast<cudaStream_t>(current_stream(tensor.device_index)));
+}
+
 void rms_norm(const TensorView& x, const TensorView& weight, double eps, const OptionalView& bias,
               const OptionalView& residual, const TensorView& out) {
-    const auto arguments = check_rms_norm(Device::cuda, x, weight, eps, bias, residual, out);
-    const DeviceGuard guard(x.device_index);
-    cuda::rms_norm(arguments, static_cast<cudaStream_t>(current_stream(x.device_index)));
+    run(cuda::rms_norm, x, check_rms_norm(Device::cuda, x, weight, eps, bias, residual, out));
+}
+
+void silu_mul(const TensorView& gate_up, const TensorView& out) {
+    run(cuda::silu_mul, gate_up, check_silu_mul(Device::cuda, gate_up, out));
+}
+
+void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                const TensorView& out) {
+    run(cuda::row_linear, x, check_row_linear(Device::cuda, x, weight, bias, out));
+}
+
+void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+                         const TensorView& k_cache, const TensorView& v_cache, double eps,
+                         const TensorView& out) {
+    run(cuda::qk_norm_rope_append, qkv,
+        check_qk_norm_rope_append(Device::cuda, qkv, q_weight, k_weight, rope_table, positions, slots,
+                                  k_cache, v_cache, eps, out));
+}
+
+void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& workspace, const TensorView& out) {
+    const auto arguments = check_paged_decode_attention(Device::cuda, q, k_cache, v_cache, block_table,
+                                                        context_lengths, scale, out);
+    const int64_t size =
+        cuda::paged_decode_attention_workspace(arguments.batch, arguments.q_heads, arguments.cache.head_dim,
+                                               arguments.max_blocks * arguments.cache.page_size);
+    run(cuda::paged_decode_attention, q, arguments,
+        check_workspace("paged_decode_attention", workspace, DType::f32, size, q));
+}
+
+void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
+                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                   const TensorView& workspace, const TensorView& out) {
+    const auto arguments =
+        check_sample_tokens(Device::cuda, logits, temperature, top_k, top_p, seeds, positions, out);
+    const int64_t size = cuda::sample_tokens_workspace(arguments.logits.count, arguments.logits.width);
+    run(cuda::sample_tokens, logits, arguments,
+        check_workspace("sample_tokens", workspace, DType::i64, size, logits));
 }
 
 }  // namespace
@@ -57,6 +104,19 @@ PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA kernels of blip3o_rt; the contracts are in blip3o_rt.ops";
     translate_argument_errors();
     module.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "bias"_a, "residual"_a, "out"_a);
+    module.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a);
+    module.def("row_linear", &row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a);
+    module.def("qk_norm_rope_append", &qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
+               "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a);
+    module.def("paged_decode_attention", &paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
+               "block_table"_a, "context_lengths"_a, "scale"_a, "workspace"_a, "out"_a);
+    module.def("paged_decode_attention_workspace", &cuda::paged_decode_attention_workspace, "batch"_a,
+               "q_heads"_a, "head_dim"_a, "positions"_a,
+               "float32 elements of scratch memory for a block table that holds so many positions.");
+    module.def("sample_tokens", &sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
+               "positions"_a, "workspace"_a, "out"_a);
+    module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace, "batch"_a, "vocabulary"_a,
+               "int64 elements of scratch memory.");
     module.def(
         "device_info", &device_info,
         "devices [{name, compute_capability, total_memory (bytes), multiprocessors}], driver_version and "

@@ -33,11 +33,56 @@ struct alignas(kCount * sizeof(T)) Pack {
 template <class T>
 constexpr int kWidestPack = 16 / sizeof(T);
 
+template <class T, int kCount>
+__device__ inline Pack<T, kCount> load_pack(const T* from) {
+    return *reinterpret_cast<const Pack<T, kCount>*>(from);
+}
+
+template <class T, int kCount>
+__device__ inline void store_pack(T* to, const Pack<T, kCount>& pack) {
+    *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+
+// Whether memory that is loaded stays in the first-level cache.
+enum class Reuse { no, yes };
+
+// 16 bytes that no kernel writes meanwhile; zeros, and no access, unless `condition`. There is no branch, so
+// that many loads are on the way at once.
+template <Reuse kReuse, class T>
+__device__ inline Pack<T, kWidestPack<T>> load_if(bool condition, const T* from) {
+#if defined(__CUDA_ARCH__)
+    union {
+        uint32_t word[4];
+        Pack<T, kWidestPack<T>> pack;
+    } loaded;
+    if (kReuse == Reuse::yes) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
+            "mov.u32 %3, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+            : "=r"(loaded.word[0]), "=r"(loaded.word[1]), "=r"(loaded.word[2]), "=r"(loaded.word[3])
+            : "l"(from), "r"(static_cast<uint32_t>(condition)));
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
+            "mov.u32 %3, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+            : "=r"(loaded.word[0]), "=r"(loaded.word[1]), "=r"(loaded.word[2]), "=r"(loaded.word[3])
+            : "l"(from), "r"(static_cast<uint32_t>(condition)));
+    }
+    return loaded.pack;
+#else
+    return condition ? load_pack<T, kWidestPack<T>>(from) : Pack<T, kWidestPack<T>>{};
+#endif
+}
+
+inline bool is_aligned(const void* pointer, size_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // Whether every row starts at, and has a width of, a multiple of 16 bytes.
 template <class T>
 bool rows_allow_packs(const Rows& rows) {
     return rows.width % kWidestPack<T> == 0 && (rows.count <= 1 || rows.stride % kWidestPack<T> == 0) &&
-           reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+           is_aligned(rows.data, 16);
 }
 
 }  // namespace blip3o::cuda

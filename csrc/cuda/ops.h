@@ -2,7 +2,7 @@
 // and returns at once, so that calls can be recorded into a graph. Errors are std::runtime_error with CUDA's
 // words.
 //
-// Shapes, dtypes and semantics: blip3o_rt/ops.
+// Shapes, dtypes and semantics: blip3o_rt/ops. Workspaces are scratch memory of the sizes in workspaces.h.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,5 +12,11 @@
 namespace blip3o::cuda {
 
 void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
+void silu_mul(const SiluMulArguments& arguments, cudaStream_t stream);
+void row_linear(const RowLinearArguments& arguments, cudaStream_t stream);
+void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);
+void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, void* workspace,
+                            cudaStream_t stream);
+void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream);
 
 }  // namespace blip3o::cuda

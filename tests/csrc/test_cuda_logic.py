@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.validate.case import Case, copies, outputs, run_exact
-from blip3o_rt.validate.cases import rms_norm as rms_norm_cases
-from tests.csrc.simt.build import CSRC, SimtCompiler
-
-RMS_NORM = (CSRC / "cuda" / "rms_norm.cu").read_text()
-CASES = list(rms_norm_cases.cases())
-
-
-def run(module: Any, case: Case) -> list[Tensor]:
-    arguments, options = copies(case)
-    options = {"bias": None, "residual": None, **options}
-    out = options.pop("out", torch.empty(arguments[0].shape, dtype=arguments[0].dtype))
-    module.rms_norm(*arguments, options["bias"], options["residual"], out)
-    return outputs(case, arguments, {**options, "out": out}, out)
-
-
-def passes(module: Any, case: Case) -> bool:
-    found = rms_norm_cases.check(ops.rms_norm, case, run(module, case), run_exact(ops.rms_norm, case))
-    return all(finding.passed for finding in found)
+from blip3o_rt.ops import native
+from blip3o_rt.validate.case import Case
+from blip3o_rt.validate.sweep import cases_of
+from tests.csrc.simt.build import SimtCompiler
+from tests.csrc.simt.cases import OPS, errors
 
 
 @pytest.fixture(scope="module")
@@ -36,36 +21,27 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> SimtCompiler:
 
 
 @pytest.fixture(scope="module")
-def kernels(compiler: SimtCompiler) -> Any:
-    return compiler.build(RMS_NORM, "rms_norm")
+def kernels(compiler: SimtCompiler) -> dict[str, Any]:
+    return {op: compiler.build(op) for op in OPS}
 
 
-@pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=[f"{c.arguments[0].dtype}-{c.label}" for c in CASES])
-def test_rms_norm(kernels: Any, case: Case, descending: bool) -> None:
-    kernels.set_descending(descending)
-    assert passes(kernels, case)
+def table() -> Iterator[Any]:
+    for op in OPS:
+        for case in cases_of(op).cases():
+            dtype = str(case.arguments[0].dtype).removeprefix("torch.")
+            yield pytest.param(op, case, id=f"{op}-{dtype}-{case.label}")
 
 
-@pytest.mark.parametrize(
-    ("fault", "correct"),
-    [
-        ("", "__syncthreads();"),  # a dropped barrier
-        ("if (threadIdx.x < 64) __syncthreads();", "__syncthreads();"),  # a barrier that some never reach
-        ("if (distance > 1) value +=", "value +="),  # a lane left out of the sum
-        ("warp < kWarps - 1;", "warp < kWarps;"),
-        ("from_float<T>(value)", "from_float<T>(bias ? value + to_float(b.element[e]) : value)"),
-    ],
-)
-def test_planted_faults_are_caught(fault: str, correct: str, compiler: SimtCompiler) -> None:
-    assert correct in RMS_NORM
-    module = compiler.build(RMS_NORM.replace(correct, fault), f"fault{len(fault)}")
+@pytest.mark.parametrize(("op", "case"), list(table()))
+def test_matches_reference(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, op: str, case: Case
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels[op])
+    for descending in (False, True):
+        kernels[op].set_descending(descending)
+        assert errors(op, case) == []
 
-    def is_caught(case: Case, descending: bool) -> bool:
-        module.set_descending(descending)
-        try:
-            return not passes(module, case)
-        except RuntimeError:
-            return True
 
-    assert any(is_caught(case, descending) for case in CASES for descending in (False, True))
+def test_every_kernel_file_is_tested() -> None:
+    registered = {name for name, op in ops.all_ops().items() if "cuda" in op.implementation_names}
+    assert set(OPS) == registered

@@ -12,6 +12,17 @@ using OptionalView = std::optional<TensorView>;
 
 inline const void* data_or_null(const OptionalView& view) { return view ? view->data : nullptr; }
 
+// Scratch memory of a call whose other arguments are where `beside` is: at least `elements` of one dtype.
+inline void* check_workspace(const char* op, const TensorView& workspace, DType dtype, int64_t elements,
+                             const TensorView& beside) {
+    Contract contract(op, beside.device);
+    Dim size("elements");
+    contract(beside, "the first argument");
+    contract(workspace, "workspace").dtype({dtype}).shape({&size}).contiguous();
+    contract.require(size.value() >= elements, "workspace is too small for these shapes");
+    return workspace.data;
+}
+
 inline RmsNormArguments check_rms_norm(Device device, const TensorView& x, const TensorView& weight,
                                        double eps, const OptionalView& bias, const OptionalView& residual,
                                        const TensorView& out) {

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pybind11
@@ -17,11 +18,17 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 
 
+def source_of(op: str) -> str:
+    """The text of an op's .cu file."""
+    return (CSRC / "cuda" / f"{op}.cu").read_text()
+
+
 class SimtCompiler:
     """Builds libraries in a folder of its own. Skips the test where there is no C++ compiler."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         self.folder = folder
+        self.flags = flags
         module = folder / "simt_kernels.so"
         includes = [CSRC / "bindings", pybind11.get_include(), sysconfig.get_path("include")]
         self._compile(HERE / "kernels.cpp", module, *(f"-I{path}" for path in includes))
@@ -31,18 +38,30 @@ class SimtCompiler:
         self._module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._module)
 
-    def build(self, kernel_source: str, name: str) -> Any:
-        """The kernels in the text of a .cu file, one method per op. A name can be built once."""
+    def build(self, op: str, source: str | None = None, name: str | None = None) -> Any:
+        """A stand-in for blip3o_rt._cuda that has one op, made of its .cu file or of another text.
+
+        A name (the op's unless given) can be built once.
+        """
+        name = name or op
         kernel, library = self.folder / f"{name}.cu", self.folder / f"{name}.so"
-        kernel.write_text(kernel_source)
-        self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", f'-DKERNEL_SOURCE="{kernel}"')
-        return self._module.Library(str(library))
+        kernel.write_text(source or source_of(op))
+        definitions = [f'-DKERNEL_SOURCE="{kernel}"', f"-DKERNEL_OP={op}"]
+        self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", *definitions, *self.flags)
+        opened = self._module.Library(str(library))
+        found = {op: getattr(opened, op)}
+        if workspace := getattr(self._module, f"{op}_workspace", None):
+            found[f"{op}_workspace"] = workspace
+        return SimpleNamespace(
+            set_descending=opened.set_descending, set_multiprocessors=opened.set_multiprocessors, **found
+        )
 
     def _compile(self, source: Path, target: Path, *flags: str) -> None:
         compiler = shutil.which(os.environ.get("CXX", "g++"))
         if compiler is None:
             pytest.skip("needs a C++ compiler")
         common = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Werror"]
+        common.append("-Wno-unknown-pragmas")  # unroll
         includes = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
         subprocess.run(
             [compiler, *common, *includes, *flags, str(source), "-o", str(target), "-ldl"], check=True

@@ -1,11 +1,27 @@
 // A CUDA kernel file as a library for the CPU: KERNEL_SOURCE is the .cu file, compiled against the headers in
-// include/.
+// include/, and KERNEL_OP the op in it.
 #include KERNEL_SOURCE
+
+namespace {
+
+template <class Arguments>
+void call(void (*op)(const Arguments&, cudaStream_t), const void* arguments, void*) {
+    op(*static_cast<const Arguments*>(arguments), nullptr);
+}
+
+template <class Arguments>
+void call(void (*op)(const Arguments&, void*, cudaStream_t), const void* arguments, void* workspace) {
+    op(*static_cast<const Arguments*>(arguments), workspace, nullptr);
+}
+
+}  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void simt_set_descending(bool descending) { simt::Block::descending = descending; }
 
-EXPORT void simt_rms_norm(const blip3o::RmsNormArguments& arguments) {
-    blip3o::cuda::rms_norm(arguments, nullptr);
+EXPORT void simt_set_multiprocessors(int count) { simt::multiprocessors = count; }
+
+EXPORT void simt_call(const void* arguments, void* workspace) {
+    call(blip3o::cuda::KERNEL_OP, arguments, workspace);
 }

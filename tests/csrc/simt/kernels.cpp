@@ -1,8 +1,9 @@
-// Python module simt_kernels: opens a library made of entry.cpp and calls its kernels on CPU tensors, with
-// the arguments of blip3o_rt._cuda.
+// Python module simt_kernels: opens a library made of entry.cpp and calls its op on CPU tensors, with the
+// arguments of blip3o_rt._cuda.
 #include <dlfcn.h>
 
 #include "blip3o/contracts.h"
+#include "cuda/workspaces.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
@@ -18,16 +19,54 @@ class Library {
 
     void set_descending(bool descending) const { find<void(bool)>("simt_set_descending")(descending); }
 
+    void set_multiprocessors(int count) const { find<void(int)>("simt_set_multiprocessors")(count); }
+
     void rms_norm(const TensorView& x, const TensorView& weight, double eps, const OptionalView& bias,
                   const OptionalView& residual, const TensorView& out) const {
-        const auto arguments = check_rms_norm(Device::cpu, x, weight, eps, bias, residual, out);
-        find<void(const RmsNormArguments&)>("simt_rms_norm")(arguments);
+        call(check_rms_norm(Device::cpu, x, weight, eps, bias, residual, out));
+    }
+
+    void silu_mul(const TensorView& gate_up, const TensorView& out) const {
+        call(check_silu_mul(Device::cpu, gate_up, out));
+    }
+
+    void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
+                    const TensorView& out) const {
+        call(check_row_linear(Device::cpu, x, weight, bias, out));
+    }
+
+    void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                             const TensorView& rope_table, const TensorView& positions,
+                             const TensorView& slots, const TensorView& k_cache, const TensorView& v_cache,
+                             double eps, const TensorView& out) const {
+        call(check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, rope_table, positions, slots,
+                                       k_cache, v_cache, eps, out));
+    }
+
+    void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                                const TensorView& block_table, const TensorView& context_lengths,
+                                double scale, const TensorView& workspace, const TensorView& out) const {
+        call(check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, block_table, context_lengths,
+                                          scale, out),
+             workspace.data);
+    }
+
+    void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
+                       const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                       const TensorView& workspace, const TensorView& out) const {
+        call(check_sample_tokens(Device::cpu, logits, temperature, top_k, top_p, seeds, positions, out),
+             workspace.data);
     }
 
   private:
     template <class Function>
     Function* find(const char* name) const {
         return reinterpret_cast<Function*>(dlsym(handle_, name));
+    }
+
+    template <class Arguments>
+    void call(const Arguments& arguments, void* workspace = nullptr) const {
+        find<void(const void*, void*)>("simt_call")(&arguments, workspace);
     }
 
     void* handle_;  // never closed: the library lives with the process
@@ -37,10 +76,18 @@ class Library {
 
 PYBIND11_MODULE(simt_kernels, module) {
     translate_argument_errors();
+    module.def("paged_decode_attention_workspace", &cuda::paged_decode_attention_workspace);
+    module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace);
     py::class_<Library>(module, "Library")
         .def(py::init<const std::string&>())
         .def("set_descending", &Library::set_descending)
-        .def("rms_norm", &Library::rms_norm);
+        .def("set_multiprocessors", &Library::set_multiprocessors)
+        .def("rms_norm", &Library::rms_norm)
+        .def("silu_mul", &Library::silu_mul)
+        .def("row_linear", &Library::row_linear)
+        .def("qk_norm_rope_append", &Library::qk_norm_rope_append)
+        .def("paged_decode_attention", &Library::paged_decode_attention)
+        .def("sample_tokens", &Library::sample_tokens);
 }
 
 }  // namespace blip3o::bindings

@@ -4,6 +4,7 @@
 #include "simt.h"
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -14,12 +15,30 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
+namespace simt {
+
+inline int multiprocessors = 3;  // few, so that blocks of a small test have more than one piece of work
+
+}  // namespace simt
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = simt::multiprocessors;
+    return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
     const dim3 block = config->blockDim;
     const unsigned threads = block.x * block.y * block.z;
-    if (threads == 0 || threads > 1024 || config->gridDim.x == 0) return cudaErrorInvalidConfiguration;
-    simt::run_grid(config->gridDim, block, [&] { kernel(arguments...); });
+    const dim3 grid = config->gridDim;
+    const bool empty = threads == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0;
+    if (empty || threads > 1024 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
+    simt::run_grid(grid, block, [&] { kernel(arguments...); });
     return cudaSuccess;
 }

@@ -1,15 +1,12 @@
 // Runs CUDA kernels on the CPU for tests: the threads of a block are fibres of one thread, one block at a
 // time.
 //
-// A fibre runs until it meets a barrier or a warp shuffle, or ends; then the next one runs, in ascending or
-// in descending order of threadIdx, so that a missing barrier lets a thread read what others have not written
-// yet. A barrier that some thread never reaches, and a shuffle that names a lane which is not there, are
-// errors. Stands in for the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this file), so that no
-// toolkit is needed.
+// A fibre runs until it meets a barrier or exchanges values with its warp, or ends; then the next one runs,
+// in ascending or in descending order of threadIdx, so that a missing barrier lets a thread read what others
+// have not written yet. A barrier that some thread never reaches, and a shuffle that names a lane which is
+// not there, are errors. Stands in for the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this
+// file), so that no toolkit is needed.
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
@@ -20,6 +17,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "fibre.h"
 
 #define __global__
 #define __device__
@@ -33,55 +32,62 @@ struct dim3 {
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct float2 {
+    float x, y;
+};
+
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace simt {
 
-constexpr size_t kWarp = 32, kStackBytes = 64 * 1024;
+constexpr size_t kWarp = 32;
 
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-enum class State { ready, at_barrier, at_shuffle, done };
+enum class State { ready, at_barrier, at_exchange, done };
 
-struct Fibre {
-    std::vector<char> stack = std::vector<char>(kStackBytes);
-    ucontext_t start;
-    jmp_buf resume;
-    bool started = false;
-    State state = State::done;
-    int shuffles = 0;
+// What a lane shows to its warp in one exchange.
+struct Letter {
+    uint32_t word[8];
 };
 
-// The threads of a block; they serve one block after the other. (_setjmp switches between stacks that
-// ucontext has set up, because ucontext's own switch makes two system calls.)
+struct Thread {
+    Fibre fibre;
+    State state = State::done;
+    int exchanges = 0;
+};
+
+// The threads of a block; they serve one block after the other.
 class Block {
   public:
     static inline std::unique_ptr<Block> current;
     static inline bool descending = false;
 
-    explicit Block(size_t threads) : fibres_(threads), mailbox_(2 * threads) {}
+    explicit Block(size_t threads) : threads_(threads), mailbox_(2 * threads) {}
 
-    size_t threads() const { return fibres_.size(); }
+    size_t size() const { return threads_.size(); }
 
     void run(const std::function<void()>& body) {
         body_ = &body;
-        for (Fibre& fibre : fibres_) {
-            fibre.state = State::ready;
-            fibre.shuffles = 0;
+        for (Thread& thread : threads_) {
+            thread.state = State::ready;
+            thread.exchanges = 0;
         }
         while (!finished()) {
             bool progressed = false;
-            for (size_t i = 0; i < threads(); ++i) {
-                const size_t thread = descending ? threads() - 1 - i : i;
-                if (fibres_[thread].state != State::ready) continue;
+            for (size_t i = 0; i < size(); ++i) {
+                const size_t thread = descending ? size() - 1 - i : i;
+                if (threads_[thread].state != State::ready) continue;
                 resume(thread);
                 progressed = true;
             }
-            progressed |= release(0, threads(), State::at_barrier);
-            for (size_t first = 0; first < threads(); first += kWarp) {
-                progressed |= release(first, first + kWarp, State::at_shuffle);
+            progressed |= release(0, size(), State::at_barrier);
+            for (size_t first = 0; first < size(); first += kWarp) {
+                progressed |= release(first, first + kWarp, State::at_exchange);
             }
             if (!progressed) throw Failure("threads wait for others that never come (barrier or shuffle)");
         }
@@ -89,14 +95,14 @@ class Block {
 
     void barrier() { wait(State::at_barrier); }
 
-    // Every lane leaves its value and reads that of lane `source`. Two mailboxes in turn: no lane can be more
-    // than one shuffle ahead of another.
-    uint64_t exchange(uint32_t mask, uint64_t value, size_t source) {
-        if (mask != 0xffffffffu) std::abort();  // only shuffles of whole warps are emulated
-        const size_t mine = active_, box = fibres_[mine].shuffles++ % 2 * threads();
-        mailbox_[box + mine] = value;
-        wait(State::at_shuffle);
-        return mailbox_[box + mine / kWarp * kWarp + source % kWarp];
+    // Every lane leaves its letter and sees those of its warp, until its next exchange but one. Two mailboxes
+    // in turn: no lane can be more than one exchange ahead of another.
+    const Letter* exchange(uint32_t mask, const Letter& letter) {
+        if (mask != 0xffffffffu) std::abort();  // only exchanges of whole warps are emulated
+        const size_t mine = active_, box = threads_[mine].exchanges++ % 2 * size();
+        mailbox_[box + mine] = letter;
+        wait(State::at_exchange);
+        return &mailbox_[box + mine / kWarp * kWarp];
     }
 
     size_t lane() const { return active_ % kWarp; }
@@ -109,47 +115,37 @@ class Block {
         }
     }
 
-    void resume(size_t thread) {
-        Fibre& fibre = fibres_[thread];
-        active_ = thread;
-        const unsigned row = static_cast<unsigned>(thread) / blockDim.x;
-        threadIdx = dim3(static_cast<unsigned>(thread) % blockDim.x, row % blockDim.y, row / blockDim.y);
-        if (_setjmp(scheduler_) != 0) return;
-        if (fibre.started) _longjmp(fibre.resume, 1);
-        fibre.started = true;
-        getcontext(&fibre.start);
-        fibre.start.uc_stack.ss_sp = fibre.stack.data();
-        fibre.start.uc_stack.ss_size = fibre.stack.size();
-        makecontext(&fibre.start, &Block::serve, 0);
-        setcontext(&fibre.start);
+    void resume(size_t index) {
+        active_ = index;
+        const unsigned thread = static_cast<unsigned>(index), row = thread / blockDim.x;
+        threadIdx = dim3(thread % blockDim.x, row % blockDim.y, row / blockDim.y);
+        threads_[index].fibre.resume(&Block::serve);
     }
 
     void wait(State state) {
-        Fibre& fibre = fibres_[active_];
-        fibre.state = state;
-        if (_setjmp(fibre.resume) == 0) _longjmp(scheduler_, 1);
+        threads_[active_].state = state;
+        threads_[active_].fibre.suspend();
     }
 
     // Lets threads first .. last go on if all of them have arrived at `state`.
     bool release(size_t first, size_t last, State state) {
         for (size_t thread = first; thread < last; ++thread) {
-            if (fibres_[thread].state != state) return false;
+            if (threads_[thread].state != state) return false;
         }
-        for (size_t thread = first; thread < last; ++thread) fibres_[thread].state = State::ready;
+        for (size_t thread = first; thread < last; ++thread) threads_[thread].state = State::ready;
         return true;
     }
 
     bool finished() const {
-        for (const Fibre& fibre : fibres_) {
-            if (fibre.state != State::done) return false;
+        for (const Thread& thread : threads_) {
+            if (thread.state != State::done) return false;
         }
         return true;
     }
 
-    std::vector<Fibre> fibres_;
-    std::vector<uint64_t> mailbox_;
+    std::vector<Thread> threads_;
+    std::vector<Letter> mailbox_;
     const std::function<void()>* body_ = nullptr;
-    jmp_buf scheduler_;
     size_t active_ = 0;
 };
 
@@ -158,7 +154,7 @@ inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
     blockDim = block;
     const size_t threads = size_t{block.x} * block.y * block.z;
     if (threads % kWarp != 0) throw Failure("a block must consist of whole warps");
-    if (!Block::current || Block::current->threads() != threads) Block::current.reset(new Block(threads));
+    if (!Block::current || Block::current->size() != threads) Block::current.reset(new Block(threads));
     for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         try {
@@ -172,10 +168,10 @@ inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
 
 template <class T>
 T exchange(uint32_t mask, T value, size_t source) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof value);
-    bits = Block::current->exchange(mask, bits, source);
-    std::memcpy(&value, &bits, sizeof value);
+    Letter letter = {};
+    std::memcpy(&letter, &value, sizeof value);
+    const Letter* letters = Block::current->exchange(mask, letter);
+    std::memcpy(&value, &letters[source % kWarp], sizeof value);
     return value;
 }
 
@@ -190,11 +186,71 @@ T __shfl_xor_sync(uint32_t mask, T value, int distance) {
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source) {
-    return simt::exchange(mask, value, source);
+    return simt::exchange(mask, value, static_cast<size_t>(source));
 }
 
 template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int distance) {
+T __shfl_up_sync(uint32_t mask, T value, int distance) {
+    const size_t lane = simt::Block::current->lane(), away = static_cast<size_t>(distance);
+    return simt::exchange(mask, value, lane >= away ? lane - away : lane);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
+    simt::Letter letter = {};
+    letter.word[0] = vote;
+    const simt::Letter* letters = simt::Block::current->exchange(mask, letter);
+    uint32_t votes = 0;
+    for (size_t lane = 0; lane < simt::kWarp; ++lane) votes |= letters[lane].word[0] << lane;
+    return votes;
+}
+
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+
+inline int __clzll(long long value) {
+    return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
+}
+
+inline uint32_t __float_as_uint(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Fibres never run at the same time, so that every addition is atomic.
+template <class T>
+T atomicAdd(T* address, T value) {
+    const T before = *address;
+    *address += value;
+    return before;
+}
+
+inline float simt_bfloat16(uint32_t word, size_t half) {
+    const uint32_t bits = half == 0 ? word << 16 : word & 0xffff0000u;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// The tensor cores' product of csrc/cuda/mma.h; exact but for one rounding of each sum.
+inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    simt::Letter letter = {{a[0], a[1], a[2], a[3], b[0], b[1]}};
+    const simt::Letter* letters = simt::Block::current->exchange(0xffffffffu, letter);
     const size_t lane = simt::Block::current->lane();
-    return simt::exchange(mask, value, lane + distance < simt::kWarp ? lane + distance : lane);
+    for (size_t e = 0; e < 4; ++e) {
+        const size_t row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+        double sum = sums[e];
+        for (size_t k = 0; k < 16; ++k) {
+            const simt::Letter &row_letter = letters[row % 8 * 4 + k % 8 / 2],
+                               &column_letter = letters[column * 4 + k % 8 / 2];
+            sum += double{simt_bfloat16(row_letter.word[k / 8 * 2 + row / 8], k % 2)} *
+                   simt_bfloat16(column_letter.word[4 + k / 8], k % 2);
+        }
+        sums[e] = static_cast<float>(sum);
+    }
 }

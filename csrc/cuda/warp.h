@@ -1,0 +1,20 @@
+// Values combined over the lanes of a warp, always in the same order.
+#pragma once
+
+#include <cstdint>
+
+namespace blip3o::cuda {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The sum over groups of kLanes neighbouring lanes, for each of them.
+template <int kLanes = kWarp>
+__device__ inline float sum_over_lanes(float value) {
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+    }
+    return value;
+}
+
+}  // namespace blip3o::cuda

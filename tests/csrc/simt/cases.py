@@ -1,0 +1,48 @@
+"""The cases of the ops on an op's CUDA implementation, with its module replaced by one for the CPU.
+
+As a program (`python -m tests.csrc.simt.cases FOLDER FLAGS...`): compiles every kernel into FOLDER with FLAGS
+besides, and runs all cases. So it can be started with a sanitizer's runtime loaded first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt import ops
+from blip3o_rt.ops import native
+from blip3o_rt.validate.case import Case, copies, outputs, run_exact
+from blip3o_rt.validate.finding import Finding
+from blip3o_rt.validate.sweep import cases_of, check_of
+from tests.csrc.simt.build import CSRC, SimtCompiler
+
+OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+
+
+def errors(op_name: str, case: Case) -> list[Finding]:
+    """What differs from the reference by more than it may, on native.cuda(); a refused case has no errors."""
+    op = ops.all_ops()[op_name]
+    implementation = op.named("cuda")
+    arguments, options = copies(case)
+    if implementation.supports(*arguments, **options) is not None:
+        return []
+    result: Any = implementation.run(*arguments, **options)
+    results = outputs(case, arguments, options, result)
+    return [found for found in check_of(op_name)(op, case, results, run_exact(op, case)) if not found.passed]
+
+
+def main(folder: str, *flags: str) -> None:
+    """Runs everything; the exit status tells whether all is well."""
+    compiler = SimtCompiler(Path(folder), *flags)
+    for op in OPS:
+        kernels = compiler.build(op)
+        native.cuda = lambda kernels=kernels: kernels
+        for case in cases_of(op).cases():
+            if found := errors(op, case):
+                sys.exit(f"{op}, {case.label}: {found}")
+        print(f"{op}: every case is right")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Faults planted in the CUDA kernels are caught by the cases of their op, run on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blip3o_rt.ops import native
+from blip3o_rt.validate.sweep import cases_of
+from tests.csrc.simt.build import SimtCompiler, source_of
+from tests.csrc.simt.cases import errors
+
+FAULTS = {
+    "rms_norm": [
+        ("__syncthreads();", ""),  # a dropped barrier
+        ("__syncthreads();", "if (threadIdx.x < 64) __syncthreads();"),  # a barrier that some never reach
+        ("value +=", "if (distance > 1) value +="),  # a lane left out of the sum
+        ("warp < kWarps;", "warp < kWarps - 1;"),
+        ("from_float<T>(bias ? value + to_float(b.element[e]) : value)", "from_float<T>(value)"),
+    ],
+    "silu_mul": [
+        ("row += gridDim.y", "row += 2 * gridDim.y + a.out.count"),
+        ("expf(-x)", "expf(x)"),
+    ],
+    "qk_norm_rope_append": [
+        ("a * cosine.element[e] - b * sine.element[e]", "a * cosine.element[e] + b * sine.element[e]"),
+        ("sum_over_lanes(squares)", "squares"),
+        ("* page_size + slot % page_size", "* page_size + (slot + 1) % page_size"),
+        ("head < q_heads + kv_heads;", "head <= q_heads + kv_heads;"),
+    ],
+    "paged_decode_attention": [
+        ("__syncthreads();\n        merge_warps", "merge_warps"),
+        ("parts[g % 2]", "parts[0]"),  # the next head's sums over those that are still being read
+        (
+            "distance = D::kLanesPerKey; distance < kWarp;",
+            "distance = D::kLanesPerKey; distance < kWarp / 2;",
+        ),
+        ("const float scale = expf(parts.largest[w] - largest);", "const float scale = 1.0f;"),
+        ("(length + kSplit - 1) / kSplit", "length / kSplit"),
+        ("a.block_table[sequence * a.max_blocks + key / page_size]", "a.block_table[key / page_size]"),
+    ],
+    "row_linear": [
+        ("__syncthreads();\n        finish_tile", "finish_tile"),
+        ("first_row);\n        __syncthreads();", "first_row);"),
+        ("last ? 0 : slice + 1", "slice + 1"),
+        ("w < warps;", "w < warps - 1;"),
+        ("{low[2], high[2], low[3], high[3]}", "{low[2], low[3], high[2], high[3]}"),
+        ("first_row + g * kGroupRows, channel_of", "first_row, channel_of"),
+    ],
+    "sample_tokens": [
+        ("__syncthreads();\n    if (threadIdx.x == 0) shared.search", "if (threadIdx.x == 0) shared.search"),
+        ("before + inside >= search.limit", "before + inside > search.limit"),
+        ("if (lane >= distance) sum += below;", "sum += below;"),
+        ("token(b.rank) < ranking.token(a.rank)", "token(b.rank) > ranking.token(a.rank)"),
+        ("logit == 0.0f ? 0.0f : logit", "logit"),
+        ("chunk.count = range.high == 0 ? 0 : -1;", "chunk.count = 0;"),
+        ("piece -= pieces;", ""),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> SimtCompiler:
+    return SimtCompiler(tmp_path_factory.mktemp("faults"))
+
+
+def is_wrong(op: str, kernels: Any) -> bool:
+    """Whether a case gives a wrong result, or never ends, in one of the two orders of threads."""
+    for case in cases_of(op).cases():
+        for descending in (False, True):
+            kernels.set_descending(descending)
+            try:
+                if errors(op, case):
+                    return True
+            except RuntimeError:
+                return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("op", "index"), [pytest.param(op, i, id=f"{op}-{i}") for op in FAULTS for i in range(len(FAULTS[op]))]
+)
+def test_planted_faults_are_caught(
+    compiler: SimtCompiler, monkeypatch: pytest.MonkeyPatch, op: str, index: int
+) -> None:
+    correct, fault = FAULTS[op][index]
+    source = source_of(op)
+    assert correct in source
+    kernels = compiler.build(op, source.replace(correct, fault), f"{op}_{index}")
+    monkeypatch.setattr(native, "cuda", lambda: kernels)
+    assert is_wrong(op, kernels)
