@@ -26,7 +26,7 @@ class PagedKVCache:
 
     `keys[layer]` and `values[layer]` are [num_pages, num_kv_heads, page_size, head_dim]. A page may belong to
     several sequences as long as nobody writes to it: `fork` shares the full pages and copies the last,
-    partial one.
+    partial one. Pages are counted by their owners, and only a sequence owns pages.
     """
 
     def __init__(
@@ -71,21 +71,24 @@ class PagedKVCache:
             self._owners[page] = 1
             sequence.block_table.append(page)
 
-    def fork(self, parent: Sequence) -> Sequence:
-        """A sequence with the parent's contents: full pages shared, a partly filled last page copied."""
-        full, rest = divmod(parent.length, self.page_size)
-        child = Sequence(parent.block_table[:full], parent.length)
-        for page in child.block_table:
-            self._owners[page] += 1
+    def fork(self, parent: Sequence, length: int | None = None) -> Sequence:
+        """A sequence with the parent's first `length` positions (all that are taken): full pages shared, a
+        partly filled last page copied.
+
+        Raises InsufficientMemoryError, and takes none, when there is no page for the copy.
+        """
+        length = parent.length if length is None else length
+        full, rest = divmod(length, self.page_size)
+        child = Sequence()
         if rest:
-            try:
-                self.reserve(child, parent.length)
-            except InsufficientMemoryError:
-                self.release(child)
-                raise
-            source, target = parent.block_table[full], child.block_table[full]
+            self.reserve(child, rest)
+            source, target = parent.block_table[full], child.block_table[0]
             for cache in (*self.keys, *self.values):
                 cache[target].copy_(cache[source])
+        for page in parent.block_table[:full]:
+            self._owners[page] += 1
+        child.block_table[:0] = parent.block_table[:full]
+        child.length = length
         return child
 
     def release(self, sequence: Sequence) -> None:

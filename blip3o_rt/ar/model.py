@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.config import ARConfig
+
+PREFILL_CHUNK = 256  # positions: enough that arithmetic hides the reading of the weights
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,42 @@ class DecodeStep:
     block_table: Tensor
 
 
+@dataclass(frozen=True)
 class Workspace:
-    """Activations of a decode step for one batch size, allocated once and reused by every layer and token."""
+    """Activations of a decode step, one row per sequence, reused by every layer and token."""
 
-    def __init__(self, config: ARConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        def buffer(width: int) -> Tensor:
-            return torch.empty(batch, width, dtype=dtype, device=device)
+    residual: Tensor
+    normed: Tensor
+    projected: Tensor
+    qkv: Tensor
+    query: Tensor
+    attended: Tensor
+    gate_up: Tensor
+    activated: Tensor
 
-        self.residual = buffer(config.hidden_size)
-        self.normed = buffer(config.hidden_size)
-        self.projected = buffer(config.hidden_size)
-        self.qkv = buffer(config.query_size + 2 * config.kv_size)
-        self.query = buffer(config.query_size).view(batch, config.num_heads, config.head_dim)
-        self.attended = buffer(config.query_size).view(batch, config.num_heads, config.head_dim)
-        self.gate_up = buffer(2 * config.intermediate_size)
-        self.activated = buffer(config.intermediate_size)
+    @classmethod
+    def allocate(cls, config: ARConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Workspace:
+        def buffer(*width: int) -> Tensor:
+            return torch.empty(rows, *width, dtype=dtype, device=device)
+
+        return cls(
+            residual=buffer(config.hidden_size),
+            normed=buffer(config.hidden_size),
+            projected=buffer(config.hidden_size),
+            qkv=buffer(config.query_size + 2 * config.kv_size),
+            query=buffer(config.num_heads, config.head_dim),
+            attended=buffer(config.num_heads, config.head_dim),
+            gate_up=buffer(2 * config.intermediate_size),
+            activated=buffer(config.intermediate_size),
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.normed.shape[0]
+
+    def first(self, rows: int) -> Workspace:
+        """The first rows of the same memory."""
+        return Workspace(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
 def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tensor:
@@ -72,12 +96,22 @@ class Decoder:
     """Qwen3 decoder over a paged cache.
 
     `weights` are the runtime tensors of part "ar", all of one dtype and on one device. Hidden states returned
-    are after the final norm, as the diffusion stage and the head want them.
+    are after the final norm, as the diffusion stage and the head want them. A prompt is read in chunks that
+    begin at multiples of `prefill_chunk` positions, which is rounded up to whole pages.
     """
 
-    def __init__(self, config: ARConfig, weights: Mapping[str, Tensor], cache: PagedKVCache) -> None:
+    def __init__(
+        self,
+        config: ARConfig,
+        weights: Mapping[str, Tensor],
+        cache: PagedKVCache,
+        *,
+        max_batch: int = 1,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
         self.config = config
         self.cache = cache
+        self.prefill_chunk = cache.pages_for(prefill_chunk) * cache.page_size
         self.embedding = weights["embed_tokens.weight"]
         self.head = self.embedding if config.tie_word_embeddings else weights["lm_head.weight"]
         self.final_norm = weights["norm.weight"]
@@ -85,7 +119,8 @@ class Decoder:
         self.dtype = self.embedding.dtype
         self.device = self.embedding.device
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
-        self._workspaces: dict[int, Workspace] = {}
+        self._workspace = Workspace.allocate(config, max_batch, self.dtype, self.device)
+        self._workspaces: dict[int, Workspace] = {}  # views of the first so many rows
 
     def embed(self, ids: Tensor) -> Tensor:
         """[.., hidden] embeddings of vocabulary ids."""
@@ -93,15 +128,23 @@ class Decoder:
 
     @trace.spanned("ar.prefill")
     def prefill(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
-        """Run a prompt of P embeddings [P, hidden] from position 0; returns its P hidden states [P, hidden].
+        """Run a prompt's embeddings [N, hidden] from position `sequence.length` on; returns their hidden
+        states [N, hidden].
 
         The sequence's pages must be reserved. Each prompt runs alone, so its result cannot depend on a
-        batch-mate.
+        batch-mate; and in chunks at fixed positions, so where it begins at one of them (behind the pages of
+        another sequence with the same beginning) every number is as if it had begun at 0.
         """
+        first = self.prefill_chunk - sequence.length % self.prefill_chunk
+        pieces = [embeddings[:first], *embeddings[first:].split(self.prefill_chunk)]
+        return torch.cat([self._prefill_chunk(piece, sequence) for piece in pieces if len(piece)])
+
+    def _prefill_chunk(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
         config = self.config
-        length = embeddings.shape[0]
-        positions = torch.arange(length, dtype=torch.int32, device=self.device)
-        slots = torch.tensor(self.cache.slots(sequence, 0, length), dtype=torch.int32, device=self.device)
+        count, start = embeddings.shape[0], sequence.length
+        length = start + count
+        positions = torch.arange(start, length, dtype=torch.int32, device=self.device)
+        slots = torch.tensor(self.cache.slots(sequence, start, length), dtype=torch.int32, device=self.device)
         sequence.length = length
         residual = embeddings.clone()
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
@@ -120,7 +163,7 @@ class Decoder:
             )
             keys, values = self.cache.gather(index, sequence, length)
             attended = _causal_attention(query.transpose(0, 1), keys, values)
-            output = F.linear(attended.transpose(0, 1).reshape(length, -1), layer.attention_out)
+            output = F.linear(attended.transpose(0, 1).reshape(count, -1), layer.attention_out)
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
             output = F.linear(ops.silu_mul(F.linear(normed, layer.gate_up)), layer.down)
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
@@ -129,11 +172,11 @@ class Decoder:
     def decode(self, tokens: Tensor, step: DecodeStep) -> Tensor:
         """Run one token per sequence: int64 [B] -> hidden states [B, hidden].
 
-        The result lives in a workspace and is overwritten by the next call with the same batch size. A row's
-        result does not depend on the other rows.
+        The result lives in a workspace and is overwritten by the next call. A row's result does not depend on
+        the other rows.
         """
         config = self.config
-        space = self._workspace(tokens.shape[0])
+        space = self._rows(tokens.shape[0])
         torch.index_select(self.embedding, 0, tokens, out=space.residual)
         ops.rms_norm(space.residual, self.layers[0].input_norm, config.rms_norm_eps, out=space.normed)
         for index, layer in enumerate(self.layers):
@@ -190,9 +233,13 @@ class Decoder:
         following = index + 1
         return self.layers[following].input_norm if following < len(self.layers) else self.final_norm
 
-    def _workspace(self, batch: int) -> Workspace:
+    def _rows(self, batch: int) -> Workspace:
+        """The workspace of so many sequences; memory is allocated only for more than ever before."""
+        if batch > self._workspace.rows:
+            self._workspace = Workspace.allocate(self.config, batch, self.dtype, self.device)
+            self._workspaces.clear()
         if batch not in self._workspaces:
-            self._workspaces[batch] = Workspace(self.config, batch, self.dtype, self.device)
+            self._workspaces[batch] = self._workspace.first(batch)
         return self._workspaces[batch]
 
 
@@ -210,14 +257,14 @@ def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
 
 
 def _causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[heads, P, head_dim] causal attention of a whole prompt; on the CPU in float32, where bfloat16 is far
-    slower."""
+    """[heads, N, head_dim] causal attention of a prompt's last N positions to all of it; on the CPU in
+    float32, where bfloat16 is far slower."""
     inside = torch.float32 if query.device.type == "cpu" else query.dtype
     attended = F.scaled_dot_product_attention(
         query[None].to(inside),
         keys[None].to(inside),
         values[None].to(inside),
-        is_causal=True,
+        attn_mask=causal_lower_right(query.shape[1], keys.shape[1]),
         enable_gqa=True,
     )
     return attended[0].to(query.dtype)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
-from blip3o_rt.ar.model import Decoder, DecodeStep
+from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder, DecodeStep
 from blip3o_rt.config import ARConfig
 from tests.ar.oracle import oracle, runtime_weights, small_config
 
@@ -24,13 +24,17 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
 
 
 def make_decoder(
-    config: ARConfig, weights: dict[str, Tensor], page_size: int, num_pages: int = 64
+    config: ARConfig,
+    weights: dict[str, Tensor],
+    page_size: int,
+    num_pages: int = 64,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Decoder:
     embedding = weights["embed_tokens.weight"]
     cache = PagedKVCache(
         config, num_pages, page_size=page_size, dtype=embedding.dtype, device=embedding.device
     )
-    return Decoder(config, weights, cache)
+    return Decoder(config, weights, cache, prefill_chunk=prefill_chunk)
 
 
 def run_ragged(decoder: Decoder, streams: list[Tensor], prompt_lengths: list[int]) -> list[Tensor]:
@@ -82,13 +86,19 @@ geometries = st.builds(
     page_size=st.sampled_from([1, 4, 16]),
     prompt_lengths=st.lists(st.integers(1, 18), min_size=1, max_size=3),
     new_tokens=st.integers(1, 6),
+    prefill_chunk=st.sampled_from([1, 5, 16, PREFILL_CHUNK]),
     seed=st.integers(0, 1000),
 )
 def test_hidden_states_and_logits_match_qwen3(
-    config: ARConfig, page_size: int, prompt_lengths: list[int], new_tokens: int, seed: int
+    config: ARConfig,
+    page_size: int,
+    prompt_lengths: list[int],
+    new_tokens: int,
+    prefill_chunk: int,
+    seed: int,
 ) -> None:
     model = oracle(config, seed)
-    decoder = make_decoder(config, runtime_weights(config, model), page_size, num_pages=96)
+    decoder = make_decoder(config, runtime_weights(config, model), page_size, 96, prefill_chunk)
     streams = [torch.randint(0, config.vocab_size, (length + new_tokens,)) for length in prompt_lengths]
     for found, stream in zip(run_ragged(decoder, streams, prompt_lengths), streams, strict=True):
         with torch.no_grad():
@@ -97,6 +107,30 @@ def test_hidden_states_and_logits_match_qwen3(
         out = torch.empty(len(found), config.vocab_size - 5)
         logits = decoder.logits(found, range(5, config.vocab_size), out=out)
         assert relative_l2(logits, expected.logits[0, :, 5:]) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shared", "length"), [(8, 9), (8, 16), (16, 17), (24, 29)])
+def test_a_prompt_behind_shared_pages_has_the_bits_of_one_read_alone(
+    shared: int, length: int, dtype: torch.dtype
+) -> None:
+    config = small_config(head_dim=64)
+    decoder = make_decoder(config, runtime_weights(config, oracle(config), dtype), 4, prefill_chunk=8)
+    cache, alone, other = decoder.cache, Sequence(), Sequence()
+    ids = torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+    cache.reserve(alone, length)
+    expected = decoder.prefill(decoder.embed(ids), alone)
+    cache.reserve(other, shared + 3)
+    decoder.prefill(decoder.embed(torch.cat([ids[:shared], ids[:3]])), other)
+    behind = cache.fork(other, shared)
+    cache.reserve(behind, length)
+    found = decoder.prefill(decoder.embed(ids[shared:]), behind)
+    assert torch.equal(found, expected[shared:])
+    for layer in range(config.num_layers):
+        for mine, theirs in zip(
+            cache.gather(layer, behind, length), cache.gather(layer, alone, length), strict=True
+        ):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
