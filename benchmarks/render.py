@@ -15,8 +15,8 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.targets import Standing, newest_rows, read_records, slower_than, standings
-from blip3o_rt.reports.reading import UNCOUNTED, Record, Row, entries, number, peers
-from blip3o_rt.reports.units import (
+from blip3o_rt.reports.reading import Record, Row, entries, number, peers
+from blip3o_rt.units import (
     memory_text,
     number_text,
     ratio_text,
@@ -162,8 +162,7 @@ def stage_table(table: Sequence[Row]) -> str:
                 share_text(line.share),
             ]
             cells.append(line.ceiling or "")
-            counted = line.rate and line.name not in UNCOUNTED
-            rate = f"{number_text(line.rate)} {line.unit}s/s" if counted else ""
+            rate = line.rate_text
             memory = memory_text(line.peak_memory)
         ratios = [ratio_text(row.ratio(who)) for who in others]
         body.append([row.name, str(row.batch), *cells, *ratios, rate, memory])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_rt.reports.reading import Record, Row, peers, rows
-from blip3o_rt.reports.units import number_text, ratio_text, share_text, time_text
+from blip3o_rt.units import number_text, ratio_text, share_text, time_text
 
 FILE = Path(__file__).parent / "targets.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import ImageError
+from blip3o_rt.files import replacing
 
 FIELDS = ("prompt", "seed", "parameters", "version")
 
@@ -34,19 +34,12 @@ def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any]) ->
     The file is written beside its target and renamed, so the target is the old file or the whole new one.
     Raises OSError where the folder cannot be written.
     """
-    target = Path(path)
     chunks = PngImagePlugin.PngInfo()
     for name, value in ((name, fields[name]) for name in FIELDS if name in fields):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
         chunks.add_itxt(name, text.encode("utf-8", "replace").decode("utf-8"))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        image.save(file, format="PNG", pnginfo=chunks)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from blip3o_rt import __version__
+from blip3o_rt.files import replacing
 from blip3o_rt.machine import cuda_status, gpus, memory, package_version, processor
 
 RECORD_VERSION = 1
@@ -35,6 +37,12 @@ def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
         "commit": commit(),
         "complete": False,
     }
+
+
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a record: what is at the path is always a whole one. Raises ValueError for nan or inf."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import DeviceError, ParameterError
+from blip3o_rt.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -131,12 +131,8 @@ def recorded(
             yield
         if on_gpu:
             torch.cuda.synchronize(device)
-    temporary = target.with_name(f".{secrets.token_hex(4)}.{target.name}")
-    try:
+    with replacing(target) as temporary:
         profiler.export_chrome_trace(os.fspath(temporary))
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,10 +7,29 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from blip3o_rt.ops import registry
 
+QUESTIONS = frozenset(  # __get__ is that of a property: shape, dtype, device
+    [
+        "__get__",
+        "__len__",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "stride",
+        "element_size",
+        "data_ptr",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "storage_offset",
+        "untyped_storage",
+        "get_device",
+    ]
+)
 REFERENCE_MARK = f"[{registry.REFERENCE}]"
 
 
@@ -26,7 +45,7 @@ def kernel_launches(call: Callable[[], Any]) -> int:
 
 
 def operator_calls(call: Callable[[], Any]) -> int:
-    """Calls of torch operators, and of the runtime's native kernels, that Python makes during a call."""
+    """Calls of torch's functions, and of the runtime's native kernels, that Python makes during a call."""
     native = 0
 
     @contextmanager
@@ -40,15 +59,15 @@ def operator_calls(call: Callable[[], Any]) -> int:
     return operators.count + native
 
 
-class _OperatorCount(TorchDispatchMode):
-    """Counts every operator that reaches a backend."""
+class _OperatorCount(TorchFunctionMode):
+    """Counts every call of torch, but for questions about a tensor, which move nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.count += 1
+        self.count += getattr(func, "__name__", "") not in QUESTIONS
         return func(*args, **(kwargs or {}))

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.bench.op_shapes import OpShape, op_shapes
-from blip3o_rt.bench.record import Record, format_seconds
+from blip3o_rt.bench.record import Record
 from blip3o_rt.bench.timing import quiet, seconds, summary
 from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.ops.registry import Op
+from blip3o_rt.units import time_text
 from blip3o_rt.validate.case import Case, copies
 from blip3o_rt.validate.finding import Finding
 from blip3o_rt.validate.sweep import findings, refusal
@@ -27,7 +28,7 @@ from blip3o_rt.validate.sweep import findings, refusal
 if TYPE_CHECKING:
     from blip3o_rt.bench.run import Settings
 
-RUNS = 30
+MORE_RUNS = 3  # an op is short: so many times the rounds of a line
 SECONDS, QUICK_SECONDS = 1.0, 0.02  # of one implementation at one shape
 DEFAULT_CACHE_BYTES = 2**26  # where the system does not tell the size of its last-level cache
 LARGEST_CACHE_BYTES = 2**28
@@ -148,7 +149,7 @@ def rotate(
         return seconds(partial(op.named(name).run, *arguments, **options), device)
 
     with quiet():
-        for number in range(-1, max(runs, RUNS)):
+        for number in range(-1, runs * MORE_RUNS):
             for name in names:
                 if number > 0 and spent[name] * (number + 1) / number > limit:
                     continue
@@ -180,4 +181,4 @@ def spoken(entry: dict[str, Any]) -> str:
     """An entry in one line of text."""
     verdict = "" if entry["ok"] else " WRONG"
     name = f"{entry['op']} {entry['implementation']} {entry['dtype']}"
-    return f"{name}, {entry['shape']}: {format_seconds(entry['median'])} (n={entry['n']}){verdict}"
+    return f"{name}, {entry['shape']}: {time_text(entry['median'])} (n={entry['n']}){verdict}"

@@ -39,15 +39,14 @@ PACKAGE = {"transformers": "transformers"}  # diffusers for every other
 
 
 def available(names: tuple[str, ...], device: torch.device) -> tuple[tuple[str, ...], list[str]]:
-    """The peers of these that can run here, and a line for each that cannot."""
-    found, notes = [], []
-    for name in names:
-        reason = unavailable(name, device)
-        if reason is None:
-            found.append(name)
-        else:
-            notes.append(f"{name} left out: {reason}")
-    return tuple(found), notes
+    """The peers of these that can run here, and a line for each reason why others cannot."""
+    reasons = {name: unavailable(name, device) for name in names}
+    left_out: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            left_out.setdefault(reason, []).append(name)
+    notes = [f"{', '.join(together)} left out: {reason}" for reason, together in left_out.items()]
+    return tuple(name for name, reason in reasons.items() if reason is None), notes
 
 
 def unavailable(name: str, device: torch.device) -> str | None:

@@ -17,7 +17,7 @@ from blip3o_rt.bench import ceilings, compose, peers
 from blip3o_rt.bench.budget import Budget
 from blip3o_rt.bench.launches import kernel_launches, operator_calls
 from blip3o_rt.bench.lines import GROUPS, MORE_RUNS, OURS, Choice, Entry, Group, Line
-from blip3o_rt.bench.record import Record, describe, format_seconds
+from blip3o_rt.bench.record import Record, describe
 from blip3o_rt.bench.stages import STEPS, ArStage, ImageStage
 from blip3o_rt.bench.subject import Subject
 from blip3o_rt.bench.timing import Plan, Timing, median, quiet, race
@@ -27,6 +27,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import ENVIRONMENT_VARIABLE
 from blip3o_rt.ops.user_kernels import UserKernel
+from blip3o_rt.units import time_text
 
 COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count its launches
 
@@ -189,7 +190,7 @@ class Run:
             for who, mode in (modes | dict(self.choice.compiled())).items()
         }
         for batch in drawn:
-            line = Line("image", f"{batch} picture(s) end to end", per=batch, batch=batch)
+            line = image_line(batch)
             line.add(OURS, partial(stage.draw, batch))
             for who, peer in others.items():
                 line.add(who, partial(peer.draw, batch))
@@ -202,13 +203,15 @@ class Run:
         estimate, seconds = self.estimate(line.batch), self.budget.take("image")
         once = estimate is not None and 2 * estimate > max(seconds, self.budget.left)
         try:
-            if not once:
+            if once:
+                self.drawn_once(line)
+            else:
                 self.line(line, Plan(self.settings.runs, seconds))
-                return
-            self.drawn_once(line)
         finally:
-            host = stage.host.get(line.batch, [])
-            warm = Timing(samples=host[:1] if once else host[1 : 1 + self.settings.runs])
+            drawn = [found for found in self.record.lines if (found["name"], found["who"]) == ("image", OURS)]
+            count = next((found["n"] for found in drawn if found["batch"] == line.batch), 0)
+            first = 0 if once else 1  # the cold one
+            warm = Timing(samples=stage.host.get(line.batch, [])[first : first + count])
             if "image.host" in self.settings.stages and warm.samples:
                 what = "end to end minus its stages"
                 self.record.add_line("image.host", what, OURS, warm, batch=line.batch, per=line.per)
@@ -249,7 +252,7 @@ class Run:
 
     def compose(self, batch: int) -> None:
         self.budget.drop("image")
-        line = Line("image", f"{batch} picture(s) end to end", per=batch, batch=batch)
+        line = image_line(batch)
         timings = []
         for who, parts in self.recipes(batch).items():
             seconds = compose.composed(parts, self.record.lines)
@@ -272,6 +275,12 @@ class Run:
         time_switches(self.subject, self.settings, self.record, self.say)
 
 
+def image_line(batch: int) -> Line:
+    """The line of whole pictures, with nobody on it yet."""
+    pictures = "a picture" if batch == 1 else f"{batch} pictures"
+    return Line("image", f"{pictures} from words to pixels", per=batch, batch=batch)
+
+
 def spoken(line: Line, timings: Sequence[Timing]) -> str:
     """A line's result in one line of text."""
     found = []
@@ -280,7 +289,7 @@ def spoken(line: Line, timings: Sequence[Timing]) -> str:
         if timing.error is not None:
             found.append(f"{who} failed ({describe(timing.error)})")
         elif timing.samples:
-            found.append(f"{who} {format_seconds(median(timing.samples))} (n={len(timing.samples)})")
+            found.append(f"{who} {time_text(median(timing.samples))} (n={len(timing.samples)})")
     batch = f" x{line.batch}" if line.batch > 1 else ""
     return f"{line.name}{batch}: {', '.join(found) or 'nothing measured'}"
 

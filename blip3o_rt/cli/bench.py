@@ -218,7 +218,7 @@ def command_line() -> list[str]:
 
 def finish(record: Record, *, quiet: bool) -> None:
     """Print the table and the paths, whether the run came to its end or not."""
-    from blip3o_rt.bench.record import as_text
+    from blip3o_rt.bench.table import as_text
 
     if not quiet:
         print(as_text(record.data))

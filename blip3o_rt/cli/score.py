@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -156,7 +155,7 @@ def write(
     import torch
 
     from blip3o_rt.metadata import save_png
-    from blip3o_rt.provenance import record_head
+    from blip3o_rt.provenance import record_head, write_record
     from blip3o_rt.shapes.contact_sheet import contact_sheet
     from blip3o_rt.shapes.score import record
 
@@ -171,9 +170,7 @@ def write(
         "switches": {},
     }
     content = head | {"complete": complete, "model": model, "settings": settings} | record(drawn)
-    partial = arguments.out / f".{RECORD}.part"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(arguments.out / RECORD)
+    write_record(arguments.out / RECORD, content)
     print(arguments.out / RECORD)
     if drawn:
         save_png(contact_sheet(drawn), arguments.out / SHEET, {})

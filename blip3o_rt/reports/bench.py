@@ -10,7 +10,6 @@ from typing import Any
 from blip3o_rt.reports import plots
 from blip3o_rt.reports.page import data_uri, write_page
 from blip3o_rt.reports.reading import (
-    UNCOUNTED,
     Line,
     Record,
     Row,
@@ -20,7 +19,7 @@ from blip3o_rt.reports.reading import (
     provenance,
     rows,
 )
-from blip3o_rt.reports.units import (
+from blip3o_rt.units import (
     memory_text,
     number_text,
     ratio_text,
@@ -102,13 +101,11 @@ def stage_row(row: Row, others: Sequence[str]) -> dict[str, Any]:
 
 def detail_cells(line: Line) -> list[str]:
     """The cells below DETAILS."""
-    counted = line.rate and line.name not in UNCOUNTED
-    rate = f"{number_text(line.rate)} {line.unit}s/s" if counted else ""
     return [
         *map(time_text, (line.median, line.p90, line.least)),
         str(line.count or ""),
         time_text(line.cold),
-        rate,
+        line.rate_text,
         memory_text(line.peak_memory),
         *("" if count is None else f"{count:,.0f}" for count in (line.launches, line.operator_calls)),
     ]

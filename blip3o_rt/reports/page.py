@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from blip3o_rt import __version__
+from blip3o_rt.files import replacing
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".svg": "image/svg+xml"}
 
@@ -25,13 +25,8 @@ def write_page(template: str, path: str | Path, context: Mapping[str, Any]) -> N
         lstrip_blocks=True,
     )
     text = environment.get_template(template).render(runtime_version=__version__, **context)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def data_uri(content: bytes, suffix: str) -> str:

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from blip3o_rt.bench.rate import PICTURE, UNCOUNTED, UNITS
 from blip3o_rt.reports.reading import (
     OURS,
-    PICTURE,
     STAGES,
-    UNCOUNTED,
-    UNITS,
     Line,
     Record,
     Row,
@@ -28,7 +26,7 @@ from blip3o_rt.reports.reading import (
     read_line,
     rows,
 )
-from blip3o_rt.reports.units import significant
+from blip3o_rt.units import significant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,7 +147,8 @@ def roofline(record: Record) -> bytes | None:
                 zorder=2.5,
                 arrowprops={"arrowstyle": "-", "color": COLOURS[OURS], "linewidth": 0.6} if drop else None,
             )
-        axes.legend(loc="lower right")
+        if stages and ops:
+            axes.legend(loc="lower right")
     return buffer.getvalue()
 
 

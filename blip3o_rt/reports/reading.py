@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip3o_rt.bench.compose import parts_of_ours, parts_of_published
+from blip3o_rt.bench.rate import rate_text
 
 OURS = "ours"
 PEERS = ("transformers", "diffusers", "published", "published-compiled", "published-graphed")
@@ -23,14 +24,11 @@ STAGES = (
     "dit.condition",
     "dit.step",
     "vae.decode",
-    "image.host",
     "image",
+    "image.host",
 )
 
-UNITS = {"ar.prefill": "token", "ar.token": "token", "ar.second_pass": "token", "dit.step": "step"}
 PUBLISHED = ("published", "published-compiled", "published-graphed")
-PICTURE = "picture"  # the unit of every other stage
-UNCOUNTED = ("image.host", "dit.tables", "dit.condition")  # stages whose work per second says nothing
 
 Record = Mapping[str, Any]
 
@@ -60,14 +58,14 @@ class Line:
     note: str | None = None
 
     @property
-    def unit(self) -> str:
-        """What the work is counted in."""
-        return UNITS.get(self.name, PICTURE)
-
-    @property
     def rate(self) -> float | None:
         """Units of work per second."""
         return self.per / self.median if self.median else None
+
+    @property
+    def rate_text(self) -> str:
+        """The rate in words, where it says something."""
+        return rate_text(self.name, self.per, self.median)
 
 
 def read_line(entry: Mapping[str, Any]) -> Line:

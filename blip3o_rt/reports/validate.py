@@ -9,7 +9,7 @@ from typing import Any
 from blip3o_rt.reports.bench import shape_text
 from blip3o_rt.reports.page import picture_uri, write_page
 from blip3o_rt.reports.reading import Record, entries, number, provenance
-from blip3o_rt.reports.units import number_text, significant
+from blip3o_rt.units import number_text, significant
 
 GROUPS = {
     "ops": "Operations against their definition in float64",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.provenance import record_head
+from blip3o_rt.provenance import record_head, write_record
 from blip3o_rt.validate.line import Line
 
 FILE = "validate.json"
@@ -46,10 +44,5 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        """Write the record beside its place and rename it: what is there is always a whole one."""
-        partial = self.path.with_name(f".{FILE}.{secrets.token_hex(4)}.part")
-        try:
-            partial.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write what there is."""
+        write_record(self.path, self.data)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from blip3o_rt.bench import ablation, ceilings, lines, run, stages
-from blip3o_rt.bench.record import FILE, Record, as_text, format_seconds
+from blip3o_rt.bench.record import FILE, Record
 from blip3o_rt.bench.run import Run, Settings, model_entry
 from blip3o_rt.bench.subject import Subject, prepare
+from blip3o_rt.bench.table import as_text
 from blip3o_rt.bench.timing import Timing
 from blip3o_rt.bench.work import Work
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.units import time_text
 
 LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
 launches operator_calls note"""
@@ -284,18 +286,18 @@ def test_a_peer_is_compared_with_ours(tmp_path: Path) -> None:
     ("seconds", "text"),
     [
         (None, ""),
-        (1234.5, "1234 s"),
+        (1234.5, "1,234 s"),
         (12.345, "12.3 s"),
         (1.0, "1.00 s"),
         (0.99996, "1.00 s"),
         (0.0123, "12.3 ms"),
         (0.00099999, "1.00 ms"),
-        (12.3e-6, "12.3 us"),
-        (4.5e-7, "0.450 us"),
+        (12.3e-6, "12.3 µs"),
+        (4.5e-7, "450 ns"),
     ],
 )
 def test_seconds_in_words(seconds: float | None, text: str) -> None:
-    assert format_seconds(seconds) == text
+    assert time_text(seconds) == text
 
 
 # The subject

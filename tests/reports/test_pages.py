@@ -18,7 +18,7 @@ import pytest
 
 from blip3o_rt.reports import bench_html, validate_html
 from blip3o_rt.reports.reading import percentile, picture_parts, rows
-from blip3o_rt.reports.units import memory_text, significant, time_text
+from blip3o_rt.units import memory_text, significant, time_text
 from tests.reports.records import bench_record, validate_record
 
 pytest.importorskip("matplotlib")

@@ -10,7 +10,7 @@ def significant(value: float, digits: int = 3) -> str:
     """A number with so many significant digits and no exponent where a person reads none: 0.0123, 1,230."""
     if value == 0.0:
         return "0"
-    magnitude = abs(value)
+    magnitude = abs(float(f"{value:.{digits - 1}e}"))
     if magnitude >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     if magnitude < 1e-4:
@@ -28,7 +28,7 @@ def time_text(seconds: float | None) -> str:
     if seconds is None:
         return ""
     for scale, unit in TIME_UNITS:
-        if abs(seconds) >= scale or unit == "ns":
+        if abs(seconds) >= 0.9995 * scale or unit == "ns":  # 1.00 s, not 1,000 ms
             return f"{significant(seconds / scale)} {unit}"
     return ""
 
