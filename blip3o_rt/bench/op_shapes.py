@@ -95,6 +95,14 @@ def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
             reads=True,
             check=_row_linear(batch, min(rows, 4096), columns, logits),
         )
+        yield OpShape(
+            "row_linear_int8",
+            f"decode x{batch}: {name} {rows} x {columns}",
+            _row_linear_int8(batch, rows, columns, logits),
+            products=batch * rows * columns,
+            reads=True,
+            check=_row_linear_int8(batch, min(rows, 4096), columns, logits),
+        )
     context = config.image_tokens.tokens_per_image // 2 + PREFILL
     yield OpShape(
         "paged_decode_attention",
@@ -157,6 +165,17 @@ def _row_linear(batch: int, rows: int, columns: int, logits: bool) -> Make:
         weight = random(2, rows, columns, dtype=dtype, scale=columns**-0.5)
         out = {"out": torch.zeros(batch, rows)} if logits else {}
         return Case("", (random(1, batch, columns, dtype=dtype), weight), out, written=tuple(out))
+
+    return make
+
+
+def _row_linear_int8(batch: int, rows: int, columns: int, logits: bool) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        generator = torch.Generator().manual_seed(2)
+        weight = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+        scale = torch.full((rows,), columns**-0.5 / 127)
+        out = {"out": torch.zeros(batch, rows)} if logits else {}
+        return Case("", (random(1, batch, columns, dtype=dtype), weight, scale), out, written=tuple(out))
 
     return make
 

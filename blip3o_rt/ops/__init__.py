@@ -13,6 +13,7 @@ from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
+from blip3o_rt.ops.row_linear_int8 import row_linear_int8
 from blip3o_rt.ops.sample_tokens import sample_tokens
 from blip3o_rt.ops.silu_mul import silu_mul
 
@@ -33,6 +34,7 @@ __all__ = [
     "reset_used",
     "rms_norm",
     "row_linear",
+    "row_linear_int8",
     "sample_tokens",
     "silu_mul",
     "used",

@@ -19,6 +19,7 @@ struct Kernels {
     Kernel<RmsNormArguments> rms_norm;                             // rows
     Kernel<SiluMulArguments> silu_mul;                             // rows
     Kernel<RowLinearArguments> row_linear;                         // columns of the result
+    Kernel<RowLinearInt8Arguments> row_linear_int8;                // columns of the result
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;         // tokens
     Kernel<PagedDecodeAttentionArguments> paged_decode_attention;  // (sequence, KV head) pairs
     Kernel<NearestCodeArguments> nearest_code;                     // rows of features

@@ -76,6 +76,14 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
     run(kernels().row_linear, arguments, arguments.x.count > 0 ? arguments.weight.count : 0, grain(work));
 }
 
+void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                     const OptionalView& bias, const TensorView& out) {
+    const auto arguments = check_row_linear_int8(Device::cpu, x, weight, scale, bias, out);
+    const int64_t work = arguments.x.width * (arguments.x.count + 1);
+    run(kernels().row_linear_int8, arguments, arguments.x.count > 0 ? arguments.weight.count : 0,
+        grain(work));
+}
+
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
                          const TensorView& k_cache, const TensorView& v_cache, double eps,

@@ -15,6 +15,9 @@ void silu_mul(const TensorView& gate_up, const TensorView& out);
 void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                 const TensorView& out);
 
+void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                     const OptionalView& bias, const TensorView& out);
+
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
                          const TensorView& k_cache, const TensorView& v_cache, double eps,

@@ -3,7 +3,7 @@
 // BLIP3O_ISA is the namespace and BLIP3O_VECTOR_BYTES the width; both come from CMakeLists.txt.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -21,6 +21,7 @@ typedef float Vec __attribute__((vector_size(BLIP3O_VECTOR_BYTES)));
 typedef uint32_t VecBits __attribute__((vector_size(BLIP3O_VECTOR_BYTES)));
 typedef int32_t VecInt __attribute__((vector_size(BLIP3O_VECTOR_BYTES)));
 typedef uint16_t HalfVec __attribute__((vector_size(BLIP3O_VECTOR_BYTES / 2)));
+typedef int8_t ByteVec __attribute__((vector_size(BLIP3O_VECTOR_BYTES / 4)));
 
 constexpr int64_t round_up(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -51,6 +52,21 @@ BLIP3O_INLINE Vec load(const bf16* from) {
     HalfVec half;
     std::memcpy(&half, from, sizeof half);
     return widen(half);
+}
+
+// Every int8 is exact as a float.
+BLIP3O_INLINE Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vec)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+    ByteVec bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, VecInt), Vec);
+#endif
 }
 
 BLIP3O_INLINE void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }

@@ -15,6 +15,7 @@ from blip3o_rt.ops import native
 from blip3o_rt.validate.case import random
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
+from blip3o_rt.validate.cases.row_linear_int8 import quantised
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -51,6 +52,26 @@ def test_row_linear(data: st.DataObject, dtype: torch.dtype, rows: int, outputs:
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
     assert torch.equal(ops.row_linear(x[chosen], weight), together[chosen])
     assert torch.equal(ops.row_linear(x[:1], weight), together[:1])
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 400),
+)
+@few
+def test_row_linear_int8(
+    data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int
+) -> None:
+    set_up(data)
+    x, (weight, scale) = random(1, rows, inputs, dtype=dtype), quantised(2, outputs * 7, inputs)
+    together = ops.row_linear_int8(x, weight, scale)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
+    assert torch.equal(ops.row_linear_int8(x[chosen], weight, scale), together[chosen])
+    assert torch.equal(ops.row_linear_int8(x[:1], weight, scale), together[:1])
 
 
 @given(data=st.data(), dtype=DTYPES, lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6))

@@ -69,6 +69,20 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear: out must not be the memory of x; give it memory of its own",
     ),
     (
+        lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)),
+        "row_linear_int8: weight has dtype float32; accepted: int8",
+    ),
+    (
+        lambda: ops.row_linear_int8(
+            torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
+        ),
+        "row_linear_int8: scale has dtype bfloat16; accepted: float32",
+    ),
+    (
+        lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(3)),
+        "row_linear_int8: scale has shape [3]; accepted: [N = 4] (N as in weight)",
+    ),
+    (
         lambda: ops.nearest_code(torch.ones(2, 0), torch.ones(3, 0)),
         "nearest_code: features and codebook must be at least one wide",
     ),

@@ -69,6 +69,26 @@ inline RowLinearArguments check_row_linear(Device device, const TensorView& x, c
     return arguments;
 }
 
+inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorView& x,
+                                                    const TensorView& weight, const TensorView& scale,
+                                                    const OptionalView& bias, const TensorView& out) {
+    Contract contract("row_linear_int8", device);
+    Dim rows("M"), inputs("K"), outputs("N");
+    RowLinearInt8Arguments arguments;
+    arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
+    arguments.weight = contract(weight, "weight").dtype({DType::i8}).rows(outputs, inputs);
+    contract(scale, "scale").dtype({DType::f32}).shape({&outputs}).contiguous();
+    contract(bias, "bias").dtype({x.dtype}).shape({&outputs}).contiguous();
+    arguments.out = contract(out, "out").dtype({x.dtype, DType::f32}).rows(rows, outputs);
+    contract.require(rows.value() == 0 || inputs.value() == 0 || out.data != x.data,
+                     "out must not be the memory of x; give it memory of its own");
+    arguments.scale = scale.as<const float>();
+    arguments.bias = data_or_null(bias);
+    arguments.dtype = x.dtype;
+    arguments.out_dtype = out.dtype;
+    return arguments;
+}
+
 inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
     const TensorView& rope_table, const TensorView& positions, const TensorView& slots,

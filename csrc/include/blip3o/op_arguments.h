@@ -8,7 +8,7 @@
 
 namespace blip3o {
 
-enum class DType : uint8_t { f32, bf16, i32, i64, other };
+enum class DType : uint8_t { f32, bf16, i8, i32, i64, other };
 
 // bfloat16 as it lies in memory: the upper half of a float.
 struct bf16 {
@@ -41,6 +41,13 @@ struct SiluMulArguments {
 struct RowLinearArguments {
     Rows x, weight, out;
     const void* bias;  // may be null
+    DType dtype, out_dtype;
+};
+
+struct RowLinearInt8Arguments {
+    Rows x, weight, out;
+    const float* scale;  // one for each row of weight
+    const void* bias;    // may be null
     DType dtype, out_dtype;
 };
 

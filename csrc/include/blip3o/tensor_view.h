@@ -29,6 +29,8 @@ inline const char* name_of(DType dtype) {
             return "float32";
         case DType::bf16:
             return "bfloat16";
+        case DType::i8:
+            return "int8";
         case DType::i32:
             return "int32";
         case DType::i64:

@@ -1,0 +1,47 @@
+"""Every remainder of the tiles: rows, outputs and inputs around multiples of 4 and of the vectors."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.validate.case import DTYPES, Case, random
+
+
+def quantised(seed: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """int8 values over their whole range, -127 and 127 in every row, and scales of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    values[:, 0] = 127
+    values[:, -1] = -127
+    return values, (1 + torch.rand(outputs, generator=generator)) / (128 * max(inputs, 1) ** 0.5)
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for m, n, k in (
+            *((m, 7, 37) for m in (1, 2, 3, 4, 5, 7, 8, 17, 33)),
+            *((1, n, 64) for n in (1, 2, 3, 4, 5, 130)),
+            *((2, 5, k) for k in (1, 3, 4, 15, 16, 17, 63, 64, 65, 127, 129, 191)),
+            (1, 300, 1024),
+            (6, 33, 2048),
+            (40, 12, 6144),
+            (2, 4400, 192),
+            (0, 4, 8),
+        ):
+            weight, scale = quantised(2, n, k)
+            yield Case(f"{m} x {k} x {n}", (random(1, m, k, dtype=dtype), weight, scale))
+        weight, scale = quantised(2, 9, 150)
+        bias = random(3, 9, dtype=dtype)
+        x = random(1, 3, 150, dtype=dtype)
+        yield Case("bias", (x, weight, scale), {"bias": bias})
+        yield Case("rows with gaps", (random(4, 3, 2, 150, dtype=dtype)[:, 0], weight, scale))
+        yield Case("part of a wider weight", (random(5, 2, 70, dtype=dtype), weight[:, 10:80], scale))
+        yield Case("one large activation", (x.index_fill(1, torch.tensor([3]), 3e3), weight, scale))
+        yield Case(
+            "tiny and no activations", (x * torch.tensor([[1e-30], [0.0], [1.0]]).to(dtype), weight, scale)
+        )
+        out = torch.zeros(3, 9)
+        yield Case("float32 out", (x, weight, scale), {"bias": bias, "out": out}, written=("out",))
+        weight, scale = quantised(2, 4099, 8)
+        yield Case("more rows than are widened at once", (random(1, 2, 8, dtype=dtype), weight, scale))
