@@ -518,8 +518,9 @@ def _require_memory(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, max_prompt_tokens: int
 ) -> None:
     """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
-    positions = (max_batch + 1) * (max_prompt_tokens + config.image_tokens.tokens_per_image)
-    cache = positions * 2 * config.ar.num_layers * config.ar.kv_size * dtype.itemsize
+    ar, tokens = config.ar, config.image_tokens.tokens_per_image
+    kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
+    cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     # The decoder's last stage holds three tensors of its width at full resolution: input, product and result.
     picture = 3 * config.image_size**2 * config.vae.decoder_stages[0].channels * dtype.itemsize
     needed = sum(weight_bytes(config, dtype).values()) + cache + picture

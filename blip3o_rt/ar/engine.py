@@ -1,18 +1,32 @@
-"""The token engine: prompts in, image tokens and the hidden states that steer the diffusion stage out."""
+"""The token engine: prompts in, image tokens and the hidden states that steer the diffusion stage out.
+
+    request = engine.submit(TokenPrompt(ids, [SamplingParams(seed=7), SamplingParams(seed=8)]))
+    while not request.done:
+        engine.step()  # one token of every image that runs, of this request and of all others
+    first, second = request.plans
+
+Images join and leave between tokens. An image joins when there is a row for it and every page that it can
+ever need is free; how long it gets is known, so nothing that runs is ever put back. Only images that run hold
+pages, and the one that has waited longest joins first: none overtakes it, and it joins at the latest when all
+that run have left. An image's result does not depend on the others, bit for bit, where the ops keep their
+contract that a row does not (row_linear, paged_decode_attention, sample_tokens).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blip3o_rt import ops, trace
+from blip3o_rt import trace
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
-from blip3o_rt.ar.model import Decoder, DecodeStep
+from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder
+from blip3o_rt.ar.stretch import Results, Row, Stretch, vocabulary_of
 from blip3o_rt.config import ARConfig, ImageTokenConfig
-from blip3o_rt.errors import GenerationError
+from blip3o_rt.errors import GenerationError, ParameterError, PromptError
 from blip3o_rt.params import SamplingParams
 
 TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises to cancel
@@ -41,49 +55,34 @@ class TokenPlan:
     error: GenerationError | None = None
 
 
-@dataclass
-class _Row:
-    """One image in flight: which prompt and sample it belongs to, and its place in the cache."""
+@dataclass(eq=False)
+class Request:
+    """What `submit` hands out: `plans[s]` is the plan of `prompt.samples[s]`, None until it is finished."""
 
-    prompt_index: int
-    sample_index: int
-    params: SamplingParams
-    prompt_length: int
-    sequence: Sequence
-    first_hidden: Tensor
+    prompt: TokenPrompt
+    plans: list[TokenPlan | None]
+    tokens_drawn: int = 0
+    cancelled: bool = False
 
-
-@dataclass
-class _Group:
-    """Rows of a batch that sample from the same span of the vocabulary, and the buffer of their logits."""
-
-    vocabulary: range
-    rows: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    seeds: Tensor
-    positions: Tensor  # [tokens per image, rows]
-    logits: Tensor
-    everyone: bool
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come of it: every plan is there, or it was cancelled."""
+        return self.cancelled or None not in self.plans
 
 
-@dataclass
-class _Flight:
-    """A batch in the token loop: where each step goes, and what the steps have made so far."""
+@dataclass(eq=False, kw_only=True)
+class _Image(Row):
+    """One image of a request; it holds a lane and pages from joining to leaving."""
 
-    steps: list[DecodeStep]
-    groups: list[_Group]
-    tokens: Tensor  # [tokens per image, images], vocabulary ids
-    hidden: Tensor  # [tokens per image + 1, images, hidden]
-    failed: Tensor  # [images]
+    request: Request
+    sample: int
 
 
 class TokenEngine:
-    """Runs up to `max_batch` images at a time over one paged cache allocated at construction.
+    """Draws up to `max_batch` images at a time over a paged cache, both allocated at construction.
 
-    `max_prompt_tokens` bounds a prompt with its template and reference tokens. Every image takes
-    `image_tokens.tokens_per_image` decode steps; results do not depend on which images share a batch.
+    `max_prompt_tokens` bounds a prompt with its template and reference tokens. `num_pages`, where given, is a
+    cache smaller than `max_batch` images of the longest prompt take: then pages limit who joins, not rows.
     """
 
     def __init__(
@@ -95,19 +94,85 @@ class TokenEngine:
         max_batch: int,
         max_prompt_tokens: int,
         page_size: int = DEFAULT_PAGE_SIZE,
+        num_pages: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         embedding = weights["embed_tokens.weight"]
         self.image_tokens = image_tokens
         self.max_batch = max_batch
+        self._max_prompt_tokens = max_prompt_tokens
         self._max_blocks = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
+        num_pages = max_batch * self._max_blocks if num_pages is None else num_pages
+        if num_pages < self._max_blocks:
+            raise ParameterError(
+                f"num_pages is {num_pages}: accepted is at least {self._max_blocks}, which one image takes"
+            )
         self.cache = PagedKVCache(
-            config,
-            (max_batch + 1) * self._max_blocks,  # one more: a prompt's own pages while its images hold theirs
-            page_size=page_size,
-            dtype=embedding.dtype,
-            device=embedding.device,
+            config, num_pages, page_size=page_size, dtype=embedding.dtype, device=embedding.device
         )
-        self.decoder = Decoder(config, weights, self.cache)
+        self.decoder = Decoder(config, weights, self.cache, max_batch=max_batch, prefill_chunk=prefill_chunk)
+        self._results = Results(max_batch, image_tokens.tokens_per_image, self.decoder)
+        self._lanes = list(range(max_batch))
+        self._waiting: deque[_Image] = deque()
+        self._running: list[_Image] = []  # in the order they joined
+        self._stretch: Stretch | None = None  # of those who run, until one joins or leaves
+
+    def submit(self, prompt: TokenPrompt) -> Request:
+        """Put the images of a prompt at the end of the queue, any number of them.
+
+        Raises PromptError or ParameterError for what could never run.
+        """
+        self._check(prompt)
+        request = Request(prompt, [None] * len(prompt.samples))
+        self._waiting.extend(
+            _Image(params=params, prompt_length=len(prompt.ids), request=request, sample=sample)
+            for sample, params in enumerate(prompt.samples)
+        )
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Take a request's images out of the queue and the batch; those that are finished stay finished.
+
+        May be called between any two steps; for a request that is done it does nothing.
+        """
+        if request.done:
+            return
+        request.cancelled = True
+        self._waiting = deque(image for image in self._waiting if image.request is not request)
+        for image in [image for image in self._running if image.request is request]:
+            self._leave(image)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an image runs or waits."""
+        return bool(self._running or self._waiting)
+
+    def step(self) -> Tensor:
+        """Let in who fits, then draw one token of every image that runs.
+
+        -> vocabulary ids int64 [images], by vocabulary and in the order they joined; overwritten by the next
+        step. An image whose logits are not finite ends with an error in its plan; the others are unaffected.
+        What reading a prompt raises cancels its request and is raised here; the others go on.
+        """
+        self._admit()
+        if not self._running:
+            return self._results.tokens.new_empty(0)
+        stretch, self._stretch = (
+            self._stretch or self._lay_out(),
+            None,
+        )  # not kept where its step is interrupted
+        with trace.span("ar.token", self._running[0].drawn):
+            tokens = stretch.step()
+        for image in self._running:
+            image.drawn += 1
+            image.request.tokens_drawn += 1
+        if stretch.done < stretch.steps:
+            self._stretch = stretch
+            return tokens
+        for image in [i for i in self._running if i.drawn == self.image_tokens.tokens_per_image]:
+            image.request.plans[image.sample] = self._plan(image)
+            self._leave(image)
+        return tokens
 
     def generate(
         self, prompts: list[TokenPrompt], callback: TokenCallback | None = None
@@ -117,39 +182,29 @@ class TokenEngine:
         An image whose logits are not finite gets a plan with an error; the others are unaffected. The
         callback runs between tokens; what it raises ends the call and returns all pages.
         """
-        wanted = [(p, s) for p, prompt in enumerate(prompts) for s in range(len(prompt.samples))]
-        tokens = self.image_tokens.tokens_per_image
-        results: dict[tuple[int, int], TokenPlan] = {}
-        for start in range(0, len(wanted), self.max_batch):
-            wave = wanted[start : start + self.max_batch]
-            done = start * tokens
-            report = None
-            if callback is not None:
-                report = _scaled(callback, done, len(wave), len(wanted) * tokens)
-            results.update(self._run_wave(prompts, wave, report))
-        return [[results[p, s] for s in range(len(prompt.samples))] for p, prompt in enumerate(prompts)]
-
-    def stream(self, prompt: TokenPrompt) -> Iterator[Tensor]:
-        """Sample the images of one prompt, at most `max_batch`, token by token.
-
-        Each item is int64 [images], vocabulary ids, 0 for an image that failed; a token is drawn and run
-        through the decoder when its item is asked for. Closing the iterator returns its pages.
-        """
-        rows = self._admit(prompt, 0, list(range(len(prompt.samples))))
+        requests: list[Request] = []
+        total = self.image_tokens.tokens_per_image * sum(len(prompt.samples) for prompt in prompts)
         try:
-            flight = self._launch(rows)
-            for index in range(self.image_tokens.tokens_per_image):
-                self._step(flight, index)
-                yield flight.tokens[index]
+            for prompt in prompts:
+                requests.append(self.submit(prompt))
+            while True:
+                if callback is not None:
+                    callback(sum(request.tokens_drawn for request in requests), total)
+                if all(request.done for request in requests):
+                    break
+                self.step()
         finally:
-            for row in rows:
-                self.cache.release(row.sequence)
+            for request in requests:
+                self.cancel(request)
+        return [[plan for plan in request.plans if plan is not None] for request in requests]
 
     def replay(self, prompt: TokenPrompt, token_ids: Tensor) -> TokenPlan:
-        """Hidden states of given tokens [T] (teacher forcing), in one pass over prompt and tokens."""
+        """Hidden states of given tokens [T] (teacher forcing), in one pass over prompt and tokens.
+
+        Raises InsufficientMemoryError where images in flight hold the pages it takes.
+        """
         sequence = Sequence()
-        device = self.decoder.device
-        token_ids = token_ids.to(device)
+        token_ids = token_ids.to(self.decoder.device)
         try:
             self.cache.reserve(sequence, len(prompt.ids) + token_ids.shape[0])
             embeddings = torch.cat([self._embed_prompt(prompt), self.decoder.embed(token_ids)])
@@ -158,141 +213,79 @@ class TokenEngine:
             self.cache.release(sequence)
         return TokenPlan(token_ids, hidden[len(prompt.ids) - 1 :].clone())
 
-    def _run_wave(
-        self, prompts: list[TokenPrompt], wave: list[tuple[int, int]], report: Callable[[int], None] | None
-    ) -> dict[tuple[int, int], TokenPlan]:
-        rows: list[_Row] = []
-        try:
-            for prompt_index in dict.fromkeys(p for p, _ in wave):
-                samples = [s for p, s in wave if p == prompt_index]
-                rows += self._admit(prompts[prompt_index], prompt_index, samples)
-            plans = self._decode(rows, report)
-        finally:
-            for row in rows:
-                self.cache.release(row.sequence)
-        return {(row.prompt_index, row.sample_index): plan for row, plan in zip(rows, plans, strict=True)}
-
-    def _admit(self, prompt: TokenPrompt, prompt_index: int, samples: list[int]) -> list[_Row]:
-        """Prefill the prompt once and fork its pages for each of its images."""
-        parent = Sequence()
-        rows: list[_Row] = []
-        try:
-            self.cache.reserve(parent, len(prompt.ids))
-            hidden = self.decoder.prefill(self._embed_prompt(prompt), parent)
-            for sample in samples:
-                child = self.cache.fork(parent)
-                rows.append(
-                    _Row(prompt_index, sample, prompt.samples[sample], len(prompt.ids), child, hidden[-1])
-                )
-                self.cache.reserve(child, len(prompt.ids) + self.image_tokens.tokens_per_image)
-        except BaseException:
-            for row in rows:
-                self.cache.release(row.sequence)
-            raise
-        finally:
-            self.cache.release(parent)
-        return rows
-
-    def _decode(self, rows: list[_Row], report: Callable[[int], None] | None) -> list[TokenPlan]:
-        """The token loop. Nothing is read back from the device before the last token."""
-        flight, count = self._launch(rows), self.image_tokens.tokens_per_image
-        for index in range(count):
-            if report is not None:
-                report(index)
-            self._step(flight, index)
-        if report is not None:
-            report(count)
-        return [
-            self._plan(flight.tokens[:, row], flight.hidden[:, row], bool(flight.failed[row]))
-            for row in range(len(rows))
-        ]
-
-    def _launch(self, rows: list[_Row]) -> _Flight:
-        """Everything that the steps of the token loop read and write, laid out before it starts."""
-        device, count, batch = self.decoder.device, self.image_tokens.tokens_per_image, len(rows)
-        width = self.decoder.config.hidden_size
-        hidden = torch.empty(count + 1, batch, width, dtype=self.decoder.dtype, device=device)
-        hidden[0] = torch.stack([row.first_hidden for row in rows])
-        return _Flight(
-            self._schedule(rows),
-            self._groups(rows),
-            tokens=torch.empty(count, batch, dtype=torch.int64, device=device),
-            hidden=hidden,
-            failed=torch.zeros(batch, dtype=torch.bool, device=device),
-        )
-
-    def _step(self, flight: _Flight, index: int) -> None:
-        """Draw token number `index` of every image and run it through the decoder."""
-        tokens, hidden = flight.tokens[index], flight.hidden
-        with trace.span("ar.token", index):
-            self._sample(hidden[index], flight.groups, index, tokens)
-            flight.failed |= tokens < 0
-            tokens.clamp_(min=0)
-            hidden[index + 1].copy_(self.decoder.decode(tokens, flight.steps[index]))
-
-    def _sample(self, hidden: Tensor, groups: list[_Group], index: int, out: Tensor) -> None:
-        """Write one token per row, or -1 where a row's logits are not finite."""
-        for group in groups:
-            states = hidden if group.everyone else hidden[group.rows]
-            drawn = ops.sample_tokens(
-                self.decoder.logits(states, group.vocabulary, out=group.logits),
-                group.temperature,
-                group.top_k,
-                group.top_p,
-                group.seeds,
-                group.positions[index],
+    def _check(self, prompt: TokenPrompt) -> None:
+        if not 1 <= len(prompt.ids) <= self._max_prompt_tokens:
+            raise PromptError(
+                f"the prompt is {len(prompt.ids)} tokens long: accepted is 1 to {self._max_prompt_tokens}"
             )
-            out[group.rows] = torch.where(drawn < 0, drawn, drawn + group.vocabulary.start)
+        words = self.decoder.config.vocab_size
+        if min(prompt.ids) < 0 or max(prompt.ids) >= words:
+            raise PromptError(f"the prompt has ids outside the vocabulary: accepted is 0 to {words - 1}")
+        span, width = prompt.feature_positions, self.decoder.config.hidden_size
+        if prompt.features is not None and (
+            tuple(prompt.features.shape) != (len(span), width)
+            or span.step != 1
+            or span.stop > len(prompt.ids)
+        ):
+            raise PromptError(
+                f"features {list(prompt.features.shape)} do not fit {span} of {len(prompt.ids)} ids: "
+                f"accepted is a row of {width} for every position"
+            )
+        for params in prompt.samples:
+            params.top_k_for(self.image_tokens.num_image_tokens, words)
 
-    def _schedule(self, rows: list[_Row]) -> list[DecodeStep]:
-        """Positions, slots and context lengths of every step, laid out before the loop starts."""
-        count = self.image_tokens.tokens_per_image
+    def _admit(self) -> None:
+        """Let images join from the head of the queue while there is room for the next."""
+        while self._waiting and self._lanes:
+            image = self._waiting[0]
+            prompt = image.request.prompt
+            donor, shared = self._longest_prefix(prompt)
+            pages = self.cache.pages_for(len(prompt.ids) + self.image_tokens.tokens_per_image)
+            if pages - shared // self.cache.page_size > self.cache.free_pages:
+                return
+            self._waiting.popleft()
+            self._running.append(image)
+            try:
+                self._join(image, donor, shared)
+            except BaseException:
+                self.cancel(image.request)
+                raise
 
-        def table(values: list[list[int]]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.decoder.device)
+    def _longest_prefix(self, prompt: TokenPrompt) -> tuple[_Image | None, int]:
+        """The running image with most of the prompt's positions in its pages, and how many."""
+        donor, longest = None, 0
+        for image in self._running:
+            shared = _shared_positions(image.request.prompt, prompt, self.decoder.prefill_chunk)
+            if shared > longest:
+                donor, longest = image, shared
+        return donor, longest
 
-        starts = [row.prompt_length for row in rows]
-        positions = table([[start + step for start in starts] for step in range(count)])
-        slots = table(
-            [self.cache.slots(row.sequence, row.prompt_length, row.prompt_length + count) for row in rows]
-        )
-        padding = [[0] * (self._max_blocks - len(row.sequence.block_table)) for row in rows]
-        blocks = table([row.sequence.block_table + pad for row, pad in zip(rows, padding, strict=True)])
-        slots = slots.T.contiguous()
-        context_lengths = positions + 1
-        return [
-            DecodeStep(positions[step], slots[step], context_lengths[step], blocks) for step in range(count)
-        ]
+    def _join(self, image: _Image, donor: _Image | None, shared: int) -> None:
+        """Give an image its lane and pages, and read what no other has read of its prompt."""
+        prompt = image.request.prompt
+        self._stretch = None
+        image.lane = self._lanes.pop()
+        if donor is not None:
+            image.sequence = self.cache.fork(donor.sequence, shared)
+        self.cache.reserve(image.sequence, len(prompt.ids) + self.image_tokens.tokens_per_image)
+        if donor is not None and shared == len(prompt.ids):
+            first_hidden = self._results.hidden[donor.lane, 0]
+        else:
+            first_hidden = self.decoder.prefill(self._embed_prompt(prompt)[shared:], image.sequence)[-1]
+        self._results.hidden[image.lane, 0] = first_hidden
 
-    def _groups(self, rows: list[_Row]) -> list[_Group]:
-        whole = range(self.decoder.config.vocab_size)
-        groups = []
-        for image_only, vocabulary in ((True, self.image_tokens.image_token_range), (False, whole)):
-            members = [i for i, row in enumerate(rows) if row.params.image_tokens_only == image_only]
-            if members:
-                groups.append(self._group(rows, members, vocabulary))
-        return groups
+    def _leave(self, image: _Image) -> None:
+        """The one way out of the batch: pages and lane come back."""
+        self._running.remove(image)
+        self._stretch = None
+        self.cache.release(image.sequence)
+        if image.lane >= 0:
+            self._lanes.append(image.lane)
+            image.lane = -1
 
-    def _group(self, rows: list[_Row], members: list[int], vocabulary: range) -> _Group:
-        params = [rows[i].params for i in members]
-        codes, words = self.image_tokens.num_image_tokens, self.decoder.config.vocab_size
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=self.decoder.device)
-
-        count, device = self.image_tokens.tokens_per_image, self.decoder.device
-        positions = torch.arange(count, dtype=torch.int32, device=device)[:, None]
-        return _Group(
-            vocabulary,
-            column(members, torch.int64),
-            column([p.temperature for p in params], torch.float32),
-            column([p.top_k_for(codes, words) for p in params], torch.int32),
-            column([p.top_p for p in params], torch.float32),
-            column([p.seed for p in params], torch.int64),
-            positions=positions.repeat(1, len(members)),
-            logits=torch.empty(len(members), len(vocabulary), dtype=torch.float32, device=device),
-            everyone=len(members) == len(rows),
-        )
+    def _lay_out(self) -> Stretch:
+        by_vocabulary = sorted(self._running, key=lambda image: not image.params.image_tokens_only)
+        return Stretch([*by_vocabulary], self.decoder, self.image_tokens, self._results, self._max_blocks)
 
     def _embed_prompt(self, prompt: TokenPrompt) -> Tensor:
         ids = torch.tensor(prompt.ids, dtype=torch.int64, device=self.decoder.device)
@@ -302,20 +295,33 @@ class TokenEngine:
             embeddings[span.start : span.stop] = prompt.features.to(embeddings)
         return embeddings
 
-    def _plan(self, token_ids: Tensor, hidden_states: Tensor, failed: bool) -> TokenPlan:
+    def _plan(self, image: _Image) -> TokenPlan:
+        drawn = self._results.tokens[image.lane, : self.image_tokens.tokens_per_image]
+        first_id = vocabulary_of(image.params, self.decoder, self.image_tokens).start
         error = None
-        if failed:
+        if bool((drawn < 0).any()):
             error = GenerationError(
                 "the decoder's logits are not finite: "
                 "the checkpoint's weights are damaged or overflow in this dtype"
             )
-        return TokenPlan(token_ids.contiguous(), hidden_states.contiguous(), error)
+        return TokenPlan(drawn.clamp(min=0) + first_id, self._results.hidden[image.lane].clone(), error)
 
 
-def _scaled(callback: TokenCallback, done: int, width: int, total: int) -> Callable[[int], None]:
-    """Report a wave's steps as tokens of the whole call."""
+def _shared_positions(donor: TokenPrompt, prompt: TokenPrompt, prefill_chunk: int) -> int:
+    """How many positions of a prompt have the bits that a donor's pages hold: all, or whole chunks.
 
-    def report(step: int) -> None:
-        callback(done + step * width, total)
-
-    return report
+    Less than a chunk is not worth sharing: what is left of it would read the weights all the same. At least
+    the last position of a prompt that is not the donor's is read, for its hidden state.
+    """
+    same_features = donor.features is prompt.features and (
+        prompt.features is None or donor.feature_positions == prompt.feature_positions
+    )
+    if same_features and donor.ids == prompt.ids:
+        return len(prompt.ids)
+    limit = len(prompt.ids) - 1
+    if not same_features:
+        limit = min(limit, *(p.feature_positions.start for p in (donor, prompt) if p.features is not None))
+    shared = 0
+    while (end := shared + prefill_chunk) <= limit and donor.ids[shared:end] == prompt.ids[shared:end]:
+        shared = end
+    return shared

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
@@ -260,11 +259,16 @@ def _causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """[heads, N, head_dim] causal attention of a prompt's last N positions to all of it; on the CPU in
     float32, where bfloat16 is far slower."""
     inside = torch.float32 if query.device.type == "cpu" else query.dtype
+    count, length = query.shape[1], keys.shape[1]
+    mask = None
+    if count < length:
+        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
     attended = F.scaled_dot_product_attention(
         query[None].to(inside),
         keys[None].to(inside),
         values[None].to(inside),
-        attn_mask=causal_lower_right(query.shape[1], keys.shape[1]),
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=True,
     )
     return attended[0].to(query.dtype)

@@ -98,8 +98,10 @@ def ar_token(
 ) -> Contender:
     """A decoded token of each of `batch` pictures, or of `alone` pictures one after the other."""
     sampling = SamplingParams(seed=SEED, image_tokens_only=image_tokens_only)
-    stage = ArStage(checkpoint, max_batch=max(batch, alone), sampling=sampling, page_size=page_size)
-    loops = [stage.tokens(batch) for _ in range(alone)]
+    stages = [
+        ArStage(checkpoint, max_batch=batch, sampling=sampling, page_size=page_size) for _ in range(alone)
+    ]
+    loops = [stage.tokens(batch) for stage in stages]
 
     def prepare() -> None:
         for loop in loops:

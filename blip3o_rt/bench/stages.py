@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
+from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, Sequence
 from blip3o_rt.bench import work
 from blip3o_rt.bench.work import Work
@@ -70,6 +69,7 @@ class ArStage:
             max_prompt_tokens=len(self.context),
             page_size=page_size,
         )
+        self._steps = TokenSteps(self.engine, self.context, self.sampling, 1)
 
     @staticmethod
     def prompt(checkpoint: Checkpoint) -> list[int]:
@@ -100,8 +100,10 @@ class ArStage:
         return work.ar_prefill(self.config.ar, itemsize, length=length or len(self.prompt_ids))
 
     def tokens(self, batch: int) -> TokenSteps:
-        """The token loop of `batch` pictures, a token of each at a call."""
-        return TokenSteps(self, batch)
+        """The token loop of `batch` pictures, a token of each at a call; ends the loop before it."""
+        self._steps.close()
+        self._steps = TokenSteps(self.engine, self.context, self.sampling, batch)
+        return self._steps
 
     def head_rows(self) -> range:
         """Rows of the head that the tokens are drawn from."""
@@ -115,30 +117,28 @@ class ArStage:
 
 
 class TokenSteps:
-    """The engine's token loop taken one token at a time, begun anew when the picture is finished."""
+    """The engine's token loop taken one token at a time, begun anew when the pictures are finished."""
 
-    def __init__(self, stage: ArStage, batch: int) -> None:
-        self._stage, self._left = stage, 0
-        samples = [replace(stage.sampling, seed=stage.sampling.seed + image) for image in range(batch)]
-        self._prompt = TokenPrompt(stage.context, samples)
-        self._stream: Iterator[Tensor] = iter(())
+    def __init__(self, engine: TokenEngine, context: list[int], sampling: SamplingParams, batch: int) -> None:
+        self._engine = engine
+        samples = [replace(sampling, seed=sampling.seed + image) for image in range(batch)]
+        self._prompt = TokenPrompt(context, samples)
+        self._request: Request | None = None
 
     def prepare(self) -> None:
         """Read the context again where no token is left to draw; the first token after it is drawn here."""
-        if self._left == 0:
-            self._stream = self._stage.engine.stream(self._prompt)
-            next(self._stream)
-            self._left = self._stage.steps_per_run - 1
+        if self._request is None or self._request.done:
+            self._request = self._engine.submit(self._prompt)
+            self._engine.step()
 
     def __call__(self) -> Tensor:
         """Vocabulary ids int64 [batch]."""
-        self._left -= 1
-        return next(self._stream)
+        return self._engine.step()
 
     def close(self) -> None:
         """Return the pages of the cache."""
-        self._stream = iter(())
-        self._left = 0
+        if self._request is not None:
+            self._engine.cancel(self._request)
 
 
 class ConnectorStage:

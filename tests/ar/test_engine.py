@@ -139,16 +139,3 @@ def test_progress_counts_every_token_and_cancelling_returns_the_pages() -> None:
     with pytest.raises(Cancelled):
         engine.generate(prompts, cancel)
     assert engine.cache.free_pages == engine.cache.num_pages
-
-
-def test_stream_draws_the_same_tokens_and_returns_its_pages() -> None:
-    engine = make_engine(max_batch=2)
-    prompt = TokenPrompt([3, 1, 4], sampling(5, 6))
-    plans = engine.generate([prompt])[0]
-    streamed = torch.stack([tokens.clone() for tokens in engine.stream(prompt)])
-    assert torch.equal(streamed, torch.stack([plan.token_ids for plan in plans], dim=1))
-    stream = engine.stream(prompt)
-    next(stream)
-    assert engine.cache.free_pages < engine.cache.num_pages
-    stream.close()
-    assert engine.cache.free_pages == engine.cache.num_pages
