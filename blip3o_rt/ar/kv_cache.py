@@ -110,7 +110,8 @@ class PagedKVCache:
     def gather(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` positions, contiguous: two [num_kv_heads, length,
         head_dim]."""
-        pages = torch.tensor(sequence.block_table[: self.pages_for(length)], device=self.keys[layer].device)
+        table = sequence.block_table[: self.pages_for(length)]
+        pages = torch.tensor(table, dtype=torch.int64, device=self.keys[layer].device)
 
         def contiguous(cache: Tensor) -> Tensor:
             return cache[pages].transpose(0, 1).flatten(1, 2)[:, :length]

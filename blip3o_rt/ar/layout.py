@@ -5,18 +5,61 @@ Original names are those under `model.` (`lm_head.weight` stands outside it in a
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from blip3o_rt.config import ARConfig
+from blip3o_rt.quantisation import row_scales, row_values
 from blip3o_rt.weights import TensorSpec, direct, packed
 
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+SCALE = "_scale"  # appended to the name of a matrix
+QUANTISED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
 
-def layout(config: ARConfig) -> list[TensorSpec]:
-    """All runtime tensors of the decoder, in the order they are used; no lm_head where it is tied."""
-    specs = [direct("embed_tokens.weight", config.vocab_size, config.hidden_size)]
+
+def layout(config: ARConfig, *, int8: bool = False) -> list[TensorSpec]:
+    """All runtime tensors of the decoder, in the order they are used; no lm_head where it is tied.
+
+    int8: the matrices of the layers and the head, which then is there in any case, are int8 values with a
+    float32 scale for each row; embeddings and norms stay as they are.
+    """
+    specs = _layout(config)
+    if not int8:
+        return specs
+    if config.tie_word_embeddings:
+        specs.append(replace(specs[0], name=HEAD))
+    return [made for spec in specs for made in _int8(spec)]
+
+
+def quantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, int8=True)` from those of `layout(config)`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in {HEAD: weights[EMBEDDING], **weights}.items():
+        if name.endswith(QUANTISED):
+            found[name], found[name + SCALE] = row_values(tensor), row_scales(tensor)
+        else:
+            found[name] = tensor
+    return found
+
+
+def _int8(spec: TensorSpec) -> Iterator[TensorSpec]:
+    if not spec.name.endswith(QUANTISED):
+        yield spec
+        return
+    yield replace(spec, rows=row_values, dtype=torch.int8)
+    yield replace(spec, name=spec.name + SCALE, shape=spec.shape[:1], rows=row_scales, dtype=torch.float32)
+
+
+def _layout(config: ARConfig) -> list[TensorSpec]:
+    specs = [direct(EMBEDDING, config.vocab_size, config.hidden_size)]
     for index in range(config.num_layers):
         specs += _decoder_layer(config, f"layers.{index}.")
     specs.append(direct("norm.weight", config.hidden_size))
     if not config.tie_word_embeddings:
-        specs.append(direct("lm_head.weight", config.vocab_size, config.hidden_size))
+        specs.append(direct(HEAD, config.vocab_size, config.hidden_size))
     return specs
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
+from blip3o_rt.ar.layout import EMBEDDING, HEAD
+from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.config import ARConfig
 
 PREFILL_CHUNK = 256  # positions: enough that arithmetic hides the reading of the weights
@@ -21,13 +23,13 @@ class Layer:
     """Weights of one decoder layer; qkv and gate|up are packed along their rows."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Matrix
     q_norm: Tensor
     k_norm: Tensor
-    attention_out: Tensor
+    attention_out: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,10 @@ def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tens
 class Decoder:
     """Qwen3 decoder over a paged cache.
 
-    `weights` are the runtime tensors of part "ar", all of one dtype and on one device. Hidden states returned
-    are after the final norm, as the diffusion stage and the head want them. A prompt is read in chunks that
-    begin at multiples of `prefill_chunk` positions, which is rounded up to whole pages.
+    `weights` are the runtime tensors of part "ar" on one device, all of one dtype but for matrices in int8.
+    Hidden states returned are after the final norm, as the diffusion stage and the head want them. A prompt
+    is read in chunks that begin at multiples of `prefill_chunk` positions, which is rounded up to whole
+    pages.
     """
 
     def __init__(
@@ -111,8 +114,8 @@ class Decoder:
         self.config = config
         self.cache = cache
         self.prefill_chunk = cache.pages_for(prefill_chunk) * cache.page_size
-        self.embedding = weights["embed_tokens.weight"]
-        self.head = self.embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self.embedding = weights[EMBEDDING]
+        self.head = Matrix.of(weights, HEAD if HEAD in weights else EMBEDDING)
         self.final_norm = weights["norm.weight"]
         self.layers = [_layer(weights, f"layers.{index}.") for index in range(config.num_layers)]
         self.dtype = self.embedding.dtype
@@ -148,7 +151,7 @@ class Decoder:
         residual = embeddings.clone()
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
-            qkv = F.linear(normed, layer.qkv)
+            qkv = layer.qkv.linear(normed)
             query = ops.qk_norm_rope_append(
                 qkv,
                 layer.q_norm,
@@ -162,9 +165,9 @@ class Decoder:
             )
             keys, values = self.cache.gather(index, sequence, length)
             attended = _causal_attention(query.transpose(0, 1), keys, values)
-            output = F.linear(attended.transpose(0, 1).reshape(count, -1), layer.attention_out)
+            output = layer.attention_out.linear(attended.transpose(0, 1).reshape(count, -1))
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
-            output = F.linear(ops.silu_mul(F.linear(normed, layer.gate_up)), layer.down)
+            output = layer.down.linear(ops.silu_mul(layer.gate_up.linear(normed)))
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
         return normed
 
@@ -180,7 +183,7 @@ class Decoder:
         ops.rms_norm(space.residual, self.layers[0].input_norm, config.rms_norm_eps, out=space.normed)
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
-            ops.row_linear(space.normed, layer.qkv, out=space.qkv)
+            layer.qkv.row_linear(space.normed, out=space.qkv)
             ops.qk_norm_rope_append(
                 space.qkv,
                 layer.q_norm,
@@ -202,7 +205,7 @@ class Decoder:
                 config.head_dim**-0.5,
                 out=space.attended,
             )
-            ops.row_linear(space.attended.flatten(1), layer.attention_out, out=space.projected)
+            layer.attention_out.row_linear(space.attended.flatten(1), out=space.projected)
             ops.rms_norm(
                 space.projected,
                 layer.mlp_norm,
@@ -210,9 +213,9 @@ class Decoder:
                 residual=space.residual,
                 out=space.normed,
             )
-            ops.row_linear(space.normed, layer.gate_up, out=space.gate_up)
+            layer.gate_up.row_linear(space.normed, out=space.gate_up)
             ops.silu_mul(space.gate_up, out=space.activated)
-            ops.row_linear(space.activated, layer.down, out=space.projected)
+            layer.down.row_linear(space.activated, out=space.projected)
             ops.rms_norm(
                 space.projected,
                 self._norm_after(index),
@@ -225,7 +228,7 @@ class Decoder:
     def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
         """Logits of a range of vocabulary ids: hidden states [B, hidden] -> out, float32 [B,
         len(vocabulary)]."""
-        return ops.row_linear(hidden, self.head[vocabulary.start : vocabulary.stop], out=out)
+        return self.head.rows(vocabulary.start, vocabulary.stop).row_linear(hidden, out=out)
 
     def _norm_after(self, index: int) -> Tensor:
         """The norm that follows layer `index`: the next layer's input norm, or the final one."""
@@ -245,13 +248,13 @@ class Decoder:
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
     return Layer(
         input_norm=weights[prefix + "input_layernorm.weight"],
-        qkv=weights[prefix + "self_attn.qkv_proj.weight"],
+        qkv=Matrix.of(weights, prefix + "self_attn.qkv_proj.weight"),
         q_norm=weights[prefix + "self_attn.q_norm.weight"],
         k_norm=weights[prefix + "self_attn.k_norm.weight"],
-        attention_out=weights[prefix + "self_attn.o_proj.weight"],
+        attention_out=Matrix.of(weights, prefix + "self_attn.o_proj.weight"),
         mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        gate_up=weights[prefix + "mlp.gate_up_proj.weight"],
-        down=weights[prefix + "mlp.down_proj.weight"],
+        gate_up=Matrix.of(weights, prefix + "mlp.gate_up_proj.weight"),
+        down=Matrix.of(weights, prefix + "mlp.down_proj.weight"),
     )
 
 

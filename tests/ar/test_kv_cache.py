@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.errors import InsufficientMemoryError
@@ -84,3 +87,104 @@ def test_slots_follow_the_block_table() -> None:
     cache = make_cache()
     sequence = Sequence(block_table=[5, 2], length=0)
     assert cache.slots(sequence, 2, 6) == [22, 23, 8, 9]
+
+
+@pytest.mark.parametrize("length", [1, 4, 6, 8])
+def test_a_fork_may_take_less_than_its_parent_has(length: int) -> None:
+    cache, parent = make_cache(), Sequence()
+    cache.reserve(parent, 9)
+    parent.length = 9
+    child = cache.fork(parent, length)
+    assert child.length == length
+    assert len(child.block_table) == cache.pages_for(length)
+    assert child.block_table[: length // 4] == parent.block_table[: length // 4]
+    assert set(child.block_table[length // 4 :]).isdisjoint(parent.block_table)
+
+
+class Pool(RuleBasedStateMachine):
+    """Any order of growing, forking and releasing: each sequence keeps what was written to it, beside a model
+    that knows nothing of pages."""
+
+    @initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 5))
+    def start(self, num_pages: int, page_size: int) -> None:
+        self.cache = make_cache(num_pages, page_size)
+        self.live: list[tuple[Sequence, list[float]]] = []
+        self.written = 0
+
+    def write(self, sequence: Sequence, contents: list[float], count: int) -> None:
+        for slot in self.cache.slots(sequence, len(contents), len(contents) + count):
+            self.written += 1
+            self.cache.keys[0][slot // self.cache.page_size, :, slot % self.cache.page_size] = self.written
+            contents.append(self.written)
+        sequence.length = len(contents)
+
+    @rule(count=st.integers(1, 9))
+    def begin(self, count: int) -> None:
+        sequence = Sequence()
+        contents: list[float] = []
+        self.grow_one(sequence, contents, count)
+        if contents:
+            self.live.append((sequence, contents))
+
+    def grow_one(self, sequence: Sequence, contents: list[float], count: int) -> None:
+        free, held = self.cache.free_pages, list(sequence.block_table)
+        missing = self.cache.pages_for(len(contents) + count) - len(held)
+        if missing > free:
+            with pytest.raises(InsufficientMemoryError):
+                self.cache.reserve(sequence, len(contents) + count)
+            assert (self.cache.free_pages, sequence.block_table) == (free, held)
+        else:
+            self.cache.reserve(sequence, len(contents) + count)
+            assert self.cache.free_pages == free - max(missing, 0)
+            self.write(sequence, contents, count)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def grow(self, data: st.DataObject, count: int) -> None:
+        self.grow_one(*data.draw(st.sampled_from(self.live)), count)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        parent, contents = data.draw(st.sampled_from(self.live))
+        length = data.draw(st.integers(0, len(contents)))
+        free = self.cache.free_pages
+        if length % self.cache.page_size and free == 0:
+            with pytest.raises(InsufficientMemoryError):
+                self.cache.fork(parent, length)
+            assert self.cache.free_pages == 0
+            return
+        child = self.cache.fork(parent, length)
+        assert self.cache.free_pages == free - bool(length % self.cache.page_size)
+        self.live.append((child, contents[:length]))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.live) - 1))
+        sequence, _ = self.live.pop(index)
+        self.cache.release(sequence)
+        self.cache.release(sequence)  # a second time does nothing
+
+    @invariant()
+    def everyone_has_what_was_written(self) -> None:
+        for sequence, contents in getattr(self, "live", []):
+            keys, _ = self.cache.gather(0, sequence, len(contents))
+            assert keys[0, :, 0].tolist() == contents
+            assert keys[-1, :, -1].tolist() == contents
+
+    @invariant()
+    def every_page_is_free_or_held(self) -> None:
+        if hasattr(self, "live"):
+            held = {page for sequence, _ in self.live for page in sequence.block_table}
+            assert self.cache.free_pages == self.cache.num_pages - len(held)
+
+    def teardown(self) -> None:
+        for sequence, _ in getattr(self, "live", []):
+            self.cache.release(sequence)
+        if hasattr(self, "cache"):
+            assert self.cache.free_pages == self.cache.num_pages
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)

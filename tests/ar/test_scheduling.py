@@ -1,0 +1,305 @@
+"""Who joins a batch when, what images share, and what a request that is cancelled or fails leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.errors import ParameterError, PromptError
+from blip3o_rt.params import SamplingParams
+from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
+
+CONFIG = small_config()
+TOKENS = image_tokens(CONFIG)
+COUNT = TOKENS.tokens_per_image
+WEIGHTS = runtime_weights(CONFIG, oracle(CONFIG))
+PAGE = 4
+LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
+
+
+def make_engine(max_batch: int = 4, *, prompt: int = 28, num_pages: int | None = None) -> TokenEngine:
+    return TokenEngine(
+        CONFIG,
+        TOKENS,
+        WEIGHTS,
+        max_batch=max_batch,
+        max_prompt_tokens=prompt,
+        page_size=PAGE,
+        num_pages=num_pages,
+        prefill_chunk=8,
+    )
+
+
+def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: object) -> TokenPrompt:
+    samples = [SamplingParams(seed=seed + i, top_k=20, **changes) for i in range(n)]  # type: ignore[arg-type]
+    return TokenPrompt(ids, samples)
+
+
+def alone(prompt: TokenPrompt) -> list[TokenPlan]:
+    """Each image of a prompt in an engine of its own."""
+    return [
+        make_engine(1).generate([dataclasses.replace(prompt, samples=[params])])[0][0]
+        for params in prompt.samples
+    ]
+
+
+def finish(engine: TokenEngine) -> None:
+    while engine.busy:
+        assert len(engine.step())
+    assert engine.cache.free_pages == engine.cache.num_pages
+
+
+def assert_as_alone(*requests: Request) -> None:
+    for request in requests:
+        for plan, expected in zip(request.plans, alone(request.prompt), strict=True):
+            assert plan is not None
+            assert plan.error is None
+            assert torch.equal(plan.token_ids, expected.token_ids)
+            assert torch.equal(plan.hidden_states, expected.hidden_states)
+
+
+def pages_taken(engine: TokenEngine) -> int:
+    return engine.cache.num_pages - engine.cache.free_pages
+
+
+def prefilled(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of positions of every prompt that the engine reads from now on."""
+    read: list[int] = []
+    prefill = engine.decoder.prefill
+
+    def counted(embeddings: Tensor, *rest: object) -> Tensor:
+        read.append(len(embeddings))
+        return prefill(embeddings, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.decoder, "prefill", counted)
+    return read
+
+
+def raising(error: BaseException) -> Callable[..., Tensor]:
+    def run(*_: object, **__: object) -> Tensor:
+        raise error
+
+    return run
+
+
+def test_requests_join_and_leave_between_tokens() -> None:
+    engine = make_engine(3)
+    requests: list[Request] = []
+    for seed in range(6):
+        requests.append(engine.submit(make_prompt(LONG[: 3 * seed + 1], n=1 + seed % 2, seed=seed)))
+        for _ in range(seed):
+            engine.step()
+    finish(engine)
+    assert_as_alone(*requests)
+
+
+def test_images_of_a_prompt_share_its_full_pages_and_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(4)
+    read = prefilled(engine, monkeypatch)
+    request = engine.submit(make_prompt(LONG[:10], n=3))
+    engine.step()
+    assert read == [10]
+    whole = engine.cache.pages_for(10 + COUNT)
+    assert pages_taken(engine) == whole + 2 * (whole - 10 // PAGE)
+    finish(engine)
+    assert_as_alone(request)
+
+
+def test_a_prompt_that_runs_is_forked_by_a_later_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page that the prompt and the first image's own tokens lie in is copied, tokens and all."""
+    engine = make_engine(4)
+    read = prefilled(engine, monkeypatch)
+    first = engine.submit(make_prompt(LONG[:10], seed=1))
+    for _ in range(5):
+        engine.step()
+    second = engine.submit(make_prompt(LONG[:10], seed=2))
+    finish(engine)
+    assert read == [10]
+    assert_as_alone(first, second)
+
+
+def test_a_common_beginning_is_shared_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(4)
+    read = prefilled(engine, monkeypatch)
+    requests = [
+        engine.submit(make_prompt(ids))
+        for ids in (LONG, [*LONG[:17], 80], [*LONG[:16]], [*LONG[:9], 80], [*LONG[:7], 80])
+    ]
+    engine.step()
+    assert read == [18, 2, 8, 2]  # the last position of each is read, and the fifth waits for a row
+    finish(engine)
+    assert read == [18, 2, 8, 2, 8]
+    assert_as_alone(*requests)
+
+
+@pytest.mark.parametrize("start", [0, 4, 8])
+def test_features_are_shared_only_with_the_same_features(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(4)
+    read = prefilled(engine, monkeypatch)
+    plain = make_prompt(LONG)
+    features = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    edit = dataclasses.replace(plain, features=features, feature_positions=range(start, start + 3))
+    moved = dataclasses.replace(edit, feature_positions=range(start + 1, start + 4))
+    requests = [engine.submit(prompt) for prompt in (plain, edit, moved, edit)]
+    engine.step()
+    behind = start // 8 * 8
+    assert read == [18, 18 - behind, 18 - behind]
+    finish(engine)
+    assert_as_alone(*requests)
+
+
+def test_who_waits_joins_when_the_pages_are_there() -> None:
+    pages = make_engine(1).cache.pages_for(4 + COUNT)
+    engine = make_engine(4, num_pages=2 * pages + 2)
+    requests = [engine.submit(make_prompt([index] * 4)) for index in range(3)]
+    for _ in range(COUNT):
+        assert len(engine.step()) == 2
+    assert [request.done for request in requests] == [True, True, False]
+    assert pages_taken(engine) == 0
+    assert len(engine.step()) == 1
+    finish(engine)
+    assert_as_alone(*requests)
+
+
+def test_nobody_overtakes_a_large_request_at_the_head() -> None:
+    small, large = [7] * 4, LONG + LONG[:10]
+    engine = make_engine(4, num_pages=make_engine(1).cache.pages_for(28 + COUNT))
+    running = engine.submit(make_prompt(small))
+    engine.step()
+    waiting = engine.submit(make_prompt(large, n=2))
+    late = engine.submit(make_prompt(small, seed=9))  # there is room for this one, and it has to wait
+    while not running.done:
+        assert len(engine.step()) == 1
+    assert waiting.tokens_drawn == 0
+    while not waiting.done:
+        engine.step()
+        assert late.tokens_drawn == 0
+    finish(engine)
+    assert_as_alone(running, waiting, late)
+
+
+def test_more_images_than_rows_take_turns() -> None:
+    engine = make_engine(3)
+    request = engine.submit(make_prompt(LONG, n=8))
+    other = engine.submit(make_prompt(LONG[:5]))
+    finish(engine)
+    assert_as_alone(request, other)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, COUNT, COUNT + 1, 2 * COUNT])
+def test_cancelling_in_every_state(steps: int) -> None:
+    """Waiting, running with images that wait, running with images that are finished, done."""
+    engine = make_engine(3)
+    before = engine.submit(make_prompt(LONG[:6], seed=1))
+    request = engine.submit(make_prompt(LONG, n=4, seed=2))
+    after = engine.submit(make_prompt(LONG, seed=3))
+    for _ in range(steps):
+        engine.step()
+    finished = list(request.plans)
+    was_done = request.done
+    engine.cancel(request)
+    engine.cancel(request)
+    assert request.done
+    assert request.cancelled != was_done
+    finish(engine)
+    assert request.plans == finished
+    assert_as_alone(before, after)
+    expected = alone(request.prompt)
+    for plan, one in zip(finished, expected, strict=True):
+        assert plan is None or torch.equal(plan.hidden_states, one.hidden_states)
+
+
+def test_cancelling_who_read_the_prompt_leaves_who_forked_it() -> None:
+    engine = make_engine(2)
+    first = engine.submit(make_prompt(LONG, seed=1))
+    second = engine.submit(make_prompt(LONG, seed=2))
+    engine.step()
+    engine.cancel(first)
+    third = engine.submit(make_prompt([7] * 18, seed=3))  # takes the pages that came back
+    finish(engine)
+    assert_as_alone(second, third)
+
+
+def test_an_image_that_fails_midway_fails_alone() -> None:
+    """Its pages hold NaN when the next image gets them, which must not see that."""
+    engine = make_engine(2, num_pages=2 * make_engine(1).cache.pages_for(18 + COUNT))
+    broken, healthy = engine.submit(make_prompt(LONG, seed=1)), engine.submit(make_prompt(LONG[::-1], seed=2))
+    for _ in range(3):
+        engine.step()
+    page = next(image for image in engine._running if image.request is broken).sequence.block_table[0]
+    engine.cache.values[0][page] = float("nan")
+    late = [engine.submit(make_prompt(LONG, seed=seed)) for seed in (3, 4)]
+    finish(engine)
+    plan = broken.plans[0]
+    assert plan is not None
+    assert "not finite" in str(plan.error)
+    assert plan.token_ids[:3].tolist() == alone(broken.prompt)[0].token_ids[:3].tolist()
+    assert_as_alone(healthy, *late)
+
+
+def test_a_prompt_that_cannot_be_read_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(4)
+    first = engine.submit(make_prompt(LONG[:6], seed=1))
+    engine.step()
+    broken = engine.submit(make_prompt(LONG, n=2, seed=2))
+    last = engine.submit(make_prompt(LONG[:9], seed=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.decoder, "prefill", raising(RuntimeError("out of memory")))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
+    assert broken.cancelled
+    finish(engine)
+    assert_as_alone(first, last)
+
+
+@pytest.mark.parametrize("op", ["sample_tokens", "paged_decode_attention", "silu_mul"])
+def test_a_step_that_is_interrupted_can_be_taken_again(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(4)
+    requests = [engine.submit(make_prompt(LONG[:length], seed=length)) for length in (5, 10)]
+    for _ in range(4):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, op, raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    finish(engine)
+    assert_as_alone(*requests)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (make_prompt([]), "0 tokens long: accepted is 1 to 28"),
+        (make_prompt([1] * 29), "29 tokens long: accepted is 1 to 28"),
+        (make_prompt([1, CONFIG.vocab_size]), "accepted is 0 to 96"),
+        (make_prompt([1, -1]), "accepted is 0 to 96"),
+        (TokenPrompt([1, 2], [], torch.zeros(2, 5), range(2)), "accepted is a row of 48 for every position"),
+        (TokenPrompt([1, 2], [], torch.zeros(2, 48), range(1, 3)), "do not fit"),
+    ],
+)
+def test_what_could_never_run_ends_at_the_door(prompt: TokenPrompt, message: str) -> None:
+    engine = make_engine()
+    with pytest.raises(PromptError, match=message):
+        engine.submit(prompt)
+    assert not engine.busy
+
+
+def test_parameters_that_could_never_run_end_at_the_door() -> None:
+    engine = make_engine()
+    with pytest.raises(ParameterError, match="the vocabulary's size"):
+        engine.submit(TokenPrompt([1], [SamplingParams(top_k=98)]))
+    with pytest.raises(ParameterError, match="accepted is at least 10, which one image takes"):
+        make_engine(num_pages=9)
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    engine = make_engine()
+    assert len(engine.step()) == 0
+    assert engine.submit(TokenPrompt([1], [])).done
+    assert len(engine.step()) == 0

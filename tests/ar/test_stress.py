@@ -1,0 +1,137 @@
+"""A thousand requests through a tiny pool: joining, leaving, failing, cancelled, and none notices another."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+
+import torch
+
+from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.params import SamplingParams
+from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
+
+CONFIG = small_config(hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1)
+TOKENS = image_tokens(CONFIG, tokens_per_image=6)
+WEIGHTS = runtime_weights(CONFIG, oracle(CONFIG, seed=3))
+REQUESTS, MAX_IMAGES = 1000, 8
+SHARED = [3, 1, 4, 1, 5, 9, 2, 6]
+SAMPLINGS = [
+    SamplingParams(seed=1),
+    SamplingParams(seed=2, top_k=20, temperature=0.7),
+    SamplingParams(seed=3, top_k=1),
+    SamplingParams(seed=4, top_k=0, top_p=1.0, temperature=3.0),
+    SamplingParams(seed=2**62 + 5, top_k=0, top_p=0.8, image_tokens_only=False),
+    SamplingParams(seed=6, top_k=30, temperature=2.0, image_tokens_only=False),
+]
+
+
+def make_engine(max_batch: int, num_pages: int | None = None) -> TokenEngine:
+    return TokenEngine(
+        CONFIG,
+        TOKENS,
+        WEIGHTS,
+        max_batch=max_batch,
+        max_prompt_tokens=16,
+        page_size=2,
+        num_pages=num_pages,
+        prefill_chunk=4,
+    )
+
+
+def make_prompts() -> list[TokenPrompt]:
+    """Prompts of every length to a page and past it, with and without a common beginning; features; NaN."""
+    plain = [[7], [7, 8], [50, 3, 1], SHARED, [*SHARED, 9], [*SHARED, 8, 7, 7, 7], [*SHARED[:5], 2, 2, 2, 2]]
+    prompts = [TokenPrompt(ids, []) for ids in [*plain, [*SHARED, *SHARED]]]
+    features = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    prompts.append(TokenPrompt([*SHARED, 1, 2, 3], [], features, range(4, 7)))
+    prompts.append(TokenPrompt([*SHARED, 1, 2], [], torch.full_like(features, float("nan")), range(5, 8)))
+    return prompts
+
+
+class Traffic:
+    """Requests at random from a seed, what each image is alone, and what must hold between any two steps."""
+
+    def __init__(self, seed: int, engine: TokenEngine) -> None:
+        self.engine, self.random = engine, random.Random(seed)
+        self.prompts = make_prompts()
+        single = make_engine(max_batch=1)
+        self.expected: dict[tuple[int, SamplingParams], TokenPlan] = {
+            (index, params): single.generate([dataclasses.replace(prompt, samples=[params])])[0][0]
+            for index, prompt in enumerate(self.prompts)
+            for params in SAMPLINGS
+        }
+        self.requests: list[tuple[int, Request]] = []
+        self.numbers: dict[Request, int] = {}
+        self.joined: dict[
+            tuple[int, int], None
+        ] = {}  # request and sample, in the order they were seen to run
+
+    def submit(self) -> None:
+        index = self.random.randrange(len(self.prompts))
+        samples = self.random.choices(SAMPLINGS, k=self.random.randint(1, MAX_IMAGES))
+        request = self.engine.submit(dataclasses.replace(self.prompts[index], samples=samples))
+        self.numbers[request] = len(self.requests)
+        self.requests.append((index, request))
+
+    def cancel(self) -> None:
+        recent = self.requests[-12:]
+        self.engine.cancel(self.random.choice(recent)[1])
+
+    def check_pages(self) -> None:
+        """Every page is free or held by who runs; the page a token is written to has one holder."""
+        engine, cache = self.engine, self.engine.cache
+        holders = Counter(page for image in engine._running for page in image.sequence.block_table)
+        assert cache.free_pages == cache.num_pages - len(holders)
+        for image in engine._running:
+            written = image.sequence.block_table[image.prompt_length // cache.page_size :]
+            assert all(holders[page] == 1 for page in written)
+
+    def check_order(self) -> None:
+        """Who runs for the first time was submitted after all who ever ran."""
+        running = [(self.numbers[image.request], image.sample) for image in self.engine._running]
+        new = [key for key in running if key not in self.joined]
+        last = next(reversed(self.joined), (-1, 0))
+        assert [last, *new] == sorted([last, *new])
+        self.joined.update(dict.fromkeys(new))
+
+    def check_results(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for index, request in self.requests:
+            assert request.done
+            for params, plan in zip(request.prompt.samples, request.plans, strict=True):
+                if plan is None:
+                    assert request.cancelled
+                    found["cancelled"] += 1
+                    continue
+                expected = self.expected[index, params]
+                if expected.error is not None:
+                    assert plan.error is not None
+                    found["failed"] += 1
+                    continue
+                assert plan.error is None
+                assert torch.equal(plan.token_ids, expected.token_ids)
+                assert torch.equal(plan.hidden_states, expected.hidden_states)
+                found["finished"] += 1
+        return found
+
+
+def test_a_thousand_requests() -> None:
+    engine = make_engine(max_batch=7, num_pages=30)  # 11 pages are what the longest takes
+    traffic = Traffic(2026, engine)
+    while len(traffic.requests) < REQUESTS or engine.busy:
+        if len(traffic.requests) < REQUESTS and len(engine._waiting) < 40:
+            for _ in range(traffic.random.choice([0, 0, 1, 1, 2, 5])):
+                traffic.submit()
+        if traffic.requests and traffic.random.random() < 0.12:
+            traffic.cancel()
+        was_busy = engine.busy
+        assert bool(len(engine.step())) == was_busy  # no step without a token: it cannot wait for ever
+        traffic.check_pages()
+        traffic.check_order()
+    assert len(traffic.requests) >= REQUESTS
+    assert engine.cache.free_pages == engine.cache.num_pages
+    assert sorted(engine._lanes) == list(range(engine.max_batch))
+    found = traffic.check_results()
+    assert min(found[kind] for kind in ("finished", "failed", "cancelled")) > 100
