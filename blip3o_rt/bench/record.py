@@ -103,11 +103,19 @@ class Record:
 
         memory: the ceiling of its bytes, "read", or "copy" for what writes as much as it reads.
         """
-        bytes_moved, matmul = (self._ceilings.get(key) for key in (memory, f"matmul {dtype}"))
-        if work is None or median is None or bytes_moved is None or matmul is None:
+        floor = self.floor(work, dtype, memory) if work is not None and median is not None else None
+        if floor is None or median is None:
             return {"ceiling": None, "share": None}
-        computes, floor = work.floor(bytes_moved.per_second, matmul.per_second)
-        return {"ceiling": (matmul if computes else bytes_moved).key, "share": floor / median}
+        ceiling, seconds = floor
+        return {"ceiling": ceiling, "share": seconds / median}
+
+    def floor(self, work: Work, dtype: str, memory: str = "read") -> tuple[str, float] | None:
+        """The ceiling that bounds the work, and the seconds it takes there; None where none was measured."""
+        bytes_moved, matmul = (self._ceilings.get(key) for key in (memory, f"matmul {dtype}"))
+        if bytes_moved is None or matmul is None:
+            return None
+        computes, seconds = work.floor(bytes_moved.per_second, matmul.per_second)
+        return (matmul if computes else bytes_moved).key, seconds
 
     def add_op(self, entry: Mapping[str, Any]) -> None:
         self.data["ops"].append(dict(entry))

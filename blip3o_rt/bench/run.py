@@ -13,7 +13,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
-from blip3o_rt.bench import ceilings, compose, peers
+from blip3o_rt.bench import ceilings, compose, peers, work
 from blip3o_rt.bench.budget import Budget
 from blip3o_rt.bench.launches import kernel_launches, operator_calls
 from blip3o_rt.bench.lines import GROUPS, MORE_RUNS, OURS, Choice, Entry, Group, Line
@@ -29,6 +29,8 @@ from blip3o_rt.ops.registry import ENVIRONMENT_VARIABLE
 from blip3o_rt.ops.user_kernels import UserKernel
 from blip3o_rt.units import time_text
 
+IMAGE_LINES = {"image", "image.host"}
+SPOKEN_SECONDS = 30.0  # a line that may take as long is announced
 COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count its launches
 
 
@@ -85,6 +87,7 @@ class Run:
         self.choice = Choice(settings.stages, settings.peers, settings.batches)
         names = [name for name in settings.stages if name != "image.host"]
         by_batch = ("ar.token", "image")
+        self.too_long: dict[int, float] = {}  # batch -> seconds that its pictures take at least
         self.budget = Budget(
             settings.seconds,
             [name for name in names for _ in (settings.batches if name in by_batch else (1,))],
@@ -94,9 +97,10 @@ class Run:
         """All that the settings ask for. What was measured before an interruption is in the record."""
         with exact_arithmetic(self.subject.device):
             self.ceilings()
+            self.plan_images()
             for group in GROUPS:
                 self.group(group)
-            if {"image", "image.host"} & self.settings.stages:
+            if IMAGE_LINES & self.settings.stages:
                 self.images()
             if self.settings.op_names is not None:
                 self.ops()
@@ -111,6 +115,17 @@ class Run:
         self.record.add_ceilings(found)
         self.say(", ".join(f"{ceiling.key} {ceiling.value:.1f} {ceiling.unit}" for ceiling in found))
 
+    def plan_images(self) -> None:
+        """Leave no time for pictures that cannot be drawn in it: it is worth more to the other lines."""
+        if "image" in self.settings.stages:
+            alone = self.settings.stages <= IMAGE_LINES
+            room = self.settings.seconds if alone else self.settings.seconds / 2
+            for batch in self.settings.batches:
+                least = self.least_seconds(batch)
+                if least is not None and least > room:
+                    self.too_long[batch] = least
+                    self.budget.drop("image")
+
     def group(self, group: Group) -> None:
         """The lines of a group, with only its parts in memory; a part that cannot be had leaves a note."""
         chosen = [name for name in group.names if name in self.settings.stages]
@@ -123,9 +138,12 @@ class Run:
             self.leave_out(chosen, error)
         free_memory(self.subject.device)
 
+    def note(self, text: str) -> None:
+        self.record.note(text)
+        self.say(text)
+
     def leave_out(self, names: Sequence[str], error: Blip3oError) -> None:
-        self.record.note(f"{', '.join(names)} left out: {error}")
-        self.say(f"{', '.join(names)} left out: {error}")
+        self.note(f"{', '.join(names)} left out: {error}")
         for name in names:
             self.budget.drop(name)
 
@@ -133,6 +151,9 @@ class Run:
         """Race the line's contenders and record each, even if interrupted."""
         if plan is None:
             plan = Plan(self.settings.runs * MORE_RUNS.get(line.name, 1), self.budget.take(line.name))
+        if plan.seconds >= SPOKEN_SECONDS:
+            whos = " and ".join(entry.contender.who for entry in line.entries)
+            self.say(f"{line.name}: timing {whos} for up to {plan.seconds / 60:.1f} minutes")
         timings = [Timing() for _ in line.entries]
         counts: list[dict[str, int]] = [{} for _ in line.entries]
         try:
@@ -245,13 +266,30 @@ class Run:
         known = [seconds for seconds in found if seconds is not None]
         return sum(known) if known else None
 
+    def least_seconds(self, batch: int) -> float | None:
+        """What everybody's pictures take if all did our work, at the ceilings; None without ceilings."""
+        config, itemsize = self.config, self.subject.dtype.itemsize
+        rows = config.image_tokens.num_image_tokens
+        token = work.ar_token(config.ar, itemsize, batch=batch, context=0, head_rows=rows)
+        parts = (
+            (config.image_tokens.tokens_per_image, token),
+            (batch * self.settings.steps, work.dit_step(config, itemsize, shortened=True)),
+            (batch, work.vae_decode(config, itemsize, shortened=True)),
+        )
+        floors = [(n, self.record.floor(part, dtype_name(self.subject.dtype))) for n, part in parts]
+        known = [count * floor[1] for count, floor in floors if floor is not None]
+        return len(self.recipes(batch)) * sum(known) if len(known) == len(parts) else None
+
     def affordable(self, batch: int) -> bool:
-        """Whether the budget has room for one picture of everybody; it has where nothing is known."""
+        """Whether the budget has room for one picture of everybody, as far as that is known."""
         estimate = self.estimate(batch)
-        return estimate is None or estimate <= self.budget.left
+        if estimate is None:
+            return batch not in self.too_long
+        return estimate <= self.budget.left
 
     def compose(self, batch: int) -> None:
-        self.budget.drop("image")
+        if batch not in self.too_long:
+            self.budget.drop("image")
         line = image_line(batch)
         timings = []
         for who, parts in self.recipes(batch).items():
@@ -260,7 +298,15 @@ class Run:
                 timings.append(Timing(samples=[seconds]))
                 line.add(who, lambda: None, note=compose.in_words(parts))
                 self.add(line, line.entries[-1], timings[-1], {})
-        self.say(spoken(line, timings) + " (composed)")
+        if timings:
+            self.say(spoken(line, timings) + " (composed)")
+            return
+        least = f"at least {time_text(self.too_long[batch])}" if batch in self.too_long else "longer"
+        self.note(
+            f"image{f' x{batch}' if batch > 1 else ''} left out: drawing takes {least} and the budget is "
+            f"{time_text(self.settings.seconds)}: give more with --budget, or time ar, connector, dit and "
+            "vae too, of which it is composed"
+        )
 
     # Ops and switches
 

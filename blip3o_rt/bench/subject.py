@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -47,12 +46,6 @@ class Subject:
     def config(self) -> ModelConfig:
         """The model's geometry."""
         return self.load(()).config
-
-
-def default_work_folder() -> Path:
-    """Where checkpoints are kept between runs: in the folder of BLIP3O_CACHE, or the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip3o_rt"
-    return Path(os.environ.get("BLIP3O_CACHE", default)) / "bench"
 
 
 def prepare(

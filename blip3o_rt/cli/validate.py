@@ -40,7 +40,10 @@ def add_parser(subparsers: Any) -> None:
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     model.add_argument(
-        "--work", type=Path, metavar="DIR", help="keep a random checkpoint here for the next run"
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="keep a random checkpoint here for the next run (without: that of bench, or none is kept)",
     )
     what = parser.add_argument_group("what is compared")
     what.add_argument(
@@ -61,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
         "--tokens", type=int, metavar="N", help="image tokens drawn (all, or 8 of a large model)"
     )
     what.add_argument(
-        "--latent", type=int, metavar="N", help="side of the latent (the model's, or 16 of a large one)"
+        "--latent", type=int, metavar="N", help="side of the latent (the model's, or 8 of a large one)"
     )
     what.add_argument("--steps", type=int, metavar="N", help="denoising steps (4, or 2 of a large model)")
     parser.add_argument(

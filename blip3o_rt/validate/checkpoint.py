@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,21 +31,34 @@ EDITING = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 def sized_checkpoint(size: str, work: Path | None, show: Callable[[str], None]) -> Iterator[Path]:
     """The folder of a checkpoint in the published layout; a random one is kept where a work folder is given.
 
+    Without one it is what bench keeps, where that is there, or else written for as long as it is used.
     Raises CheckpointError where there is no room for it.
     """
     if size == "shapes":
         yield embedded_checkpoint()
         return
     with ExitStack() as stack:
-        if work is None:
+        if work is None and _folder(preset(size, EDITING), default_work_folder()).exists():
+            work = default_work_folder()
+        elif work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-rt-")))
         yield _random_checkpoint(preset(size, EDITING), work, show)
 
 
+def default_work_folder() -> Path:
+    """Where bench keeps checkpoints between runs: in the folder of BLIP3O_CACHE, or the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blip3o_rt"
+    return Path(os.environ.get("BLIP3O_CACHE", default)) / "bench"
+
+
+def _folder(config: ModelConfig, work: Path) -> Path:
+    geometry = json.dumps(asdict(config), sort_keys=True).encode()
+    return work / f"random-{__version__}-{hashlib.sha256(geometry).hexdigest()[:12]}"
+
+
 def _random_checkpoint(config: ModelConfig, work: Path, show: Callable[[str], None]) -> Path:
     """A seeded random checkpoint, written into the work folder unless it is there."""
-    geometry = json.dumps(asdict(config), sort_keys=True).encode()
-    folder = work / f"random-{__version__}-{hashlib.sha256(geometry).hexdigest()[:12]}"
+    folder = _folder(config, work)
     if folder.exists():
         return folder
     work.mkdir(parents=True, exist_ok=True)

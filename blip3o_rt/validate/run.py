@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -148,6 +149,8 @@ class _Run:
     def group(self, name: str) -> None:
         """Run one group; an error in it is a line that failed, and the next group runs all the same."""
         ops.reset_used()
+        if name != "ops" and self._subject is not None and self._subject.scope.large:
+            self._show(f"comparing {name}: minutes on a processor")
         try:
             for item in self._items(name):
                 self._add(item)
@@ -161,6 +164,7 @@ class _Run:
             for kernel in self._kernels:
                 used = ", ".join(ops.used().get(kernel.op, ())) or "nothing"
                 self._add(f"{name}: {kernel.op} ran on {used}")
+        gc.collect()  # of a large model: the next one needs the room
 
     def _items(self, group: str) -> Iterator[Line | str]:
         dtypes = self._options.dtypes
@@ -205,8 +209,8 @@ class _Run:
             if not self._headed:
                 self._show(HEADER)
                 self._headed = True
+            self._show(row(item, self.lines[-1] if self.lines else None))
             self.lines.append(item)
-            self._show(row(item))
         else:
             self._show(f"note: {item}")
         self.record.add(item)

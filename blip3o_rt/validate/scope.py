@@ -10,7 +10,7 @@ from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
 
 LARGE_BYTES = 2**30  # of weights in bfloat16, from which a stage takes seconds rather than milliseconds
-LARGE_TOKENS, LARGE_LATENT, LARGE_STEPS = 8, 16, 2
+LARGE_TOKENS, LARGE_LATENT, LARGE_STEPS = 8, 8, 2
 SMALL_STEPS = 4
 
 

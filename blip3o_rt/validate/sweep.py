@@ -97,6 +97,7 @@ def sweep(
     dtypes: of "fp32" and "bf16". device: the type that implementations for any device run on. only: pairs of
     op and implementation to restrict it to. What cannot run here is given as a note, a string.
     """
+    not_run: dict[tuple[str, str], list[str]] = {}  # (implementation, why) -> ops
     for name in sorted(op_names):
         op = ops.all_ops()[name]
         for implementation in op.implementations:
@@ -107,11 +108,13 @@ def sweep(
             if reason is None and where == "cuda" and device != "cuda":
                 reason = f"the device is {device}"
             if reason is not None:
-                yield f"ops: {name} on '{implementation.name}' was not run: {reason}"
+                not_run.setdefault((implementation.name, reason), []).append(name)
                 continue
             for variant in variants(implementation.name):
                 for dtype in dtypes:
                     yield from _variant_lines(op, implementation, variant, dtype, where)
+    for (implementation_name, reason), names in not_run.items():
+        yield f"ops: not run on '{implementation_name}' ({reason}): {', '.join(names)}"
 
 
 def _variant_lines(

@@ -9,16 +9,21 @@ from blip3o_rt.validate.line import Line
 HEADER = f"{'':4} {'group':11} {'what':38} {'on':14} {'dtype':5} {'found':>9}    {'bound':9} measure; why"
 
 
-def row(line: Line) -> str:
-    """One line; one that failed is followed by what is known of it."""
+def row(line: Line, above: Line | None = None) -> str:
+    """One line; one that failed is followed by what is known of it.
+
+    Measure and reason are left out where the line above has the same.
+    """
     relation = ">=" if line.measure.startswith(("PSNR", "SSIM")) else "<="
     name = f"{line.name} [{line.shape}]" if line.shape else line.name
     yardstick = "" if line.reference_error is None else f" ({figure(line.reference_error)})"
+    same = above is not None and (line.measure, line.why) == (above.measure, above.why)
+    reason = yardstick.strip() if same else f"{line.measure}; {line.why}{yardstick}"
     text = (
         f"{'ok' if line.passed else 'FAIL':4} {line.group:11} {name:38} {line.implementation or '':14} "
         f"{line.dtype:5} {figure(line.found):>9} {relation} {figure(line.bound):9} "
-        f"{line.measure}; {line.why}{yardstick}"
-    )
+        f"{reason}"
+    ).rstrip()
     return text if line.passed or not line.detail else f"{text}\n     {line.detail}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_rt.bench import ablation, ceilings, lines, run, stages
+from blip3o_rt.bench import ablation, ceilings, lines, run, stages, work
 from blip3o_rt.bench.record import FILE, Record
 from blip3o_rt.bench.run import Run, Settings, model_entry
 from blip3o_rt.bench.subject import Subject, prepare
@@ -127,6 +127,49 @@ def test_a_picture_that_takes_too_long_is_composed_and_says_so(execute: Callable
     assert image["note"].startswith("composed: 1 x ar.prefill (ours) + 64 x ar.token (ours)")
     assert image["n"] == 1
     assert "image.host" not in medians
+
+
+def test_time_that_is_too_short_for_a_picture_is_the_other_lines(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a minute is not enough for pictures of forty seconds; alone they may take all of it."""
+    monkeypatch.setattr(Run, "least_seconds", lambda *_: 40.0)
+    taken: list[float] = []
+    take = run.Budget.take
+    monkeypatch.setattr(run.Budget, "take", lambda self, name: taken.append(take(self, name)) or taken[-1])
+    execute(settings("connector", "image"))
+    assert taken[0] == pytest.approx(60.0, rel=0.1)
+    taken.clear()
+    record = execute(settings("image"))
+    assert {line["name"] for line in record.lines} == {"image", "image.host"}
+
+
+def test_a_picture_that_can_neither_be_drawn_nor_composed_is_left_out(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "least_seconds", lambda *_: 90.0)
+    record = execute(settings("image"))
+    assert record.lines == []
+    assert (
+        "image left out: drawing takes at least 90.0 s and the budget is 60.0 s" in record.data["notes"][-1]
+    )
+
+
+def test_the_least_a_picture_takes(subject: Subject, tmp_path: Path) -> None:
+    """At the ceilings, if everybody did no more than ours."""
+    record = Record(tmp_path, [], model_entry(subject, "exact", []))
+    alone, beside = (Run(subject, settings("image", peers=p), record, print) for p in ((), ("published",)))
+    assert alone.least_seconds(1) is None
+    record.add_ceilings(CEILINGS)
+    least = alone.least_seconds(1)
+    assert least is not None
+    config = subject.config()
+    step = work.dit_step(config, 4, shortened=True)
+    assert least > 2 * max(step.bytes / 10e9, step.flops / 100e9)
+    assert beside.least_seconds(1) == pytest.approx(2 * least)
+    batch = alone.least_seconds(4)
+    assert batch is not None
+    assert least < batch < 4 * least
 
 
 def test_a_picture_that_fits_once_is_drawn_once(

@@ -38,7 +38,7 @@ def test_only_the_dtypes_asked_for() -> None:
 def test_what_cannot_run_is_a_note(plant: Plant) -> None:
     plant("silu_mul", ops.silu_mul.reference, available=lambda: "it is not built; build it")
     notes = list(sweep(["silu_mul"], ("fp32",), only={("silu_mul", "planted")}))
-    assert notes == ["ops: silu_mul on 'planted' was not run: it is not built; build it"]
+    assert notes == ["ops: not run on 'planted' (it is not built; build it): silu_mul"]
 
 
 def test_a_kernel_that_raises_fails_case_by_case(plant: Plant) -> None:
