@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -42,6 +42,7 @@ from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.random import normal_noise
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
+from blip3o_rt.switches import EXACT, FAST, check_tier
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.model import Autoencoder
@@ -77,7 +78,13 @@ class _Run:
     def report(self) -> Report:
         pipeline = self._pipeline
         dtype = "fp32" if pipeline.dtype == torch.float32 else "bf16"
-        return self.timer.report(ops.used(), device=str(pipeline.device), dtype=dtype, tier=pipeline.tier)
+        return self.timer.report(
+            ops.used(),
+            device=str(pipeline.device),
+            dtype=dtype,
+            tier=pipeline.tier,
+            switches=pipeline.switches,
+        )
 
 
 class Pipeline:
@@ -87,14 +94,14 @@ class Pipeline:
         self,
         checkpoint: Checkpoint,
         *,
-        tier: str = "exact",
         max_batch: int = 4,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
     ) -> None:
         config, weights = checkpoint.config, checkpoint.weights
         self.config: ModelConfig = config
         self.dtype: torch.dtype = checkpoint.dtype
-        self.tier = tier
+        self.switches: dict[str, str] = dict(checkpoint.switches)
+        self.tier = FAST if self.switches else EXACT
         tokens = config.image_tokens.tokens_per_image
         longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
         self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
@@ -128,7 +135,8 @@ class Pipeline:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        tier: str = "exact",
+        tier: str = EXACT,
+        switches: Mapping[str, str] | None = None,
         diffusion: str | Path | None = None,
         ta_tok: str | Path | None = None,
         cache_dir: str | Path | None = None,
@@ -140,17 +148,15 @@ class Pipeline:
         path: its folder; None is the embedded model. diffusion, ta_tok: the diffusion model's folder and the
         image tokenizer's file, where the checkpoint names ones that are not here. device: "auto" (a GPU if
         there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 where the device computes in it,
-        else float32), "fp32" or "bf16". tier: "exact", the published mathematics. cache_dir: keep the
-        converted form of a published checkpoint there. max_batch: pictures whose tokens are drawn together;
+        else float32), "fp32" or "bf16". tier: "exact", the published mathematics, or "fast" with the lossy
+        switches that are given (None: all of them), as {"ar_weights": "int8"}. cache_dir: keep the converted
+        form of a published checkpoint there. max_batch: pictures whose tokens are drawn together;
         max_prompt_tokens: the longest prompt, counted with its template and reference tokens; both size the
         key/value cache, which is allocated here.
 
         Raises CheckpointError, ConfigError, DeviceError, InsufficientMemoryError or ParameterError.
         """
-        if tier != "exact":
-            raise ParameterError(
-                f"tier is {tier!r}: accepted is 'exact' (this release has no lossy switches)"
-            )
+        chosen = check_tier(tier, switches)
         check_max_batch(max_batch)
         check_max_prompt_tokens(max_prompt_tokens)
         if path is not None and not isinstance(path, str | os.PathLike):
@@ -163,9 +169,12 @@ class Pipeline:
             diffusion=diffusion,
             ta_tok=ta_tok,
             cache_dir=cache_dir,
-            admit=lambda config, dtype: _require_memory(config, dtype, target, max_batch, max_prompt_tokens),
+            admit=lambda config, dtype: _require_memory(
+                config, dtype, chosen, target, max_batch, max_prompt_tokens
+            ),
+            switches=chosen,
         )
-        return cls(checkpoint, tier=tier, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
+        return cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
 
     def plan(
         self,
@@ -515,7 +524,12 @@ def _references(images: ReferenceImage | Sequence[ReferenceImage]) -> list[Refer
 
 
 def _require_memory(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, max_batch: int, max_prompt_tokens: int
+    config: ModelConfig,
+    dtype: torch.dtype,
+    switches: Mapping[str, str],
+    device: torch.device,
+    max_batch: int,
+    max_prompt_tokens: int,
 ) -> None:
     """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
     ar, tokens = config.ar, config.image_tokens.tokens_per_image
@@ -523,7 +537,7 @@ def _require_memory(
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     # The decoder's last stage holds three tensors of its width at full resolution: input, product and result.
     picture = 3 * config.image_size**2 * config.vae.decoder_stages[0].channels * dtype.itemsize
-    needed = sum(weight_bytes(config, dtype).values()) + cache + picture
+    needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture
     remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
     require_memory(needed, "the model", device, remedy)
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -65,6 +65,7 @@ class Report:
     device: str
     dtype: str
     tier: str
+    switches: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total_seconds(self) -> float:
@@ -93,6 +94,7 @@ class Report:
             "device": self.device,
             "dtype": self.dtype,
             "tier": self.tier,
+            "switches": dict(self.switches),
             "stages": {stage.name: {"seconds": stage.seconds, "work": stage.work} for stage in self.stages},
             "total_seconds": self.total_seconds,
             "tokens_per_second": self.tokens_per_second,
@@ -108,7 +110,9 @@ class Report:
         headers = ["stage", "seconds", "work", "rate"]
         body = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
         memory = f"{self.peak_memory_bytes / 2**20:.0f} MiB"
-        machine = f"{self.device}, {self.dtype}, tier {self.tier}; peak memory {memory}"
+        switches = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
+        tier = f"tier {self.tier}" + (f" ({switches})" if switches else "")
+        machine = f"{self.device}, {self.dtype}, {tier}; peak memory {memory}"
         return "\n".join([body, machine, *self._implementation_lines()])
 
     def _implementation_lines(self) -> list[str]:
@@ -163,11 +167,25 @@ class StageTimer:
         return tuple(Stage(name, seconds, self._work[name]) for name, seconds in self._seconds.items())
 
     def report(
-        self, implementations: Mapping[str, tuple[str, ...]], *, device: str, dtype: str, tier: str
+        self,
+        implementations: Mapping[str, tuple[str, ...]],
+        *,
+        device: str,
+        dtype: str,
+        tier: str,
+        switches: Mapping[str, str] | None = None,
     ) -> Report:
         """The report of everything timed so far."""
         peak = peak_memory_bytes(self._device)
-        return Report(self.stages, dict(implementations), peak, device=device, dtype=dtype, tier=tier)
+        return Report(
+            self.stages,
+            dict(implementations),
+            peak,
+            device=device,
+            dtype=dtype,
+            tier=tier,
+            switches=dict(switches or {}),
+        )
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:

@@ -28,6 +28,8 @@ class TensorSpec:
 
     `combine` receives the source tensors in order; its result is viewed as `shape`.
     `dtype` None means the model's dtype; otherwise the tensor is kept in that dtype.
+    `rows`, where given, is applied to the combined matrix in the model's dtype, and may be applied to blocks
+    of its rows instead.
     """
 
     name: str
@@ -35,10 +37,14 @@ class TensorSpec:
     sources: tuple[Source, ...]
     combine: Callable[[Sequence[Tensor]], Tensor] = concatenate_rows
     dtype: torch.dtype | None = None
+    rows: Callable[[Tensor], Tensor] | None = None
 
     def build(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Combine source tensors (already of the sources' shapes) into the runtime tensor."""
-        return self.combine(tensors).reshape(self.shape).to(self.dtype or dtype).contiguous()
+        combined = self.combine(tensors)
+        if self.rows is not None:
+            combined = self.rows(combined.to(dtype))
+        return combined.reshape(self.shape).to(self.dtype or dtype).contiguous()
 
 
 def direct(name: str, *shape: int) -> TensorSpec:

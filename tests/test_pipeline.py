@@ -330,8 +330,10 @@ def test_loading_refuses_what_the_machine_cannot_do(
         Pipeline.load(checkpoint, device="tpu")
     with pytest.raises(DeviceError, match="accepted are auto, fp32 and bf16"):
         Pipeline.load(checkpoint, device="cpu", dtype="fp16")
-    with pytest.raises(ParameterError, match="accepted is 'exact'"):
-        Pipeline.load(checkpoint, device="cpu", tier="fast")
+    with pytest.raises(ParameterError, match="accepted is 'exact', the published mathematics, or 'fast'"):
+        Pipeline.load(checkpoint, device="cpu", tier="fats")
+    with pytest.raises(ParameterError, match="switch ar_weights is lossy and tier is 'exact'"):
+        Pipeline.load(checkpoint, device="cpu", switches={"ar_weights": "int8"})
     for bad in ({"max_batch": 0}, {"max_batch": "4"}, {"max_prompt_tokens": -5}):
         with pytest.raises(ParameterError, match="accepted is a whole number"):
             Pipeline.load(checkpoint, device="cpu", **bad)  # type: ignore[arg-type]

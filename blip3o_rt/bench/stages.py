@@ -271,7 +271,7 @@ class ImageStage:
     parts = None
 
     def __init__(self, checkpoint: Checkpoint, *, tier: str, max_batch: int, steps: int = STEPS) -> None:
-        self.pipeline = Pipeline(checkpoint, tier=tier, max_batch=max_batch)
+        self.pipeline = Pipeline(checkpoint, max_batch=max_batch)
         self.steps = steps
         self.host: dict[int, list[float]] = {}
 

@@ -88,7 +88,11 @@ def pieces(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Iterator
     made whole. A piece may be overwritten when the next is taken.
     Raises CheckpointError for a value that is not a finite number.
     """
-    if spec.combine is concatenate_rows:
+    if spec.rows is not None and spec.combine is concatenate_rows:
+        for original in spec.sources:
+            for block in _row_blocks(source, original):
+                yield spec.rows(block.to(dtype)).to(spec.dtype or dtype).reshape(-1)
+    elif spec.combine is concatenate_rows:
         for original in spec.sources:
             for piece in _finite_chunks(source, original):
                 yield piece.to(spec.dtype or dtype)
@@ -115,6 +119,18 @@ def _whole(source: PartSource, original: Source) -> Tensor:
         flat[filled : filled + piece.numel()] = piece
         filled += piece.numel()
     return tensor
+
+
+def _row_blocks(source: PartSource, original: Source) -> Iterator[Tensor]:
+    """A matrix's rows in order, as many whole ones at a time as are read."""
+    width = original.shape[-1]
+    rest: Tensor | None = None
+    for piece in _finite_chunks(source, original):
+        joined = piece if rest is None else torch.cat([rest, piece])
+        whole = joined.numel() // width * width
+        if whole:
+            yield joined[:whole].reshape(-1, width)
+        rest = joined[whole:].clone() if whole < joined.numel() else None
 
 
 def _finite_chunks(source: PartSource, original: Source) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_ori
 from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.switches import check_switches
 from blip3o_rt.weights import TensorSpec
 
 
@@ -37,12 +38,14 @@ def convert(
     diffusion: PathName | None = None,
     ta_tok: PathName | None = None,
     dtype: str = "bf16",
+    switches: Mapping[str, str] | None = None,
     progress: bool = True,
     force: bool = False,
 ) -> Manifest:
     """Convert the published checkpoint `source` into the folder `destination`; returns its manifest.
 
-    `dtype` is "bf16" or "fp32"; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
+    `dtype` is "bf16" or "fp32"; `switches` are those of the fast tier to write the weights for, a lossy form
+    that no other tier then loads; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
     is refused, except that `force` replaces an earlier conversion.
 
     Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that are rearranged
@@ -61,13 +64,14 @@ def convert(
     target = Path(destination)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
+    chosen = check_switches(switches)
     if is_converted(Path(source)):
         raise CheckpointError(f"{source}: already converted; accepted: a published checkpoint")
     _restore_replaced(target)
     _check_destination(target, force)
     original = read_original(source, diffusion=diffusion, ta_tok=ta_tok)
     warnings = original.warnings + check_tensors(original)
-    output_bytes = sum(weight_bytes(original.config, DTYPES[dtype]).values())
+    output_bytes = sum(weight_bytes(original.config, DTYPES[dtype], chosen).values())
     source_bytes = sum(path.stat().st_size for path in original.files)
     _check_space(target, output_bytes)
     with (
@@ -81,7 +85,7 @@ def convert(
             disable=not progress,
         ) as bar,
     ):
-        files = _write_parts(original, folder, DTYPES[dtype], bar.update)
+        files = _write_parts(original, folder, DTYPES[dtype], chosen, bar.update)
         files |= _copy_tokenizer(original, folder)
         manifest = Manifest(
             package_version=__version__,
@@ -89,9 +93,10 @@ def convert(
             source=str(original.path.resolve()),
             sources=_source_records(original, bar.update),
             files=files,
-            layout=layout_fingerprint(original.config),
+            layout=layout_fingerprint(original.config, chosen),
             config=original.config,
             warnings=warnings,
+            switches=chosen,
         )
         manifest.write(folder)
         _publish(folder, target, force)
@@ -217,10 +222,14 @@ def _lock(descriptor: int) -> bool:
 
 
 def _write_parts(
-    original: OriginalCheckpoint, folder: Path, dtype: torch.dtype, progress: Callable[[int], object]
+    original: OriginalCheckpoint,
+    folder: Path,
+    dtype: torch.dtype,
+    switches: Mapping[str, str],
+    progress: Callable[[int], object],
 ) -> dict[str, FileRecord]:
     records = {}
-    for part, specs in layouts(original.config).items():
+    for part, specs in layouts(original.config, switches).items():
         path = folder / f"{part}.safetensors"
         by_name: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         headers = aligned_order([TensorHeader(s.name, s.shape, s.dtype or dtype) for s in specs])

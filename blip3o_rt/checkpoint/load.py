@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from blip3o_rt.ar.layout import quantised
 from blip3o_rt.checkpoint.assemble import assemble, check_tensors
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.manifest import (
@@ -26,6 +27,7 @@ from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_ori
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_switches
 from blip3o_rt.weights import TensorSpec
 
 Admission = Callable[[ModelConfig, torch.dtype], None]
@@ -36,7 +38,7 @@ class Checkpoint:
     """A model in memory: geometry, weights by part and runtime name, and the folder of its tokenizer.
 
     `dtype` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
-    folder read.
+    folder read; `switches` are those of the fast tier that the weights were made for.
     """
 
     config: ModelConfig
@@ -45,6 +47,7 @@ class Checkpoint:
     dtype: torch.dtype
     device: torch.device
     source: Path
+    switches: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -58,6 +61,7 @@ def load_checkpoint(
     verify: bool = False,
     admit: Admission | None = None,
     parts: Collection[str] | None = None,
+    switches: Mapping[str, str] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint of either layout; `dtype` None keeps the stored one, `parts` None loads all of them.
 
@@ -72,10 +76,14 @@ def load_checkpoint(
     once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`, and are refused with a
     converted checkpoint.
 
-    Raises CheckpointError and ConfigError, and warns (UserWarning) of every tensor or setting that is left
-    out, as the conversion did.
+    `switches` of the fast tier make the weights lossy, here or where they were converted; a checkpoint that
+    was converted with a switch is refused without it.
+
+    Raises CheckpointError, ConfigError and ParameterError, and warns (UserWarning) of every tensor or setting
+    that is left out, as the conversion did.
     """
     root, device = Path(path), torch.device(device)
+    chosen = check_switches(switches)
     if dtype not in (None, *DTYPES.values()):
         raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
     if (root / MANIFEST).is_file():
@@ -83,15 +91,15 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{root}: already converted, so it takes no diffusion folder or ta_tok file"
             )
-        return _load_converted(root, dtype, device, parts, verify, admit)
+        return _load_converted(root, dtype, device, parts, verify, chosen, admit)
     original = read_original(root, diffusion=diffusion, ta_tok=ta_tok)
     dtype = dtype or original.stored_dtype
     if admit is not None:
         admit(original.config, dtype)
     if cache_dir is not None:
-        cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok)
-        return _load_converted(cached, dtype, device, parts, verify)
-    return _load_original(original, root, dtype, device, parts)
+        cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok, chosen)
+        return _load_converted(cached, dtype, device, parts, verify, chosen)
+    return _load_original(original, root, dtype, device, parts, chosen)
 
 
 def _load_original(
@@ -100,14 +108,15 @@ def _load_original(
     dtype: torch.dtype,
     device: torch.device,
     parts: Collection[str] | None,
+    switches: Mapping[str, str],
 ) -> Checkpoint:
     _warn(original.warnings + check_tensors(original))
     weights = {
         part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
-        for part, specs in layouts(original.config).items()
+        for part, specs in layouts(original.config, switches).items()
         if parts is None or part in parts
     }
-    return Checkpoint(original.config, weights, root, dtype, device, root)
+    return Checkpoint(original.config, weights, root, dtype, device, root, switches)
 
 
 def _load_converted(
@@ -116,9 +125,11 @@ def _load_converted(
     device: torch.device,
     parts: Collection[str] | None,
     verify: bool,
+    switches: Mapping[str, str],
     admit: Admission | None = None,
 ) -> Checkpoint:
     manifest = Manifest.read(root)
+    _check_stored(root, manifest.switches, switches)
     check_files(root, manifest, checksums=verify)
     dtype = dtype or manifest.torch_dtype
     if admit is not None:
@@ -126,10 +137,22 @@ def _load_converted(
     _warn(manifest.warnings)
     weights = {
         part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
-        for part, specs in layouts(manifest.config).items()
+        for part, specs in layouts(manifest.config, manifest.switches).items()
         if parts is None or part in parts
     }
-    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root)
+    if AR_WEIGHTS in switches and AR_WEIGHTS not in manifest.switches and "ar" in weights:
+        weights["ar"] = quantised(weights["ar"])
+    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
+
+
+def _check_stored(root: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raise CheckpointError where the files hold a lossy form that was not asked for."""
+    for name, setting in stored.items():
+        if wanted.get(name) != setting:
+            raise CheckpointError(
+                f"{root}: converted with the switch {name}={setting}, so its weights are not the published "
+                f"ones; accepted: tier 'fast' with that switch, or a conversion without it"
+            )
 
 
 def _warn(messages: Iterable[str]) -> None:
@@ -163,10 +186,11 @@ def _convert_into(
     dtype: torch.dtype,
     diffusion: PathName | None,
     ta_tok: PathName | None,
+    switches: Mapping[str, str] = NO_SWITCHES,
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]
-    layout = layout_fingerprint(original.config)
+    layout = layout_fingerprint(original.config, switches)
     key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     destination = cache / f"{original.path.resolve().name}-{dtype_name(dtype)}-{digest}"
@@ -179,6 +203,7 @@ def _convert_into(
                 diffusion=diffusion,
                 ta_tok=ta_tok,
                 dtype=dtype_name(dtype),
+                switches=switches,
                 progress=False,
             )
         except CheckpointError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint
 from blip3o_rt.checkpoint.tensor_file import file_sha256
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.switches import check_switches
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o_rt checkpoint"
@@ -41,6 +42,9 @@ class Manifest:
     layout: str  # layout_fingerprint of the code that wrote the files
     config: ModelConfig
     warnings: list[str]
+    switches: dict[str, str] = field(
+        default_factory=dict
+    )  # of the fast tier, that the files were written for
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -76,7 +80,7 @@ class Manifest:
             )
         try:
             manifest = cls(**{**data, **_parsed(data)})
-            current = manifest.layout == layout_fingerprint(manifest.config)
+            current = manifest.layout == layout_fingerprint(manifest.config, manifest.switches)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); convert the checkpoint again") from None
         if not current:
@@ -90,6 +94,7 @@ class Manifest:
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     if data["dtype"] not in DTYPES:
         raise ValueError(f"dtype {data['dtype']!r}")
+    check_switches(data.get("switches"))
     for name in data["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"file name {name!r}")

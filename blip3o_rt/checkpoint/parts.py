@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.switches import AR_WEIGHTS, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec
@@ -30,10 +31,13 @@ HEAD = "lm_head.weight"  # the one tensor of the decoder that stands outside `mo
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def layouts(config: ModelConfig) -> dict[str, list[TensorSpec]]:
-    """Part name -> all its runtime tensors. "ta_tok" is absent where the model has no vision tower."""
+def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> dict[str, list[TensorSpec]]:
+    """Part name -> all its runtime tensors, of the fast tier with the given switches.
+
+    "ta_tok" is absent where the model has no vision tower.
+    """
     parts = {
-        "ar": ar_layout(config.ar),
+        "ar": ar_layout(config.ar, int8=switches.get(AR_WEIGHTS) == INT8),
         "connector": connector_layout(config),
         "dit": dit_layout(config.dit),
         "vae": vae_layout(config.vae),
@@ -43,15 +47,17 @@ def layouts(config: ModelConfig) -> dict[str, list[TensorSpec]]:
     return parts
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, switches: Mapping[str, str] = NO_SWITCHES
+) -> dict[str, int]:
     """Part name -> bytes its runtime tensors take in `dtype`."""
     return {
         part: sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
-        for part, specs in layouts(config).items()
+        for part, specs in layouts(config, switches).items()
     }
 
 
-def layout_fingerprint(config: ModelConfig) -> str:
+def layout_fingerprint(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> str:
     """A hash of how every runtime tensor is made: it changes when a tensor is stored in another arrangement,
     even under the same name and shape."""
     recipes = [
@@ -62,8 +68,9 @@ def layout_fingerprint(config: ModelConfig) -> str:
             str(spec.dtype),
             [(s.name, s.shape) for s in spec.sources],
             _name(spec.combine),
+            *([_name(spec.rows)] if spec.rows is not None else []),
         )
-        for part, specs in layouts(config).items()
+        for part, specs in layouts(config, switches).items()
         for spec in specs
     ]
     return hashlib.sha256(json.dumps(recipes).encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.report import peak_memory_bytes
+from blip3o_rt.switches import parse_switches
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,6 +30,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--ta-tok", type=Path, metavar="FILE", help="the image tokenizer's ta_tok.pth")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)"
+    )
+    parser.add_argument(
+        "--switch",
+        action="append",
+        metavar="NAME=SETTING",
+        help="write the weights of a lossy switch, as ar_weights=int8, for the fast tier alone",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -71,6 +78,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         diffusion=arguments.diffusion,
         ta_tok=arguments.ta_tok,
         dtype=arguments.dtype,
+        switches=parse_switches(arguments.switch),
         progress=not arguments.quiet,
         force=arguments.force,
     )

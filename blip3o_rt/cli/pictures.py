@@ -20,6 +20,7 @@ from blip3o_rt.params import (
     check_max_prompt_tokens,
     image_seeds,
 )
+from blip3o_rt.switches import EXACT, check_tier, parse_switches
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,10 +123,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     model.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic (%(default)s)"
     )
+    add_tier_options(model)
     model.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="keep a published checkpoint's converted form here"
     )
     return model
+
+
+def add_tier_options(model: argparse._ArgumentGroup) -> None:
+    """How exact the mathematics is."""
+    model.add_argument(
+        "--tier",
+        default=EXACT,
+        metavar="TIER",
+        help="exact, the published mathematics, or fast, with lossy switches (%(default)s)",
+    )
+    model.add_argument(
+        "--switch",
+        action="append",
+        metavar="NAME=SETTING",
+        help="a switch of the fast tier, as ar_weights=int8; again for another (without any: all of them)",
+    )
 
 
 def generation_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -134,6 +152,7 @@ def generation_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises ParameterError on a value out of range.
     """
     options = drawing_options(arguments)
+    check_tier(arguments.tier, parse_switches(arguments.switch))
     image_seeds(arguments.seed, arguments.n)
     if arguments.max_batch is not None:
         check_max_batch(arguments.max_batch)
@@ -246,6 +265,8 @@ def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        tier=arguments.tier,
+        switches=parse_switches(arguments.switch),
         diffusion=arguments.diffusion,
         ta_tok=arguments.ta_tok,
         cache_dir=arguments.cache_dir,

@@ -46,8 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the pictures (%(default)s)"
     )
     pictures.add_sampling_options(parser.add_argument_group("drawing"))
-    model = pictures.add_model_options(parser)
-    model.add_argument("--tier", default="exact", help="exact: the published mathematics (%(default)s)")
+    pictures.add_model_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out",
@@ -81,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     drawn: list[Drawn] = []
     interrupt = None
     with few_threads():
-        pipeline = pictures.load_pipeline(arguments, tier=arguments.tier)
+        pipeline = pictures.load_pipeline(arguments)
         check_model(pipeline)
         # A bar is for people: none is drawn where standard error is not a terminal.
         with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:
@@ -167,7 +166,7 @@ def write(
         "tier": pipeline.tier,
         "device": str(pipeline.device),
         "threads": torch.get_num_threads(),
-        "switches": {},
+        "switches": pipeline.switches,
     }
     content = head | {"complete": complete, "model": model, "settings": settings} | record(drawn)
     write_record(arguments.out / RECORD, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -21,6 +21,7 @@ class StandIn:
     """Answers every task by the scene `answer` gives for it; a task is known by its seed."""
 
     dtype, tier, device = torch.float32, "exact", torch.device("cpu")
+    switches: ClassVar[dict[str, str]] = {}
 
     def __init__(self, tasks: Sequence[Task], answer: Callable[[Task], Scene]) -> None:
         self.tasks = {task.seed: task for task in tasks}

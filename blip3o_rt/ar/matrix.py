@@ -1,0 +1,56 @@
+"""A weight matrix of the decoder as it is kept, and its products with few rows and with many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ar.layout import SCALE
+
+FEW_ROWS = 8  # from here on a product is worth widening an int8 weight to the dtype of the rows
+BLOCK_ROWS = 1024  # of an int8 weight that exist widened at a time: they stay in the caches
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[N, K]: floating-point `weight`, or int8 `weight` with a `scale` float32 [N] for its rows."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], name: str) -> Matrix:
+        """The matrix of that name among runtime tensors."""
+        return cls(weights[name], weights.get(name + SCALE))
+
+    def rows(self, first: int, last: int) -> Matrix:
+        """Rows first .. last, in the same memory."""
+        return Matrix(self.weight[first:last], None if self.scale is None else self.scale[first:last])
+
+    def row_linear(self, x: Tensor, *, out: Tensor) -> Tensor:
+        """x [M, K] -> out [M, N] for the few rows of a decoding step, each as if it were alone."""
+        if self.scale is None:
+            return ops.row_linear(x, self.weight, out=out)
+        return ops.row_linear_int8(x, self.weight, self.scale, out=out)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N] for the many rows of a prompt.
+
+        int8 values are exact in the dtype of x; the scale is applied to the rounded product.
+        """
+        scale = self.scale
+        if scale is None:
+            return F.linear(x, self.weight)
+        if len(x) <= FEW_ROWS:
+            return ops.row_linear_int8(x, self.weight, scale)
+        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
+        for first in range(0, len(self.weight), BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
+            product = F.linear(x, self.weight[block].to(x.dtype))
+            torch.mul(product, scale[block], out=out[:, block])
+        return out

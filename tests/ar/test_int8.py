@@ -1,0 +1,88 @@
+"""The decoder with int8 weights is the decoder with the weights that these stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o_rt import ops
+from blip3o_rt.ar import matrix
+from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
+from blip3o_rt.ar.layout import EMBEDDING, HEAD, SCALE, layout, quantised
+from blip3o_rt.ar.matrix import Matrix
+from blip3o_rt.params import SamplingParams
+from blip3o_rt.validate.case import random
+from blip3o_rt.validate.cases.row_linear_int8 import quantised as random_int8
+from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+# As in test_decoder: float32 sums in another order.
+FLOAT32_TOLERANCE = 1e-5
+# A rounded product, times a scale, rounded: two roundings to bfloat16 of at most 2^-9 each.
+TWICE_ROUNDED = 2**-8
+
+
+def meant(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that int8 ones stand for, in float32."""
+    return {
+        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor
+        for name, tensor in weights.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def engine(weights: dict[str, Tensor], *, tied: bool, batch: int = 1) -> TokenEngine:
+    config = small_config(tie_word_embeddings=tied)
+    return TokenEngine(config, image_tokens(config), weights, max_batch=batch, max_prompt_tokens=64)
+
+
+def int8_weights(*, tied: bool) -> dict[str, Tensor]:
+    config = small_config(tie_word_embeddings=tied)
+    return quantised(runtime_weights(config, oracle(config)))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_and_dtypes_are_those_of_the_layout(tied: bool) -> None:
+    specs = layout(small_config(tie_word_embeddings=tied), int8=True)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in int8_weights(tied=tied).items()}
+    assert found == {spec.name: (spec.shape, spec.dtype or torch.float32) for spec in specs}
+    assert found[EMBEDDING][1] == torch.float32
+    assert found[HEAD][1] == found["layers.0.mlp.down_proj.weight"][1] == torch.int8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool) -> None:
+    weights = int8_weights(tied=tied)
+    untied = {**meant(weights), EMBEDDING: weights[EMBEDDING]}
+    prompt = TokenPrompt(PROMPT, [SamplingParams(top_k=1)])
+    ops.reset_used()
+    found = engine(weights, tied=tied).generate([prompt])[0][0]
+    assert "row_linear_int8" in ops.used()
+    assert "row_linear" not in ops.used()
+    expected = engine(untied, tied=False).generate([prompt])[0][0]
+    assert torch.equal(found.token_ids, expected.token_ids)
+    error = (found.hidden_states - expected.hidden_states).norm() / expected.hidden_states.norm()
+    assert error < FLOAT32_TOLERANCE
+
+
+def test_a_picture_does_not_depend_on_its_batch() -> None:
+    samples = [SamplingParams(seed=seed) for seed in range(4)]
+    together = engine(int8_weights(tied=False), tied=False, batch=4).generate([TokenPrompt(PROMPT, samples)])
+    for sample, plan in zip(samples, together[0], strict=True):
+        alone = engine(int8_weights(tied=False), tied=False).generate([TokenPrompt(PROMPT, [sample])])[0][0]
+        assert torch.equal(alone.token_ids, plan.token_ids)
+        assert torch.equal(alone.hidden_states, plan.hidden_states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_products_with_many_rows(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "BLOCK_ROWS", 16)  # several blocks, the last one smaller
+    x, (weight, scale) = random(1, rows, 37, dtype=dtype), random_int8(2, 41, 37)
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    found = Matrix(weight, scale).linear(x)
+    assert found.dtype == dtype
+    size = exact.abs() + exact.square().mean().sqrt()
+    bound = TWICE_ROUNDED if dtype == torch.bfloat16 else FLOAT32_TOLERANCE
+    assert float(((found.double() - exact).abs() / size).max()) < bound

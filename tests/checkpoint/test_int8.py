@@ -1,0 +1,79 @@
+"""Checkpoints with int8 weights: the same from every source, and refused where not asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.manifest import Manifest
+from blip3o_rt.checkpoint.parts import layouts, weight_bytes
+from blip3o_rt.checkpoint.random_checkpoint import preset
+from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.quantisation import row_scales, row_values
+
+INT8 = {"ar_weights": "int8"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_source_gives_the_same(
+    dtype: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip3o_rt.checkpoint.tensor_file.CHUNK_BYTES", 1000)  # no whole number of rows
+    chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    exact = convert(checkpoint, tmp_path / "exact", dtype=dtype, progress=False)
+    int8 = convert(checkpoint, tmp_path / "int8", dtype=dtype, switches=INT8, progress=False)
+    assert (exact.switches, int8.switches) == ({}, INT8)
+    assert Manifest.read(tmp_path / "int8") == int8
+    assert int8.files["ar.safetensors"].size < 0.8 * exact.files["ar.safetensors"].size
+    assert int8.files["dit.safetensors"] == exact.files["dit.safetensors"]
+    sources = [
+        load_checkpoint(checkpoint, dtype=chosen, switches=INT8),
+        load_checkpoint(checkpoint, dtype=chosen, switches=INT8, cache_dir=tmp_path / "cache"),
+        load_checkpoint(tmp_path / "exact", switches=INT8),
+        load_checkpoint(tmp_path / "int8", switches=INT8, verify=True),
+    ]
+    names = {spec.name for spec in layouts(sources[0].config, INT8)["ar"]}
+    for found in sources:
+        assert found.switches == INT8
+        assert found.weights["ar"].keys() == names
+        for name, tensor in found.weights["ar"].items():
+            assert torch.equal(tensor, sources[0].weights["ar"][name]), name
+    plain = load_checkpoint(tmp_path / "exact").weights["ar"]["layers.0.mlp.gate_up_proj.weight"]
+    assert torch.equal(sources[0].weights["ar"]["layers.0.mlp.gate_up_proj.weight"], row_values(plain))
+    assert torch.equal(sources[0].weights["ar"]["layers.0.mlp.gate_up_proj.weight_scale"], row_scales(plain))
+
+
+def test_int8_weights_are_refused_where_not_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "int8", switches=INT8, progress=False)
+    for load in (load_checkpoint, Pipeline.load):
+        with pytest.raises(
+            CheckpointError,
+            match=r"converted with the switch ar_weights=int8.*accepted: tier 'fast' with that",
+        ):
+            load(tmp_path / "int8")
+    with pytest.raises(ParameterError, match="there is no switch 'weights'"):
+        convert(checkpoint, tmp_path / "other", switches={"weights": "int8"}, progress=False)
+
+
+def test_the_pipeline_says_what_it_ran(checkpoint: Path) -> None:
+    pipeline = Pipeline.load(checkpoint, device="cpu", tier="fast", switches=INT8, max_batch=1)
+    report = pipeline.generate("a red circle", steps=1).report
+    assert (report.tier, dict(report.switches)) == ("fast", INT8)
+    assert report.to_dict()["switches"] == INT8
+    assert "tier fast (ar_weights=int8)" in str(report)
+    assert "row_linear_int8" in report.implementations
+
+
+def test_published_size() -> None:
+    exact, int8 = (weight_bytes(preset("published"), torch.bfloat16, s)["ar"] for s in ({}, INT8))
+    layers = 28 * (2048 * 4096 + 2048 * 2048 + 3 * 2048 * 6144)
+    embedding = preset("published").ar.vocab_size * 2048
+    assert exact == pytest.approx(2 * (layers + embedding), rel=1e-3)
+    assert int8 == pytest.approx(
+        layers + 3 * embedding, rel=2e-3
+    )  # the head beside the embeddings it is tied to

@@ -1,0 +1,42 @@
+"""Tiers and switches: what goes together, and one line for what does not."""
+
+from __future__ import annotations
+
+import pytest
+
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.switches import check_tier, parse_switches
+
+INT8 = {"ar_weights": "int8"}
+
+
+def test_tiers() -> None:
+    assert check_tier("exact") == check_tier("exact", {}) == {}
+    assert check_tier("fast") == check_tier("fast", {}) == check_tier("fast", INT8) == INT8
+
+
+def test_switches_as_text() -> None:
+    assert parse_switches(None) == parse_switches([]) == {}
+    assert parse_switches([" ar_weights = int8"]) == INT8
+
+
+@pytest.mark.parametrize(
+    ("tier", "switches", "message"),
+    [
+        ("fats", {}, "tier is 'fats': accepted is 'exact', the published mathematics, or 'fast', whose "),
+        ("exact", INT8, "switch ar_weights is lossy and tier is 'exact': choose tier 'fast', or no switch"),
+        ("fast", {"weights": "int8"}, "there is no switch 'weights': accepted are ar_weights"),
+        ("fast", {"ar_weights": "int4"}, "switch ar_weights is 'int4': accepted is int8, or no such switch"),
+    ],
+)
+def test_refusals(tier: str, switches: dict[str, str], message: str) -> None:
+    with pytest.raises(ParameterError) as error:
+        check_tier(tier, switches)
+    assert str(error.value).startswith(message)
+
+
+def test_a_switch_without_a_setting_is_refused() -> None:
+    with pytest.raises(
+        ParameterError, match="switch 'int8' is not of the form name=setting, as ar_weights=int8"
+    ):
+        parse_switches(["int8"])
