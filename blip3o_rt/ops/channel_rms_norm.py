@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
 CPU_ELEMENTS = 2**18  # at a time, so that the wide intermediates stay in cache
@@ -41,4 +44,29 @@ def channel_rms_norm(
         if added is not None:
             y.add_(added[index])
         result.copy_(y)
+    return out
+
+
+def _one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor, *_: Any, residual: Tensor | None = None, **__: Any
+) -> str | None:
+    """The support of an implementation for weight, bias and residual in the dtype of x."""
+    same = all(other is None or other.dtype == x.dtype for other in (weight, bias, residual))
+    return None if same else "takes x, weight, bias and residual of one dtype"
+
+
+@channel_rms_norm.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_one_dtype, available=native.cpu_unavailable
+)
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    native.cpu().channel_rms_norm(x, weight, bias, eps, residual, out)
     return out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -35,3 +38,29 @@ def cross_attention(
     bias = None if log_multiplicity is None else log_multiplicity.to(wide).expand(1, 1, len(query), -1)
     attended = F.scaled_dot_product_attention(q[None], key.to(wide)[None], value.to(wide)[None], bias)[0]
     return deliver(attended.transpose(0, 1).flatten(1), query.dtype, out)
+
+
+def _one_dtype(
+    query: Tensor, key: Tensor, value: Tensor, query_weight: Tensor | None, *_: Any, **__: Any
+) -> str | None:
+    """The support of an implementation for keys, values and weight in the dtype of the query."""
+    same = all(other is None or other.dtype == query.dtype for other in (key, value, query_weight))
+    return None if same else "takes query, key, value and query_weight of one dtype"
+
+
+@cross_attention.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_one_dtype, available=native.cpu_unavailable
+)
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    eps: float,
+    *,
+    log_multiplicity: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype) if out is None else out
+    native.cpu().cross_attention(query, key, value, query_weight, eps, log_multiplicity, out)
+    return out

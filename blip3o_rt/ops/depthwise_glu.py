@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
 CPU_CHANNELS = 256  # channels at a time on the CPU, so that the fp32 intermediates stay in cache
@@ -41,3 +44,18 @@ def _convolved(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, chan
         planes, weight[channels].to(wide), bias[channels].to(wide), padding=1, groups=planes.shape[1]
     )
     return result.permute(0, 2, 3, 1)
+
+
+def _one_dtype(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> str | None:
+    """The support of an implementation for weight and biases in the dtype of x."""
+    same = all(other.dtype == x.dtype for other in (input_bias, weight, bias))
+    return None if same else "takes x, weight and biases of one dtype"
+
+
+@depthwise_glu.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_one_dtype, available=native.cpu_unavailable
+)
+def _cpu(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype) if out is None else out
+    native.cpu().depthwise_glu(x, input_bias, weight, bias, out)
+    return out

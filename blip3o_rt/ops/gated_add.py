@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
 
@@ -17,3 +18,17 @@ def gated_add(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """
     wide = arithmetic_dtype(residual)
     return residual.copy_(torch.addcmul(residual.to(wide), x.to(wide), gate.to(wide)))
+
+
+def _one_dtype(residual: Tensor, x: Tensor, gate: Tensor) -> str | None:
+    """The support of an implementation for rows of one dtype and a gate in it or in float32."""
+    same = x.dtype == residual.dtype and gate.dtype in (torch.float32, x.dtype)
+    return None if same else "takes residual and x of one dtype, and a gate in it or in float32"
+
+
+@gated_add.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_one_dtype, available=native.cpu_unavailable
+)
+def _cpu(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    native.cpu().gated_add(residual, x, gate)
+    return residual

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 
@@ -22,3 +25,18 @@ def layer_norm_modulate(
     wide = arithmetic_dtype(x)
     y = F.layer_norm(x.to(wide), x.shape[-1:], 1 + scale.to(wide), shift.to(wide), eps)
     return deliver(y, x.dtype, out)
+
+
+def _modulation_dtype(x: Tensor, shift: Tensor, scale: Tensor, *_: Any, **__: Any) -> str | None:
+    """The support of an implementation for shift and scale of one dtype, float32 or that of x."""
+    same = shift.dtype == scale.dtype and shift.dtype in (torch.float32, x.dtype)
+    return None if same else "takes shift and scale of one dtype, float32 or that of x"
+
+
+@layer_norm_modulate.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_modulation_dtype, available=native.cpu_unavailable
+)
+def _cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    native.cpu().layer_norm_modulate(x, shift, scale, eps, out)
+    return out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 EPSILON = 1e-15  # added to the denominator; 0 / EPSILON is the result of a query that meets no key
@@ -42,3 +45,28 @@ def _positive(x: Tensor, weight: Tensor | None, eps: float, wide: torch.dtype) -
     if weight is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     return x.relu()
+
+
+def _one_dtype(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *_: Any, **__: Any
+) -> str | None:
+    """The support of an implementation for weights in the dtype of qkv."""
+    same = all(weight is None or weight.dtype == qkv.dtype for weight in (q_weight, k_weight))
+    return None if same else "takes qkv and weights of one dtype"
+
+
+@relu_linear_attention.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_one_dtype, available=native.cpu_unavailable
+)
+def _cpu(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    num_heads: int,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty((*qkv.shape[:-1], qkv.shape[-1] // 3), dtype=qkv.dtype) if out is None else out
+    native.cpu().relu_linear_attention(qkv, q_weight, k_weight, num_heads, eps, out)
+    return out

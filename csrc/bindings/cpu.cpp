@@ -58,6 +58,17 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("sample_tokens", &cpu::sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a,
                "seeds"_a, "positions"_a, "out"_a, no_gil);
     module.def("nearest_code", &cpu::nearest_code, "features"_a, "codebook"_a, "out"_a, no_gil);
+    module.def("relu_linear_attention", &cpu::relu_linear_attention, "qkv"_a, "q_weight"_a, "k_weight"_a,
+               "num_heads"_a, "eps"_a, "out"_a, no_gil);
+    module.def("cross_attention", &cpu::cross_attention, "query"_a, "key"_a, "value"_a, "query_weight"_a,
+               "eps"_a, "log_multiplicity"_a, "out"_a, no_gil);
+    module.def("depthwise_glu", &cpu::depthwise_glu, "x"_a, "input_bias"_a, "weight"_a, "bias"_a, "out"_a,
+               no_gil);
+    module.def("layer_norm_modulate", &cpu::layer_norm_modulate, "x"_a, "shift"_a, "scale"_a, "eps"_a,
+               "out"_a, no_gil);
+    module.def("gated_add", &cpu::gated_add, "residual"_a, "x"_a, "gate"_a, no_gil);
+    module.def("channel_rms_norm", &cpu::channel_rms_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "residual"_a,
+               "out"_a, no_gil);
 
     module.def("num_threads", &cpu::num_threads, "Threads that share the work of an op.");
     module.def("set_num_threads", &cpu::set_num_threads, "threads"_a, no_gil);

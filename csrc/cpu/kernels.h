@@ -16,14 +16,25 @@ template <class Arguments>
 using Kernel = void (*)(const Arguments&, int64_t begin, int64_t end);
 
 struct Kernels {
-    Kernel<RmsNormArguments> rms_norm;                             // rows
-    Kernel<SiluMulArguments> silu_mul;                             // rows
-    Kernel<RowLinearArguments> row_linear;                         // columns of the result
-    Kernel<RowLinearInt8Arguments> row_linear_int8;                // columns of the result
-    Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;         // tokens
-    Kernel<PagedDecodeAttentionArguments> paged_decode_attention;  // (sequence, KV head) pairs
-    Kernel<NearestCodeArguments> nearest_code;                     // rows of features
+    Kernel<RmsNormArguments> rms_norm;                                 // rows
+    Kernel<SiluMulArguments> silu_mul;                                 // rows
+    Kernel<RowLinearArguments> row_linear;                             // columns of the result
+    Kernel<RowLinearInt8Arguments> row_linear_int8;                    // columns of the result
+    Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
+    Kernel<PagedDecodeAttentionArguments> paged_decode_attention;      // (sequence, KV head) pairs
+    Kernel<NearestCodeArguments> nearest_code;                         // rows of features
+    Kernel<ReluLinearAttentionArguments> relu_linear_attention_norms;  // tokens of all batches
+    Kernel<ReluLinearAttentionArguments> relu_linear_attention;        // (batch, head) pairs
+    Kernel<CrossAttentionArguments> cross_attention_norms;             // queries
+    Kernel<CrossAttentionArguments> cross_attention;         // (head, kCrossAttentionQueries queries) pairs
+    Kernel<DepthwiseGluArguments> depthwise_glu;             // (image, kDepthwiseGluChannels channels) pairs
+    Kernel<LayerNormModulateArguments> layer_norm_modulate;  // rows
+    Kernel<GatedAddArguments> gated_add;                     // rows
+    Kernel<ChannelRmsNormArguments> channel_rms_norm;        // pixels
 };
+
+constexpr int64_t kCrossAttentionQueries = 64;
+constexpr int64_t kDepthwiseGluChannels = 16;
 
 enum class Isa { portable, avx2, avx512 };
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512};

@@ -1,5 +1,7 @@
 #include "cpu/ops.h"
 
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/thread_pool.h"
@@ -116,6 +118,61 @@ void sample_tokens(const TensorView& logits, const TensorView& temperature, cons
 void nearest_code(const TensorView& features, const TensorView& codebook, const TensorView& out) {
     const auto arguments = check_nearest_code(Device::cpu, features, codebook, out);
     run(kernels().nearest_code, arguments, arguments.features.count, 4);
+}
+
+void relu_linear_attention(const TensorView& qkv, const OptionalView& q_weight, const OptionalView& k_weight,
+                           int64_t num_heads, double eps, const TensorView& out) {
+    auto arguments = check_relu_linear_attention(Device::cpu, qkv, q_weight, k_weight, num_heads, eps, out);
+    const int64_t rows = arguments.qkv.count;
+    std::vector<float> inverse_rms(q_weight || k_weight ? 2 * rows : 0);
+    arguments.inverse_rms = inverse_rms.data();
+    if (q_weight || k_weight) {
+        run(kernels().relu_linear_attention_norms, arguments, rows, grain(arguments.qkv.width));
+    }
+    run(kernels().relu_linear_attention, arguments, rows > 0 ? arguments.batch * arguments.heads : 0,
+        grain(arguments.tokens * arguments.head_dim * arguments.head_dim));
+}
+
+void cross_attention(const TensorView& query, const TensorView& key, const TensorView& value,
+                     const OptionalView& query_weight, double eps, const OptionalView& log_multiplicity,
+                     const TensorView& out) {
+    auto arguments =
+        check_cross_attention(Device::cpu, query, key, value, query_weight, eps, log_multiplicity, out);
+    const int64_t queries = arguments.query.count;
+    std::vector<float> inverse_rms(query_weight ? queries : 0);
+    arguments.inverse_rms = inverse_rms.data();
+    if (query_weight) {
+        run(kernels().cross_attention_norms, arguments, queries, grain(arguments.query.width));
+    }
+    const int64_t blocks = (queries + kCrossAttentionQueries - 1) / kCrossAttentionQueries;
+    run(kernels().cross_attention, arguments, arguments.heads * blocks,
+        grain(kCrossAttentionQueries * arguments.keys * arguments.head_dim));
+}
+
+void depthwise_glu(const TensorView& x, const TensorView& input_bias, const TensorView& weight,
+                   const TensorView& bias, const TensorView& out) {
+    const auto arguments = check_depthwise_glu(Device::cpu, x, input_bias, weight, bias, out);
+    const int64_t units = (arguments.channels + kDepthwiseGluChannels - 1) / kDepthwiseGluChannels;
+    const int64_t pixels = arguments.height * arguments.width;
+    run(kernels().depthwise_glu, arguments, pixels > 0 ? arguments.batch * units : 0,
+        grain(pixels * kDepthwiseGluChannels * 16));
+}
+
+void layer_norm_modulate(const TensorView& x, const TensorView& shift, const TensorView& scale, double eps,
+                         const TensorView& out) {
+    const auto arguments = check_layer_norm_modulate(Device::cpu, x, shift, scale, eps, out);
+    run(kernels().layer_norm_modulate, arguments, arguments.x.count, grain(arguments.x.width));
+}
+
+void gated_add(const TensorView& residual, const TensorView& x, const TensorView& gate) {
+    const auto arguments = check_gated_add(Device::cpu, residual, x, gate);
+    run(kernels().gated_add, arguments, arguments.x.count, grain(arguments.x.width));
+}
+
+void channel_rms_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, double eps,
+                      const OptionalView& residual, const TensorView& out) {
+    const auto arguments = check_channel_rms_norm(Device::cpu, x, weight, bias, eps, residual, out);
+    run(kernels().channel_rms_norm, arguments, arguments.x.count, grain(arguments.x.width));
 }
 
 }  // namespace blip3o::cpu

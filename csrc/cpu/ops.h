@@ -33,4 +33,22 @@ void sample_tokens(const TensorView& logits, const TensorView& temperature, cons
 
 void nearest_code(const TensorView& features, const TensorView& codebook, const TensorView& out);
 
+void relu_linear_attention(const TensorView& qkv, const OptionalView& q_weight, const OptionalView& k_weight,
+                           int64_t num_heads, double eps, const TensorView& out);
+
+void cross_attention(const TensorView& query, const TensorView& key, const TensorView& value,
+                     const OptionalView& query_weight, double eps, const OptionalView& log_multiplicity,
+                     const TensorView& out);
+
+void depthwise_glu(const TensorView& x, const TensorView& input_bias, const TensorView& weight,
+                   const TensorView& bias, const TensorView& out);
+
+void layer_norm_modulate(const TensorView& x, const TensorView& shift, const TensorView& scale, double eps,
+                         const TensorView& out);
+
+void gated_add(const TensorView& residual, const TensorView& x, const TensorView& gate);
+
+void channel_rms_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, double eps,
+                      const OptionalView& residual, const TensorView& out);
+
 }  // namespace blip3o::cpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -126,3 +126,72 @@ def test_nearest_code() -> None:
     for threads in (1, 3):
         native.cpu().set_num_threads(threads)
         assert torch.equal(ops.nearest_code(features[7:20], codebook), together[7:20])
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    tokens=st.integers(1, 150),
+    heads=st.integers(1, 11),
+    head_dim=st.sampled_from([8, 20, 32]),
+)
+@few
+def test_relu_linear_attention(
+    data: st.DataObject, dtype: torch.dtype, tokens: int, heads: int, head_dim: int
+) -> None:
+    set_up(data)
+    width = heads * head_dim
+    qkv, weight = random(1, 3, tokens, 3 * width, dtype=dtype), random(2, width, dtype=dtype)
+    together = ops.relu_linear_attention(qkv, weight, weight, heads, 1e-5)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    alone = ops.relu_linear_attention(qkv[1:2], weight, weight, heads, 1e-5)
+    assert torch.equal(alone, together[1:2])
+
+
+@given(data=st.data(), dtype=DTYPES, queries=st.integers(1, 300), keys=st.sampled_from([1, 9, 383, 385, 800]))
+@few
+def test_cross_attention(data: st.DataObject, dtype: torch.dtype, queries: int, keys: int) -> None:
+    set_up(data)
+    query, weight = random(1, queries, 3 * 20, dtype=dtype), random(2, 60, dtype=dtype)
+    key, value = random(3, 3, keys, 20, dtype=dtype), random(4, 3, keys, 20, dtype=dtype)
+    together = ops.cross_attention(query, key, value, weight, 1e-5)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    chosen = data.draw(st.lists(st.integers(0, queries - 1), min_size=1, max_size=20), "queries")
+    assert torch.equal(ops.cross_attention(query[chosen], key, value, weight, 1e-5), together[chosen])
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    channels=st.integers(1, 300),
+)
+@few
+def test_depthwise_glu(
+    data: st.DataObject, dtype: torch.dtype, height: int, width: int, channels: int
+) -> None:
+    set_up(data)
+    x, bias = random(1, 3, height, width, 2 * channels, dtype=dtype), random(2, 2 * channels, dtype=dtype)
+    weight = random(3, 2 * channels, 1, 3, 3, dtype=dtype)
+    together = ops.depthwise_glu(x, bias, weight, bias)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    assert torch.equal(ops.depthwise_glu(x[2:], bias, weight, bias), together[2:])
+
+
+@given(data=st.data(), dtype=DTYPES, rows=st.integers(1, 300), width=st.integers(1, 300))
+@few
+def test_modulation_ops(data: st.DataObject, dtype: torch.dtype, rows: int, width: int) -> None:
+    """One row alone, and among others."""
+    set_up(data)
+    row = data.draw(st.integers(0, rows - 1), "row")
+    x, weight = random(1, rows, width, dtype=dtype), random(2, width, dtype=dtype)
+    calls: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda part: ops.layer_norm_modulate(part, weight, weight, 1e-6),
+        lambda part: ops.gated_add(part.clone(), part, weight),
+        lambda part: ops.channel_rms_norm(part, weight, weight, 1e-6, residual=part),
+    )
+    together = [call(x) for call in calls]
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    for call, expected in zip(calls, together, strict=True):
+        assert torch.equal(call(x[row : row + 1]), expected[row : row + 1])

@@ -108,6 +108,45 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "paged_decode_attention: block_table[1, 2] is 7; accepted: 0 to 6, the pages of k_cache",
     ),
     (
+        lambda: ops.relu_linear_attention(torch.ones(1, 4, 18), None, None, 4, 1e-5),
+        "relu_linear_attention: D must be a multiple of num_heads",
+    ),
+    (
+        lambda: ops.relu_linear_attention(torch.ones(4, 18), None, None, 3, 1e-5),
+        "relu_linear_attention: qkv has shape [4, 18]; accepted: [B, N, 3 D]",
+    ),
+    (
+        lambda: ops.cross_attention(torch.ones(4, 18), *2 * [torch.ones(2, 3, 8)], None, 1e-5),
+        "cross_attention: query must be H d wide, H and d as in key",
+    ),
+    (
+        lambda: ops.cross_attention(torch.ones(4, 16), *2 * [torch.ones(2, 8, 3).mT], None, 1e-5),
+        "cross_attention: rows of key and value must be contiguous (call .contiguous())",
+    ),
+    (
+        lambda: ops.cross_attention(torch.ones(4, 16), *2 * [torch.ones(2, 0, 8)], None, 1e-5),
+        "cross_attention: there must be at least one key, one wide",
+    ),
+    (
+        lambda: ops.depthwise_glu(
+            torch.ones(1, 2, 2, 6), torch.ones(6), torch.ones(6, 1, 5, 5), torch.ones(6)
+        ),
+        "depthwise_glu: weight must be [2 C, 1, 3, 3]",
+    ),
+    (
+        lambda: ops.layer_norm_modulate(torch.ones(2, 8), torch.ones(8), torch.ones(7), 1e-6),
+        "layer_norm_modulate: scale has shape [7]; accepted: [D = 8] (D as in x)",
+    ),
+    (
+        lambda: ops.gated_add(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8)),
+        "gated_add: x has shape [3, 8]; accepted: [rows = 2, D = 8], leading dimensions flattened "
+        "(rows as in residual, D as in residual)",
+    ),
+    (
+        lambda: ops.channel_rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(9), 1e-6),
+        "channel_rms_norm: bias has shape [9]; accepted: [C = 8] (C as in x)",
+    ),
+    (
         lambda: append(4, 50),
         "qk_norm_rope_append: positions[1] is 50; accepted: 0 to 49, the rows of rope_table",
     ),

@@ -34,13 +34,14 @@ def cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for heads, head_dim in ((1, 1), (1, 8), (5, 7), (2, 112), (3, 64)):
             yield case(f"{heads} heads of {head_dim}", dtype, heads=heads, head_dim=head_dim)
-        for keys in (1, 2, 16, 17, 730):
+        for keys in (1, 2, 16, 17, 384, 385, 730, 3001):
             yield case(f"{keys} keys", dtype, keys=keys)
         for tokens in (1, 15, 130):
             yield case(f"{tokens} tokens", dtype, tokens=tokens)
         yield case("no norm", dtype, norm=False)
         yield case("two keys for 730 and 1024", dtype, keys=2, counts=(730, 1024))
         yield case("four counts, no norm", dtype, keys=4, counts=(1, 10**6, 3, 1), norm=False)
+        yield case("counts of 500 keys", dtype, keys=500, counts=tuple(range(1, 501)))
         yield case("eps shows", dtype, query_scale=3e-3)
         yield case("one key wins", dtype, key_scale=30.0)
         given = case("given out", dtype)

@@ -162,6 +162,150 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
     return arguments;
 }
 
+// inverse_rms is left to the caller, who owns that memory.
+inline ReluLinearAttentionArguments check_relu_linear_attention(Device device, const TensorView& qkv,
+                                                                const OptionalView& q_weight,
+                                                                const OptionalView& k_weight,
+                                                                int64_t num_heads, double eps,
+                                                                const TensorView& out) {
+    Contract contract("relu_linear_attention", device);
+    Dim batch("B"), tokens("N"), packed("3 D"), width("D");
+    ReluLinearAttentionArguments arguments;
+    Dim rows("B N");
+    contract(qkv, "qkv").dtype({DType::f32, DType::bf16}).shape({&batch, &tokens, &packed});
+    arguments.qkv = contract(qkv, "qkv").rows(rows, packed);
+    arguments.out = contract(out, "out").dtype({qkv.dtype}).rows(rows, width);
+    contract(q_weight, "q_weight").dtype({qkv.dtype}).shape({&width}).contiguous();
+    contract(k_weight, "k_weight").dtype({qkv.dtype}).shape({&width}).contiguous();
+    contract.require(packed.value() == 3 * width.value(), "qkv must be three times as wide as out");
+    contract.require(num_heads > 0 && width.value() % num_heads == 0, "D must be a multiple of num_heads");
+    arguments.q_weight = data_or_null(q_weight);
+    arguments.k_weight = data_or_null(k_weight);
+    arguments.inverse_rms = nullptr;
+    arguments.batch = batch.value();
+    arguments.tokens = tokens.value();
+    arguments.heads = num_heads;
+    arguments.head_dim = width.value() / num_heads;
+    arguments.dtype = qkv.dtype;
+    arguments.eps = static_cast<float>(eps);
+    return arguments;
+}
+
+// inverse_rms is left to the caller, who owns that memory.
+inline CrossAttentionArguments check_cross_attention(Device device, const TensorView& query,
+                                                     const TensorView& key, const TensorView& value,
+                                                     const OptionalView& query_weight, double eps,
+                                                     const OptionalView& log_multiplicity,
+                                                     const TensorView& out) {
+    Contract contract("cross_attention", device);
+    Dim tokens("N"), width("H d"), heads("H"), keys("M"), head_dim("d");
+    CrossAttentionArguments arguments;
+    arguments.query = contract(query, "query").dtype({DType::f32, DType::bf16}).rows(tokens, width);
+    for (const auto& [view, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
+        contract(*view, name).dtype({query.dtype}).shape({&heads, &keys, &head_dim});
+        contract.require(view->stride[2] == 1 || view->shape[2] == 1,
+                         "rows of key and value must be contiguous (call .contiguous())");
+    }
+    contract(query_weight, "query_weight").dtype({query.dtype}).shape({&width}).contiguous();
+    contract(log_multiplicity, "log_multiplicity").dtype({DType::f32}).shape({&keys}).contiguous();
+    arguments.out = contract(out, "out").dtype({query.dtype}).rows(tokens, width);
+    contract.require(width.value() == heads.value() * head_dim.value(),
+                     "query must be H d wide, H and d as in key");
+    contract.require(keys.value() > 0 && head_dim.value() > 0, "there must be at least one key, one wide");
+    arguments.key = {key.data, key.stride[0], key.stride[1]};
+    arguments.value = {value.data, value.stride[0], value.stride[1]};
+    arguments.query_weight = data_or_null(query_weight);
+    arguments.log_multiplicity = static_cast<const float*>(data_or_null(log_multiplicity));
+    arguments.inverse_rms = nullptr;
+    arguments.heads = heads.value();
+    arguments.keys = keys.value();
+    arguments.head_dim = head_dim.value();
+    arguments.dtype = query.dtype;
+    arguments.eps = static_cast<float>(eps);
+    return arguments;
+}
+
+inline DepthwiseGluArguments check_depthwise_glu(Device device, const TensorView& x,
+                                                 const TensorView& input_bias, const TensorView& weight,
+                                                 const TensorView& bias, const TensorView& out) {
+    Contract contract("depthwise_glu", device);
+    Dim batch("B"), height("H"), width("W"), doubled("2 C"), channels("C"), one("1"), taps("3"),
+        rows("B H W");
+    DepthwiseGluArguments arguments;
+    contract(x, "x").dtype({DType::f32, DType::bf16}).shape({&batch, &height, &width, &doubled});
+    arguments.x = contract(x, "x").rows(rows, doubled);
+    contract(input_bias, "input_bias").dtype({x.dtype}).shape({&doubled}).contiguous();
+    contract(weight, "weight").dtype({x.dtype}).shape({&doubled, &one, &taps, &taps}).contiguous();
+    contract(bias, "bias").dtype({x.dtype}).shape({&doubled}).contiguous();
+    contract(out, "out").dtype({x.dtype}).shape({&batch, &height, &width, &channels});
+    arguments.out = contract(out, "out").rows(rows, channels);
+    contract.require(doubled.value() == 2 * channels.value(), "x must be twice as wide as out");
+    contract.require(one.value() == 1 && taps.value() == 3, "weight must be [2 C, 1, 3, 3]");
+    contract.require(rows.value() == 0 || out.data != x.data,
+                     "out must not be the memory of x; give it memory of its own");
+    arguments.input_bias = input_bias.data;
+    arguments.weight = weight.data;
+    arguments.bias = bias.data;
+    arguments.batch = batch.value();
+    arguments.height = height.value();
+    arguments.width = width.value();
+    arguments.channels = channels.value();
+    arguments.dtype = x.dtype;
+    return arguments;
+}
+
+inline LayerNormModulateArguments check_layer_norm_modulate(Device device, const TensorView& x,
+                                                            const TensorView& shift, const TensorView& scale,
+                                                            double eps, const TensorView& out) {
+    Contract contract("layer_norm_modulate", device);
+    Dim rows("rows"), width("D");
+    LayerNormModulateArguments arguments;
+    arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, width);
+    contract(shift, "shift").dtype({DType::f32, x.dtype}).shape({&width}).contiguous();
+    contract(scale, "scale").dtype({shift.dtype}).shape({&width}).contiguous();
+    arguments.out = contract(out, "out").dtype({x.dtype, DType::f32}).rows(rows, width);
+    arguments.shift = shift.data;
+    arguments.scale = scale.data;
+    arguments.dtype = x.dtype;
+    arguments.modulation_dtype = shift.dtype;
+    arguments.out_dtype = out.dtype;
+    arguments.eps = static_cast<float>(eps);
+    return arguments;
+}
+
+inline GatedAddArguments check_gated_add(Device device, const TensorView& residual, const TensorView& x,
+                                         const TensorView& gate) {
+    Contract contract("gated_add", device);
+    Dim rows("rows"), width("D");
+    GatedAddArguments arguments;
+    arguments.residual = contract(residual, "residual").dtype({DType::f32, DType::bf16}).rows(rows, width);
+    arguments.x = contract(x, "x").dtype({residual.dtype}).rows(rows, width);
+    contract(gate, "gate").dtype({DType::f32, residual.dtype}).shape({&width}).contiguous();
+    arguments.gate = gate.data;
+    arguments.dtype = residual.dtype;
+    arguments.gate_dtype = gate.dtype;
+    return arguments;
+}
+
+inline ChannelRmsNormArguments check_channel_rms_norm(Device device, const TensorView& x,
+                                                      const TensorView& weight, const TensorView& bias,
+                                                      double eps, const OptionalView& residual,
+                                                      const TensorView& out) {
+    Contract contract("channel_rms_norm", device);
+    Dim rows("rows"), width("C");
+    ChannelRmsNormArguments arguments;
+    arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, width);
+    contract(weight, "weight").dtype({x.dtype}).shape({&width}).contiguous();
+    contract(bias, "bias").dtype({x.dtype}).shape({&width}).contiguous();
+    arguments.residual = contract(residual, "residual").dtype({x.dtype}).rows(rows, width);
+    arguments.out = contract(out, "out").dtype({x.dtype}).rows(rows, width);
+    arguments.weight = weight.data;
+    arguments.bias = bias.data;
+    arguments.dtype = x.dtype;
+    arguments.eps = static_cast<float>(eps);
+    return arguments;
+}
+
 inline SampleTokensArguments check_sample_tokens(Device device, const TensorView& logits,
                                                  const TensorView& temperature, const TensorView& top_k,
                                                  const TensorView& top_p, const TensorView& seeds,

@@ -79,6 +79,59 @@ struct PagedDecodeAttentionArguments {
     float scale;
 };
 
+struct ReluLinearAttentionArguments {
+    Rows qkv, out;                    // rows are the tokens of all batches
+    const void *q_weight, *k_weight;  // may be null: no norm
+    float* inverse_rms;               // [batch * tokens, 2]: of q and of k
+    int64_t batch, tokens, heads, head_dim;
+    DType dtype;
+    float eps;
+};
+
+// Rows of several heads: row `token` of head `head` begins head * head_stride + token * token_stride in.
+struct HeadRows {
+    const void* data;
+    int64_t head_stride, token_stride;
+};
+
+struct CrossAttentionArguments {
+    Rows query, out;
+    HeadRows key, value;
+    const void* query_weight;       // may be null: no norm
+    const float* log_multiplicity;  // [keys]; may be null
+    float* inverse_rms;             // [queries]
+    int64_t heads, keys, head_dim;
+    DType dtype;
+    float eps;
+};
+
+struct DepthwiseGluArguments {
+    Rows x, out;  // rows are the pixels of all images
+    const void *input_bias, *weight, *bias;
+    int64_t batch, height, width, channels;  // channels of the result
+    DType dtype;
+};
+
+struct LayerNormModulateArguments {
+    Rows x, out;
+    const void *shift, *scale;
+    DType dtype, modulation_dtype, out_dtype;
+    float eps;
+};
+
+struct GatedAddArguments {
+    Rows residual, x;
+    const void* gate;
+    DType dtype, gate_dtype;
+};
+
+struct ChannelRmsNormArguments {
+    Rows x, residual, out;
+    const void *weight, *bias;
+    DType dtype;
+    float eps;
+};
+
 struct SampleTokensArguments {
     Rows logits;
     const float* temperature;
