@@ -219,8 +219,9 @@ def test_cancelling_who_read_the_prompt_leaves_who_forked_it() -> None:
     engine = make_engine(2)
     first = engine.submit(make_prompt(LONG, seed=1))
     second = engine.submit(make_prompt(LONG, seed=2))
-    engine.step()
+    assert len(engine.step()) == 2
     engine.cancel(first)
+    assert len(engine.step()) == 1
     third = engine.submit(make_prompt([7] * 18, seed=3))  # takes the pages that came back
     finish(engine)
     assert_as_alone(second, third)
