@@ -57,9 +57,10 @@ struct WeightSlice {
     Words low[kChunks], high[kChunks];
 };
 
-// What it holds of a slice of a group of x: one row.
-struct XSlice {
-    Words row[kChunks];
+// What it holds of some chunks of a group of x: one row.
+template <int kCount>
+struct XChunks {
+    Words row[kCount];
 };
 
 template <bool kPacked>
@@ -75,23 +76,24 @@ __device__ WeightSlice load_weight(const Rows& weight, int64_t tile, int64_t cha
     return slice;
 }
 
-template <bool kPacked>
-__device__ XSlice load_x(const Rows& x, int64_t first_row, int64_t channel, LanePlace lane) {
-    XSlice slice;
+template <bool kPacked, int kCount>
+__device__ XChunks<kCount> load_x(const Rows& x, int first_row, int64_t channel, LanePlace lane) {
+    XChunks<kCount> chunks;
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-        slice.row[c] =
+    for (int c = 0; c < kCount; ++c) {
+        chunks.row[c] =
             load_channels<kPacked, Reuse::yes>(x, first_row + lane.row, channel + c * kChunk + lane.channel);
     }
-    return slice;
+    return chunks;
 }
 
-// Adds the products of one slice. Eight neighbouring channels of a lane serve as four of each of two
-// products: the order of channels is free, as long as weight and x agree.
-__device__ inline void multiply(float (&sums)[4], const WeightSlice& weight, const XSlice& x) {
+// Adds the products of the slice's chunks from `first` on. Eight neighbouring channels of a lane serve as four
+// of each of two products: the order of channels is free, as long as weight and x agree.
+template <int kCount>
+__device__ void multiply(float (&sums)[4], const WeightSlice& weight, int first, const XChunks<kCount>& x) {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-        const uint32_t (&low)[4] = weight.low[c].element, (&high)[4] = weight.high[c].element;
+    for (int c = 0; c < kCount; ++c) {
+        const uint32_t (&low)[4] = weight.low[first + c].element, (&high)[4] = weight.high[first + c].element;
         const uint32_t (&row)[4] = x.row[c].element;
         mma_m16n8k16(sums, {low[0], high[0], low[1], high[1]}, {row[0], row[1]});
         mma_m16n8k16(sums, {low[2], high[2], low[3], high[3]}, {row[2], row[3]});
@@ -130,10 +132,11 @@ __device__ void finish_tile(const RowLinearArguments& a, const WarpSums<kGroups>
 template <int kGroups, bool kPacked>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     row_linear_bf16_kernel(RowLinearArguments a, unsigned panels, int slices) {
+    constexpr int kXChunks = kGroups < 4 ? kChunks : 1;  // loaded at a time: registers are short
     __shared__ WarpSums<kGroups> shared[kMostWarps];
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, index = threadIdx.x % kWarp;
     const LanePlace lane = {index / 4, index % 4 * kLaneWidth};
-    const int64_t first_row = int64_t{blockIdx.x % panels} * kGroups * kGroupRows;
+    const int first_row = static_cast<int>(blockIdx.x % panels) * kGroups * kGroupRows;
     const int64_t tiles = (a.weight.count + kTileRows - 1) / kTileRows, step = gridDim.x / panels;
     int64_t tile = blockIdx.x / panels;
     const auto channel_of = [&](int slice) { return (int64_t{slice} * warps + warp) * kSlice; };
@@ -143,13 +146,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
         float sums[kGroups][4] = {};
         for (int slice = 0; slice < slices; ++slice) {
             const bool last = slice + 1 == slices;
-            XSlice x = load_x<kPacked>(a.x, first_row, channel_of(slice), lane);
             const WeightSlice next = load_weight<kPacked>(a.weight, last ? tile + step : tile,
                                                           channel_of(last ? 0 : slice + 1), lane);
 #pragma unroll
-            for (int g = 0; g < kGroups; ++g) {
-                if (g > 0) x = load_x<kPacked>(a.x, first_row + g * kGroupRows, channel_of(slice), lane);
-                multiply(sums[g], current, x);
+            for (int i = 0; i < kGroups * kChunks; i += kXChunks) {
+                const int g = i / kChunks, chunk = i % kChunks;
+                const auto x = load_x<kPacked, kXChunks>(a.x, first_row + g * kGroupRows,
+                                                         channel_of(slice) + chunk * kChunk, lane);
+                multiply(sums[g], current, chunk, x);
             }
             current = next;
         }

@@ -37,6 +37,9 @@ def cases() -> Iterator[Case]:
     for top_k in (1, 17, 50, 299):
         yield case(f"ties, top_k {top_k}", ties, 1.0, top_k, 0.93)
     yield case("one logit everywhere", torch.full((4, 50), -2.5), 1.0, 7)
+    zeros = torch.zeros(4, 50)
+    zeros[:, 1::3] = -0.0
+    yield case("zeros of both signs", zeros, 1.0, 7)
     masked = logits.masked_fill(torch.arange(300) % 3 > 0, -torch.inf)
     for top_k, top_p in ((0, 1.0), (150, 1.0), (150, 0.9), (10, 0.5)):
         yield case(f"impossible tokens, top_k {top_k}, top_p {top_p}", masked, 1.0, top_k, top_p)

@@ -1,10 +1,11 @@
 // Runs CUDA kernels on the CPU for tests: the threads of a block are fibres of one thread, one block at a
 // time.
 //
-// A fibre runs until it meets a barrier or exchanges values with its warp, or ends; then the next one runs,
-// in ascending or in descending order of threadIdx, so that a missing barrier lets a thread read what others
-// have not written yet. A barrier that some thread never reaches, and a shuffle that names a lane which is
-// not there, are errors. Stands in for the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this
+// A fibre runs until it meets a barrier or exchanges values with its warp, or ends; then the next one runs, in
+// ascending or in descending order of threadIdx. A warp goes on until all its lanes are at a barrier, as far
+// ahead of the others as the program allows, so that a missing barrier lets a thread read what others have not
+// written yet, or overwrite what they have not read. A barrier that some thread never reaches, and a shuffle
+// that names a lane which is not there, are errors. Stands in for the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this
 // file), so that no toolkit is needed.
 #pragma once
 
@@ -43,6 +44,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace simt {
 
 constexpr size_t kWarp = 32;
+constexpr int kMostBarriers = 10000;  // that one block meets; more are taken for a loop without an end
 
 struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
@@ -77,19 +79,14 @@ class Block {
             thread.state = State::ready;
             thread.exchanges = 0;
         }
-        while (!finished()) {
+        for (int barriers = 0; !finished(); ++barriers) {
             bool progressed = false;
-            for (size_t i = 0; i < size(); ++i) {
-                const size_t thread = descending ? size() - 1 - i : i;
-                if (threads_[thread].state != State::ready) continue;
-                resume(thread);
-                progressed = true;
+            for (size_t i = 0; i < size(); i += kWarp) {
+                progressed |= run_warp(descending ? size() - kWarp - i : i);
             }
             progressed |= release(0, size(), State::at_barrier);
-            for (size_t first = 0; first < size(); first += kWarp) {
-                progressed |= release(first, first + kWarp, State::at_exchange);
-            }
             if (!progressed) throw Failure("threads wait for others that never come (barrier or shuffle)");
+            if (barriers == kMostBarriers) throw Failure("a block does not end");
         }
     }
 
@@ -113,6 +110,20 @@ class Block {
             (*current->body_)();
             current->wait(State::done);
         }
+    }
+
+    // Runs the warp that begins at thread `first` until all its lanes are at a barrier or done; whether any ran.
+    bool run_warp(size_t first) {
+        bool progressed = false;
+        do {
+            for (size_t lane = 0; lane < kWarp; ++lane) {
+                const size_t thread = first + (descending ? kWarp - 1 - lane : lane);
+                if (threads_[thread].state != State::ready) continue;
+                resume(thread);
+                progressed = true;
+            }
+        } while (release(first, first + kWarp, State::at_exchange));
+        return progressed;
     }
 
     void resume(size_t index) {
