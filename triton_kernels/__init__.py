@@ -1,1 +1,1 @@
-"""Triton kernels of the ops, one file per op, importable without the runtime. There are none yet."""
+"""Triton kernels of the ops, one file per op, importable without the runtime (but not without Triton)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
@@ -44,6 +44,41 @@ def channel_rms_norm(
         if added is not None:
             y.add_(added[index])
         result.copy_(y)
+    return out
+
+
+def _triton_supports(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> str | None:
+    return triton_backend.takes_rows(x=x) or triton_backend.takes_contiguous(
+        x=x, weight=weight, bias=bias, residual=residual, out=out
+    )
+
+
+@channel_rms_norm.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
+    triton_backend.kernel("channel_rms_norm")(x, weight, bias, eps, residual, out)
     return out
 
 

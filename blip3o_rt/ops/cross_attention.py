@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+
+TRITON_HEAD = 128  # channels of the widest head that a program holds
 
 
 @op(tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5})  # logits are sums over the head's channels
@@ -38,6 +40,48 @@ def cross_attention(
     bias = None if log_multiplicity is None else log_multiplicity.to(wide).expand(1, 1, len(query), -1)
     attended = F.scaled_dot_product_attention(q[None], key.to(wide)[None], value.to(wide)[None], bias)[0]
     return deliver(attended.transpose(0, 1).flatten(1), query.dtype, out)
+
+
+def _triton_supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    eps: float,
+    *,
+    log_multiplicity: Tensor | None = None,
+    out: Tensor | None = None,
+) -> str | None:
+    if key.shape[-1] > TRITON_HEAD:
+        return f"takes heads of at most {TRITON_HEAD} channels"
+    for tensor in (query, key, value, *([] if out is None else [out])):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            return "takes query, key, value and out with contiguous channels"
+        if tensor.dtype != query.dtype:
+            return "takes query, key, value and out of one dtype"
+    return triton_backend.takes_contiguous(query_weight=query_weight, log_multiplicity=log_multiplicity)
+
+
+@cross_attention.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_weight: Tensor | None,
+    eps: float,
+    *,
+    log_multiplicity: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    triton_backend.kernel("cross_attention")(query, key, value, query_weight, eps, log_multiplicity, out)
+    return out
 
 
 def _one_dtype(

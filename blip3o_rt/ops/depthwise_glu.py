@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
@@ -44,6 +44,31 @@ def _convolved(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, chan
         planes, weight[channels].to(wide), bias[channels].to(wide), padding=1, groups=planes.shape[1]
     )
     return result.permute(0, 2, 3, 1)
+
+
+def _triton_supports(
+    x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
+) -> str | None:
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return "takes x with contiguous channels"
+    if x.shape[1] * x.stride(1) >= 2**31:
+        return "takes pictures that span fewer than 2^31 elements"
+    return triton_backend.takes_contiguous(input_bias=input_bias, weight=weight, bias=bias, out=out)
+
+
+@depthwise_glu.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(
+    x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    out = x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if out is None else out
+    triton_backend.kernel("depthwise_glu")(x, input_bias, weight, bias, out)
+    return out
 
 
 def _one_dtype(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
@@ -18,6 +18,24 @@ def gated_add(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """
     wide = arithmetic_dtype(residual)
     return residual.copy_(torch.addcmul(residual.to(wide), x.to(wide), gate.to(wide)))
+
+
+def _triton_supports(residual: Tensor, x: Tensor, gate: Tensor) -> str | None:
+    if residual.shape != x.shape:
+        return "takes residual and x of one shape"
+    return triton_backend.takes_rows(residual=residual, x=x) or triton_backend.takes_contiguous(gate=gate)
+
+
+@gated_add.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    triton_backend.kernel("gated_add")(residual, x, gate)
+    return residual
 
 
 def _one_dtype(residual: Tensor, x: Tensor, gate: Tensor) -> str | None:

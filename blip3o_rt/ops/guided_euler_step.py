@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip3o_rt.ops import triton_backend
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
@@ -28,3 +29,37 @@ def guided_euler_step(
     null, conditional = prediction.to(wide).split(1)
     guided = null + guidance_scale.to(wide) * (conditional - null)
     return deliver(latent + delta_sigma.to(wide) * guided, latent.dtype, out)
+
+
+def _triton_supports(
+    latent: Tensor,
+    prediction: Tensor,
+    guidance_scale: Tensor,
+    delta_sigma: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> str | None:
+    tensors = (latent, prediction, guidance_scale, delta_sigma, *([] if out is None else [out]))
+    if any(tensor.dtype != torch.float32 or tensor.device != latent.device for tensor in tensors):
+        return "takes fp32 tensors on one device"
+    return None
+
+
+@guided_euler_step.implementation(
+    "triton",
+    device="cuda",
+    dtypes=(torch.float32,),
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(
+    latent: Tensor,
+    prediction: Tensor,
+    guidance_scale: Tensor,
+    delta_sigma: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(latent.shape, dtype=latent.dtype, device=latent.device) if out is None else out
+    triton_backend.kernel("guided_euler_step")(latent, prediction, guidance_scale, delta_sigma, out)
+    return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
@@ -25,6 +25,27 @@ def layer_norm_modulate(
     wide = arithmetic_dtype(x)
     y = F.layer_norm(x.to(wide), x.shape[-1:], 1 + scale.to(wide), shift.to(wide), eps)
     return deliver(y, x.dtype, out)
+
+
+def _triton_supports(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
+) -> str | None:
+    return triton_backend.takes_rows(x=x, out=out) or triton_backend.takes_contiguous(
+        shift=shift, scale=scale
+    )
+
+
+@layer_norm_modulate.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    triton_backend.kernel("layer_norm_modulate")(x, shift, scale, eps, out)
+    return out
 
 
 def _modulation_dtype(x: Tensor, shift: Tensor, scale: Tensor, *_: Any, **__: Any) -> str | None:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
 EPSILON = 1e-15  # added to the denominator; 0 / EPSILON is the result of a query that meets no key
+TRITON_HEAD = 64  # channels of the widest head whose state a program holds
 
 
 @op(tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5})  # sums over all tokens
@@ -45,6 +46,47 @@ def _positive(x: Tensor, weight: Tensor | None, eps: float, wide: torch.dtype) -
     if weight is not None:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
     return x.relu()
+
+
+def _triton_supports(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    num_heads: int,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> str | None:
+    if (q_weight is None) != (k_weight is None):
+        return "takes weights of both norms, or of none"
+    if qkv.shape[-1] // (3 * num_heads) > TRITON_HEAD:
+        return f"takes heads of at most {TRITON_HEAD} channels"
+    if qkv.stride(-1) != 1 or (out is not None and out.stride(-1) != 1):
+        return "takes qkv and out with contiguous channels"
+    return triton_backend.takes_contiguous(q_weight=q_weight, k_weight=k_weight)
+
+
+@relu_linear_attention.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    num_heads: int,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    if out is None:
+        batch, tokens, width = qkv.shape
+        out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    triton_backend.kernel("relu_linear_attention")(qkv, q_weight, k_weight, num_heads, eps, out)
+    return out
 
 
 def _one_dtype(

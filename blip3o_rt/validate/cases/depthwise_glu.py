@@ -15,7 +15,7 @@ def case(label: str, dtype: torch.dtype, batch: int, height: int, width: int, ch
 
 def cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        for height, width in ((1, 1), (1, 6), (5, 1), (2, 2), (7, 5), (16, 32)):
+        for height, width in ((1, 1), (1, 6), (5, 1), (2, 2), (7, 5), (16, 32), (33, 3)):
             yield case(f"{height} x {width}", dtype, 2, height, width, 12)
         for channels in (1, 7, 16, 33, 300, 560):
             yield case(f"{channels} channels", dtype, 1, 3, 4, channels)

@@ -26,6 +26,8 @@ def cases() -> Iterator[Case]:
         norms = weights(64, dtype)
         for tokens in (1, 2, 33, 1024):
             yield Case(f"{tokens} tokens", (random(2, 1, tokens, 192, dtype=dtype), *norms, 2, EPS))
+        many = random(8, 1, 4200, 48, dtype=dtype)
+        yield Case("4200 tokens", (many, *weights(16, dtype), 1, EPS))
         yield Case("eps shows", (random(3, 2, 9, 192, dtype=dtype, scale=3e-3), *norms, 2, EPS))
         deaf = random(4, 2, 9, 192, dtype=dtype)
         deaf[:, :4, :64] = -deaf[:, :4, :64].abs()  # queries of which the ReLU leaves nothing

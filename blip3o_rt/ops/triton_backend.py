@@ -1,0 +1,66 @@
+"""The Triton kernels of the package: usable, or the reason why not and what to do about it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST_RELEASE = (3, 6)
+OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 products
+MAX_ROW = 16384  # elements of a row that one program holds
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None if Triton kernels can run on this machine's GPUs, else the reason and the remedy."""
+    try:
+        release = importlib.import_module("triton").__version__
+    except ImportError:
+        return "triton is not installed; pip install 'triton>=3.6' (Linux)"
+    if tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < OLDEST_RELEASE:
+        return f"triton {release} is too old; pip install 'triton>=3.6'"
+    if not torch.cuda.is_available():
+        return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"
+    for index in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+            return (
+                f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0; "
+                "hide that GPU with CUDA_VISIBLE_DEVICES"
+            )
+    return None
+
+
+def kernel(op_name: str) -> Callable[..., Any]:
+    """What launches an op's kernels; compiled at the first launch of every kind of shape."""
+    found: Callable[..., Any] = getattr(importlib.import_module(f"triton_kernels.{op_name}"), op_name)
+    return found
+
+
+def takes_rows(**tensors: Tensor | None) -> str | None:
+    """None if the rows of all tensors are contiguous, at one distance and not too wide, else why not."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not _has_rows(tensor):
+            return f"takes {name} with contiguous rows of at most {MAX_ROW} elements at one distance"
+    return None
+
+
+def takes_contiguous(**tensors: Tensor | None) -> str | None:
+    """None if every tensor is contiguous, else why not."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            return f"takes contiguous {name}"
+    return None
+
+
+def _has_rows(x: Tensor) -> bool:
+    if x.shape[-1] > MAX_ROW or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return False
+    outer = [(size, step) for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return all(step == size * inner for (_, step), (size, inner) in pairwise(outer))

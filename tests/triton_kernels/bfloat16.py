@@ -1,0 +1,48 @@
+"""Makes Triton's interpreter treat bfloat16 as the hardware does: products of numbers, casts that round.
+
+The interpreter keeps bfloat16 as 16-bit integers: without this its products are those of bit patterns, and
+its casts truncate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+BFLOAT16, FLOAT32 = tl.bfloat16, tl.float32
+
+
+def widened(bits: Any) -> Any:
+    """Numbers of bfloat16 bit patterns, in float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def rounded(numbers: Any) -> Any:
+    """Bit patterns of float32 numbers rounded to bfloat16, ties to even, NaN kept."""
+    bits = np.ascontiguousarray(numbers, dtype=np.float32).view(np.uint32)
+    up = bits + 0x7FFF + ((bits >> 16) & 1)
+    return np.where(np.isnan(numbers), 0x7FC0, up >> 16).astype(np.uint16)
+
+
+def install() -> None:
+    """Replace the interpreter's casts and products."""
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        kinds = source.dtype.scalar, target.scalar
+        if kinds == (BFLOAT16, FLOAT32):
+            return TensorHandle(widened(source.data), FLOAT32)
+        if kinds == (FLOAT32, BFLOAT16):
+            return TensorHandle(rounded(source.data), BFLOAT16)
+        return cast(self, source, target)
+
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        if BFLOAT16 in (a.dtype.scalar, b.dtype.scalar):
+            a, b = (TensorHandle(widened(handle.data), FLOAT32) for handle in (a, b))
+        return dot(self, a, b, total, *rest)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
