@@ -24,7 +24,7 @@ def row(line: Line, above: Line | None = None) -> str:
         f"{line.dtype:5} {figure(line.found):>9} {relation} {figure(line.bound):9} "
         f"{reason}"
     ).rstrip()
-    return text if line.passed or not line.detail else f"{text}\n     {line.detail}"
+    return text if line.passed or line.detail in (None, line.shape) else f"{text}\n     {line.detail}"
 
 
 def figure(value: float | None) -> str:
@@ -37,8 +37,8 @@ def figure(value: float | None) -> str:
 
 
 def summary(lines: Sequence[Line]) -> str:
-    """How many lines passed, and those that failed once more."""
+    """How many lines passed, and those that failed once more, but for the single cases of an op."""
     failed = [line for line in lines if not line.passed]
-    again = ["", "failed:", *(row(line) for line in failed)] if failed else []
+    again = ["", "failed:", *(row(line) for line in failed if line.shape is None)] if failed else []
     verdict = f"{len(failed)} FAILED" if failed else "all passed"
     return "\n".join([*again, "", f"{len(lines)} lines, {verdict}"])
