@@ -29,9 +29,9 @@ build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with 
 test: $(BUILT) $(DEVELOPMENT) ## Run the whole suite.
 	$(BIN)/python -m pytest
 
-gpu: $(BUILT) $(DEVELOPMENT) ## On a GPU: build, test, validate, bench, trace; GPU_OPTIONS=--dry-run only checks.
-	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS)
-	$(BIN)/python -m benchmarks.render $(if $(filter --dry-run,$(GPU_OPTIONS)),--check)
+gpu: $(BUILT) $(DEVELOPMENT) ## On a GPU: build, test, validate, bench, trace; DRY_RUN=1 only checks.
+	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS) $(if $(DRY_RUN),--dry-run)
+	$(BIN)/python -m benchmarks.render $(if $(DRY_RUN),--check)
 
 lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
 	$(BIN)/ruff check .

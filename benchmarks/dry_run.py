@@ -109,9 +109,9 @@ def budget_text(site: Site, wanted: Sequence[Piece], within: float) -> str:
         if not calls or sum(p.budget for p in calls[-1]) + piece.budget > within:
             calls.append([])
         calls[-1].append(piece)
-    lines = [
-        f"{len(run)} pieces, at most {total} s ({total / 60:.0f} minutes); in commands of {within:.0f} s:"
-    ]
+    counted = f"{len(run)} piece{'' if len(run) == 1 else 's'}"
+    minutes = f"{total / 60:.0f} minutes"
+    lines = [f"{counted}, at most {total} s ({minutes}); in commands of {within:.0f} s:"]
     for number, call in enumerate(calls, 1):
         lines.append(f"  {number}. {', '.join(p.name for p in call)} ({sum(p.budget for p in call)} s)")
     return "\n".join(lines)

@@ -211,10 +211,10 @@ def take(archive: Path, results: Path) -> Path:
     return results / top.pop()
 
 
-def shortfalls(site: Site) -> str:
-    """What the records say about the targets, and where a peer is faster."""
+def shortfalls(site: Site, gpu_name: str | None) -> str:
+    """What the records say about the targets of a GPU (None: of any), and where a peer is faster."""
     records = read_records(site.root / site.results, "bench")
-    found = standings(records, site.gpu.name, "cuda")
+    found = standings(records, gpu_name, "cuda")
     body = [[s.target.label, s.target.bound, s.target.text(s.value), s.word] for s in found]
     table = tabulate(body, ["target", "wanted", "measured", ""], disable_numparse=True)
     return "\n".join([table, *(f"slower: {line}" for line in slower_than(newest_rows(records)))])
@@ -314,7 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     gpu = find_gpu()
     if arguments.dry_run:
-        return check(site(arguments, gpu or EXPECTED), wanted, arguments.there, arguments.within)
+        here = site(arguments, gpu or EXPECTED)
+        code = check(here, wanted, arguments.there, arguments.within)
+        print(f"\n{shortfalls(here, gpu.name if gpu else None)}")
+        return code
     if gpu is None and not arguments.list:
         print("no GPU that PyTorch can use: --dry-run checks the pieces without one", file=sys.stderr)
         return 2
@@ -326,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = Runner(here, force=arguments.force, within=within)
     complete = runner.run(wanted)
     runner.pack()
-    print(f"\n{outcomes(runner.state)}\n\n{shortfalls(here)}")
+    print(f"\n{outcomes(runner.state)}\n\n{shortfalls(here, here.gpu.name)}")
     return 0 if complete else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -160,6 +161,7 @@ def test_the_dry_run_finds_nothing_wrong(capsys: pytest.CaptureFixture[str], tmp
     there.write_text(", ".join(pieces.PACKAGES.values()))
     assert gpu.main(["--dry-run", "--reference", str(reference), "--there", str(there)]) == 0
     output = capsys.readouterr().out
+    assert re.search(r"a picture, H200 +at most 1\.30 s +not measured", output)
     assert "0 problems" in output
     for piece in PIECES:
         assert f"{piece.name} (at most {piece.budget} s)" in output
