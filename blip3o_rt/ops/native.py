@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import re
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -39,8 +40,8 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
 def cpu_module() -> ModuleType | None:
     """blip3o_rt._cpu with its threads and instruction set chosen, or None (cpu_unavailable says why).
 
-    It uses as many threads as torch does. BLIP3O_CPU_ISA=portable|avx2|avx512 overrides the choice of the
-    best instruction set. Raises OpError if this machine lacks the one asked for.
+    It uses as many threads as torch does (see `cpu`). BLIP3O_CPU_ISA=portable|avx2|avx512 overrides the
+    choice of the best instruction set. Raises OpError if this machine lacks the one asked for.
     """
     module, _ = _load_cpu()
     if module is not None:
@@ -108,11 +109,27 @@ def _runs_on(major: int, minor: int, architecture: str) -> bool:
 
 
 def cpu() -> Any:
-    """blip3o_rt._cpu. Raises OpError with the remedy where it is not built."""
+    """blip3o_rt._cpu, on as many threads as torch uses now. Raises OpError where it is not built.
+
+    Torch keeps a number of threads for each thread that calls it: the number last changed counts.
+    """
+    module = _cpu_or_error()
+    threads = torch.get_num_threads()
+    if threads != getattr(_seen, "threads", None):
+        _seen.threads = threads
+        module.set_num_threads(threads)
+    return module
+
+
+@functools.cache
+def _cpu_or_error() -> Any:
     module = cpu_module()
     if module is None:
         raise OpError(str(cpu_unavailable()))
     return module
+
+
+_seen = threading.local()  # threads: torch's number when this thread last asked
 
 
 def cuda() -> Any:

@@ -1,5 +1,6 @@
 #include "cpu/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -12,11 +13,57 @@
 #include <new>
 #include <system_error>
 #include <thread>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 namespace blip3o::cpu {
 namespace {
+
+// The threads of the OpenMP runtime that torch has loaded, where it is GNU's. A second set of threads would
+// run beside torch's, which look for work for milliseconds after each of its products before they sleep.
+struct OpenMp {
+    void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);  // null where there is none
+    int (*thread_number)();
+    int (*team_size)();
+    int (*in_parallel)();
+};
+
+const OpenMp& open_mp() {
+    static const OpenMp found = [] {
+        OpenMp runtime{};
+        const auto look_up = [](auto& function, const char* name) {
+            function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
+            return function != nullptr;
+        };
+        const bool complete = look_up(runtime.thread_number, "omp_get_thread_num") &&
+                              look_up(runtime.team_size, "omp_get_num_threads") &&
+                              look_up(runtime.in_parallel, "omp_in_parallel") &&
+                              look_up(runtime.parallel, "GOMP_parallel");
+        return complete ? runtime : OpenMp{};
+    }();
+    return found;
+}
+
+// A call's work, in as many ranges as threads come to it.
+struct Job {
+    int64_t count, grain;
+    detail::RangeFunction function;
+    const void* context;
+    std::mutex mutex;
+    std::exception_ptr error;  // the first; guarded by mutex
+
+    void run_part(int part, int parts) noexcept {
+        const int64_t grains = (count + grain - 1) / grain;
+        const int64_t begin = grains * part / parts * grain;
+        const int64_t end = std::min(count, grains * (part + 1) / parts * grain);
+        try {
+            if (begin < end) function(context, begin, end);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex);
+            if (!error) error = std::current_exception();
+        }
+    }
+};
 
 // How often a thread looks for work or for the end of it before it sleeps: some 20 microseconds, longer than
 // the gap between two ops of a decoding step and short enough not to starve another process's threads.
@@ -46,20 +93,15 @@ class ThreadPool {
         busy_.store(false, std::memory_order_release);
     }
 
-    // False if the pool is in use. Throws the first thing that the work threw, once all of it has ended.
-    bool run(int64_t count, int64_t grain, detail::RangeFunction function, const void* context) {
+    // False if the pool is in use.
+    bool run(Job& job) {
         if (busy_.exchange(true, std::memory_order_acquire)) return false;
-        count_ = count;
-        grain_ = grain;
-        function_ = function;
-        context_ = context;
+        work_ = &job;
         running_.store(threads_ - 1, std::memory_order_relaxed);
         announce();
-        run_part(0);
+        job.run_part(0, threads_);
         wait_for_workers();
-        const std::exception_ptr error = std::exchange(error_, nullptr);
         busy_.store(false, std::memory_order_release);
-        if (error) std::rethrow_exception(error);
         return true;
     }
 
@@ -93,18 +135,6 @@ class ThreadPool {
         wake_.notify_all();
     }
 
-    void run_part(int part) noexcept {
-        const int64_t grains = (count_ + grain_ - 1) / grain_;
-        const int64_t begin = grains * part / threads_ * grain_;
-        const int64_t end = std::min(count_, grains * (part + 1) / threads_ * grain_);
-        try {
-            if (begin < end) function_(context_, begin, end);
-        } catch (...) {
-            std::lock_guard<std::mutex> lock(mutex_);
-            if (!error_) error_ = std::current_exception();
-        }
-    }
-
     void wait_for_workers() {
         for (int spin = 0; spin < kSpins; ++spin) {
             if (running_.load(std::memory_order_acquire) == 0) return;
@@ -118,7 +148,7 @@ class ThreadPool {
         while (true) {
             seen = wait_for_job(seen);
             if (stopping_) return;
-            run_part(part);
+            work_->run_part(part, threads_);
             if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
                 std::lock_guard<std::mutex> lock(mutex_);
                 done_.notify_one();
@@ -145,31 +175,48 @@ class ThreadPool {
     std::atomic<uint64_t> job_{0};
     std::atomic<int> running_{0};
 
-    // What the current job is; written before it is announced.
+    // Written before the current job is announced.
     bool stopping_ = false;
-    int64_t count_ = 0, grain_ = 1;
-    detail::RangeFunction function_ = nullptr;
-    const void* context_ = nullptr;
-    std::exception_ptr error_;  // guarded by mutex_ while the job runs
+    Job* work_ = nullptr;
 };
 
 // Never destroyed: at exit its threads sleep until the process ends.
 std::atomic<ThreadPool*> pool{nullptr};
 std::atomic<int> wanted_threads{0};
 
-// fork copies only the thread that calls it, so the child gets a pool of its own when it first needs one.
-void forget_pool_in_child() { pool.store(nullptr); }
+std::atomic<bool> open_mp_busy{false}, forked{false};
+
+// fork copies only the thread that calls it: the child gets a pool of its own when it first needs one, and
+// never again asks a runtime whose threads are gone.
+void forget_threads_in_child() {
+    pool.store(nullptr);
+    forked.store(true);
+}
+
+void watch_forks() {
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_threads_in_child);
+    static_cast<void>(registered);
+}
 
 ThreadPool& current_pool() {
     if (ThreadPool* found = pool.load(std::memory_order_acquire)) return *found;
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_in_child);
-    static_cast<void>(registered);
     auto* created = new ThreadPool(num_threads());
     ThreadPool* first = nullptr;
     if (pool.compare_exchange_strong(first, created)) return *created;
     created->resize(1);  // another thread was faster
     delete created;
     return *first;
+}
+
+// False where its threads are at work already, for this caller or for another.
+bool run_on_open_mp(Job& job) {
+    if (open_mp().in_parallel() || open_mp_busy.exchange(true, std::memory_order_acquire)) return false;
+    const auto part = [](void* work) {
+        static_cast<Job*>(work)->run_part(open_mp().thread_number(), open_mp().team_size());
+    };
+    open_mp().parallel(part, &job, static_cast<unsigned>(num_threads()), 0);
+    open_mp_busy.store(false, std::memory_order_release);
+    return true;
 }
 
 }  // namespace
@@ -186,8 +233,12 @@ void set_num_threads(int threads) {
 
 void detail::parallel_ranges(int64_t count, int64_t grain, RangeFunction run, const void* context) {
     if (count <= 0) return;
-    const bool divisible = count > grain && num_threads() > 1;
-    if (!divisible || !current_pool().run(count, grain, run, context)) run(context, 0, count);
+    if (count <= grain || num_threads() == 1) return run(context, 0, count);
+    watch_forks();
+    Job job{count, grain, run, context, {}, {}};
+    const bool shared = open_mp().parallel && !forked.load();
+    if (!(shared ? run_on_open_mp(job) : current_pool().run(job))) return run(context, 0, count);
+    if (job.error) std::rethrow_exception(job.error);
 }
 
 float* thread_scratch(int64_t floats) {

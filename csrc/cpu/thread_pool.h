@@ -1,4 +1,4 @@
-// The persistent threads that CPU ops share.
+// The persistent threads that CPU ops share: those of torch where its OpenMP runtime is GNU's, else their own.
 //
 // Work is split by position alone into contiguous ranges of outputs, and an output is computed by one thread
 // from start to end, so results never depend on how many threads there are.

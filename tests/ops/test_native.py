@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,6 +207,54 @@ def test_without_the_compiled_module_ops_run_on_torch() -> None:
 def test_threads_follow_torch() -> None:
     code = "import torch; from blip3o_rt.ops import native; print(native.cpu().num_threads())"
     assert run_python(f"import torch; torch.set_num_threads(3); {code}").stdout.split() == ["3"]
+
+
+def test_threads_follow_torch_when_it_changes_them() -> None:
+    code = """
+import threading, torch
+from blip3o_rt import ops
+from blip3o_rt.ops import native
+x, weight = torch.randn(3, 512), torch.randn(2048, 512)
+results, counts = [], []
+def call():
+    results.append(ops.row_linear(x, weight))
+    counts.append(native.cpu().num_threads())
+for threads in (2, 1, 3, 1):
+    torch.set_num_threads(threads)
+    call()
+torch.set_num_threads(2)
+other = threading.Thread(target=call)
+other.start()
+other.join()
+native.cpu().set_num_threads(4)  # of its own, until torch's number changes
+call()
+print(counts, all(torch.equal(result, results[0]) for result in results))
+"""
+    done = run_python(code)
+    assert done.stdout.strip() == "[2, 1, 3, 1, 2, 4] True", done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_torch_and_the_ops_share_their_threads() -> None:
+    """Products of torch and calls of ops in turns: no more threads than torch alone has."""
+    code = """
+import ctypes, os, torch
+from blip3o_rt import ops
+x, weight, wide = torch.randn(3, 512), torch.randn(2048, 512), torch.randn(600, 600)
+torch.set_num_threads(3)
+wide @ wide
+before = len(os.listdir("/proc/self/task"))
+for _ in range(3):
+    ops.row_linear(x, weight)
+    wide @ wide
+print(before, len(os.listdir("/proc/self/task")), hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+"""
+    done = run_python(code)
+    before, after, shared = done.stdout.split()
+    if shared == "False":
+        pytest.skip("torch is built with another OpenMP runtime than GNU's")
+    assert int(before) >= 3
+    assert int(after) == int(before), done.stderr
 
 
 def test_calls_from_many_threads_at_once() -> None:
