@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import Case, run_exact
+from blip3o_rt.validate.case import Case, random, run_exact
+from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
+from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
+from blip3o_rt.validate.cases import sample_tokens as sample_cases
 from blip3o_rt.validate.sweep import cases_of
 from tests.csrc.simt.build import SimtCompiler
 from tests.csrc.simt.cases import OPS, errors
@@ -41,6 +47,77 @@ def test_matches_reference(
     for descending in (False, True):
         kernels[op].set_descending(descending)
         assert errors(op, case, exact) == []
+
+
+def call(op: str, *arguments: Any) -> Tensor:
+    result: Tensor = ops.all_ops()[op].named("cuda").run(*arguments)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [72, 2056, 2200 * 3])  # one warp, all 16, several slices for each
+def test_rows_of_a_product_are_independent(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, channels: int
+) -> None:
+    """Whatever tiles a number of rows is given, a row's bits are those of the row alone."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    x, weight = random(1, 64, channels, dtype=dtype), random(2, 24, channels, dtype=dtype)
+    alone = torch.cat([call("row_linear", x[i : i + 1], weight) for i in range(64)])
+    for rows in (2, 8, 9, 16, 17, 33, 64):
+        assert torch.equal(call("row_linear", x[:rows], weight), alone[:rows])
+        assert torch.equal(call("row_linear", x[-rows:], weight), alone[-rows:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
+def test_ragged_sequences_are_independent(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Alone, a sequence has another table width, and so other splits of the workspace."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_decode_attention"])
+    lengths = [1 + 37 * i % 150 for i in range(64)]
+    case = attention_cases.case("", dtype, lengths, 4, 2, head_dim, 16)
+    assert errors("paged_decode_attention", case, run_exact(ops.paged_decode_attention, case)) == []
+    q, k, v, table, context, scale = case.arguments
+    together = call("paged_decode_attention", q, k, v, table, context, scale)
+    for b in range(0, 64, 3):
+        blocks = -(-lengths[b] // 16)
+        own = table[b : b + 1, :blocks].contiguous()
+        alone = call("paged_decode_attention", q[b : b + 1], k, v, own, context[b : b + 1], scale)
+        assert torch.equal(alone, together[b : b + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_tokens_are_independent(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(
+        native, "cuda", lambda: SimpleNamespace(**{op: getattr(k, op) for op, k in kernels.items()})
+    )
+    x, weight = random(1, 9, 130, dtype=dtype), random(2, 130, dtype=dtype)
+    case = append_cases.case("", dtype, 4, 2, 64, 4, list(range(3, 12)))
+    qkv, *weights, rope_table, positions, slots, k_cache, v_cache, eps = case.arguments
+    q = call("qk_norm_rope_append", qkv, *weights, rope_table, positions, slots, k_cache, v_cache, eps)
+    silu, norm = call("silu_mul", x), call("rms_norm", x, weight, 1e-6)
+    for i in range(9):
+        one = slice(i, i + 1)
+        assert torch.equal(call("silu_mul", x[one].clone()), silu[one])
+        assert torch.equal(call("rms_norm", x[one].clone(), weight, 1e-6), norm[one])
+        caches = k_cache.clone(), v_cache.clone()
+        own = call(
+            "qk_norm_rope_append", qkv[one], *weights, rope_table, positions[one], slots[one], *caches, eps
+        )
+        assert torch.equal(own, q[one])
+        assert torch.equal(caches[0], k_cache)  # written again with the same bits
+        assert torch.equal(caches[1], v_cache)
+
+
+def test_draws_are_independent(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["sample_tokens"])
+    arguments = sample_cases.case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
+    together = call("sample_tokens", *arguments)
+    for chosen in ([4], [8, 0, 3], [1, 1, 7]):
+        assert torch.equal(call("sample_tokens", *(a[chosen] for a in arguments)), together[chosen])
 
 
 def test_every_kernel_file_is_tested() -> None:

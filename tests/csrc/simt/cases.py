@@ -1,7 +1,6 @@
 """The cases of the ops on an op's CUDA implementation, with its module replaced by one for the CPU.
 
-As a program (`python -m tests.csrc.simt.cases FOLDER FLAGS...`): compiles every kernel into FOLDER with FLAGS
-besides, and runs all cases. So it can be started with a sanitizer's runtime loaded first.
+`main` is for a process of its own, started with a sanitizer's runtime loaded first.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
 
 
 def main(folder: str, *flags: str) -> None:
-    """Runs everything; the exit status tells whether all is well."""
+    """Compiles every kernel into `folder` with `flags` besides, and runs all cases; exits if one is wrong."""
     compiler = SimtCompiler(Path(folder), *flags)
     for op in OPS:
         kernels = compiler.build(op)
@@ -57,7 +56,3 @@ def main(folder: str, *flags: str) -> None:
             if found := errors(op, case, exact):
                 sys.exit(f"{op}, {case.label}: {found}")
         print(f"{op}: every case is right")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
