@@ -11,10 +11,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.validate.case import Case, copies, outputs, run_exact
@@ -22,6 +23,21 @@ from blip3o_rt.validate.sweep import cases_of, check_of
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)
+
+# Cases that smaller ones stand for, since a tile takes the interpreter milliseconds.
+TOO_MANY_PROGRAMS = {
+    "560 channels",
+    "wide rows",
+    "384 keys",
+    "730 keys",
+    "3001 keys",
+    "counts of 500 keys",
+}
+
+
+def size(case: Case) -> int:
+    """Elements of all arguments: roughly how long a case takes."""
+    return sum(a.numel() for a in (*case.arguments, *case.options.values()) if isinstance(a, Tensor))
 
 
 def name_of(case: Case) -> str:
@@ -42,34 +58,36 @@ def errors(op_name: str, case: Case) -> list[str]:
     return [str(finding) for finding in found if not finding.passed]
 
 
-def lines(op_names: Sequence[str], *, until_wrong: bool = False) -> Iterator[dict[str, Any]]:
-    """A line per case; with until_wrong the last is the first that is not right."""
-    for op_name in op_names:
-        for case in cases_of(op_name).cases():
-            begin = time.perf_counter()
-            try:
-                found = errors(op_name, case)
-            except Exception as error:
-                found = [f"raised {type(error).__name__}: {error}"]
-            yield {
-                "op": op_name,
-                "case": name_of(case),
-                "errors": found,
-                "seconds": time.perf_counter() - begin,
-            }
-            if found and until_wrong:
-                return
+def cases(op_name: str) -> list[Case]:
+    """The op's cases but those that have too many programs to interpret, small ones first."""
+    found = [case for case in cases_of(op_name).cases() if case.label not in TOO_MANY_PROGRAMS]
+    return sorted(found, key=size)
 
 
-def replace_source(op_name: str, path: Path) -> None:
-    """Let an op's kernels be those of another file."""
-    name = f"triton_kernels.{op_name}"
-    spec = importlib.util.spec_from_file_location(name, path)
+def lines(op_name: str) -> Iterator[dict[str, Any]]:
+    """A line for each of an op's cases."""
+    for case in cases(op_name):
+        try:
+            found = errors(op_name, case)
+        except Exception as error:
+            found = [f"raised {type(error).__name__}: {error}"]
+        yield {"op": op_name, "case": name_of(case), "errors": found}
+
+
+def first_wrong(op_name: str, file_name: str, path: Path) -> list[str]:
+    """What the first wrong case says with a file of kernels replaced; nothing where all are right."""
+    kernel, replaced = f"triton_kernels.{op_name}", f"triton_kernels.{file_name}"
+    spec = importlib.util.spec_from_file_location(replaced, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    sys.modules.pop(kernel, None)
+    sys.modules[replaced] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return next((line["errors"] for line in lines(op_name) if line["errors"]), [])
+    finally:
+        sys.modules.pop(kernel, None)
+        sys.modules.pop(replaced, None)
 
 
 def run(*arguments: str) -> list[dict[str, Any]]:
@@ -81,15 +99,18 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 
 
 def main(*arguments: str) -> None:
-    """OPS...: all their cases. OP FILE: the op's cases on that file's kernels, up to the first wrong one."""
-    from tests.triton_kernels import bfloat16
+    """OP: all its cases. OP:FILE=PATH: one line, of the op with that file of kernels replaced."""
+    from tests.triton_kernels import interpreter
 
-    bfloat16.install()
-    faulty = len(arguments) == 2 and arguments[1].endswith(".py")
-    if faulty:
-        replace_source(arguments[0], Path(arguments[1]))
-    for line in lines(arguments[:1] if faulty else arguments, until_wrong=faulty):
-        print(json.dumps(line), flush=True)
+    interpreter.install()
+    for argument in arguments:
+        op_name, _, replacement = argument.partition(":")
+        if replacement:
+            file_name, _, path = replacement.partition("=")
+            print(json.dumps({"fault": argument, "errors": first_wrong(op_name, file_name, Path(path))}))
+        else:
+            for line in lines(op_name):
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from blip3o_rt.validate.sweep import cases_of
 from tests.triton_kernels import interpreted
 
-ROOT = Path(__file__).parents[2]
+KERNELS = Path(__file__).parents[2] / "triton_kernels"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton (requirements-dev.txt)"
 )
-CASES = [(op, interpreted.name_of(case)) for op in interpreted.OPS for case in cases_of(op).cases()]
+CASES = [(op, interpreted.name_of(case)) for op in interpreted.OPS for case in interpreted.cases(op)]
 
 
 @pytest.fixture(scope="module")
@@ -30,4 +29,4 @@ def test_matches_reference(found: dict[tuple[str, str], Any], op: str, case: str
 
 def test_every_kernel_file_is_registered() -> None:
     helpers = {"__init__", "inverse_rms", "launch", "products"}
-    assert {path.stem for path in (ROOT / "triton_kernels").glob("*.py")} - helpers == set(interpreted.OPS)
+    assert {path.stem for path in KERNELS.glob("*.py")} - helpers == set(interpreted.OPS)

@@ -1,7 +1,7 @@
-"""Makes Triton's interpreter treat bfloat16 as the hardware does: products of numbers, casts that round.
+"""Makes Triton's interpreter compute what the hardware does.
 
-The interpreter keeps bfloat16 as 16-bit integers: without this its products are those of bit patterns, and
-its casts truncate.
+It keeps bfloat16 as 16-bit integers: without this its products are those of bit patterns, and its casts
+truncate. And the bounds of loops, which it keeps as arrays of one element, are numbers to any numpy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 BFLOAT16, FLOAT32 = tl.bfloat16, tl.float32
@@ -28,8 +29,9 @@ def rounded(numbers: Any) -> Any:
 
 
 def install() -> None:
-    """Replace the interpreter's casts and products."""
+    """Replace the interpreter's casts and products, and what a loop's bound is."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    patch = interpreter._patch_lang_tensor
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         kinds = source.dtype.scalar, target.scalar
@@ -44,5 +46,10 @@ def install() -> None:
             a, b = (TensorHandle(widened(handle.data), FLOAT32) for handle in (a, b))
         return dot(self, a, b, total, *rest)
 
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot

@@ -1,0 +1,58 @@
+"""Faults planted in the Triton kernels are caught by the cases of their op, interpreted on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.triton_kernels import interpreted
+
+KERNELS = Path(__file__).parents[2] / "triton_kernels"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton (requirements-dev.txt)"
+)
+# Op, file, what is right, what is not (but touches no memory that is not the op's).
+FAULTS = [
+    ("layer_norm_modulate", "layer_norm_modulate", "gain = 1.0 + ", "gain = "),
+    ("layer_norm_modulate", "layer_norm_modulate", "tl.where(inside, y - ", "tl.where(True, y - "),
+    ("gated_add", "gated_add", "+ added", "- added"),
+    ("guided_euler_step", "guided_euler_step", "tl.load(half + prediction_half", "tl.load(half"),
+    ("guided_euler_step", "guided_euler_step", "(conditional - null)", "(null - conditional)"),
+    ("channel_rms_norm", "channel_rms_norm", "/ width + eps", "/ block_width + eps"),
+    ("channel_rms_norm", "channel_rms_norm", "if residual is not None:", "if False:"),
+    ("relu_linear_attention", "relu_linear_attention", "for _ in range(chunks):", "for _ in range(1):"),
+    ("relu_linear_attention", "relu_linear_attention", "k * factor[:, None] *", "k *"),
+    ("relu_linear_attention", "relu_linear_attention", " + 1e-15", ""),
+    ("relu_linear_attention", "relu_linear_attention", "q = tl.maximum(q, 0.0)", "q = q"),
+    ("relu_linear_attention", "inverse_rms", "/ width + eps", "/ width"),
+    ("relu_linear_attention", "products", "total = tl.dot(a_high, b_middle, total)", "total = total"),
+    ("depthwise_glu", "depthwise_glu", "tl.where(mask, _silu(", "tl.where(True, _silu("),
+    ("depthwise_glu", "depthwise_glu", "gate_here + left * g10", "gate_above + left * g10"),
+    ("depthwise_glu", "depthwise_glu", "value_above + left * v20", "value_above + left * v22"),
+    ("depthwise_glu", "depthwise_glu", "range(band - 1,", "range(band,"),
+    ("cross_attention", "cross_attention", "total * kept + ", "total + "),
+    ("cross_attention", "cross_attention", "attended * kept[:, None]", "attended"),
+    ("cross_attention", "cross_attention", "tl.where(present[None, :], logits, ", "tl.where(True, logits, "),
+    ("cross_attention", "cross_attention", "if log_multiplicity is not None:", "if False:"),
+    ("cross_attention", "products", "total = tl.dot(middle, b, total)", "total = total"),
+]
+
+
+@pytest.fixture(scope="module")
+def caught(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """What the cases say of each of FAULTS."""
+    folder, arguments = tmp_path_factory.mktemp("faults"), []
+    for index, (op, file, correct, fault) in enumerate(FAULTS):
+        source, path = (KERNELS / f"{file}.py").read_text(), folder / f"{index}.py"
+        assert correct in source
+        path.write_text(source.replace(correct, fault))
+        arguments.append(f"{op}:{file}={path}")
+    return [line["errors"] for line in interpreted.run(*arguments)]
+
+
+@pytest.mark.parametrize("index", range(len(FAULTS)), ids=[f"{op}-{i}" for i, (op, *_) in enumerate(FAULTS)])
+def test_planted_faults_are_caught(caught: list[list[str]], index: int) -> None:
+    assert caught[index] != []
+    assert not any("Interpreter" in line or "raised" in line for line in caught[index])
