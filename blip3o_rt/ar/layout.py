@@ -45,6 +45,16 @@ def quantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def dequantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The runtime tensors with int8 matrices as the numbers they stand for, in the embeddings' dtype."""
+    dtype = weights[EMBEDDING].dtype
+    return {
+        name: (tensor * weights[name + SCALE][:, None]).to(dtype) if name + SCALE in weights else tensor
+        for name, tensor in weights.items()
+        if not name.endswith(SCALE)
+    }
+
+
 def _int8(spec: TensorSpec) -> Iterator[TensorSpec]:
     if not spec.name.endswith(QUANTISED):
         yield spec

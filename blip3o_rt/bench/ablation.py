@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
+from blip3o_rt.ar.layout import quantised
 from blip3o_rt.bench.lines import MORE_RUNS, WEIGHTS
 from blip3o_rt.bench.record import Record
 from blip3o_rt.bench.stages import SEED, ArStage, DitStage, TatokStage, VaeStage
@@ -25,6 +26,7 @@ from blip3o_rt.errors import ConfigError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import REFERENCE
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.switches import AR_WEIGHTS, INT8
 
 if TYPE_CHECKING:
     from blip3o_rt.bench.run import Settings
@@ -79,6 +81,12 @@ SWITCHES = (
         Variant(f"{PICTURES} pictures together", options={"batch": PICTURES}),
     ),
     Switch(
+        f"{AR_WEIGHTS}={INT8}",
+        "ar.token",
+        Variant("as stored"),
+        Variant("int8 weights (fast tier)", options={"int8": True}),
+    ),
+    Switch(
         "AVX-512 kernels",
         "ar.token",
         Variant("avx2", isa="avx2"),
@@ -95,8 +103,12 @@ def ar_token(
     page_size: int = DEFAULT_PAGE_SIZE,
     batch: int = 1,
     alone: int = 1,
+    int8: bool = False,
 ) -> Contender:
     """A decoded token of each of `batch` pictures, or of `alone` pictures one after the other."""
+    if int8 and AR_WEIGHTS not in checkpoint.switches:
+        weights = {**checkpoint.weights, "ar": quantised(checkpoint.weights["ar"])}
+        checkpoint = replace(checkpoint, weights=weights)
     sampling = SamplingParams(seed=SEED, image_tokens_only=image_tokens_only)
     stages = [
         ArStage(checkpoint, max_batch=batch, sampling=sampling, page_size=page_size) for _ in range(alone)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip3o_rt.ar.layout import dequantised
 from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.checkpoint.random_checkpoint import transformer_config, vae_config
 from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, SchedulerConfig, TATokConfig, VAEConfig
@@ -67,7 +68,7 @@ def _arranged_as_before(spec: TensorSpec, tensor: Tensor) -> Tensor:
 
 
 def language_model(config: ARConfig, weights: Weights) -> Any:
-    """transformers' Qwen3ForCausalLM."""
+    """transformers' Qwen3ForCausalLM, with the floating-point weights that quantised ones stand for."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
@@ -88,7 +89,7 @@ def language_model(config: ARConfig, weights: Weights) -> Any:
     with torch.device("meta"):
         model = Qwen3ForCausalLM(settings)
     model.model.rotary_emb = Qwen3RotaryEmbedding(settings)  # computed, not loaded; float32
-    originals = original_tensors(ar_layout(config), weights)
+    originals = original_tensors(ar_layout(config), dequantised(weights))
     head = originals.pop("lm_head.weight", originals["embed_tokens.weight"])
     state = {f"model.{name}": tensor for name, tensor in originals.items()}
     return _loaded(model, {**state, "lm_head.weight": head})

@@ -72,6 +72,7 @@ def model_entry(subject: Subject, tier: str, kernels: Sequence[UserKernel]) -> d
             "kernels": [f"{kernel.op}={kernel.implementation}" for kernel in kernels],
             "image_tokens_only": True,
             "kv_page_size": DEFAULT_PAGE_SIZE,
+            **subject.switches,
         },
     }
 
@@ -201,9 +202,7 @@ class Run:
         if not drawn:
             return
         checkpoint = self.subject.load()
-        stage = ImageStage(
-            checkpoint, tier=self.settings.tier, max_batch=max(drawn), steps=self.settings.steps
-        )
+        stage = ImageStage(checkpoint, max_batch=max(drawn), steps=self.settings.steps)
         prompt = ArStage.prompt(checkpoint)
         modes: dict[str, str | None] = {"published": None} if "published" in self.settings.peers else {}
         others = {

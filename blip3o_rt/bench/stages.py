@@ -112,8 +112,15 @@ class ArStage:
 
     def token_work(self, batch: int, head_rows: int) -> Work:
         context = len(self.context) + self.steps_per_run // 2
-        itemsize = self.engine.decoder.dtype.itemsize
-        return work.ar_token(self.config.ar, itemsize, batch=batch, context=context, head_rows=head_rows)
+        decoder = self.engine.decoder
+        return work.ar_token(
+            self.config.ar,
+            decoder.dtype.itemsize,
+            batch=batch,
+            context=context,
+            head_rows=head_rows,
+            weight_itemsize=decoder.head.weight.itemsize,
+        )
 
 
 class TokenSteps:
@@ -270,7 +277,7 @@ class ImageStage:
 
     parts = None
 
-    def __init__(self, checkpoint: Checkpoint, *, tier: str, max_batch: int, steps: int = STEPS) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, max_batch: int, steps: int = STEPS) -> None:
         self.pipeline = Pipeline(checkpoint, max_batch=max_batch)
         self.steps = steps
         self.host: dict[int, list[float]] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.machine import format_bytes
+from blip3o_rt.switches import NO_SWITCHES
 from blip3o_rt.validate.checkpoint import sized_checkpoint
 
 RANDOM_SIZES = ("published", "tiny")
@@ -29,6 +30,7 @@ class Subject:
 
     size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or the
     checkpoint's path as the user gave it. cache_dir holds the converted form of a published checkpoint.
+    switches: of the fast tier; none in the exact one.
     """
 
     size: str
@@ -36,11 +38,17 @@ class Subject:
     dtype: torch.dtype
     device: torch.device
     cache_dir: Path
+    switches: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, parts: Collection[str] | None = None) -> Checkpoint:
         """The named parts, all without names. On the CPU they are mapped: memory is taken by what is used."""
         return load_checkpoint(
-            self.folder, dtype=self.dtype, device=self.device, cache_dir=self.cache_dir, parts=parts
+            self.folder,
+            dtype=self.dtype,
+            device=self.device,
+            cache_dir=self.cache_dir,
+            parts=parts,
+            switches=self.switches,
         )
 
     def config(self) -> ModelConfig:
@@ -49,7 +57,12 @@ class Subject:
 
 
 def prepare(
-    size: str, dtype: torch.dtype, device: torch.device, work: Path, say: Callable[[str], None]
+    size: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    work: Path,
+    say: Callable[[str], None],
+    switches: Mapping[str, str] = NO_SWITCHES,
 ) -> Subject:
     """The subject that `--size` names; a random one is written into the work folder unless it is there.
 
@@ -64,7 +77,7 @@ def prepare(
         raise CheckpointError(
             f"size is {size!r}: accepted are published, shapes, tiny or a checkpoint's folder"
         )
-    return Subject(size, folder, dtype, device, work / "converted-checkpoints")
+    return Subject(size, folder, dtype, device, work / "converted-checkpoints", switches)
 
 
 def random_checkpoint(size: str, dtype: torch.dtype, work: Path, say: Callable[[str], None]) -> Path:

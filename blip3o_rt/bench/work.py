@@ -52,15 +52,25 @@ def ar_layer_weights(config: ARConfig) -> int:
     return config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
 
-def ar_token(config: ARConfig, itemsize: int, *, batch: int, context: int, head_rows: int) -> Work:
+def ar_token(
+    config: ARConfig,
+    itemsize: int,
+    *,
+    batch: int,
+    context: int,
+    head_rows: int,
+    weight_itemsize: int | None = None,
+) -> Work:
     """One decoded token of each of `batch` sequences, each attending to `context` positions.
 
-    head_rows: rows of the head that make its logits.
+    head_rows: rows of the head that make its logits. weight_itemsize: of the matrices, where they are
+    quantised.
     """
     weights = ar_layer_weights(config) + head_rows * config.hidden_size
     cache = batch * context * 2 * config.num_layers * config.kv_size
     attention = batch * context * 2 * config.num_layers * config.query_size
-    return Work(itemsize * (weights + cache), FLOPS_PER_PRODUCT * (batch * weights + attention))
+    moved = (weight_itemsize or itemsize) * weights + itemsize * cache
+    return Work(moved, FLOPS_PER_PRODUCT * (batch * weights + attention))
 
 
 def ar_prefill(config: ARConfig, itemsize: int, *, length: int) -> Work:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import trace
-from blip3o_rt.cli.pictures import make_folder
+from blip3o_rt.cli.pictures import add_tier_options, make_folder
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.switches import check_tier, parse_switches
 
 if TYPE_CHECKING:
     from blip3o_rt.bench.record import Record
@@ -41,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     )
     model.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="(%(default)s)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    model.add_argument("--tier", default="exact", help="exact, the published mathematics (%(default)s)")
+    add_tier_options(model)
     model.add_argument(
         "--work",
         type=Path,
@@ -107,10 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and write the record; 0 done, 1 where a line failed or an op was wrong."""
     batches = parse_batches(arguments.batch)
     runs, minutes = effort(arguments)
-    if arguments.tier != "exact":
-        raise ParameterError(
-            f"tier is {arguments.tier!r}: accepted is 'exact' (this release has no lossy switches)"
-        )
+    switches = check_tier(arguments.tier, parse_switches(arguments.switch))
     out = arguments.out or Path("out") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     if out.exists() and not out.is_dir():
         raise ParameterError(f"--out is {out}, a file: accepted is a folder")
@@ -150,7 +148,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with load_kernels(arguments.kernel) as kernels:
         say = (lambda text: None) if arguments.quiet else _say
-        subject = prepare(arguments.size, dtype, device, arguments.work or default_work_folder(), say)
+        subject = prepare(
+            arguments.size, dtype, device, arguments.work or default_work_folder(), say, switches
+        )
         record = Record(out, command_line(), model_entry(subject, arguments.tier, kernels))
         for note in notes:
             record.note(note)

@@ -9,7 +9,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar import matrix
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
-from blip3o_rt.ar.layout import EMBEDDING, HEAD, SCALE, layout, quantised
+from blip3o_rt.ar.layout import EMBEDDING, HEAD, dequantised, layout, quantised
 from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.validate.case import random
@@ -21,15 +21,6 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 FLOAT32_TOLERANCE = 1e-5
 # A rounded product, times a scale, rounded: two roundings to bfloat16 of at most 2^-9 each.
 TWICE_ROUNDED = 2**-8
-
-
-def meant(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights that int8 ones stand for, in float32."""
-    return {
-        name: tensor.float() * weights[name + SCALE][:, None] if name + SCALE in weights else tensor
-        for name, tensor in weights.items()
-        if not name.endswith(SCALE)
-    }
 
 
 def engine(weights: dict[str, Tensor], *, tied: bool, batch: int = 1) -> TokenEngine:
@@ -54,7 +45,7 @@ def test_names_and_dtypes_are_those_of_the_layout(tied: bool) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool) -> None:
     weights = int8_weights(tied=tied)
-    untied = {**meant(weights), EMBEDDING: weights[EMBEDDING]}
+    untied = {**dequantised(weights), EMBEDDING: weights[EMBEDDING]}
     prompt = TokenPrompt(PROMPT, [SamplingParams(top_k=1)])
     ops.reset_used()
     found = engine(weights, tied=tied).generate([prompt])[0][0]

@@ -102,7 +102,7 @@ def test_image_tokenizer(checkpoint: Checkpoint) -> None:
 
 def test_pictures_end_to_end(checkpoint: Checkpoint) -> None:
     """Both draw tokens of their own, so the pictures differ; ours keeps the time outside its stages."""
-    stage = stages.ImageStage(checkpoint, tier="exact", max_batch=2, steps=2)
+    stage = stages.ImageStage(checkpoint, max_batch=2, steps=2)
     assert len(stage.draw(2)) == 2
     assert [len(found) for found in stage.host.values()] == [1]
     peer = peers.ImagePeer(checkpoint, stages.ArStage.prompt(checkpoint), steps=2)
