@@ -64,7 +64,7 @@ class Findings:
 def examine() -> Findings:
     """Look at the machine, the native modules and the op registry."""
     found = describe()
-    extensions = [cpu_extension(), cuda_extension()]
+    extensions = [cpu_extension(), cuda_extension(), triton_extension()]
     return Findings(
         version=__version__,
         machine=found.to_dict(),
@@ -95,6 +95,14 @@ def cuda_extension() -> Extension:
 
     reason = native.cuda_unavailable()
     return Extension("_cuda", reason is None, reason or "usable")
+
+
+def triton_extension() -> Extension:
+    """The state of the Triton kernels."""
+    from blip3o_rt.ops import triton_backend
+
+    reason = triton_backend.unavailable()
+    return Extension("triton_kernels", reason is None, reason or "usable")
 
 
 def op_choices(device: str) -> list[OpChoice]:

@@ -10,7 +10,7 @@ import torch
 
 from blip3o_rt import __version__, machine, ops
 from blip3o_rt.cli import doctor
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, triton_backend
 from tests.cli.conftest import Command
 
 GIB = 2**30
@@ -59,9 +59,11 @@ def test_without_native_modules_gpu_and_compilers(command: Command, monkeypatch:
     monkeypatch.setattr(doctor, "describe", lambda: bare)
     monkeypatch.setattr(native, "cpu_unavailable", lambda: "_cpu is not built; install a compiler")
     monkeypatch.setattr(native, "cuda_unavailable", lambda: "_cuda is not built; install nvcc")
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: "triton is not installed; install it")
     assert command("doctor") == 0
     lines = command.output.split("missing:\n")[1].splitlines()
-    assert [line.split(":")[0].strip() for line in lines] == ["_cpu", "_cuda", "GPU", "nvcc", "C++ compiler"]
+    missing = ["_cpu", "_cuda", "triton_kernels", "GPU", "nvcc", "C++ compiler"]
+    assert [line.split(":")[0].strip() for line in lines] == missing
     assert "_cpu is not built; install a compiler" in lines[0]
 
 
