@@ -307,6 +307,16 @@ def _vae(config: ModelConfig) -> Iterator[OpShape]:
             moved=3 * side**2 * channels + 2 * channels,
             check=_channel_norm(min(side, 64), channels),
         )
+    upsampled = [i for i, stage in enumerate(stages[:-1]) if stage.layers]
+    for i in upsampled[:1]:
+        fine, coarse = stages[i].channels, stages[i + 1].channels
+        yield OpShape(
+            "add_pixel_shuffle",
+            f"vae: {sides[i]} x {sides[i]}, {coarse} to {fine} channels",
+            _pixel_shuffle(sides[i], coarse, fine),
+            moved=sides[i] ** 2 * (2 * fine + coarse // 4),
+            check=_pixel_shuffle(min(sides[i], 64), coarse, fine),
+        )
     attending = [i for i, stage in enumerate(stages) if stage.block == "EfficientViTBlock" and stage.layers]
     for i in sorted({attending[0], attending[-1]} if attending else ()):
         yield from _attention_block(config.vae, stages[i].channels, sides[i])
@@ -329,6 +339,14 @@ def _attention_block(vae: VAEConfig, channels: int, side: int) -> Iterator[OpSha
         products=side**2 * 9 * 2 * hidden,
         check=_depthwise_glu(1, min(side, 8), hidden),
     )
+
+
+def _pixel_shuffle(side: int, coarse: int, fine: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        result = random(1, 1, side, side, fine, dtype=dtype)
+        return Case("", (result, random(2, 1, side // 2, side // 2, coarse, dtype=dtype)), written=(0,))
+
+    return make
 
 
 def _channel_norm(side: int, channels: int) -> Make:

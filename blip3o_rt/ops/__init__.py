@@ -1,5 +1,6 @@
 """The ops that the model is made of; a call picks the best implementation this machine has (see registry)."""
 
+from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.cross_attention import cross_attention
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
@@ -18,6 +19,7 @@ from blip3o_rt.ops.sample_tokens import sample_tokens
 from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
+    "add_pixel_shuffle",
     "all_ops",
     "channel_rms_norm",
     "choices",

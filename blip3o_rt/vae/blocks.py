@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
@@ -139,7 +140,7 @@ class NearestUpsampling:
     def __call__(self, x: Tensor) -> Tensor:
         doubled = F.conv_transpose2d(channels_first(x), self.weight, self.bias, stride=2, padding=1)
         result = channels_last(doubled)
-        return add_up_shortcut(result, x) if self.shortcut else result
+        return add_pixel_shuffle(result, x) if self.shortcut else result
 
 
 def fold_nearest_taps(weight: Tensor) -> Tensor:
@@ -159,21 +160,7 @@ class ShuffleUpsampling:
 
     def __call__(self, x: Tensor) -> Tensor:
         result = channels_last(F.pixel_shuffle(channels_first(self.convolution(x)), 2))
-        return add_up_shortcut(result, x) if self.shortcut else result
-
-
-def add_up_shortcut(result: Tensor, x: Tensor) -> Tensor:
-    """result += pixel_shuffle(x, channels repeated), in place: x [B, H, W, C], result [B, 2 H, 2 W, D].
-
-    Output channel c at corner (y, x) of a doubled pixel takes input channel (4 c + 2 y + x) * C // (4 D).
-    """
-    channels = 4 * torch.arange(result.shape[-1], device=x.device)
-    repeats = 4 * result.shape[-1] // x.shape[-1]
-    for corner in range(4):
-        y, column = divmod(corner, 2)
-        corner_pixels = result[:, y::2, column::2]
-        corner_pixels += x if repeats == 4 else x.index_select(3, (channels + corner) // repeats)
-    return result
+        return add_pixel_shuffle(result, x) if self.shortcut else result
 
 
 class Downsampling:

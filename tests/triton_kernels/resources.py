@@ -174,6 +174,9 @@ def autoencoder_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield place, "channel_rms_norm", (x, vector, vector, 1e-5), {"residual": x, "out": x}
         if stage == 0:
             yield "vae last norm", "channel_rms_norm", (x, vector, vector, 1e-5), {"out": x}
+        if stage + 1 < len(DC_AE["decoder_block_types"]):
+            coarse = DC_AE["decoder_block_out_channels"][stage + 1]
+            yield place, "add_pixel_shuffle", (x, empty(1, side // 2, side // 2, coarse, dtype=dtype)), {}
         if block == "EfficientViTBlock":
             qkv, heads = empty(1, side**2, 3 * channels, dtype=dtype), channels // DC_AE["attention_head_dim"]
             yield place, "relu_linear_attention", (qkv, None, None, heads, 0.0), {}

@@ -20,6 +20,7 @@ FAULTS = [
     ("gated_add", "gated_add", "+ added", "- added"),
     ("guided_euler_step", "guided_euler_step", "tl.load(half + prediction_half", "tl.load(half"),
     ("guided_euler_step", "guided_euler_step", "(conditional - null)", "(null - conditional)"),
+    ("add_pixel_shuffle", "add_pixel_shuffle", "row % 2 * 2 + column % 2", "column % 2 * 2 + row % 2"),
     ("channel_rms_norm", "channel_rms_norm", "/ width + eps", "/ block_width + eps"),
     ("channel_rms_norm", "channel_rms_norm", "if residual is not None:", "if False:"),
     ("relu_linear_attention", "relu_linear_attention", "for _ in range(chunks):", "for _ in range(1):"),

@@ -1,0 +1,45 @@
+"""The shortcut of an upsampling block: the coarse image, pixel-shuffled with its channels repeated, added."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops import triton_backend
+from blip3o_rt.ops.registry import FLOATS, op
+
+MOST_ELEMENTS = 2**31 - 2**16  # of an image whose elements a launch counts in 32 bits
+
+
+@op(tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6})
+def add_pixel_shuffle(result: Tensor, x: Tensor) -> Tensor:
+    """result += pixel_shuffle(x, channels repeated), in place, rounded once; returns result.
+
+    x [B, H, W, C], result [B, 2 H, 2 W, D], 4 D a multiple of C. Channel c at corner (row, column) of a
+    doubled pixel takes input channel (4 c + 2 row + column) * C // (4 D).
+    """
+    channels = 4 * torch.arange(result.shape[-1], device=x.device)
+    repeats = 4 * result.shape[-1] // x.shape[-1]
+    for corner in range(4):
+        row, column = divmod(corner, 2)
+        corner_pixels = result[:, row::2, column::2]
+        corner_pixels += x if repeats == 4 else x.index_select(3, (channels + corner) // repeats)
+    return result
+
+
+def _triton_supports(result: Tensor, x: Tensor) -> str | None:
+    if result.numel() > MOST_ELEMENTS:
+        return f"takes images of at most {MOST_ELEMENTS} elements"
+    return triton_backend.takes_contiguous(result=result, x=x)
+
+
+@add_pixel_shuffle.implementation(
+    "triton",
+    device="cuda",
+    dtypes=FLOATS,
+    supports=_triton_supports,
+    available=triton_backend.unavailable,
+)
+def _triton(result: Tensor, x: Tensor) -> Tensor:
+    triton_backend.kernel("add_pixel_shuffle")(result, x)
+    return result

@@ -1,0 +1,56 @@
+"""The shortcut of an upsampling block: result += pixel_shuffle(x, channels repeated), channels last.
+
+Tiling   a program per 1024 elements of the result in the order of memory.
+Bytes    per element of the result: read and written once, and its share of x from memory; with half as many
+         channels as x has, in bfloat16 5.
+FLOPs    1 per element.
+Bound    memory.
+State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.launch import options
+
+BLOCK = 1024
+
+
+@triton.jit
+def _add_pixel_shuffle(
+    result,
+    x,
+    elements,
+    height,
+    width,
+    channels: tl.constexpr,
+    wanted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """height and width are those of the result."""
+    index = tl.program_id(0) * block + tl.arange(0, block)
+    inside = index < elements
+    channel, pixel = index % wanted, index // wanted
+    column, row, picture = pixel % width, pixel // width % height, pixel // (width * height)
+    source = (4 * channel + row % 2 * 2 + column % 2) // (4 * wanted // channels)
+    coarse = (picture * (height // 2) + row // 2) * (width // 2) + column // 2
+    added = tl.load(x + coarse.to(tl.int64) * channels + source, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(result + index, mask=inside, other=0.0).to(tl.float32) + added
+    tl.store(result + index, total.to(result.dtype.element_ty), mask=inside)
+
+
+def add_pixel_shuffle(result: Tensor, x: Tensor) -> None:
+    """x [B, H, W, C], result [B, 2 H, 2 W, D] of fewer than 2^31 elements, both contiguous."""
+    _, height, width, wanted = result.shape
+    _add_pixel_shuffle[(triton.cdiv(result.numel(), BLOCK),)](
+        result,
+        x,
+        result.numel(),
+        height,
+        width,
+        channels=x.shape[3],
+        wanted=wanted,
+        block=BLOCK,
+        **options(num_warps=4),
+    )
