@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from blip3o_rt import ops
 from blip3o_rt.bench import peers, stages, work
 from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
@@ -73,8 +75,13 @@ def test_published_autoencoder() -> None:
 
 
 def counted(call: Callable[[], Any]) -> int:
-    """Operations that torch counts of a call: products, convolutions and attention."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Operations that torch counts of a call, our ops by definition: products, convolutions and attention."""
+    with ExitStack() as contexts:
+        for name in ops.all_ops():
+            contexts.enter_context(ops.force(name, "torch"))
+        contexts.enter_context(torch.no_grad())
+        contexts.enter_context(sdpa_kernel(SDPBackend.MATH))
+        counter = contexts.enter_context(FlopCounterMode(display=False))
         call()
     return int(counter.get_total_flops())
 

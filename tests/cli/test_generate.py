@@ -22,7 +22,8 @@ def test_defaults_are_the_published_ones(command: Command, pipeline: type[FakePi
     assert command("generate", "a red circle") == 0
     load, generate = pipeline.calls
     places = {"diffusion": None, "ta_tok": None, "cache_dir": None}
-    assert load == ("load", (None,), {"device": "auto", "dtype": "auto", **places})
+    tier = {"tier": "exact", "switches": {}}
+    assert load == ("load", (None,), {"device": "auto", "dtype": "auto", **tier, **places})
     assert generate == (
         "generate",
         (["a red circle"],),
@@ -46,13 +47,15 @@ def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePip
         "-n 2 --seed 5 --steps 4 --guidance 1.5 --temperature 0.5 --top-k 7 --top-p 0.9 --whole-vocabulary"
     )
     places = "--model m --diffusion d --ta-tok t.pth --cache-dir c --device cpu --dtype bf16 --quiet"
-    sizes = "--max-batch 8 --max-prompt-tokens 99"
+    sizes = "--max-batch 8 --max-prompt-tokens 99 --tier fast --switch ar_weights=int8"
     assert command("generate", "x", "y", *options.split(), *places.split(), *sizes.split()) == 0
     load, generate = pipeline.calls
     assert load[1] == (Path("m"),)
     assert load[2] == {
         "device": "cpu",
         "dtype": "bf16",
+        "tier": "fast",
+        "switches": {"ar_weights": "int8"},
         "diffusion": Path("d"),
         "ta_tok": Path("t.pth"),
         "cache_dir": Path("c"),
