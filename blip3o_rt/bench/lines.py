@@ -115,7 +115,7 @@ def ar_lines(checkpoint: Checkpoint, choice: Choice) -> Iterator[Line]:
     prompt = len(stage.prompt_ids)
     if "ar.prefill" in choice.names:
         line = Line("ar.prefill", f"a prompt of {prompt} tokens", per=prompt)
-        line.add(OURS, stage.prefill, stage.prefill_work())
+        line.add(OURS, stage.prefill, stage.prefill_work(weight_itemsize=stage.weight_itemsize))
         if language is not None and "transformers" in choice.peers:
             line.add("transformers", language.prefill, stage.prefill_work())
         yield line
@@ -135,7 +135,7 @@ def _token_line(stage: ArStage, language: peers.LanguagePeer | None, choice: Cho
     head, whole = len(stage.head_rows()), stage.config.ar.vocab_size
     line = Line("ar.token", "one decoded token of each picture", per=batch, batch=batch)
     ours = stage.tokens(batch)
-    line.add(OURS, ours, stage.token_work(batch, head), prepare=ours.prepare)
+    line.add(OURS, ours, stage.token_work(batch, head, stage.weight_itemsize), prepare=ours.prepare)
     if language is None:
         return line
     if "transformers" in choice.peers:
@@ -148,7 +148,7 @@ def _token_line(stage: ArStage, language: peers.LanguagePeer | None, choice: Cho
         line.add("published", tokens, stage.token_work(batch, whole), prepare=tokens.prepare, note=note)
     for who, mode in choice.compiled():
         tokens = language.tokens(batch, whole_vocabulary=True, compile_mode=mode)
-        note = "draws from the whole vocabulary; static cache; cold is the compilation"
+        note = "draws from the whole vocabulary; static cache"
         line.add(who, tokens, stage.token_work(batch, whole), prepare=tokens.prepare, note=note)
     return line
 

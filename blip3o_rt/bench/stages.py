@@ -94,10 +94,20 @@ class ArStage:
         finally:
             cache.release(sequence)
 
-    def prefill_work(self, length: int | None = None) -> Work:
-        """Of the prompt, or of another number of tokens in one pass."""
-        itemsize = self.engine.decoder.dtype.itemsize
-        return work.ar_prefill(self.config.ar, itemsize, length=length or len(self.prompt_ids))
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation, and of a weight of the peers."""
+        return self.engine.decoder.dtype.itemsize
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes of an element of our matrices, which may be quantised."""
+        return self.engine.decoder.head.weight.itemsize
+
+    def prefill_work(self, length: int | None = None, weight_itemsize: int | None = None) -> Work:
+        """Of the prompt, or of another number of tokens in one pass; ours takes our weight_itemsize."""
+        length = length or len(self.prompt_ids)
+        return work.ar_prefill(self.config.ar, weight_itemsize or self.itemsize, length=length)
 
     def tokens(self, batch: int) -> TokenSteps:
         """The token loop of `batch` pictures, a token of each at a call; ends the loop before it."""
@@ -110,16 +120,15 @@ class ArStage:
         whole = range(self.config.ar.vocab_size)
         return self.config.image_tokens.image_token_range if self.sampling.image_tokens_only else whole
 
-    def token_work(self, batch: int, head_rows: int) -> Work:
-        context = len(self.context) + self.steps_per_run // 2
-        decoder = self.engine.decoder
+    def token_work(self, batch: int, head_rows: int, weight_itemsize: int | None = None) -> Work:
+        """Of a token at the context, the shortest that is timed; ours takes our weight_itemsize."""
         return work.ar_token(
             self.config.ar,
-            decoder.dtype.itemsize,
+            self.itemsize,
             batch=batch,
-            context=context,
+            context=len(self.context),
             head_rows=head_rows,
-            weight_itemsize=decoder.head.weight.itemsize,
+            weight_itemsize=weight_itemsize,
         )
 
 
