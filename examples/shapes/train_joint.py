@@ -240,7 +240,7 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states and logs")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--token-steps", type=int, default=200, help="steps that train the decoder alone")
     parser.add_argument("--batch", type=int, default=32, help="examples per step, half of them edits")
     parser.add_argument("--noises", type=int, default=4, help="noise levels per example and step")
