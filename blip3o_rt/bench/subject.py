@@ -18,7 +18,7 @@ from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.machine import format_bytes
 from blip3o_rt.switches import NO_SWITCHES
-from blip3o_rt.validate.checkpoint import sized_checkpoint
+from blip3o_rt.validate.checkpoint import converted_folder, sized_checkpoint
 
 RANDOM_SIZES = ("published", "tiny")
 SHAPES = "shapes"
@@ -30,7 +30,7 @@ class Subject:
 
     size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or the
     checkpoint's path as the user gave it. cache_dir holds the converted form of a published checkpoint.
-    switches: of the fast tier; none in the exact one.
+    switches: of the fast tier; none in the exact one. diffusion and ta_tok: as in `load_checkpoint`.
     """
 
     size: str
@@ -39,6 +39,8 @@ class Subject:
     device: torch.device
     cache_dir: Path
     switches: Mapping[str, str] = field(default_factory=dict)
+    diffusion: Path | None = None
+    ta_tok: Path | None = None
 
     def load(self, parts: Collection[str] | None = None) -> Checkpoint:
         """The named parts, all without names. On the CPU they are mapped: memory is taken by what is used."""
@@ -49,6 +51,8 @@ class Subject:
             cache_dir=self.cache_dir,
             parts=parts,
             switches=self.switches,
+            diffusion=self.diffusion,
+            ta_tok=self.ta_tok,
         )
 
     def config(self) -> ModelConfig:
@@ -63,10 +67,13 @@ def prepare(
     work: Path,
     say: Callable[[str], None],
     switches: Mapping[str, str] = NO_SWITCHES,
+    diffusion: Path | None = None,
+    ta_tok: Path | None = None,
 ) -> Subject:
     """The subject that `--size` names; a random one is written into the work folder unless it is there.
 
-    Raises CheckpointError where there is no such checkpoint or no room for a random one.
+    Raises CheckpointError where there is no such checkpoint or no room for a random one, or where a diffusion
+    folder or ta_tok file is given with one that is not in the published layout.
     """
     folder = Path(size)
     if size in RANDOM_SIZES:
@@ -77,7 +84,8 @@ def prepare(
         raise CheckpointError(
             f"size is {size!r}: accepted are published, shapes, tiny or a checkpoint's folder"
         )
-    return Subject(size, folder, dtype, device, work / "converted-checkpoints", switches)
+    cache = work / "converted-checkpoints"
+    return Subject(size, folder, dtype, device, cache, switches, diffusion, ta_tok)
 
 
 def random_checkpoint(size: str, dtype: torch.dtype, work: Path, say: Callable[[str], None]) -> Path:
@@ -87,7 +95,7 @@ def random_checkpoint(size: str, dtype: torch.dtype, work: Path, say: Callable[[
     converted from stays beside it.
     """
     name = dtype_name(dtype)
-    converted = work / f"{size}-{name}"
+    converted = converted_folder(size, name, work)
     if converted.exists():
         return converted
     with sized_checkpoint(size, work, say) as published:

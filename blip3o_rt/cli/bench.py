@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import trace
-from blip3o_rt.cli.pictures import add_tier_options, make_folder
+from blip3o_rt.cli.pictures import add_published_options, add_tier_options, make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.switches import check_tier, parse_switches
 
@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         help="published or tiny (random weights), shapes (the embedded model), or a checkpoint's folder "
         "(%(default)s)",
     )
+    add_published_options(model)
     model.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="(%(default)s)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add_tier_options(model)
@@ -105,7 +106,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and write the record; 0 done, 1 where a line failed or an op was wrong."""
+    """Measure and write the record; 0 done, 1 where a line of ours failed or an op was wrong."""
     batches = parse_batches(arguments.batch)
     runs, minutes = effort(arguments)
     switches = check_tier(arguments.tier, parse_switches(arguments.switch))
@@ -149,7 +150,14 @@ def run(arguments: argparse.Namespace) -> int:
     with load_kernels(arguments.kernel) as kernels:
         say = (lambda text: None) if arguments.quiet else _say
         subject = prepare(
-            arguments.size, dtype, device, arguments.work or default_work_folder(), say, switches
+            arguments.size,
+            dtype,
+            device,
+            arguments.work or default_work_folder(),
+            say,
+            switches,
+            diffusion=arguments.diffusion,
+            ta_tok=arguments.ta_tok,
         )
         record = Record(out, command_line(), model_entry(subject, arguments.tier, kernels))
         for note in notes:

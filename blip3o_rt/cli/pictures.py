@@ -115,10 +115,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     """Which model, on what and how exact; returns the group, for more options of the model."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint, converted or as published")
-    model.add_argument(
-        "--diffusion", type=Path, metavar="DIR", help="the published checkpoint's diffusers folder"
-    )
-    model.add_argument("--ta-tok", type=Path, metavar="FILE", help="the published checkpoint's ta_tok.pth")
+    add_published_options(model)
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     model.add_argument(
         "--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic (%(default)s)"
@@ -128,6 +125,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
         "--cache-dir", type=Path, metavar="DIR", help="keep a published checkpoint's converted form here"
     )
     return model
+
+
+def add_published_options(model: argparse._ArgumentGroup) -> None:
+    """What a published checkpoint refers to by name, where it is somewhere else or another one."""
+    model.add_argument(
+        "--diffusion", type=Path, metavar="DIR", help="the published checkpoint's diffusers folder"
+    )
+    model.add_argument("--ta-tok", type=Path, metavar="FILE", help="the published checkpoint's ta_tok.pth")
 
 
 def add_tier_options(model: argparse._ArgumentGroup) -> None:

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blip3o_rt.cli.pictures import add_published_options
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.validate.line import GROUPS
 
 DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
-GROUPS = ("ops", "ar", "dit", "vae", "tatok", "pipeline", "determinism", "golden")
 DTYPES = ("fp32", "bf16")
 
 
@@ -21,7 +22,8 @@ def add_parser(subparsers: Any) -> None:
         "validate",
         help="compare every op, every stage and the pipeline with what they must compute",
         description="Compare every op with its definition in float64, and every stage and the whole pipeline "
-        "with transformers and diffusers on the same checkpoint. Exits with 1 where a line fails.",
+        "with transformers and diffusers on the same checkpoint. Exits with 1 where a line fails, or where "
+        "nothing was compared.",
     )
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group()
@@ -38,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png",
     )
+    add_published_options(model)
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     model.add_argument(
         "--work",
@@ -78,7 +81,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Validate; returns the exit code: 0 where every line passes, else 1."""
+    """Validate; returns the exit code: 0 where there are lines and every one passes, else 1."""
     _check(arguments)
     # PyTorch takes seconds to import: not for --help
     from transformers.utils import logging
@@ -90,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         checkpoint=arguments.checkpoint,
         against=arguments.against,
+        diffusion=arguments.diffusion,
+        ta_tok=arguments.ta_tok,
         only=arguments.only,
         op_names=tuple(arguments.op),
         dtypes=tuple(dtype for dtype in DTYPES if dtype in arguments.dtype),
@@ -102,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         command=["blip3o-rt", *sys.argv[1:]],
     )
     lines = validate(options, arguments.out, lambda text: print(text, flush=True))
-    return 0 if all(line.passed for line in lines) else FAILED_LINES
+    return 0 if lines and all(line.passed for line in lines) else FAILED_LINES
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -119,6 +124,10 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if "golden" in (arguments.only or ()) and arguments.against is None:
         raise ParameterError("--only golden needs --against DIR, the folder of the recorded results")
+    if (arguments.diffusion or arguments.ta_tok) and arguments.checkpoint is None:
+        raise ParameterError(
+            "--diffusion and --ta-tok are of a published checkpoint: give --checkpoint DIR too"
+        )
     for option in ("tokens", "latent", "steps"):
         value = getattr(arguments, option)
         if value is not None and value < 1:

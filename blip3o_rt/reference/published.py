@@ -1,12 +1,14 @@
 """BLIP3o-NEXT run the published way, on transformers, diffusers and torch alone: what the runtime must equal.
 
 Everything is written out: a second full pass for the hidden states, every null token, both halves of guidance
-at every step, whole vision tower. Nothing of the runtime is imported, so a mistake cannot be in both.
+at every step, whole vision tower. Nothing of the runtime is imported but the published configurations that a
+checkpoint refers to by name, so a mistake cannot be in both.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from blip3o_rt.checkpoint.published import DIFFUSION, SIGLIP_NAME, VISION, known_name
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: "
@@ -84,32 +88,43 @@ class Step:
 class PublishedModel:
     """A checkpoint folder in the original layout, in one dtype on one device.
 
+    diffusion: a diffusers folder in place of the one that config.json names; ta_tok: a ta_tok.pth in place of
+    the checkpoint's own image tokenizer. What config.json names and is not there is known by name.
+
     Every part is loaded when it is first used, and `release` gives the memory back; on the CPU, weights in
     the dtype of the file are mapped. float64 computes in float64 throughout; the latents are float32, or
     float64 then. Results are on the device.
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        *,
+        diffusion: Path | None = None,
+        ta_tok: Path | None = None,
     ) -> None:
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.config = _json(folder / "config.json")
-        sana = folder / self.config["diffusion_name_or_path"]
-        self._transformer_config = SanaTransformer2DModel.load_config(sana / "transformer")
-        self._vae_config = AutoencoderDC.load_config(sana / "vae")
-        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            FlowMatchEulerDiscreteScheduler.load_config(sana / "scheduler")
-        )
-        self.tower_config = _json(folder / "siglip2" / "config.json")["vision_config"]
-        file = folder / "ta_tok.pth"
-        content = torch.load(file, weights_only=True, mmap=True)["model"] if file.is_file() else {}
+        name = self.config["diffusion_name_or_path"]
+        self._diffusers = diffusion or folder / name
+        self._diffusion_configs = _diffusion_configs(self._diffusers, name)
+        self._vae_config = self._diffusion_configs["vae"]
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._diffusion_configs["scheduler"])
+        self._own_tower = ta_tok is None
+        named = folder / (self.config.get("mm_vision_tower") or "ta_tok.pth")
+        files = [ta_tok] if ta_tok else [file for file in (named, folder / "ta_tok.pth") if file.is_file()]
+        self._ta_tok = files[0] if files else None
+        content = torch.load(files[0], weights_only=True, mmap=True)["model"] if files else {}
         arguments = content.get("args", {})
+        self.tower_config = _vision_config([*(file.parent for file in files), folder], arguments)
         self.tokens_per_image = arguments.get(
             "bottleneck_token_num", (self.tower_config["image_size"] // self.tower_config["patch_size"]) ** 2
         )
         self.selected_layer: int = arguments.get("select_layer_id", -2)
-        self.latent_size: int = self._transformer_config["sample_size"]
+        self.latent_size: int = self._diffusion_configs["transformer"]["sample_size"]
 
     def release(self) -> None:
         """Forget every loaded part; each is loaded again when it is next used."""
@@ -157,16 +172,24 @@ class PublishedModel:
         return self._loaded(model, state)
 
     @cached_property
+    def _transformer_config(self) -> dict[str, Any]:
+        """The channels are those of the weights: channel-wise editing widens them, and no file says so."""
+        state = self._diffusion_part("model.sana.", "transformer")
+        inwards, outwards = state["patch_embed.proj.weight"].shape, state["proj_out.weight"].shape
+        channels = {"in_channels": inwards[1], "out_channels": outwards[0] // math.prod(inwards[2:])}
+        return {**self._diffusion_configs["transformer"], **channels}
+
+    @cached_property
     def transformer(self) -> Any:
         with torch.device("meta"):
             model = SanaTransformer2DModel.from_config(self._transformer_config)
-        return self._loaded(model, self._part("model.sana."))
+        return self._loaded(model, self._diffusion_part("model.sana.", "transformer"))
 
     @cached_property
     def vae(self) -> Any:
         with torch.device("meta"):
             model = AutoencoderDC.from_config(self._vae_config)
-        return self._loaded(model, self._part("model.sana_vae."))
+        return self._loaded(model, self._diffusion_part("model.sana_vae.", "vae"))
 
     @cached_property
     def tower_weights(self) -> dict[str, Tensor]:
@@ -174,10 +197,9 @@ class PublishedModel:
 
         Empty where there is none.
         """
-        state = self._part("model.vision_tower.vision_tower.")
-        file = self.folder / "ta_tok.pth"
-        if not state and file.is_file():
-            state = torch.load(file, weights_only=True, mmap=True)["model"]["sd"]
+        state = self._part("model.vision_tower.vision_tower.") if self._own_tower else {}
+        if not state and self._ta_tok is not None:
+            state = torch.load(self._ta_tok, weights_only=True, mmap=True)["model"]["sd"]
         return {name: self._placed(tensor) for name, tensor in state.items()}
 
     @cached_property
@@ -202,6 +224,17 @@ class PublishedModel:
             for name, tensor in self.weights.items()
             if name.startswith(prefix)
         }
+
+    def _diffusion_part(self, prefix: str, component: str) -> dict[str, Tensor]:
+        """The checkpoint's own tensors where it has the part (trained further), else those of the folder."""
+        state = self._part(prefix)
+        if state:
+            return state
+        single = self._diffusers / component / "diffusion_pytorch_model.safetensors"
+        shards = sorted(single.parent.glob(f"{single.stem}-*.safetensors"))
+        for path in [single] if single.is_file() else shards:
+            state |= load_file(path)
+        return state
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
@@ -427,6 +460,34 @@ def levels(pixels: Tensor) -> np.ndarray:
 def _pixels(image: Image.Image) -> Tensor:
     """[1, 3, H, W] in 0..1."""
     return torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32) / 255).permute(2, 0, 1)[None]
+
+
+def _diffusion_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Configurations of transformer, vae and scheduler: the folder's, else those known by the name."""
+    if (folder / "transformer" / "config.json").is_file():
+        return {
+            "transformer": SanaTransformer2DModel.load_config(folder / "transformer"),
+            "vae": AutoencoderDC.load_config(folder / "vae"),
+            "scheduler": FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler"),
+        }
+    known = known_name(name, DIFFUSION)
+    if known is None:
+        raise ValueError(f"{folder} is no diffusers folder, and {name} is not known by name")
+    return {component: dict(config) for component, config in DIFFUSION[known].items()}
+
+
+def _vision_config(folders: Sequence[Path], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The vision tower's configuration: below one of the folders, else known by the teacher's name."""
+    teacher = arguments.get("teacher", SIGLIP_NAME)
+    for name in (teacher, "siglip2"):
+        for folder in folders:
+            if (folder / name / "config.json").is_file():
+                config = _json(folder / name / "config.json")
+                return config.get("vision_config", config)
+    known = known_name(teacher, VISION)
+    if known is None:
+        raise ValueError(f"the vision tower {teacher} is not known by name, and there is no folder siglip2")
+    return dict(VISION[known])
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from blip3o_rt import __version__
 from blip3o_rt.checkpoint.parts import weight_bytes
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
+from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig, ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.machine import format_bytes
 
-SIZES = ("shapes", "published", "tiny")
 SEED, SHARDS = 0, 3
 EDITING = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 
@@ -38,11 +33,11 @@ def sized_checkpoint(size: str, work: Path | None, show: Callable[[str], None]) 
         yield embedded_checkpoint()
         return
     with ExitStack() as stack:
-        if work is None and _folder(preset(size, EDITING), default_work_folder()).exists():
+        if work is None and random_folder(size, default_work_folder()).exists():
             work = default_work_folder()
         elif work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-rt-")))
-        yield _random_checkpoint(preset(size, EDITING), work, show)
+        yield _random_checkpoint(preset(size, EDITING), random_folder(size, work), show)
 
 
 def default_work_folder() -> Path:
@@ -51,14 +46,20 @@ def default_work_folder() -> Path:
     return Path(os.environ.get("BLIP3O_CACHE", default)) / "bench"
 
 
-def _folder(config: ModelConfig, work: Path) -> Path:
-    geometry = json.dumps(asdict(config), sort_keys=True).encode()
-    return work / f"random-{__version__}-{hashlib.sha256(geometry).hexdigest()[:12]}"
+def random_folder(size: str, work: Path) -> Path:
+    """Where the random checkpoint of a size is kept."""
+    return work / folder_name(preset(size, EDITING))
 
 
-def _random_checkpoint(config: ModelConfig, work: Path, show: Callable[[str], None]) -> Path:
-    """A seeded random checkpoint, written into the work folder unless it is there."""
-    folder = _folder(config, work)
+def converted_folder(size: str, dtype: str, work: Path) -> Path:
+    """Where bench keeps its converted form in "fp32" or "bf16": another version or geometry has another."""
+    published = random_folder(size, work)
+    return published.with_name(f"{published.name}-{dtype}")
+
+
+def _random_checkpoint(config: ModelConfig, folder: Path, show: Callable[[str], None]) -> Path:
+    """A seeded random checkpoint, written into the folder unless it is there."""
+    work = folder.parent
     if folder.exists():
         return folder
     work.mkdir(parents=True, exist_ok=True)

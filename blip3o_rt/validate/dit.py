@@ -18,7 +18,7 @@ from blip3o_rt.params import DiffusionParams
 from blip3o_rt.reference.measure import relative_l2
 from blip3o_rt.reference.published import Reference, Step
 from blip3o_rt.validate.bounds import BF16_RATIO, FP32_BOUND, WHY_FP32, tensor_line, why_bf16
-from blip3o_rt.validate.line import Line, at_most
+from blip3o_rt.validate.line import Line, at_most, severity
 from blip3o_rt.validate.subject import Subject
 
 GUIDANCE = DiffusionParams().guidance
@@ -68,7 +68,7 @@ def _latents_line(
     if published is not None:
         yardsticks = [relative_l2(p.cpu(), e.cpu()) for p, e in zip(published, exact, strict=True)]
         bounds = [BF16_RATIO * yardstick for yardstick in yardsticks]
-    worst = max(range(len(errors)), key=lambda i: errors[i] / bounds[i] if bounds[i] else errors[i])
+    worst = max(range(len(errors)), key=lambda index: severity(errors[index], bounds[index]))
     each = ", ".join(f"{error:.1e}" for error in errors)
     return at_most(
         "dit",

@@ -82,5 +82,11 @@ def _line(
     )
 
 
+def severity(found: float, bound: float) -> float:
+    """How bad an error is next to others: in bounds, and worst where it is no finite number."""
+    in_bounds = found / bound if bound else found * 1e30
+    return in_bounds if math.isfinite(in_bounds) else math.inf
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -35,12 +35,15 @@ Show = Callable[[str], None]
 class Options:
     """What to validate.
 
-    only: groups, None for what fits the other options. tokens, latent and steps: how much of the model to
-    run, None for what fits its size. work: folder that random checkpoints are kept in.
+    only: groups, None for what fits the other options. diffusion and ta_tok: of `checkpoint`, as in
+    `load_checkpoint`. tokens, latent and steps: how much of the model to run, None for what fits its size.
+    work: folder that random checkpoints are kept in.
     """
 
     size: str = "shapes"
     checkpoint: Path | None = None
+    diffusion: Path | None = None
+    ta_tok: Path | None = None
     against: Path | None = None
     only: tuple[str, ...] | None = None
     op_names: tuple[str, ...] = ()
@@ -128,7 +131,13 @@ class _Run:
             from blip3o_rt.validate.subject import Subject
 
             self._subject = Subject(
-                folder, device, tokens=options.tokens, latent=options.latent, steps=options.steps
+                folder,
+                device,
+                tokens=options.tokens,
+                latent=options.latent,
+                steps=options.steps,
+                diffusion=options.diffusion,
+                ta_tok=options.ta_tok,
             )
             self._compared = PictureFiles(out)
             images = self._compared.entries

@@ -28,8 +28,9 @@ SEED = 7
 class Subject:
     """A checkpoint in the published layout, what of it is run, and the inputs its stages are given.
 
-    Nothing stays loaded: whoever asks for a checkpoint or a published model drops it before the next. Raises
-    CheckpointError for a folder in the runtime's own layout, which the published code cannot read.
+    Nothing stays loaded: whoever asks for a checkpoint or a published model drops it before the next.
+    diffusion and ta_tok are as in `read_original`. Raises CheckpointError for a folder in the runtime's own
+    layout, which the published code cannot read.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class Subject:
         tokens: int | None = None,
         latent: int | None = None,
         steps: int | None = None,
+        diffusion: Path | None = None,
+        ta_tok: Path | None = None,
     ) -> None:
         if (folder / MANIFEST).is_file():
             source = Manifest.read(folder).source
@@ -47,18 +50,28 @@ class Subject:
                 f"{folder} is converted, and the published code cannot read it: give its source ({source})"
             )
         self.folder, self.device = folder, device
-        self.whole_config: ModelConfig = read_original(folder).config
+        self._diffusion, self._ta_tok = diffusion, ta_tok
+        self.whole_config: ModelConfig = read_original(folder, diffusion=diffusion, ta_tok=ta_tok).config
         self.scope = Scope.of(self.whole_config, tokens=tokens, latent=latent, steps=steps)
         self.config = self.scope.shorten(self.whole_config)
 
     def ours(self, dtype: str, *parts: str, whole: bool = False) -> Checkpoint:
         """The named parts (none: all) in "fp32" or "bf16", with the geometry of the scope or the whole."""
-        loaded = load_checkpoint(self.folder, dtype=DTYPES[dtype], device=self.device, parts=parts or None)
+        loaded = load_checkpoint(
+            self.folder,
+            dtype=DTYPES[dtype],
+            device=self.device,
+            diffusion=self._diffusion,
+            ta_tok=self._ta_tok,
+            parts=parts or None,
+        )
         return replace(loaded, config=self.whole_config if whole else self.config)
 
     def published(self, dtype: str, *, whole: bool = False) -> PublishedModel:
         """The published model in "fp32" or "bf16"; it loads its parts when they are used."""
-        model = PublishedModel(self.folder, DTYPES[dtype], self.device)
+        model = PublishedModel(
+            self.folder, DTYPES[dtype], self.device, diffusion=self._diffusion, ta_tok=self._ta_tok
+        )
         if not whole:
             model.latent_size = self.scope.latent
         return model

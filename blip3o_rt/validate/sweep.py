@@ -21,7 +21,7 @@ from blip3o_rt.ops.registry import Implementation, Op
 from blip3o_rt.validate import cases as cases_package
 from blip3o_rt.validate.case import Case, run, run_exact
 from blip3o_rt.validate.finding import Finding, compare
-from blip3o_rt.validate.line import Line, at_most
+from blip3o_rt.validate.line import Line, at_most, severity
 
 Check = Callable[[Op[Any, Any], Case, list[Tensor], list[Tensor]], list[Finding]]
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -94,8 +94,9 @@ def sweep(
 ) -> Iterator[Line | str]:
     """Lines for the ops: one per variant and dtype with the worst of its cases, then each case that failed.
 
-    dtypes: of "fp32" and "bf16". device: the type that implementations for any device run on. only: pairs of
-    op and implementation to restrict it to. What cannot run here is given as a note, a string.
+    dtypes: of "fp32" and "bf16". device: the type that implementations for any device run on. What cannot run
+    here is given as a note, a string. only: pairs of op and implementation to restrict it to; one of them
+    that was not compared at all is a line that failed.
     """
     not_run: dict[tuple[str, str], list[str]] = {}  # (implementation, why) -> ops
     for name in sorted(op_names):
@@ -107,28 +108,54 @@ def sweep(
             reason = implementation.available()
             if reason is None and where == "cuda" and device != "cuda":
                 reason = f"the device is {device}"
+            compared = False
             if reason is not None:
                 not_run.setdefault((implementation.name, reason), []).append(name)
-                continue
-            for variant in variants(implementation.name):
-                for dtype in dtypes:
-                    yield from _variant_lines(op, implementation, variant, dtype, where)
+            else:
+                for variant in variants(implementation.name):
+                    for dtype in dtypes:
+                        for item in _variant_lines(op, implementation, variant, dtype, where):
+                            compared = compared or isinstance(item, Line)
+                            yield item
+            if only is not None and not compared:
+                yield _not_compared(name, implementation.name, reason)
     for (implementation_name, reason), names in not_run.items():
         yield f"ops: not run on '{implementation_name}' ({reason}): {', '.join(names)}"
 
 
+def _not_compared(op_name: str, implementation: str, reason: str | None) -> Line:
+    """The line of an implementation that was asked for and ran on no case."""
+    return at_most(
+        "ops",
+        op_name,
+        "",
+        "kernels that took no case",
+        1.0,
+        0.0,
+        why="what is asked for must be compared",
+        implementation=implementation,
+        detail=reason or "it takes none of the op's cases in these dtypes",
+    )
+
+
 def _variant_lines(
     op: Op[Any, Any], implementation: Implementation, variant: str, dtype: str, device: str
-) -> Iterator[Line]:
-    """The line of one variant in one dtype, then a line for every case that failed; none without cases."""
+) -> Iterator[Line | str]:
+    """The line of one variant in one dtype, then a line for every case that failed.
+
+    A note where it takes none of the cases; nothing where the op has none in the dtype.
+    """
     cases = [c for c in cases_of(op.name).cases() if DTYPE_NAMES.get(c.arguments[0].dtype) == dtype]
     refusals = {case.label: refusal(op, implementation, case, device) for case in cases}
     taken = [case for case in cases if refusals[case.label] is None]
     if not taken:
+        if cases:
+            reason = refusals[cases[0].label]
+            yield f"ops: {op.name} on '{variant}' took none of {len(cases)} {dtype} cases ({reason})"
         return
     found = [(case, finding) for case in taken for finding in findings(op, variant, case, device)]
     failed = [(case, finding) for case, finding in found if not finding.passed]
-    case, worst = max(failed or found, key=lambda pair: _severity(pair[1]))
+    case, worst = max(failed or found, key=lambda pair: severity(pair[1].found, pair[1].bound))
     counted = f"worst of {len(taken)} cases: {_place(case, worst)}"
     passed_over = [reason for reason in refusals.values() if reason is not None]
     if passed_over:
@@ -138,13 +165,6 @@ def _variant_lines(
     yield _op_line(op, variant, dtype, worst, counted)
     for case, finding in failed:
         yield _op_line(op, variant, dtype, finding, _place(case, finding), case.label)
-
-
-def _severity(finding: Finding) -> float:
-    """How bad a finding is next to others of its op: its figure in bounds, no figure worst."""
-    if math.isnan(finding.found):
-        return math.inf
-    return finding.found / finding.bound if finding.bound else finding.found * 1e30
 
 
 def _place(case: Case, finding: Finding) -> str:

@@ -40,5 +40,5 @@ def summary(lines: Sequence[Line]) -> str:
     """How many lines passed, and those that failed once more, but for the single cases of an op."""
     failed = [line for line in lines if not line.passed]
     again = ["", "failed:", *(row(line) for line in failed if line.shape is None)] if failed else []
-    verdict = f"{len(failed)} FAILED" if failed else "all passed"
+    verdict = f"{len(failed)} FAILED" if failed else "all passed" if lines else "NOTHING was compared"
     return "\n".join([*again, "", f"{len(lines)} lines, {verdict}"])

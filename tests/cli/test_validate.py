@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.published import SANA_NAME
 from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.provenance import record_head
 from blip3o_rt.validate import run as validate_run
@@ -153,6 +155,34 @@ def test_a_wrong_kernel_is_named_and_exits_with_1(command: Command) -> None:
     check_record(found)
     assert found["complete"] is True
     assert not any(line["passed"] for line in found["lines"])
+
+
+def test_nothing_compared_is_no_success(command: Command) -> None:
+    """A kernel that takes no call, and an op that has no case in the dtype."""
+    Path("mine.py").write_text(RIGHT.replace('device="cpu"', 'device="cpu", supports=lambda *_, **__: "no"'))
+    assert command("validate", "--kernel", "mine.py") == 1
+    assert "note: ops: silu_mul on 'mine' took none of" in command.output
+    assert command("validate", "--op", "guided_euler_step", "--dtype", "bf16") == 1
+    assert "0 lines, NOTHING was compared" in command.output
+
+
+def test_a_checkpoint_that_names_repositories(command: Command, tiny: Path) -> None:
+    """As published ones do: no sana/ and no siglip2/ beside the weights; both are given by options."""
+    shutil.copytree(tiny, "published")
+    shutil.move("published/sana", "diffusers")
+    shutil.move("published/siglip2", "siglip2")
+    ta_tok = Path("ta_tok.pth")
+    config = json.loads(Path("published/config.json").read_text())
+    config["diffusion_name_or_path"] = SANA_NAME
+    Path("published/config.json").write_text(json.dumps(config))
+    write_random_checkpoint(Path("other"), preset("tiny", EDITING), seed=1, tower="file")
+    shutil.move("other/ta_tok.pth", ta_tok)
+    options = ("--only", "dit,vae,tatok,pipeline", "--dtype", "fp32", "--steps", "2")
+    given = ("--diffusion", "diffusers", "--ta-tok", ta_tok)
+    assert command("validate", "--checkpoint", "published", *given, *options) == 0
+    assert {line["group"] for line in record()["lines"]} == set(options[1].split(","))
+    assert command("validate", "--size", "tiny", *given, *options) == 2
+    assert "--diffusion and --ta-tok are of a published checkpoint" in command.errors
 
 
 def test_a_kernel_in_the_stages(command: Command, tiny: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from blip3o_rt.validate.bounds import BF16_RATIO, FP32_BOUND, equal_line, tensor_line
 from blip3o_rt.validate.choices import choice_line
+from blip3o_rt.validate.dit import _latents_line
 from blip3o_rt.validate.line import at_least, at_most
 from blip3o_rt.validate.pictures import AMPLIFIED, Likeness, PictureFiles, picture_lines
 from blip3o_rt.validate.table import figure, row
@@ -40,6 +41,18 @@ def test_another_shape_or_no_number_fails() -> None:
     assert not tensor_line("ar", "x", "fp32", EXACT[:1], EXACT, None).passed
     assert not tensor_line("ar", "x", "fp32", EXACT * math.nan, EXACT, None).passed
     assert not equal_line("ar", "x", "fp32", EXACT[:1], EXACT, why="").passed
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_latents_without_a_number_fail_at_whichever_step(step: int, dtype: str) -> None:
+    found = [EXACT.clone() for _ in range(3)]
+    published = [EXACT * 1.01] * 3 if dtype == "bf16" else None
+    assert _latents_line("text", dtype, found, [EXACT] * 3, published).passed
+    found[step][0, 0] = math.nan
+    line = _latents_line("text", dtype, found, [EXACT] * 3, published)
+    assert not line.passed
+    assert (line.detail or "").startswith(f"worst of 3 steps: {step + 1}; each: ")
 
 
 def test_equal_counts_what_differs() -> None:
@@ -82,6 +95,14 @@ def test_likeness_by_hand() -> None:
     assert one.off_by_more == 0
     assert Likeness.of(picture + 2, picture).off_by_more == 1
     assert Likeness.of(255 - picture, picture).ssim < 0
+
+
+def test_one_value_of_an_fp32_picture_off_by_two_fails() -> None:
+    picture = np.full((64, 64, 3), 100, dtype=np.uint8)
+    found = picture.copy()
+    found[0, 0, 0] = 102
+    levels = next(picture_lines("vae", "decode", "fp32", Likeness.of(found, picture), None))
+    assert not levels.passed
 
 
 @pytest.mark.parametrize(("off_by", "passes"), [(0, True), (1, True), (2, False)])

@@ -32,13 +32,34 @@ def test_one_line_per_variant_and_dtype() -> None:
 
 def test_only_the_dtypes_asked_for() -> None:
     assert {line.dtype for line in lines_of("silu_mul", "torch", "bf16")} == {"bf16"}
-    assert lines_of("guided_euler_step", "torch", "bf16") == []  # has no bf16
+    assert {line.dtype for line in lines_of("guided_euler_step", "torch")} == {"fp32"}  # has no bf16
 
 
 def test_what_cannot_run_is_a_note(plant: Plant) -> None:
     plant("silu_mul", ops.silu_mul.reference, available=lambda: "it is not built; build it")
-    notes = list(sweep(["silu_mul"], ("fp32",), only={("silu_mul", "planted")}))
-    assert notes == ["ops: not run on 'planted' (it is not built; build it): silu_mul"]
+    note = "ops: not run on 'planted' (it is not built; build it): silu_mul"
+    assert note in list(sweep(["silu_mul"], ("fp32",)))
+
+
+def test_what_takes_no_case_is_a_note_and_fails_where_it_was_asked_for(plant: Plant) -> None:
+    """Nothing compared is nothing shown to be right."""
+    plant("silu_mul", ops.silu_mul.reference, supports=lambda *_, **__: "takes nothing today")
+    note = "ops: silu_mul on 'planted' took none of 8 bf16 cases (takes nothing today)"
+    everything = list(sweep(["silu_mul"], ("bf16",)))
+    assert note in everything
+    assert all(item.passed for item in everything if isinstance(item, Line))
+    first, line = sweep(["silu_mul"], ("bf16",), only={("silu_mul", "planted")})
+    assert first == note
+    assert isinstance(line, Line)
+    assert (line.passed, line.measure) == (False, "kernels that took no case")
+
+
+def test_a_kernel_asked_for_that_cannot_run_fails(plant: Plant) -> None:
+    plant("silu_mul", ops.silu_mul.reference, available=lambda: "it is not built; build it")
+    line, note = sweep(["silu_mul"], ("fp32",), only={("silu_mul", "planted")})
+    assert isinstance(line, Line)
+    assert (line.passed, line.detail) == (False, "it is not built; build it")
+    assert note == "ops: not run on 'planted' (it is not built; build it): silu_mul"
 
 
 def test_a_kernel_that_raises_fails_case_by_case(plant: Plant) -> None:
