@@ -3,11 +3,12 @@ benchmarks, trace.
 
     python -m benchmarks.gpu                  run what is not done yet
     python -m benchmarks.gpu --within 570     only what fits in so many seconds
+    python -m benchmarks.gpu --archive DIR    and pack the results into one file there, after every piece
     python -m benchmarks.gpu --dry-run        check on any machine that every piece could run
     python -m benchmarks.gpu --take FILE      put what another machine sent back into benchmarks/results
 
 Results go to benchmarks/results/GPU/, with a state file that says which pieces are done: a finished piece is
-not run again unless forced. Where OUT names a folder, they are also packed into one archive there.
+not run again unless forced, or unless it is a check and the code is at another commit.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from tabulate import tabulate
 
 from benchmarks import pieces
 from benchmarks.dry_run import check
-from benchmarks.pieces import CALL_SECONDS, EXPECTED, PIECES, Piece, Site, find_gpu
+from benchmarks.pieces import EXPECTED, PIECES, Piece, Site, find_gpu
 from benchmarks.targets import newest_rows, read_records, slower_than, standings
 from blip3o_rt.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 STATE = "state.json"
-ARCHIVE_BYTES = 15 * 2**20  # a file that comes back from a lent machine may be this large
+ARCHIVE_BYTES = 15 * 2**20  # so that it is easily sent
 DONE, FAILED, OVER_BUDGET, LEFT_OUT = "done", "failed", "over its budget", "left out"
 
 
@@ -50,8 +51,11 @@ class State:
         if self.path.is_file():
             self.pieces = json.loads(self.path.read_text(encoding="utf-8"))
 
-    def done(self, name: str) -> bool:
-        return bool(self.pieces.get(name, {}).get("outcome") == DONE)
+    def done(self, piece: Piece) -> bool:
+        """Whether it ended well; a check, at this commit (that results make a checkout dirty matters not)."""
+        entry = self.pieces.get(piece.name, {})
+        at, here = ((of or "").removesuffix("-dirty") for of in (entry.get("commit"), commit()))
+        return bool(entry.get("outcome") == DONE) and (not piece.checks or at == here)
 
     def set(self, name: str, outcome: str, **facts: Any) -> None:
         self.pieces[name] = {
@@ -67,10 +71,15 @@ class State:
 
 
 class Runner:
-    """Runs pieces on a site. within: seconds for all of them; None is no limit."""
+    """Runs pieces on a site.
 
-    def __init__(self, site: Site, *, force: bool = False, within: float | None = None) -> None:
-        self.site, self.force = site, force
+    within: seconds for all of them, None is no limit. archive: folder that the results are also packed into.
+    """
+
+    def __init__(
+        self, site: Site, *, force: bool = False, within: float | None = None, archive: Path | None = None
+    ) -> None:
+        self.site, self.force, self.archive = site, force, archive
         self.results = site.root / site.results
         self.state = State(self.results)
         self.end = float("inf") if within is None else time.monotonic() + within
@@ -86,7 +95,7 @@ class Runner:
         """Whether there is nothing more to do for a piece."""
         if piece.left_out(self.site) is not None and piece.ready is None:
             return True
-        return piece.ready(self.site) if piece.ready else self.state.done(piece.name)
+        return piece.ready(self.site) if piece.ready else self.state.done(piece)
 
     def piece(self, piece: Piece) -> None:
         """Run one piece unless it is done, cannot run, or does not fit in the time left."""
@@ -134,11 +143,10 @@ class Runner:
             print("\n".join(f"  {line}" for line in last_lines(log)), flush=True)
 
     def pack(self) -> None:
-        """All results in one archive in the folder that OUT names."""
-        out = os.environ.get("OUT")
-        if out and self.results.is_dir():
-            left_out = pack(self.results, Path(out) / f"{self.results.name}.tar.gz")
-            for name in left_out:
+        """All results in one archive, where that is asked for."""
+        if self.archive is not None and self.results.is_dir():
+            self.archive.mkdir(parents=True, exist_ok=True)
+            for name in pack(self.results, self.archive / f"{self.results.name}.tar.gz"):
                 print(f"{name} does not fit in the archive", flush=True)
 
     @staticmethod
@@ -227,8 +235,9 @@ def outcomes(state: State) -> str:
         entry = state.pieces.get(piece.name, {})
         seconds = entry.get("seconds")
         took = f"{seconds:.0f} s" if seconds is not None else ""
-        body.append([piece.name, entry.get("outcome", ""), took, entry.get("reason", piece.what)])
-    return tabulate(body, ["piece", "outcome", "took", ""], disable_numparse=True)
+        facts = [entry.get("outcome", ""), took, entry.get("commit") or ""]
+        body.append([piece.name, *facts, entry.get("reason", piece.what)])
+    return tabulate(body, ["piece", "outcome", "took", "commit", ""], disable_numparse=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -241,7 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        "--list", action="store_true", help="the pieces, their budgets and what became of them"
+        "--list", action="store_true", help="the pieces, what became of them and at which commit"
     )
     action.add_argument(
         "--dry-run", action="store_true", help="run nothing; check that every piece could run"
@@ -253,7 +262,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--within",
         type=float,
         metavar="SECONDS",
-        help="start no piece that may take longer (570 with OUT, else no limit)",
+        help="start no piece that may take longer, all together (no limit)",
+    )
+    parser.add_argument(
+        "--archive", type=Path, metavar="DIR", help="pack the results into DIR/GPU.tar.gz after every piece"
     )
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="checkpoints and packages (build/gpu; 30 GB of disk)"
@@ -325,8 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print(outcomes(State(ROOT / here.results)))
         return 0
-    within = arguments.within or (CALL_SECONDS if os.environ.get("OUT") else None)
-    runner = Runner(here, force=arguments.force, within=within)
+    runner = Runner(here, force=arguments.force, within=arguments.within, archive=arguments.archive)
     complete = runner.run(wanted)
     runner.pack()
     print(f"\n{outcomes(runner.state)}\n\n{shortfalls(here, here.gpu.name)}")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-CALL_SECONDS = 570.0  # what one command may take on a machine lent for ten minutes a command
-LONGEST = 600  # seconds that a piece may take at most, so that it fits a machine lent for ten minutes
+CALL_SECONDS = 570.0  # of one command, where a dry run counts how many there would be
+LONGEST = 600  # seconds that a piece may take at most: what is interrupted starts over
 NO_DEPENDENCIES = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade")
 
 # Import name -> name of the distribution: what the pieces need besides PyTorch.
@@ -88,7 +88,9 @@ class Site:
     @property
     def checkpoint(self) -> Path:
         """The random checkpoint of the published size, as bench leaves it in its work folder."""
-        return self.work / "published-bf16"
+        from blip3o_rt.validate.checkpoint import converted_folder  # PyTorch takes seconds to import
+
+        return converted_folder("published", "bf16", self.work)
 
     def environment(self) -> dict[str, str]:
         """Of every command."""
@@ -113,6 +115,7 @@ class Piece:
     budget: seconds, after which it is ended. command: program and arguments. needs: pieces that must be done
     on this machine first. tools: programs it calls. left_out: why it does not run here, None where it does.
     ready: of a piece that changes the machine, not the results: whether the machine is as it leaves it.
+    checks: it says whether the code is right, so its outcome holds for that commit only.
     """
 
     name: str
@@ -124,6 +127,7 @@ class Piece:
     environment: Mapping[str, str] = field(default_factory=dict)
     left_out: Callable[[Site], str | None] = nowhere
     ready: Callable[[Site], bool] | None = None
+    checks: bool = False
 
 
 # Packages and build
@@ -283,7 +287,7 @@ PIECES = (
         tools=("nvcc", "cmake", "ninja", "c++"),
         ready=built,
     ),
-    Piece("suite", "the whole test suite on this machine", 420, suite),
+    Piece("suite", "the whole test suite on this machine", 420, suite, checks=True),
     Piece(
         "memcheck",
         "the op table under compute-sanitizer: no access out of bounds",
@@ -291,6 +295,7 @@ PIECES = (
         sanitized("memcheck"),
         tools=("compute-sanitizer",),
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor an allocation of its own
+        checks=True,
     ),
     Piece(
         "racecheck",
@@ -298,8 +303,15 @@ PIECES = (
         150,
         sanitized("racecheck"),
         tools=("compute-sanitizer",),
+        checks=True,
     ),
-    Piece("validate-shapes", "the embedded model", 60, validate("validate-shapes", "--size", "shapes")),
+    Piece(
+        "validate-shapes",
+        "the embedded model",
+        60,
+        validate("validate-shapes", "--size", "shapes"),
+        checks=True,
+    ),
     *(
         Piece(
             f"validate-golden-{name}",
@@ -307,10 +319,11 @@ PIECES = (
             60,
             golden(name),
             left_out=no_golden(name),
+            checks=True,
         )
         for name in ("t2i", "edit")
     ),
-    Piece("validate-published", "random weights of the published size", 240, validate_published),
+    Piece("validate-published", "random weights of the published size", 240, validate_published, checks=True),
     Piece(
         "checkpoint",
         "write the random checkpoint of the published size",

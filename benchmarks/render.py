@@ -15,7 +15,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.targets import Standing, newest_rows, read_records, slower_than, standings
-from blip3o_rt.reports.reading import Record, Row, entries, number, peers
+from blip3o_rt.reports.reading import Record, Row, entries, notes, number, peers
 from blip3o_rt.units import (
     memory_text,
     number_text,
@@ -109,6 +109,7 @@ def model_section(key: tuple[str, str, str], records: Sequence[Record]) -> str:
     table = newest_rows(records)
     if table:
         parts.append(stage_table(table))
+        parts += [f"* {note}.\n" for note in notes(table)]
         parts += [f"* Slower than a peer: {line}.\n" for line in slower_than(table)]
     newest = records[-1]
     ceilings = next((entries(r, "ceilings") for r in reversed(records) if entries(r, "ceilings")), [])
@@ -146,7 +147,10 @@ def provenance_lines(records: Sequence[Record]) -> str:
 
 
 def stage_table(table: Sequence[Row]) -> str:
-    """Stages with ours, the share of the ceiling, and each peer's ratio."""
+    """Stages with ours, the share of the ceiling, and each peer's ratio.
+
+    A picture that was added up from its stages says so, and has neither runs of its own nor a p90 of them.
+    """
     others = peers(table)
     headers = ["stage", "batch", "ours", "p90", "n", "share", "of", *others, "rate", "peak memory"]
     body = []
@@ -155,13 +159,10 @@ def stage_table(table: Sequence[Row]) -> str:
         cells = ["", "", "", "", ""]
         rate, memory = "", ""
         if line is not None:
-            cells = [
-                time_text(line.median),
-                time_text(line.p90),
-                str(line.count or ""),
-                share_text(line.share),
-            ]
-            cells.append(line.ceiling or "")
+            cells = [time_text(line.median), time_text(line.p90), str(line.count or "")]
+            if line.composed:
+                cells = [f"{time_text(line.median)} (composed)", "", ""]
+            cells += [share_text(line.share), line.ceiling or ""]
             rate = line.rate_text
             memory = memory_text(line.peak_memory)
         ratios = [ratio_text(row.ratio(who)) for who in others]

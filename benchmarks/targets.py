@@ -19,7 +19,8 @@ class Target:
     """One figure to reach.
 
     measure: "seconds" of a call, "rate" per second, "share" of the ceiling, or "ratio" to `peer`. least or
-    most: the bound. gpu: what the GPU's name contains, where the figure is one of that GPU only.
+    most: the bound. gpu: what the GPU's name contains, where the figure is one of that GPU only. lacks: what
+    there must be before it can be measured.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Target:
     tier: str = "exact"
     gpu: str | None = None
     peer: str | None = None
+    lacks: str | None = None
 
     def of_machine(self, machine: str | None, device: str) -> bool:
         """Whether it is a target of that GPU or processor (None: of any), on cuda or cpu."""
@@ -60,6 +62,12 @@ class Target:
             return row.ratio(str(self.peer))
         return {"seconds": line.median, "rate": line.rate, "share": line.share}[self.measure]
 
+    def remark(self, row: Row) -> str:
+        """What the record says of the lines that the figure is of: composed, the only run, and the like."""
+        lines = [row.ours, *([row.lines.get(self.peer)] if self.peer is not None else [])]
+        found = ["composed" if line.composed else line.note for line in lines if line is not None]
+        return "; ".join(dict.fromkeys(filter(None, found)))
+
     def text(self, value: float | None) -> str:
         """A figure of this target in its unit."""
         if value is None:
@@ -82,16 +90,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Standing:
-    """A target and the figure measured for it, None where there is none."""
+    """A target and the figure measured for it, None where there is none, and what is to be said of it."""
 
     target: Target
     value: float | None
+    remark: str = ""
 
     @property
     def word(self) -> str:
         if self.value is None:
-            return "not measured"
-        return "met" if self.target.met(self.value) else "falls short"
+            return f"not yet measurable: {self.target.lacks}" if self.target.lacks else "not measured"
+        verdict = "met" if self.target.met(self.value) else "falls short"
+        return f"{verdict} ({self.remark})" if self.remark else verdict
 
 
 def targets(path: Path = FILE) -> list[Target]:
@@ -122,7 +132,10 @@ def standings(records: Sequence[Record], machine: str | None, device: str) -> li
         if target.of_machine(machine, device):
             table = newest_rows(record for record in records if target.matches(record))
             row = next((row for row in table if (row.name, row.batch) == (target.line, target.batch)), None)
-            result.append(Standing(target, target.found(row) if row is not None else None))
+            if row is None:
+                result.append(Standing(target, None))
+            else:
+                result.append(Standing(target, target.found(row), target.remark(row)))
     return result
 
 

@@ -18,9 +18,10 @@ from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.ar.layout import quantised
 from blip3o_rt.bench.lines import MORE_RUNS, WEIGHTS
 from blip3o_rt.bench.record import Record
+from blip3o_rt.bench.samples import median
 from blip3o_rt.bench.stages import SEED, ArStage, DitStage, TatokStage, VaeStage
 from blip3o_rt.bench.subject import Subject
-from blip3o_rt.bench.timing import Contender, Plan, Timing, median, quiet, race
+from blip3o_rt.bench.timing import Contender, Plan, Timing, quiet, race
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import ConfigError
 from blip3o_rt.ops import native

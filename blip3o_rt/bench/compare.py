@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from blip3o_rt.bench.compose import OURS
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.provenance import RECORD_VERSION
 
-OURS = "ours"
 FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "same", "unsure"
 RESAMPLES = 4000
 COVERAGE = 0.95

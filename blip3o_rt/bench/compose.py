@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+OURS = "ours"
+COMPOSED = "composed: "  # how the note of a picture begins that was not drawn
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -22,12 +24,12 @@ class Part:
 def parts_of_ours(tokens: int, steps: int, batch: int) -> list[Part]:
     """What the runtime does for `batch` pictures of one prompt."""
     once = [
-        Part("ar.prefill", "ours", 1),
-        Part("ar.token", "ours", tokens, batch),
-        Part("dit.tables", "ours", 1),
+        Part("ar.prefill", OURS, 1),
+        Part("ar.token", OURS, tokens, batch),
+        Part("dit.tables", OURS, 1),
     ]
     each = [("connector", 1), ("dit.condition", 1), ("dit.step", steps), ("vae.decode", 1)]
-    return once + [Part(line, "ours", count * batch) for line, count in each]
+    return once + [Part(line, OURS, count * batch) for line, count in each]
 
 
 def parts_of_published(tokens: int, steps: int, batch: int, who: str = "published") -> list[Part]:
@@ -57,4 +59,4 @@ def composed(parts: Sequence[Part], lines: Lines) -> float | None:
 
 def in_words(parts: Sequence[Part]) -> str:
     """ "composed: 729 x ar.token + 30 x dit.step + ..." """
-    return "composed: " + " + ".join(f"{part.count} x {part.line} ({part.who})" for part in parts)
+    return COMPOSED + " + ".join(f"{part.count} x {part.line} ({part.who})" for part in parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from blip3o_rt.bench import peers
+from blip3o_rt.bench.compose import OURS
 from blip3o_rt.bench.stages import (
     ArStage,
     ConnectorStage,
@@ -18,7 +19,6 @@ from blip3o_rt.bench.timing import Contender, nothing
 from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 
-OURS = "ours"
 MORE_RUNS = {"ar.token": 4}  # a line of short calls takes more of them
 WEIGHTS = {  # share of the time budget, relative to each other
     "ar.prefill": 1.0,

@@ -15,7 +15,8 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.bench.op_shapes import OpShape, op_shapes
 from blip3o_rt.bench.record import Record
-from blip3o_rt.bench.timing import quiet, seconds, summary
+from blip3o_rt.bench.samples import summary
+from blip3o_rt.bench.timing import quiet, seconds
 from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.config import ModelConfig

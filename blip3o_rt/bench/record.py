@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_rt.bench.ceilings import Ceiling
-from blip3o_rt.bench.timing import Timing, summary
+from blip3o_rt.bench.compose import OURS
+from blip3o_rt.bench.samples import summary
+from blip3o_rt.bench.timing import Timing
 from blip3o_rt.bench.work import Work
 from blip3o_rt.provenance import record_head, write_record
 
 FILE = "bench.json"
-OURS = "ours"
 
 
 class Record:
@@ -69,9 +70,12 @@ class Record:
         operator_calls: int | None = None,
         note: str | None = None,
     ) -> None:
-        """A contender's result on a line; one that failed says why in its note."""
+        """A contender's result on a line; one that failed says why in its note.
+
+        Only ours counts as a failure of the run: a peer that cannot run here is a fact like its time.
+        """
         if timing.error is not None:
-            self.failures += 1
+            self.failures += who == OURS
             failure = f"failed: {describe(timing.error)}"
             note = failure if note is None else f"{note}; {failure}"
         found = summary(timing.samples)
@@ -132,7 +136,7 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        """Whether a line failed or an op was wrong."""
+        """Whether a line of ours failed or an op was wrong."""
         return self.failures > 0 or any(not entry["ok"] for entry in self.data["ops"])
 
     def save(self) -> None:

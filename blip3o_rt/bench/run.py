@@ -15,12 +15,14 @@ from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.bench import ceilings, compose, peers, work
 from blip3o_rt.bench.budget import Budget
+from blip3o_rt.bench.compose import OURS
 from blip3o_rt.bench.launches import kernel_launches, operator_calls
-from blip3o_rt.bench.lines import GROUPS, MORE_RUNS, OURS, Choice, Entry, Group, Line
+from blip3o_rt.bench.lines import GROUPS, MORE_RUNS, Choice, Entry, Group, Line
 from blip3o_rt.bench.record import Record, describe
+from blip3o_rt.bench.samples import median
 from blip3o_rt.bench.stages import STEPS, ArStage, ImageStage
 from blip3o_rt.bench.subject import Subject
-from blip3o_rt.bench.timing import Plan, Timing, median, quiet, race
+from blip3o_rt.bench.timing import Plan, Timing, quiet, race
 from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.machine import exact_arithmetic

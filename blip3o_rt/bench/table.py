@@ -7,9 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from blip3o_rt.bench.compose import OURS
 from blip3o_rt.bench.rate import rate_text
-from blip3o_rt.bench.record import OURS
-from blip3o_rt.bench.timing import median
+from blip3o_rt.bench.samples import median
 from blip3o_rt.units import memory_text, number_text, ratio_text, share_text, time_text
 
 ABOVE_A_CEILING = (

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blip3o_rt import trace
-from blip3o_rt.bench.lines import GROUPS, OURS, Choice, Group
+from blip3o_rt.bench.compose import OURS
+from blip3o_rt.bench.lines import GROUPS, Choice, Group
 from blip3o_rt.bench.subject import Subject
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.machine import exact_arithmetic

@@ -14,6 +14,7 @@ from blip3o_rt.reports.reading import (
     Record,
     Row,
     entries,
+    notes,
     number,
     peers,
     provenance,
@@ -109,12 +110,6 @@ def detail_cells(line: Line) -> list[str]:
         memory_text(line.peak_memory),
         *("" if count is None else f"{count:,.0f}" for count in (line.launches, line.operator_calls)),
     ]
-
-
-def notes(table: Sequence[Row]) -> list[str]:
-    """What the record says about single lines."""
-    lines = [line for row in table for line in row.lines.values() if line.note]
-    return list(dict.fromkeys(f"{line.name}, {line.who}: {line.note}" for line in lines))
 
 
 def ceiling_row(entry: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_rt.bench.compose import parts_of_ours, parts_of_published
+from blip3o_rt.bench.compose import COMPOSED, OURS, parts_of_ours, parts_of_published
 from blip3o_rt.bench.rate import rate_text
+from blip3o_rt.bench.samples import summary
 
-OURS = "ours"
 PEERS = ("transformers", "diffusers", "published", "published-compiled", "published-graphed")
 STAGES = (
     "tatok.encode",
@@ -58,6 +57,11 @@ class Line:
     note: str | None = None
 
     @property
+    def composed(self) -> bool:
+        """Whether it was not timed as a whole, but added up from the medians of its stages."""
+        return (self.note or "").startswith(COMPOSED)
+
+    @property
     def rate(self) -> float | None:
         """Units of work per second."""
         return self.per / self.median if self.median else None
@@ -71,15 +75,16 @@ class Line:
 def read_line(entry: Mapping[str, Any]) -> Line:
     """A line of the record; its median, p90, least and count come from its samples where it has none."""
     samples = tuple(float(sample) for sample in entry.get("samples") or ())
+    of_samples = summary(samples)
     return Line(
         name=str(entry.get("name", "unnamed")),
         who=str(entry.get("who") or OURS),
         what=str(entry.get("what") or ""),
         batch=int(entry.get("batch") or 1),
         samples=samples,
-        median=number(entry, "median", statistics.median(samples) if samples else None),
-        p90=number(entry, "p90", percentile(samples, 0.9)),
-        least=number(entry, "min", min(samples, default=None)),
+        median=number(entry, "median", of_samples["median"]),
+        p90=number(entry, "p90", of_samples["p90"]),
+        least=number(entry, "min", of_samples["min"]),
         count=int(entry.get("n") or len(samples)),
         cold=number(entry, "cold"),
         per=number(entry, "per") or 1.0,
@@ -100,13 +105,6 @@ def number(entry: Mapping[str, Any], key: str, otherwise: float | None = None) -
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return otherwise
     return float(value)
-
-
-def percentile(samples: Sequence[float], share: float) -> float | None:
-    """The smallest sample that at least this share of them does not exceed; None of none."""
-    if not samples:
-        return None
-    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
 
 
 @dataclass(frozen=True)
@@ -152,6 +150,14 @@ def peers(table: Sequence[Row]) -> list[str]:
     """Who else was timed: known peers in their order, then others."""
     seen = {who for row in table for who in row.lines} - {OURS}
     return [who for who in PEERS if who in seen] + sorted(seen.difference(PEERS))
+
+
+def notes(table: Sequence[Row]) -> list[str]:
+    """What the record says about single lines."""
+    lines = [line for row in table for line in row.lines.values() if line.note]
+    batches = [f" at batch {line.batch}" if line.batch > 1 else "" for line in lines]
+    said = (f"{line.name}{at}, {line.who}: {line.note}" for line, at in zip(lines, batches, strict=True))
+    return list(dict.fromkeys(said))
 
 
 def picture_parts(record: Record) -> dict[str, dict[str, float]]:

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from blip3o_rt.bench import ablation, ceilings, lines, run, stages, work
+from blip3o_rt.bench import ablation, ceilings, lines, peers, run, stages, work
 from blip3o_rt.bench.record import FILE, Record
 from blip3o_rt.bench.run import Run, Settings, model_entry
 from blip3o_rt.bench.subject import Subject, prepare
 from blip3o_rt.bench.table import as_text
 from blip3o_rt.bench.timing import Timing
 from blip3o_rt.bench.work import Work
+from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.units import time_text
+from blip3o_rt.validate.checkpoint import EDITING
 
 LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
 launches operator_calls note"""
@@ -199,6 +201,20 @@ def test_a_line_that_fails_says_why_and_the_others_go_on(
     assert "failed: RuntimeError" in as_text(record.data)
 
 
+def test_a_peer_that_fails_is_noted_and_fails_nothing(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("it cannot run here")
+
+    monkeypatch.setattr(peers.ConnectorPeer, "run", fail)
+    record = execute(settings("connector", peers=("published",)))
+    found = by_name(record.data)
+    assert "failed: RuntimeError: it cannot run here" in found["connector", "published"]["note"]
+    assert found["connector", "ours"]["n"] == 2
+    assert not record.failed
+
+
 def test_an_interruption_keeps_what_was_measured(
     execute: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +366,7 @@ def test_a_random_checkpoint_is_written_once(tmp_path: Path) -> None:
     said: list[str] = []
     cpu = torch.device("cpu")
     first = prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append)
-    assert first.folder == tmp_path / "tiny-bf16"
+    assert first.folder == tmp_path / f"{folder_name(preset('tiny', EDITING))}-bf16"
     count = len(said)
     assert count > 0
     assert prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append) == first

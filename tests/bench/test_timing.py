@@ -11,7 +11,8 @@ import torch
 
 from blip3o_rt.bench import timing
 from blip3o_rt.bench.memory import PeakMemory
-from blip3o_rt.bench.timing import Contender, Plan, Timing, median, percentile, quiet, race, summary
+from blip3o_rt.bench.samples import median, percentile, summary
+from blip3o_rt.bench.timing import Contender, Plan, Timing, quiet, race
 
 CPU = torch.device("cpu")
 

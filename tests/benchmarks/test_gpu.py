@@ -18,6 +18,7 @@ import pytest
 from benchmarks import dry_run, gpu, pieces
 from benchmarks.gpu import DONE, FAILED, LEFT_OUT, OVER_BUDGET, Runner, State
 from benchmarks.pieces import EXPECTED, LONGEST, PIECES, Gpu, Piece, Site
+from blip3o_rt.validate.checkpoint import converted_folder
 
 
 @pytest.fixture
@@ -126,14 +127,38 @@ def test_what_cannot_run_here_is_left_out_and_does_not_count(site: Site, install
     assert count(site, "top") == 0
 
 
+def test_a_check_is_done_at_its_commit_only(
+    site: Site, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measurement stays; whether the code is right is asked again of other code."""
+    wanted = install(python("suite", mark("suite"), checks=True), python("bench", mark("bench")))
+    for at in ("0123", "0123-dirty", "4567"):
+        monkeypatch.setattr(gpu, "commit", lambda at=at: at)
+        assert Runner(site).run(wanted)
+    assert (count(site, "suite"), count(site, "bench")) == (2, 1)
+    listed = {line.split()[0]: line for line in gpu.outcomes(State(site.root / site.results)).splitlines()}
+    assert "4567" in listed["suite"]
+    assert "0123" in listed["bench"]
+
+
+def test_what_says_whether_the_code_is_right_is_a_check() -> None:
+    checks = {piece.name for piece in PIECES if piece.checks}
+    golden = {"validate-golden-t2i", "validate-golden-edit"}
+    assert checks == {"suite", "memcheck", "racecheck", "validate-shapes", "validate-published", *golden}
+
+
+def test_the_checkpoint_is_where_bench_leaves_it(site: Site) -> None:
+    assert site.checkpoint == converted_folder("published", "bf16", site.work)
+
+
 def test_results_come_back_in_one_archive_after_every_piece(
     site: Site, install: Install, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    monkeypatch.setenv("OUT", str(out))
+    monkeypatch.setenv("OUT", str(tmp_path / "not-asked-for"))
     wanted = install(python("one", "print('hello')"), python("two", "raise SystemExit(1)"))
-    Runner(site).run(wanted)
+    Runner(site, archive=out).run(wanted)
+    assert not (tmp_path / "not-asked-for").exists()
     assert [path.name for path in out.iterdir()] == ["a-gpu.tar.gz"]
     folder = gpu.take(out / "a-gpu.tar.gz", tmp_path / "taken")
     assert folder == tmp_path / "taken" / "a-gpu"

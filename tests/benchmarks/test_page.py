@@ -49,7 +49,8 @@ def test_without_records_everything_is_blank(tmp_path: Path) -> None:
     assert "Not yet run on hardware" in page
     assert "There are no records of a processor yet." in page
     for target in targets():
-        assert row(page, target.label)[2:] == ["", "not measured"]
+        word = f"not yet measurable: {target.lacks}" if target.lacks else "not measured"
+        assert row(page, target.label)[2:] == ["", word]
 
 
 def test_figures_are_those_of_the_record(tmp_path: Path) -> None:
@@ -97,6 +98,25 @@ def test_targets_are_judged_on_the_size_and_dtype_they_are_about() -> None:
     assert found["a decoded token beside transformers"].word == "met"
     other = {**record, "model": {**record["model"], "size": "shapes"}}
     assert {s.word for s in standings([other], "Imaginary 9000", "cpu")} == {"not measured"}
+
+
+def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path) -> None:
+    """In the table, below it and beside the target; what was timed says nothing."""
+    record = bench_record()
+    parts = "composed: 729 x ar.token (ours) + 30 x dit.step (ours)"
+    for line in record["lines"]:
+        if line["name"] == "image" and line["batch"] == 1:
+            line["note"] = parts if line["who"] == "ours" else "its only run is its first"
+    write(record, tmp_path / "imaginary")
+    page = render.page(tmp_path)
+    ours = row(page, "image", "1")
+    assert ours[2].endswith(" (composed)")
+    assert ours[3:5] == ["", ""]  # p90 and n
+    assert f"* image, ours: {parts}.\n" in page
+    assert "* image, published: its only run is its first.\n" in page
+    picture = row(page, "a picture beside the published way")[-1]
+    assert picture.endswith(" (composed; its only run is its first)")
+    assert "(" not in row(page, "a denoising step beside diffusers")[-1]
 
 
 def test_a_faster_peer_is_named() -> None:
