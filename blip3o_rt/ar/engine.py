@@ -135,9 +135,7 @@ class TokenEngine:
 
         May be called between any two steps; for a request that is done it does nothing.
         """
-        if request.done:
-            return
-        request.cancelled = True
+        request.cancelled = request.cancelled or not request.done
         self._waiting = deque(image for image in self._waiting if image.request is not request)
         for image in [image for image in self._running if image.request is request]:
             self._leave(image)
@@ -152,8 +150,10 @@ class TokenEngine:
 
         -> vocabulary ids int64 [images], by vocabulary and in the order they joined; overwritten by the next
         step. An image whose logits are not finite ends with an error in its plan; the others are unaffected.
-        What reading a prompt raises cancels its request and is raised here; the others go on.
+        What reading a prompt raises cancels its request and is raised here; the others go on. What interrupts
+        collecting a finished image is raised here too, and the next step collects it.
         """
+        self._retire()
         self._admit()
         if not self._running:
             return self._results.tokens.new_empty(0)
@@ -169,9 +169,7 @@ class TokenEngine:
         if stretch.done < stretch.steps:
             self._stretch = stretch
             return tokens
-        for image in [i for i in self._running if i.drawn == self.image_tokens.tokens_per_image]:
-            image.request.plans[image.sample] = self._plan(image)
-            self._leave(image)
+        self._retire()
         return tokens
 
     def generate(
@@ -273,6 +271,14 @@ class TokenEngine:
         else:
             first_hidden = self.decoder.prefill(self._embed_prompt(prompt)[shared:], image.sequence)[-1]
         self._results.hidden[image.lane, 0] = first_hidden
+
+    def _retire(self) -> None:
+        """Give those whose last token is drawn their plans, and let them leave."""
+        for image in [i for i in self._running if i.drawn == self.image_tokens.tokens_per_image]:
+            plans = image.request.plans
+            if plans[image.sample] is None:  # else it was interrupted on its way out
+                plans[image.sample] = self._plan(image)
+            self._leave(image)
 
     def _leave(self, image: _Image) -> None:
         """The one way out of the batch: pages and lane come back."""

@@ -273,6 +273,54 @@ def test_a_step_that_is_interrupted_can_be_taken_again(op: str, monkeypatch: pyt
     assert_as_alone(*requests)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_finished_image_that_could_not_be_collected_is_collected_by_the_next_step(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(3)
+    first = engine.submit(make_prompt(LONG[:6], n=2, seed=1))
+    engine.step()
+    late = engine.submit(make_prompt(LONG, seed=3))
+    for _ in range(COUNT - 2):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_plan", raising(error))
+        with pytest.raises(type(error)):
+            engine.step()
+    assert not first.done
+    assert len(engine.step()) == 1
+    assert first.done
+    finish(engine)
+    assert_as_alone(first, late)
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_an_image_that_was_interrupted_on_its_way_out_leaves_all_the_same(
+    cancel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(1)
+    request = engine.submit(make_prompt(LONG))
+    for _ in range(COUNT - 1):
+        engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_leave", raising(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    plan = request.plans[0]
+    assert request.done
+    if cancel:
+        engine.cancel(request)
+    else:
+        assert len(engine.step()) == 0
+    assert not engine.busy
+    assert pages_taken(engine) == 0
+    assert not request.cancelled
+    assert request.plans[0] is plan
+    again = engine.submit(make_prompt(LONG[:3]))
+    finish(engine)
+    assert_as_alone(request, again)
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
