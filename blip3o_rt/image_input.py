@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from blip3o_rt.errors import ImageError
+
+ReferenceImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 MAX_SIDE = 16_384
 MAX_PIXELS = 64 * 1024 * 1024
@@ -30,7 +32,7 @@ _LIMITS = (
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def load_reference(image: str | os.PathLike[str] | Image.Image | np.ndarray | Tensor) -> Image.Image:
+def load_reference(image: ReferenceImage) -> Image.Image:
     """A reference picture as a new, upright, opaque PIL picture of mode RGB; the argument is left as it was.
 
     Accepted: the path of a still picture; a PIL picture; an array [H, W] or [H, W, 1, 3 or 4] or a tensor

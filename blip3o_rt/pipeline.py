@@ -7,17 +7,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from blip3o_rt import ops, trace
+from blip3o_rt.admission import require_room
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
-from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, condition_tokens
@@ -25,9 +23,10 @@ from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError, PromptError
-from blip3o_rt.image_input import load_reference
-from blip3o_rt.machine import exact_arithmetic, require_memory, resolve_device, resolve_dtype
+from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
+from blip3o_rt.image_input import ReferenceImage, load_reference
+from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
+from blip3o_rt.machine import exact_arithmetic, resolve_device, resolve_dtype
 from blip3o_rt.metadata import picture_fields
 from blip3o_rt.params import (
     DiffusionParams,
@@ -48,7 +47,6 @@ from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.pixels import reference_pixels
 
-ReferenceImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 ImageCallback = Callable[[int, Image.Image], None]  # a picture's place in the result, and the picture
 DEFAULT_MAX_PROMPT_TOKENS = 1536
 OUTPUTS = ("pil", "tensor", "latent")
@@ -149,10 +147,10 @@ class Pipeline:
         image tokenizer's file, where the checkpoint names ones that are not here. device: "auto" (a GPU if
         there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 where the device computes in it,
         else float32), "fp32" or "bf16". tier: "exact", the published mathematics, or "fast" with the lossy
-        switches that are given (None: all of them), as {"ar_weights": "int8"}. cache_dir: keep the converted
-        form of a published checkpoint there. max_batch: pictures whose tokens are drawn together;
-        max_prompt_tokens: the longest prompt, counted with its template and reference tokens; both size the
-        key/value cache, which is allocated here.
+        switches that are given (None: all of them), as {"ar_weights": "int8"}, which is for the CPU.
+        cache_dir: keep the converted form of a published checkpoint there. max_batch: pictures whose tokens
+        are drawn together; max_prompt_tokens: the longest prompt, counted with its template and reference
+        tokens; both size the key/value cache, which is allocated here.
 
         Raises CheckpointError, ConfigError, DeviceError, InsufficientMemoryError or ParameterError.
         """
@@ -169,7 +167,7 @@ class Pipeline:
             diffusion=diffusion,
             ta_tok=ta_tok,
             cache_dir=cache_dir,
-            admit=lambda config, dtype: _require_memory(
+            admit=lambda config, dtype: require_room(
                 config, dtype, chosen, target, max_batch, max_prompt_tokens
             ),
             switches=chosen,
@@ -201,7 +199,7 @@ class Pipeline:
         """
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         self._prompts.check(prompt)
-        given = None if token_ids is None else self._check_token_ids(token_ids)
+        given = None if token_ids is None else check_token_ids(token_ids, self.config)
         run = _Run(self, callback, progress)
         with exact_arithmetic(self.device):
             reference = NO_REFERENCE if image is None else self._look_at(image, run)
@@ -242,7 +240,7 @@ class Pipeline:
         params = DiffusionParams(steps, guidance)
         seed = plan.sampling.seed if seed is None else check_seed(seed)
         fields = self._fields(plan, params, seed, noise_given=noise is not None)
-        noise = self._noise(seed) if noise is None else self._check_noise(noise)
+        noise = self._noise(seed) if noise is None else check_noise(noise, self._latent_shape)
         run = _Run(self, callback, progress)
         with exact_arithmetic(self.device), trace.span("render"):
             latent = self._denoise(plan, params, noise, run)
@@ -277,7 +275,7 @@ class Pipeline:
         """
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         params = DiffusionParams(steps, guidance)
-        return self._pictures(_prompts(prompt), None, n, sampling, params, progress, callback, on_image)
+        return self._pictures(prompt_list(prompt), None, n, sampling, params, progress, callback, on_image)
 
     def edit(
         self,
@@ -303,7 +301,7 @@ class Pipeline:
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         params = DiffusionParams(steps, guidance)
         return self._pictures(
-            [prompt], _references(reference), n, sampling, params, progress, callback, on_image
+            [prompt], reference_list(reference), n, sampling, params, progress, callback, on_image
         )
 
     def _pictures(
@@ -397,7 +395,7 @@ class Pipeline:
     @trace.spanned("reference")
     def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage], run: _Run) -> _Reference:
         """Encode the reference pictures of an edit in the ways the checkpoint was trained with."""
-        pictures = [load_reference(image) for image in _references(images)]
+        pictures = [load_reference(image) for image in reference_list(images)]
         edit = self.config.edit
         if self._tokenizer is None:
             raise ImageError(
@@ -465,33 +463,6 @@ class Pipeline:
     def _noise(self, seed: int) -> Tensor:
         return normal_noise(seed, self._latent_shape)
 
-    def _check_noise(self, noise: Tensor) -> Tensor:
-        if not isinstance(noise, Tensor):
-            raise ParameterError(f"noise is a {type(noise).__name__}: accepted is a tensor")
-        if tuple(noise.shape) != self._latent_shape or not noise.is_floating_point():
-            raise ParameterError(
-                f"noise is {noise.dtype} {list(noise.shape)}: "
-                f"accepted is floating point {list(self._latent_shape)}"
-            )
-        if not bool(torch.isfinite(noise).all()):
-            raise ParameterError("noise has values that are not finite: accepted are finite numbers")
-        return noise
-
-    def _check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        count, vocabulary = self.config.image_tokens.tokens_per_image, self.config.ar.vocab_size
-        accepted = f"accepted are {count} integers, [{count}] or [1, {count}]"
-        try:
-            found = torch.as_tensor(token_ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise ParameterError(f"token_ids is not a tensor or list of numbers: {accepted}") from None
-        if found.dtype not in (torch.int32, torch.int64) or tuple(found.shape) not in ((count,), (1, count)):
-            raise ParameterError(f"token_ids is {found.dtype} {list(found.shape)}: {accepted}")
-        if int(found.min()) < 0 or int(found.max()) >= vocabulary:
-            raise ParameterError(
-                f"token_ids has ids outside the vocabulary: accepted is 0 to {vocabulary - 1}"
-            )
-        return found.reshape(count).to(torch.int64)
-
     def _fields(
         self, plan: Plan, params: DiffusionParams, seed: int, *, noise_given: bool = False
     ) -> dict[str, object]:
@@ -503,43 +474,9 @@ class Pipeline:
             drawn["token_seed"] = drawn.pop("seed")
         if noise_given:
             drawn["noise"] = "given"
+        if self.switches:
+            drawn |= {"tier": self.tier, "switches": dict(self.switches)}
         return picture_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)})
-
-
-def _prompts(prompt: str | Sequence[str]) -> list[str]:
-    """The prompts of a call as a list. Raises PromptError for what is neither text nor a list of texts."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list | tuple) or not prompt:
-        raise PromptError(f"prompt is {prompt!r}: accepted is a string, or a list of at least one")
-    return list(prompt)
-
-
-def _references(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:
-    """The reference pictures of a call as a list. Raises ImageError where there is none."""
-    found = list(images) if isinstance(images, list | tuple) else [images]
-    if not found or found[0] is None:
-        raise ImageError("an edit needs at least one reference picture")
-    return found  # type: ignore[return-value]
-
-
-def _require_memory(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    switches: Mapping[str, str],
-    device: torch.device,
-    max_batch: int,
-    max_prompt_tokens: int,
-) -> None:
-    """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
-    ar, tokens = config.ar, config.image_tokens.tokens_per_image
-    kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
-    cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
-    # The decoder's last stage holds three tensors of its width at full resolution: input, product and result.
-    picture = 3 * config.image_size**2 * config.vae.decoder_stages[0].channels * dtype.itemsize
-    needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture
-    remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
-    require_memory(needed, "the model", device, remedy)
 
 
 def _to_image(pixels: Tensor, fields: dict[str, object]) -> Image.Image:
