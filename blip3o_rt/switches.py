@@ -50,6 +50,15 @@ def check_tier(tier: str, switches: Mapping[str, str] | None = None) -> dict[str
     return found or {name: settings[0] for name, settings in SETTINGS.items()}
 
 
+def check_device(switches: Mapping[str, str], device_type: str) -> None:
+    """Raise ParameterError where a switch gains nothing on a device: its op has no kernel there."""
+    if AR_WEIGHTS in switches and device_type != "cpu":
+        raise ParameterError(
+            f"switch {AR_WEIGHTS} has no kernel for device {device_type!r} and would be slower there than "
+            f"tier 'exact': accepted is device 'cpu', or tier 'exact'"
+        )
+
+
 def parse_switches(texts: list[str] | None) -> dict[str, str]:
     """Switches from "name=setting" texts. Raises ParameterError."""
     found: dict[str, str] = {}

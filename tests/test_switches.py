@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.switches import check_tier, parse_switches
+from blip3o_rt.switches import check_device, check_tier, parse_switches
 
 INT8 = {"ar_weights": "int8"}
 
@@ -33,6 +33,15 @@ def test_refusals(tier: str, switches: dict[str, str], message: str) -> None:
     with pytest.raises(ParameterError) as error:
         check_tier(tier, switches)
     assert str(error.value).startswith(message)
+
+
+def test_a_switch_is_refused_on_a_device_without_its_kernel() -> None:
+    check_device({}, "cuda")
+    check_device(INT8, "cpu")
+    with pytest.raises(
+        ParameterError, match=r"switch ar_weights has no kernel for device 'cuda'.*device 'cpu'"
+    ):
+        check_device(INT8, "cuda")
 
 
 def test_a_switch_without_a_setting_is_refused() -> None:

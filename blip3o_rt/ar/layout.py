@@ -5,7 +5,7 @@ Original names are those under `model.` (`lm_head.weight` stands outside it in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -34,15 +34,21 @@ def layout(config: ARConfig, *, int8: bool = False) -> list[TensorSpec]:
     return [made for spec in specs for made in _int8(spec)]
 
 
-def quantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The runtime tensors of `layout(config, int8=True)` from those of `layout(config)`."""
+def quantised(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`.
+
+    No matrix is held longer than it takes, so that one read on the way makes room for the next.
+    """
     found: dict[str, Tensor] = {}
-    for name, tensor in {HEAD: weights[EMBEDDING], **weights}.items():
-        if name.endswith(QUANTISED):
-            found[name], found[name + SCALE] = row_values(tensor), row_scales(tensor)
-        else:
-            found[name] = tensor
+    for name, tensor in tensors:
+        found.update(_in_8_bits(name, tensor) if name.endswith(QUANTISED) else {name: tensor})
+    if HEAD not in found:  # tied
+        found.update(_in_8_bits(HEAD, found[EMBEDDING]))
     return found
+
+
+def _in_8_bits(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    return {name: row_values(matrix), name + SCALE: row_scales(matrix)}
 
 
 def dequantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar.layout import SCALE
 
-FEW_ROWS = 8  # from here on a product is worth widening an int8 weight to the dtype of the rows
+FEW_ROWS = 8  # with more, a product is worth widening an int8 weight to the dtype of the rows
 BLOCK_ROWS = 1024  # of an int8 weight that exist widened at a time: they stay in the caches
 
 

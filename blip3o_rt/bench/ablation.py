@@ -54,7 +54,7 @@ class Switch:
     line: str
     off: Variant
     on: Variant
-    available: Callable[[], bool] = lambda: True
+    available: Callable[[torch.device], bool] = lambda device: True
 
 
 def _isas() -> list[str]:
@@ -86,13 +86,14 @@ SWITCHES = (
         "ar.token",
         Variant("as stored"),
         Variant("int8 weights (fast tier)", options={"int8": True}),
+        available=lambda device: device.type == "cpu",
     ),
     Switch(
         "AVX-512 kernels",
         "ar.token",
         Variant("avx2", isa="avx2"),
         Variant("avx512", isa="avx512"),
-        available=lambda: "avx512" in _isas(),
+        available=lambda device: device.type == "cpu" and "avx512" in _isas(),
     ),
 )
 
@@ -108,7 +109,7 @@ def ar_token(
 ) -> Contender:
     """A decoded token of each of `batch` pictures, or of `alone` pictures one after the other."""
     if int8 and AR_WEIGHTS not in checkpoint.switches:
-        weights = {**checkpoint.weights, "ar": quantised(checkpoint.weights["ar"])}
+        weights = {**checkpoint.weights, "ar": quantised(checkpoint.weights["ar"].items())}
         checkpoint = replace(checkpoint, weights=weights)
     sampling = SamplingParams(seed=SEED, image_tokens_only=image_tokens_only)
     stages = [
@@ -152,7 +153,7 @@ def time_switches(subject: Subject, settings: Settings, record: Record, say: Cal
         runs = settings.runs * MORE_RUNS.get(line, 1)
         try:
             checkpoint = subject.load(parts)
-            switches = [*listed(line), *op_switches(line, build(checkpoint))]
+            switches = [*listed(line, subject.device), *op_switches(line, build(checkpoint))]
         except ConfigError as reason:
             record.note(f"switches of {line} left out: {reason}")
             continue
@@ -166,9 +167,9 @@ def time_switches(subject: Subject, settings: Settings, record: Record, say: Cal
                 say(f"{line}, {switch.name}: {switch.on.label} {entry['ratio']:.2f}x of {switch.off.label}")
 
 
-def listed(line: str) -> Iterator[Switch]:
-    """The switches of SWITCHES that a line shows and this machine has."""
-    return (switch for switch in SWITCHES if switch.line == line and switch.available())
+def listed(line: str, device: torch.device) -> Iterator[Switch]:
+    """The switches of SWITCHES that a line shows and this machine has for the device."""
+    return (switch for switch in SWITCHES if switch.line == line and switch.available(device))
 
 
 def op_switches(line: str, contender: Contender) -> Iterator[Switch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_ori
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_switches
+from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_device, check_switches
 from blip3o_rt.weights import TensorSpec
 
 Admission = Callable[[ModelConfig, torch.dtype], None]
@@ -77,13 +77,14 @@ def load_checkpoint(
     converted checkpoint.
 
     `switches` of the fast tier make the weights lossy, here or where they were converted; a checkpoint that
-    was converted with a switch is refused without it.
+    was converted with a switch is refused without it, and a switch on a device that it gains nothing on.
 
     Raises CheckpointError, ConfigError and ParameterError, and warns (UserWarning) of every tensor or setting
     that is left out, as the conversion did.
     """
     root, device = Path(path), torch.device(device)
     chosen = check_switches(switches)
+    check_device(chosen, device.type)
     if dtype not in (None, *DTYPES.values()):
         raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
     if (root / MANIFEST).is_file():
@@ -135,13 +136,12 @@ def _load_converted(
     if admit is not None:
         admit(manifest.config, dtype)
     _warn(manifest.warnings)
-    weights = {
-        part: _map_part(root / f"{part}.safetensors", specs, dtype, device)
-        for part, specs in layouts(manifest.config, manifest.switches).items()
-        if parts is None or part in parts
-    }
-    if AR_WEIGHTS in switches and AR_WEIGHTS not in manifest.switches and "ar" in weights:
-        weights["ar"] = quantised(weights["ar"])
+    quantise = AR_WEIGHTS in switches and AR_WEIGHTS not in manifest.switches
+    weights = {}
+    for part, specs in layouts(manifest.config, manifest.switches).items():
+        if parts is None or part in parts:
+            tensors = _mapped(root / f"{part}.safetensors", specs, dtype, device)
+            weights[part] = quantised(tensors) if quantise and part == "ar" else dict(tensors)
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
 
 
@@ -160,11 +160,10 @@ def _warn(messages: Iterable[str]) -> None:
         warnings.warn(message, stacklevel=4)  # where load_checkpoint was called
 
 
-def _map_part(
+def _mapped(
     path: Path, specs: list[TensorSpec], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """One part's tensors, mapped where device and dtype are the file's and copied where they are not."""
-    weights = {}
+) -> Iterator[tuple[str, Tensor]]:
+    """A part's tensors by name: mapped where device and dtype are the file's, copied where they are not."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for spec in specs:
@@ -174,10 +173,9 @@ def _map_part(
                         f"{path}: tensor {spec.name!r} has shape {list(tensor.shape)}; accepted: "
                         f"{list(spec.shape)}"
                     )
-                weights[spec.name] = tensor.to(spec.dtype or dtype)
+                yield spec.name, tensor.to(spec.dtype or dtype)
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
-    return weights
 
 
 def _convert_into(

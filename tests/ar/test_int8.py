@@ -30,7 +30,7 @@ def engine(weights: dict[str, Tensor], *, tied: bool, batch: int = 1) -> TokenEn
 
 def int8_weights(*, tied: bool) -> dict[str, Tensor]:
     config = small_config(tie_word_embeddings=tied)
-    return quantised(runtime_weights(config, oracle(config)))
+    return quantised(runtime_weights(config, oracle(config)).items())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -278,6 +278,12 @@ def test_switches_are_recorded_and_leave_no_trace(
     assert all(switch in as_text(record.data) for switch in ("batching", "key/value pages"))
 
 
+def test_a_switch_is_listed_for_the_device_that_takes_it() -> None:
+    cpu, gpu = ({s.name for s in ablation.listed("ar.token", torch.device(d))} for d in ("cpu", "cuda"))
+    assert "batching" in gpu
+    assert cpu - gpu == {"ar_weights=int8"} | ({"AVX-512 kernels"} & cpu)
+
+
 def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = subject.load(stages.ArStage.parts)
     switches = {s.name: s for s in ablation.op_switches("ar.token", ablation.ar_token(checkpoint))}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
@@ -13,6 +15,7 @@ from blip3o_rt.checkpoint.manifest import Manifest
 from blip3o_rt.checkpoint.parts import layouts, weight_bytes
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.metadata import read_metadata
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.quantisation import row_scales, row_values
 
@@ -60,9 +63,39 @@ def test_int8_weights_are_refused_where_not_asked_for(checkpoint: Path, tmp_path
         convert(checkpoint, tmp_path / "other", switches={"weights": "int8"}, progress=False)
 
 
-def test_the_pipeline_says_what_it_ran(checkpoint: Path) -> None:
+def test_int8_weights_are_refused_on_a_gpu(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip3o_rt.pipeline.resolve_device", torch.device)
+    with pytest.raises(ParameterError, match="accepted is device 'cpu', or tier 'exact'"):
+        Pipeline.load(checkpoint, device="cuda:0", dtype="fp32", tier="fast", switches=INT8)
+    with pytest.raises(ParameterError, match="accepted is device 'cpu', or tier 'exact'"):
+        load_checkpoint(checkpoint, device="cuda", switches=INT8)
+
+
+def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantised(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(checkpoint, tmp_path / "exact", dtype="fp32", progress=False)
+    seen: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def values(matrix: Tensor) -> Tensor:
+        seen.append(weakref.ref(matrix))
+        held.append(sum(reference() is not None for reference in seen))
+        return row_values(matrix)
+
+    monkeypatch.setattr("blip3o_rt.ar.layout.row_values", values)
+    load_checkpoint(tmp_path / "exact", dtype=torch.bfloat16, switches=INT8)
+    assert len(held) > 6
+    assert max(held) <= 2  # this one and the one before it
+
+
+def test_the_pipeline_says_what_it_ran(checkpoint: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.load(checkpoint, device="cpu", tier="fast", switches=INT8, max_batch=1)
-    report = pipeline.generate("a red circle", steps=1).report
+    result = pipeline.generate("a red circle", steps=1)
+    (path,) = result.save(tmp_path / "pictures")
+    drawn = read_metadata(path)["parameters"]
+    assert (drawn["tier"], drawn["switches"]) == ("fast", INT8)
+    report = result.report
     assert (report.tier, dict(report.switches)) == ("fast", INT8)
     assert report.to_dict()["switches"] == INT8
     assert "tier fast (ar_weights=int8)" in str(report)

@@ -20,7 +20,7 @@ def test_int8_drifts_little_and_damage_much() -> None:
     damaged["layers.0.mlp.down_proj.weight"] = -weights["layers.0.mlp.down_proj.weight"]
     exact, same, int8, wrong = (
         TokenEngine(config, image_tokens(config), tensors, max_batch=2, max_prompt_tokens=16)
-        for tensors in (weights, weights, quantised(weights), damaged)
+        for tensors in (weights, weights, quantised(weights.items()), damaged)
     )
     none = token_drift(exact, same, PROMPTS)
     assert none.tokens == 24
