@@ -57,7 +57,8 @@ def _cross_attention(
     if query_weight is not None:
         weight = tl.load(query_weight + column, mask=known, other=0.0).to(tl.float32)
         q *= tl.load(factors + token, mask=token < tokens, other=0.0)[:, None] * weight[None, :]
-    largest = tl.full((block_queries,), float("-inf"), tl.float32)
+    # The lowest number: from -inf on, a first block without a key that counts would give inf - inf.
+    largest = tl.full((block_queries,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((block_queries,), tl.float32)
     attended = tl.zeros((block_queries, block_dim), tl.float32)
     head_keys, head_values = key + head.to(tl.int64) * key_head, value + head.to(tl.int64) * value_head

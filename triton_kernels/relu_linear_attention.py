@@ -63,7 +63,7 @@ def _states(
         if k_weight is not None:
             factor = tl.load(factors + batch * tokens + token, mask=token < tokens, other=0.0)
             k = k * factor[:, None] * weight[None, :]
-        k = tl.maximum(k, 0.0)
+        k = tl.where(k < 0, 0.0, k)  # keeps NaN, which a maximum drops
         total += tl.sum(k, axis=0)
         state = add_narrow_product(state, tl.trans(k), v, exact)
     place = states + ((batch * heads + head) * tl.num_programs(1) + part) * (block_dim + 1) * block_dim
@@ -110,7 +110,7 @@ def _attend(
     if q_weight is not None:
         weight = tl.load(q_weight + column, mask=channel < head_dim, other=0.0).to(tl.float32)
         q *= weight[None, :]
-    q = tl.maximum(q, 0.0)
+    q = tl.where(q < 0, 0.0, q)
     attended = add_product(tl.zeros((block_tokens, block_dim), tl.float32), q, state, exact)
     attended /= (tl.sum(q * total[None, :], axis=1) + 1e-15)[:, None]
     place = out + batch.to(tl.int64) * out_batch + rows * out_row + column[None, :]

@@ -28,6 +28,14 @@ def add_pixel_shuffle(result: Tensor, x: Tensor) -> Tensor:
 
 
 def _triton_supports(result: Tensor, x: Tensor) -> str | None:
+    batch, height, width, channels = x.shape[-4:]
+    triton_backend.check_shapes(
+        "add_pixel_shuffle",
+        x=(x, x.shape[-4:]),
+        result=(result, (batch, 2 * height, 2 * width, result.shape[-1])),
+    )
+    if 4 * result.shape[-1] % channels:
+        return "takes four times the channels of result as a multiple of those of x"
     if result.numel() > MOST_ELEMENTS:
         return f"takes images of at most {MOST_ELEMENTS} elements"
     return triton_backend.takes_contiguous(result=result, x=x)

@@ -56,6 +56,14 @@ def _triton_supports(
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> str | None:
+    channels = x.shape[-1:]
+    triton_backend.check_shapes(
+        "channel_rms_norm",
+        weight=(weight, channels),
+        bias=(bias, channels),
+        residual=(residual, x.shape),
+        out=(out, x.shape),
+    )
     return triton_backend.takes_rows(x=x) or triton_backend.takes_contiguous(
         x=x, weight=weight, bias=bias, residual=residual, out=out
     )

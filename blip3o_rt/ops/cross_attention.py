@@ -52,7 +52,17 @@ def _triton_supports(
     log_multiplicity: Tensor | None = None,
     out: Tensor | None = None,
 ) -> str | None:
-    if key.shape[-1] > TRITON_HEAD:
+    heads, keys, head_dim = key.shape[-3:]
+    triton_backend.check_shapes(
+        "cross_attention",
+        key=(key, key.shape[-3:]),
+        query=(query, (len(query), heads * head_dim)),
+        value=(value, key.shape),
+        query_weight=(query_weight, (heads * head_dim,)),
+        log_multiplicity=(log_multiplicity, (keys,)),
+        out=(out, query.shape),
+    )
+    if head_dim > TRITON_HEAD:
         return f"takes heads of at most {TRITON_HEAD} channels"
     for tensor in (query, key, value, *([] if out is None else [out])):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

@@ -49,7 +49,15 @@ def _convolved(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, chan
 def _triton_supports(
     x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
 ) -> str | None:
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    channels = x.shape[-1]
+    triton_backend.check_shapes(
+        "depthwise_glu",
+        input_bias=(input_bias, (channels,)),
+        weight=(weight, (channels, 1, 3, 3)),
+        bias=(bias, (channels,)),
+        out=(out, (*x.shape[:-1], channels // 2)),
+    )
+    if channels > 1 and x.stride(-1) != 1:
         return "takes x with contiguous channels"
     if x.shape[1] * x.stride(1) >= 2**31:
         return "takes pictures that span fewer than 2^31 elements"

@@ -21,8 +21,7 @@ def gated_add(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _triton_supports(residual: Tensor, x: Tensor, gate: Tensor) -> str | None:
-    if residual.shape != x.shape:
-        return "takes residual and x of one shape"
+    triton_backend.check_shapes("gated_add", x=(x, residual.shape), gate=(gate, residual.shape[-1:]))
     return triton_backend.takes_rows(residual=residual, x=x) or triton_backend.takes_contiguous(gate=gate)
 
 

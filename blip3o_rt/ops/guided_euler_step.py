@@ -39,6 +39,14 @@ def _triton_supports(
     *,
     out: Tensor | None = None,
 ) -> str | None:
+    triton_backend.check_shapes(
+        "guided_euler_step",
+        latent=(latent, (1, *latent.shape[1:])),
+        prediction=(prediction, (2, *latent.shape[1:])),
+        guidance_scale=(guidance_scale, ()),
+        delta_sigma=(delta_sigma, ()),
+        out=(out, latent.shape),
+    )
     tensors = (latent, prediction, guidance_scale, delta_sigma, *([] if out is None else [out]))
     if any(tensor.dtype != torch.float32 or tensor.device != latent.device for tensor in tensors):
         return "takes fp32 tensors on one device"

@@ -30,6 +30,10 @@ def layer_norm_modulate(
 def _triton_supports(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
 ) -> str | None:
+    width = x.shape[-1:]
+    triton_backend.check_shapes(
+        "layer_norm_modulate", shift=(shift, width), scale=(scale, width), out=(out, x.shape)
+    )
     return triton_backend.takes_rows(x=x, out=out) or triton_backend.takes_contiguous(
         shift=shift, scale=scale
     )

@@ -57,9 +57,18 @@ def _triton_supports(
     *,
     out: Tensor | None = None,
 ) -> str | None:
+    batch, tokens, channels = qkv.shape
+    width = channels // (3 * num_heads) * num_heads
+    triton_backend.check_shapes(
+        "relu_linear_attention",
+        qkv=(qkv, (batch, tokens, 3 * width)),
+        q_weight=(q_weight, (width,)),
+        k_weight=(k_weight, (width,)),
+        out=(out, (batch, tokens, width)),
+    )
     if (q_weight is None) != (k_weight is None):
         return "takes weights of both norms, or of none"
-    if qkv.shape[-1] // (3 * num_heads) > TRITON_HEAD:
+    if width // num_heads > TRITON_HEAD:
         return f"takes heads of at most {TRITON_HEAD} channels"
     if qkv.stride(-1) != 1 or (out is not None and out.stride(-1) != 1):
         return "takes qkv and out with contiguous channels"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from blip3o_rt.errors import OpError
 
 OLDEST_RELEASE = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 products
@@ -34,13 +38,38 @@ def unavailable() -> str | None:
                 f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0; "
                 "hide that GPU with CUDA_VISIBLE_DEVICES"
             )
-    return None
+    return _no_compiler()
+
+
+def _no_compiler() -> str | None:
+    """None if there is the C compiler that Triton builds its launchers with, else what to do about it."""
+    chosen = os.environ.get("CC")
+    if chosen is not None and not shutil.which(chosen):
+        return f"triton needs a C compiler and CC is {chosen!r}, no program; set it to one or unset it"
+    if chosen is not None or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "triton needs a C compiler; install gcc or clang, or set CC to one"
 
 
 def kernel(op_name: str) -> Callable[..., Any]:
-    """What launches an op's kernels; compiled at the first launch of every kind of shape."""
-    found: Callable[..., Any] = getattr(importlib.import_module(f"triton_kernels.{op_name}"), op_name)
-    return found
+    """What launches an op's kernels, on the device of the first tensor whichever is the current one.
+
+    They are compiled at the first launch of every kind of shape.
+    """
+    launch: Callable[..., Any] = getattr(importlib.import_module(f"triton_kernels.{op_name}"), op_name)
+
+    def launch_there(first: Tensor, *arguments: Any) -> None:
+        with torch.cuda.device_of(first):
+            launch(first, *arguments)
+
+    return launch_there
+
+
+def check_shapes(op_name: str, **tensors: tuple[Tensor | None, Sequence[int]]) -> None:
+    """Raise OpError for the first tensor that has not the shape beside it: kernels would leave its memory."""
+    for name, (tensor, shape) in tensors.items():
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise OpError(f"op {op_name}: {name} is {list(tensor.shape)}; accepted is {list(shape)}")
 
 
 def takes_rows(**tensors: Tensor | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,13 @@ def worst_error(result: Tensor, exact: Tensor) -> float:
 
     What is left of a result's error when the rounding to its own dtype is taken off: the error of the
     arithmetic inside, which is the same for a bfloat16 result as for a float32 one. A result that was
-    truncated, or rounded twice, shows.
+    truncated, or rounded twice, shows. Where exact is not a number the result must not be one either, and
+    nowhere else.
     """
+    no_number = exact.isnan()
+    if not torch.equal(result.isnan(), no_number):  # one that was lost on the way, or made there
+        return math.nan
+    result, exact = result[~no_number], exact[~no_number]
     if exact.numel() == 0:
         return 0.0
     exact = exact.double()

@@ -1,7 +1,8 @@
 """Makes Triton's interpreter compute what the hardware does.
 
 It keeps bfloat16 as 16-bit integers: without this its products are those of bit patterns, and its casts
-truncate. And the bounds of loops, which it keeps as arrays of one element, are numbers to any numpy.
+truncate. A maximum drops NaN, as that of the hardware does. And the bounds of loops, which it keeps as arrays
+of one element, are numbers to any numpy.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def rounded(numbers: Any) -> Any:
 
 
 def install() -> None:
-    """Replace the interpreter's casts and products, and what a loop's bound is."""
+    """Replace the interpreter's casts, products and maxima, and what a loop's bound is."""
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     patch = interpreter._patch_lang_tensor
 
@@ -50,6 +51,10 @@ def install() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def create_maxnumf(self: Any, a: Any, b: Any) -> Any:
+        return self.binary_op(a, b, np.fmax)
+
     interpreter._patch_lang_tensor = patch_tensor
+    InterpreterBuilder.create_maxnumf = create_maxnumf
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot

@@ -26,7 +26,9 @@ FAULTS = [
     ("relu_linear_attention", "relu_linear_attention", "for _ in range(chunks):", "for _ in range(1):"),
     ("relu_linear_attention", "relu_linear_attention", "k * factor[:, None] *", "k *"),
     ("relu_linear_attention", "relu_linear_attention", " + 1e-15", ""),
-    ("relu_linear_attention", "relu_linear_attention", "q = tl.maximum(q, 0.0)", "q = q"),
+    ("relu_linear_attention", "relu_linear_attention", "q = tl.where(q < 0, 0.0, q)", "q = q"),
+    ("relu_linear_attention", "relu_linear_attention", "tl.where(q < 0, 0.0, q)", "tl.maximum(q, 0.0)"),
+    ("relu_linear_attention", "relu_linear_attention", "tl.where(k < 0, 0.0, k)", "tl.maximum(k, 0.0)"),
     ("relu_linear_attention", "inverse_rms", "/ width + eps", "/ width"),
     ("relu_linear_attention", "products", "total = tl.dot(a_high, b_middle, total)", "total = total"),
     ("depthwise_glu", "depthwise_glu", "tl.where(mask, _silu(", "tl.where(True, _silu("),
@@ -37,6 +39,7 @@ FAULTS = [
     ("cross_attention", "cross_attention", "attended * kept[:, None]", "attended"),
     ("cross_attention", "cross_attention", "tl.where(present[None, :], logits, ", "tl.where(True, logits, "),
     ("cross_attention", "cross_attention", "if log_multiplicity is not None:", "if False:"),
+    ("cross_attention", "cross_attention", "-3.4028234663852886e38", "float('-inf')"),
     ("cross_attention", "products", "total = tl.dot(middle, b, total)", "total = total"),
 ]
 

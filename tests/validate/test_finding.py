@@ -47,6 +47,13 @@ def test_what_is_not_finite_fails(result: float) -> None:
     assert not finding.passed
 
 
+def test_no_number_must_be_where_the_exact_one_is_none() -> None:
+    exact = torch.tensor([torch.nan, 1.0], dtype=torch.float64)
+    assert compare_output(ops.silu_mul, exact.float(), exact).passed
+    for result in ([1.0, 1.0], [torch.nan, torch.nan], [torch.nan, 2.0]):
+        assert not compare_output(ops.silu_mul, torch.tensor(result), exact).passed
+
+
 def test_equal_infinities_pass() -> None:
     exact = torch.tensor([torch.inf, 1.0], dtype=torch.float64)
     assert compare_output(ops.silu_mul, exact.float(), exact).passed

@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
         yield case("two keys for 730 and 1024", dtype, keys=2, counts=(730, 1024))
         yield case("four counts, no norm", dtype, keys=4, counts=(1, 10**6, 3, 1), norm=False)
         yield case("counts of 500 keys", dtype, keys=500, counts=tuple(range(1, 501)))
+        yield case("keys that do not count", dtype, keys=140, counts=(0,) * 70 + (1,) * 70)
         yield case("eps shows", dtype, query_scale=3e-3)
         yield case("one key wins", dtype, key_scale=30.0)
         given = case("given out", dtype)
