@@ -11,7 +11,6 @@ from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op, weight_dtype_matches
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 
-CUDA_ROWS = 64  # rows of x that the CUDA kernels take
 WIDENED_ROWS = 4096  # rows of a bfloat16 weight that exist in float32 at a time
 
 
@@ -20,8 +19,8 @@ def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Te
     """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
 
     `out` may be float32 for bfloat16 operands (logits). It must not overlap x; OpError if it begins where x
-    does. Meant for M up to about 64. Each row has the same bits whatever the other rows are and however many;
-    the reference takes rows one at a time for that.
+    does. Meant for the rows of a batch, not for those of a prompt. Each row has the same bits whatever the
+    other rows are and however many; the reference takes rows one at a time for that.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("row_linear: out must not be the memory of x; give it memory of its own")
@@ -40,15 +39,8 @@ def _widened_product(rows: tuple[Tensor, ...], weight: Tensor, wide: torch.dtype
     return torch.cat([F.linear(row.to(wide), weight) for row in rows])
 
 
-def _few_rows(x: Tensor, weight: Tensor, **_: object) -> str | None:
-    """The support of the CUDA kernels, which read the weight once per CUDA_ROWS rows at most."""
-    if len(x) > CUDA_ROWS:
-        return f"takes up to {CUDA_ROWS} rows, got {len(x)}"
-    return weight_dtype_matches(x, weight)
-
-
 @row_linear.implementation(
-    "cuda", device="cuda", dtypes=FLOATS, supports=_few_rows, available=native.cuda_unavailable
+    "cuda", device="cuda", dtypes=FLOATS, supports=weight_dtype_matches, available=native.cuda_unavailable
 )
 def _cuda(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     if out is None:

@@ -22,7 +22,8 @@ def row_linear_int8(
 
     Row n of the matrix that is meant is scale[n] weight[n]: only the weight is quantised, x is not. `out` may
     be float32 for a bfloat16 x (logits). It must not overlap x; OpError if it begins where x does. Meant for
-    M up to about 64. Each row has the same bits whatever the other rows are and however many.
+    one row or a few: with more, arithmetic is the limit and not memory, and less of it saves no time. Each
+    row has the same bits whatever the other rows are and however many.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("row_linear_int8: out must not be the memory of x; give it memory of its own")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops import native
+from blip3o_rt.params import MAX_BATCH
 from blip3o_rt.validate.case import Case, random, run_exact
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
@@ -50,7 +51,9 @@ def test_matches_reference(
 
 
 def call(op: str, *arguments: Any) -> Tensor:
-    result: Tensor = ops.all_ops()[op].named("cuda").run(*arguments)
+    implementation = ops.all_ops()[op].named("cuda")
+    assert implementation.supports(*arguments) is None
+    result: Tensor = implementation.run(*arguments)
     return result
 
 
@@ -61,11 +64,23 @@ def test_rows_of_a_product_are_independent(
 ) -> None:
     """Whatever tiles a number of rows is given, a row's bits are those of the row alone."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
-    x, weight = random(1, 64, channels, dtype=dtype), random(2, 24, channels, dtype=dtype)
-    alone = torch.cat([call("row_linear", x[i : i + 1], weight) for i in range(64)])
-    for rows in (2, 8, 9, 16, 17, 33, 64):
+    x, weight = random(1, 65, channels, dtype=dtype), random(2, 24, channels, dtype=dtype)
+    alone = torch.cat([call("row_linear", x[i : i + 1], weight) for i in range(65)])
+    for rows in (2, 8, 9, 16, 17, 33, 64, 65):
         assert torch.equal(call("row_linear", x[:rows], weight), alone[:rows])
         assert torch.equal(call("row_linear", x[-rows:], weight), alone[-rows:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_takes_the_largest_batch(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    x, weight = random(1, MAX_BATCH, 72, dtype=dtype), random(2, 24, 72, dtype=dtype)
+    together = call("row_linear", x, weight)
+    for first in range(0, MAX_BATCH, 37):
+        rows = slice(first, first + 37)
+        assert torch.equal(call("row_linear", x[rows], weight), together[rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
