@@ -33,13 +33,14 @@ Group make_group(const ReluLinearAttentionArguments& a) {
     Group group;
     group.head_dim = a.head_dim;
     group.padded = round_up(a.head_dim);
-    const int64_t block = kGroupHeads * kBlockTokens * group.padded;
-    const int64_t state = kGroupHeads * group.padded * group.padded;
-    group.left = thread_scratch(2 * block + state + (kGroupHeads + kProductRows) * group.padded);
+    const int64_t heads = a.heads < kGroupHeads ? a.heads : kGroupHeads;
+    const int64_t block = heads * kBlockTokens * group.padded;
+    const int64_t state = heads * group.padded * group.padded;
+    group.left = thread_scratch(2 * block + state + (heads + kProductRows) * group.padded);
     group.right = group.left + block;
     group.state = group.right + block;
     group.total = group.state + state;
-    group.result = group.total + kGroupHeads * group.padded;
+    group.result = group.total + heads * group.padded;
     return group;
 }
 

@@ -193,10 +193,8 @@ void forget_threads_in_child() {
     forked.store(true);
 }
 
-void watch_forks() {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_threads_in_child);
-    static_cast<void>(registered);
-}
+// From the module's loading on: torch's threads can be at work before an op's first call.
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, forget_threads_in_child);
 
 ThreadPool& current_pool() {
     if (ThreadPool* found = pool.load(std::memory_order_acquire)) return *found;
@@ -234,7 +232,6 @@ void set_num_threads(int threads) {
 void detail::parallel_ranges(int64_t count, int64_t grain, RangeFunction run, const void* context) {
     if (count <= 0) return;
     if (count <= grain || num_threads() == 1) return run(context, 0, count);
-    watch_forks();
     Job job{count, grain, run, context, {}, {}};
     const bool shared = open_mp().parallel && !forked.load();
     if (!(shared ? run_on_open_mp(job) : current_pool().run(job))) return run(context, 0, count);

@@ -303,6 +303,28 @@ print(out.tolist())
     assert done.stdout.splitlines() == ["MemoryError", "[[8000000.0, 8000000.0]]"], done.stderr
 
 
+def test_a_child_forked_before_any_op_was_called_has_threads_of_its_own() -> None:
+    """Those that torch used before are gone in it."""
+    code = """
+import os, signal, torch
+from blip3o_rt import ops
+from blip3o_rt.ops import native
+torch.set_num_threads(3)
+native.cpu()
+x, weight, wide = torch.randn(4, 512), torch.randn(2048, 512), torch.randn(600, 600)
+wide @ wide
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # rather than wait for them
+    result = ops.row_linear(x, weight)
+    native.cpu().set_num_threads(1)
+    os._exit(0 if torch.equal(ops.row_linear(x, weight), result) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_python(code)
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 def test_a_forked_child_has_threads_of_its_own() -> None:
     code = """
 import os, sys, torch
