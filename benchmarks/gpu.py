@@ -215,7 +215,8 @@ def take(archive: Path, results: Path) -> Path:
             raise SystemExit(
                 f"{archive} holds {len(top)} folders: accepted is an archive of one GPU's results"
             )
-        packed.extractall(results, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not in every 3.10 and 3.11
+        packed.extractall(results, **safely)
     return results / top.pop()
 
 
