@@ -147,19 +147,20 @@ class Pipeline:
         image tokenizer's file, where the checkpoint names ones that are not here. device: "auto" (a GPU if
         there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 where the device computes in it,
         else float32), "fp32" or "bf16". tier: "exact", the published mathematics, or "fast" with the lossy
-        switches that are given (None: all of them), as {"ar_weights": "int8"}, which is for the CPU.
+        switches that are given, as {"ar_weights": "int8"} (None: those of small cost, docs/fast-tier.md).
         cache_dir: keep the converted form of a published checkpoint there. max_batch: pictures whose tokens
         are drawn together; max_prompt_tokens: the longest prompt, counted with its template and reference
         tokens; both size the key/value cache, which is allocated here.
 
         Raises CheckpointError, ConfigError, DeviceError, InsufficientMemoryError or ParameterError.
         """
-        chosen = check_tier(tier, switches)
+        check_tier(tier, switches)
         check_max_batch(max_batch)
         check_max_prompt_tokens(max_prompt_tokens)
         if path is not None and not isinstance(path, str | os.PathLike):
             raise CheckpointError(f"path is {path!r}: accepted is the folder of a checkpoint")
         target = resolve_device(device)
+        chosen = check_tier(tier, switches, target.type)
         checkpoint = load_checkpoint(
             path if path is not None else embedded_checkpoint(),
             dtype=resolve_dtype(dtype, target),

@@ -1,40 +1,120 @@
-"""The tiers, and the named switches of the fast one: what each changes, and the settings it takes.
+"""The tiers, and the named switches of the fast one: what each gives up, and the settings it takes.
 
 Tier "exact" computes the published mathematics and takes no switch. Tier "fast" turns on the switches it is
-given, or every one where none is given; a report names those that were on.
+given, or where none is given those whose measured cost is small; a report names those that were on. A switch
+is one entry of SWITCHES and a setting is text, as in "ar_weights=int8", which `setting` reads where it acts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 from blip3o_rt.errors import ParameterError
 
 EXACT, FAST = "exact", "fast"
-AR_WEIGHTS = "ar_weights"  # the decoder's matrices and its head: 8 bits per element, a scale per row
+AR_WEIGHTS = "ar_weights"
 INT8 = "int8"
 
-SETTINGS: Mapping[str, tuple[str, ...]] = MappingProxyType({AR_WEIGHTS: (INT8,)})
-"""Settings of every switch; the first is what tier "fast" takes where no switch is named."""
+T = TypeVar("T")
 
 NO_SWITCHES: Mapping[str, str] = MappingProxyType({})
 
 
+@dataclass(frozen=True)
+class Switch:
+    """One switch of the fast tier.
+
+    gives_up: what it changes, in words. accepted: its settings in words, for the errors. parse: what a
+    setting stands for; raises ValueError where it is none. devices: types of device by setting, where not
+    every device has it. weights: whether weights are made for it, at load or when converted; any other acts
+    while a picture is made. default: what tier "fast" takes where no switch is named, None to leave it off.
+    """
+
+    gives_up: str
+    accepted: str
+    parse: Callable[[str], Any]
+    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weights: bool = False
+    default: str | None = None
+
+    def runs_on(self, setting: str, device_type: str) -> bool:
+        """Whether a type of device has a setting."""
+        return device_type in self.devices.get(setting, (device_type,))
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """Settings that are names, and stand for themselves."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+SWITCHES: Mapping[str, Switch] = MappingProxyType(
+    {
+        AR_WEIGHTS: Switch(
+            gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
+            accepted="int8",
+            parse=one_of(INT8),
+            devices={INT8: ("cpu",)},
+            weights=True,
+            default=INT8,
+        ),
+    }
+)
+
+
 def check_switches(switches: Mapping[str, str] | None) -> dict[str, str]:
     """The switches by name, in one order. Raises ParameterError for an unknown one or an unknown setting."""
-    given = dict(switches or {})
-    for name, setting in given.items():
-        if name not in SETTINGS:
-            raise ParameterError(f"there is no switch {name!r}: accepted are {', '.join(SETTINGS)}")
-        if setting not in SETTINGS[name]:
-            accepted = ", ".join(SETTINGS[name])
-            raise ParameterError(f"switch {name} is {setting!r}: accepted is {accepted}, or no such switch")
-    return {name: given[name] for name in SETTINGS if name in given}
+    given = {name: str(setting) for name, setting in (switches or {}).items()}
+    for name, text in given.items():
+        if name not in SWITCHES:
+            raise ParameterError(f"there is no switch {name!r}: accepted are {', '.join(SWITCHES)}")
+        try:
+            SWITCHES[name].parse(text)
+        except ValueError:
+            accepted = SWITCHES[name].accepted
+            raise ParameterError(
+                f"switch {name} is {text!r}: accepted is {accepted}, or no such switch"
+            ) from None
+    return {name: given[name] for name in SWITCHES if name in given}
 
 
-def check_tier(tier: str, switches: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The switches that a tier turns on. Raises ParameterError where tier and switches do not go together."""
+def setting(switches: Mapping[str, str], name: str) -> Any:
+    """What the setting of a switch stands for, None where the switch is off."""
+    return SWITCHES[name].parse(switches[name]) if name in switches else None
+
+
+def check_stored(switches: Mapping[str, str] | None) -> dict[str, str]:
+    """The switches that weights are converted for. Raises ParameterError for one that is of no weight."""
+    found = check_switches(switches)
+    for name in found:
+        if not SWITCHES[name].weights:
+            raise ParameterError(
+                f"switch {name} acts while a picture is made and changes no weight: give it where pictures "
+                f"are made; accepted for a conversion are {', '.join(weight_switches(SWITCHES))}"
+            )
+    return found
+
+
+def weight_switches(switches: Mapping[str, T]) -> dict[str, T]:
+    """Those of the switches, by name, that weights are made for."""
+    return {name: value for name, value in switches.items() if SWITCHES[name].weights}
+
+
+def check_tier(
+    tier: str, switches: Mapping[str, str] | None = None, device_type: str | None = None
+) -> dict[str, str]:
+    """The switches that a tier turns on, on a type of device where that is known.
+
+    Raises ParameterError where tier and switches do not go together.
+    """
     found = check_switches(switches)
     if tier == EXACT:
         if found:
@@ -45,26 +125,39 @@ def check_tier(tier: str, switches: Mapping[str, str] | None = None) -> dict[str
     if tier != FAST:
         raise ParameterError(
             f"tier is {tier!r}: accepted is 'exact', the published mathematics, or 'fast', whose switches "
-            f"are {', '.join(SETTINGS)}"
+            f"are {', '.join(SWITCHES)}"
         )
-    return found or {name: settings[0] for name, settings in SETTINGS.items()}
+    if not found:
+        found = {
+            name: switch.default
+            for name, switch in SWITCHES.items()
+            if switch.default and (device_type is None or switch.runs_on(switch.default, device_type))
+        }
+    if not found:
+        raise ParameterError(
+            f"tier 'fast' turns on no switch by itself on device {device_type!r}: name one of "
+            f"{', '.join(SWITCHES)}, or choose tier 'exact'"
+        )
+    return found
 
 
 def check_device(switches: Mapping[str, str], device_type: str) -> None:
     """Raise ParameterError where a switch gains nothing on a device: its op has no kernel there."""
-    if AR_WEIGHTS in switches and device_type != "cpu":
-        raise ParameterError(
-            f"switch {AR_WEIGHTS} has no kernel for device {device_type!r} and would be slower there than "
-            f"tier 'exact': accepted is device 'cpu', or tier 'exact'"
-        )
+    for name, text in switches.items():
+        if not SWITCHES[name].runs_on(text, device_type):
+            having = " or ".join(map(repr, SWITCHES[name].devices[text]))
+            raise ParameterError(
+                f"switch {name}={text} has no kernel for device {device_type!r} and would be slower there "
+                f"than tier 'exact': accepted is device {having}, or tier 'exact'"
+            )
 
 
 def parse_switches(texts: list[str] | None) -> dict[str, str]:
     """Switches from "name=setting" texts. Raises ParameterError."""
     found: dict[str, str] = {}
     for text in texts or []:
-        name, equals, setting = text.partition("=")
+        name, equals, chosen = text.partition("=")
         if not equals:
             raise ParameterError(f"switch {text!r} is not of the form name=setting, as ar_weights=int8")
-        found[name.strip()] = setting.strip()
+        found[name.strip()] = chosen.strip()
     return check_switches(found)

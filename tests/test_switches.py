@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.switches import check_device, check_tier, parse_switches
+from blip3o_rt.switches import (
+    check_device,
+    check_stored,
+    check_tier,
+    parse_switches,
+    setting,
+    weight_switches,
+)
 
 INT8 = {"ar_weights": "int8"}
 
@@ -13,6 +20,23 @@ INT8 = {"ar_weights": "int8"}
 def test_tiers() -> None:
     assert check_tier("exact") == check_tier("exact", {}) == {}
     assert check_tier("fast") == check_tier("fast", {}) == check_tier("fast", INT8) == INT8
+
+
+def test_tier_fast_takes_by_itself_what_the_device_has() -> None:
+    assert check_tier("fast", None, "cpu") == INT8
+    assert check_tier("fast", INT8, "cuda") == INT8  # named, so refused where it is loaded
+    with pytest.raises(ParameterError, match="turns on no switch by itself on device 'cuda': name one of"):
+        check_tier("fast", None, "cuda")
+
+
+def test_a_setting_stands_for_a_value() -> None:
+    assert setting(INT8, "ar_weights") == "int8"
+    assert setting({}, "ar_weights") is None
+
+
+def test_weights_are_converted_for_switches_of_the_weights() -> None:
+    assert check_stored(INT8) == weight_switches(INT8) == INT8
+    assert check_stored(None) == {}
 
 
 def test_switches_as_text() -> None:
@@ -39,7 +63,7 @@ def test_a_switch_is_refused_on_a_device_without_its_kernel() -> None:
     check_device({}, "cuda")
     check_device(INT8, "cpu")
     with pytest.raises(
-        ParameterError, match=r"switch ar_weights has no kernel for device 'cuda'.*device 'cpu'"
+        ParameterError, match=r"switch ar_weights=int8 has no kernel for device 'cuda'.*device 'cpu'"
     ):
         check_device(INT8, "cuda")
 

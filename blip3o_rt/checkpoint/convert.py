@@ -27,7 +27,7 @@ from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_ori
 from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.switches import check_switches
+from blip3o_rt.switches import check_stored
 from blip3o_rt.weights import TensorSpec
 
 
@@ -59,12 +59,12 @@ def convert(
     between the two renames of `force` leaves the earlier conversion beside the destination, under a hidden
     name; the next run renames it back before anything else.)
 
-    Raises CheckpointError and ConfigError.
+    Raises CheckpointError, ConfigError, and ParameterError for a switch that is not of the weights.
     """
     target = Path(destination)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
-    chosen = check_switches(switches)
+    chosen = check_stored(switches)
     if is_converted(Path(source)):
         raise CheckpointError(f"{source}: already converted; accepted: a published checkpoint")
     _restore_replaced(target)

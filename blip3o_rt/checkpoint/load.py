@@ -27,7 +27,7 @@ from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_ori
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_device, check_switches
+from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_device, check_switches, weight_switches
 from blip3o_rt.weights import TensorSpec
 
 Admission = Callable[[ModelConfig, torch.dtype], None]
@@ -38,7 +38,7 @@ class Checkpoint:
     """A model in memory: geometry, weights by part and runtime name, and the folder of its tokenizer.
 
     `dtype` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
-    folder read; `switches` are those of the fast tier that the weights were made for.
+    folder read; `switches` are those of the fast tier, some of which the weights were made for.
     """
 
     config: ModelConfig
@@ -187,6 +187,7 @@ def _convert_into(
     switches: Mapping[str, str] = NO_SWITCHES,
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
+    switches = weight_switches(switches)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]
     layout = layout_fingerprint(original.config, switches)
     key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])

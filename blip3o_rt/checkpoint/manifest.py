@@ -14,7 +14,7 @@ from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint
 from blip3o_rt.checkpoint.tensor_file import file_sha256
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.switches import check_switches
+from blip3o_rt.switches import check_stored
 
 MANIFEST = "manifest.json"
 FORMAT = "blip3o_rt checkpoint"
@@ -94,7 +94,7 @@ class Manifest:
 def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     if data["dtype"] not in DTYPES:
         raise ValueError(f"dtype {data['dtype']!r}")
-    check_switches(data.get("switches"))
+    check_stored(data.get("switches"))
     for name in data["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"file name {name!r}")

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and write the record; 0 done, 1 where a line of ours failed or an op was wrong."""
     batches = parse_batches(arguments.batch)
     runs, minutes = effort(arguments)
-    switches = check_tier(arguments.tier, parse_switches(arguments.switch))
+    check_tier(arguments.tier, parse_switches(arguments.switch))
     out = arguments.out or Path("out") / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     if out.exists() and not out.is_dir():
         raise ParameterError(f"--out is {out}, a file: accepted is a folder")
@@ -132,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
+    switches = check_tier(arguments.tier, parse_switches(arguments.switch), device.type)
     wanted = names(arguments.stages) or (() if arguments.ops or arguments.ablate else ("all",))
     stages = lines.select(wanted)
     op_names = parse_ops(arguments.ops)

@@ -147,7 +147,8 @@ def add_tier_options(model: argparse._ArgumentGroup) -> None:
         "--switch",
         action="append",
         metavar="NAME=SETTING",
-        help="a switch of the fast tier, as ar_weights=int8 (CPU only); again for another (without any: all)",
+        help="a switch of the fast tier, as ar_weights=int8; again for another (without any: those of little "
+        "cost)",
     )
 
 
