@@ -301,6 +301,27 @@ def reset_used() -> None:
 
 
 @contextmanager
+def usage_apart() -> Iterator[dict[str, set[str]]]:
+    """Within the block op calls are noted in what is given instead of in `used`: op -> implementations."""
+    outside = {name: set(found._used) for name, found in _ops.items()}
+    reset_used()
+    inside: dict[str, set[str]] = {}
+    try:
+        yield inside
+    finally:
+        inside.update({name: set(found._used) for name, found in _ops.items() if found._used})
+        for name, found in _ops.items():
+            found._used.clear()
+            found._used.update(outside.get(name, ()))
+
+
+def mark_used(usage: Mapping[str, set[str]]) -> None:
+    """Report in `used` what `usage_apart` noted, as calls that were made again."""
+    for name, implementations in usage.items():
+        _ops[name]._used.update(implementations)
+
+
+@contextmanager
 def ranges(make_range: RangeMaker) -> Iterator[None]:
     """Within the block, every op call of the process runs inside make_range("op [implementation]")."""
     previous = _make_range
