@@ -1,0 +1,155 @@
+"""Recorded work: replays make the same calls on the same memory, and what a graph cannot hold is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o_rt import ops, trace
+from blip3o_rt.errors import DeviceError, ParameterError
+from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, graphs_wanted
+from tests.recorded_graph import RecordedGraphs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def graphs(device: torch.device) -> Graphs:
+    return RecordedGraphs() if device.type == "cpu" else CudaGraphs(device)
+
+
+def test_without_graphs_recorded_work_is_the_work() -> None:
+    recorder = Recorder.of(torch.device("cpu"))
+
+    def work() -> int:
+        return 3
+
+    assert not recorder.captures
+    assert recorder.record("work", work) is work
+
+
+def test_a_replay_runs_no_python_and_sees_what_its_memory_holds(graphs: Graphs, device: torch.device) -> None:
+    x, weight = torch.ones(3, 8, device=device), torch.ones(8, device=device)
+    total = torch.zeros(3, 8, device=device)
+    runs = 0
+
+    def work() -> Tensor:
+        nonlocal runs
+        runs += 1
+        normed = ops.rms_norm(x, weight, 0.0)  # native where it can be
+        doubled = torch.cat([normed, normed]).view(2, 3, 8).sum(0)  # views and new memory
+        total.add_(doubled)
+        return doubled + torch.arange(8, device=device)
+
+    replay = Recorder(graphs).record("work", work)
+    runs = 0
+    total.zero_()
+    expected = torch.zeros_like(total)
+    for seed in range(3):
+        x.copy_(torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)))
+        doubled = 2 * ops.rms_norm(x, weight, 0.0)
+        expected += doubled
+        assert torch.equal(replay(), doubled + torch.arange(8, device=device))
+    assert torch.equal(total, expected)
+    assert runs == 0
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: int(x[0]),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x.to("cpu"),
+        lambda x: x.tolist(),
+        lambda x: x.numpy(),
+        lambda x: x + torch.tensor([1.0, 2.0, 3.0]).to(x),
+        lambda x: torch.equal(x, x),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused_in_one_line(
+    work: Callable[[Tensor], Any],
+) -> None:
+    x = torch.ones(3)
+    with pytest.raises(DeviceError, match=r"^the work could not be captured .* BLIP3O_GRAPHS=off") as error:
+        Recorder(RecordedGraphs()).record("the work", lambda: work(x))
+    assert "\n" not in str(error.value)
+
+
+def test_the_results_of_a_replay_last_until_the_next_of_any_graph() -> None:
+    recorder = Recorder(RecordedGraphs())
+    first = recorder.record("first", lambda: torch.zeros(3) + 1)
+    second = recorder.record("second", lambda: torch.zeros(2) + 2)
+    one = first()
+    assert one.tolist() == [1, 1, 1]
+    two = second()
+    assert two.tolist() == [2, 2]
+    assert one.isnan().all()
+
+
+def test_memory_that_a_graph_uses_and_nobody_keeps_is_missed() -> None:
+    held = [torch.ones(3)]
+    replay = Recorder(RecordedGraphs()).record("work", lambda: held[0] + 1)
+    assert replay().tolist() == [2, 2, 2]
+    held[0] = torch.zeros(3)
+    with pytest.raises(AssertionError, match=r"memory of \[3\] torch.float32 that a graph uses is gone"):
+        replay()
+
+
+def test_the_ops_of_a_replay_are_reported_as_used_and_those_of_a_capture_are_not() -> None:
+    ops.reset_used()
+    x = torch.ones(2, 8)
+    ops.silu_mul(x)
+    replay = Recorder(RecordedGraphs()).record("work", lambda: ops.rms_norm(x, x[0], 0.0))
+    assert list(ops.used()) == ["silu_mul"]
+    replay()
+    assert list(ops.used()) == ["rms_norm", "silu_mul"]
+    ops.reset_used()
+    replay()
+    assert list(ops.used()) == ["rms_norm"]
+
+
+def test_a_forced_implementation_is_what_is_captured() -> None:
+    x = torch.ones(2, 8)
+    with ops.force("rms_norm", "torch"):
+        replay = Recorder(RecordedGraphs()).record("work", lambda: ops.rms_norm(x, x[0], 0.0))
+    ops.reset_used()
+    x.copy_(torch.arange(16.0).view(2, 8))
+    assert torch.equal(replay(), ops.rms_norm.reference(x, x[0], 0.0))
+    assert ops.used() == {"rms_norm": ("torch",)}
+
+
+def test_a_replay_is_one_range_of_a_trace() -> None:
+    seen: list[str] = []
+
+    def make_range(name: str) -> AbstractContextManager[None]:
+        seen.append(name)
+        return nullcontext()
+
+    x = torch.ones(2, 8)
+    replay = Recorder(RecordedGraphs()).record("step", lambda: ops.rms_norm(x, x[0], 0.0))
+    with trace.ranges(make_range):
+        replay()
+    assert seen == ["step [graph]"]
+
+
+def test_the_environment_turns_graphs_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert graphs_wanted()
+    monkeypatch.setenv("BLIP3O_GRAPHS", "off")
+    assert not graphs_wanted()
+    monkeypatch.setenv("BLIP3O_GRAPHS", "maybe")
+    with pytest.raises(ParameterError, match="BLIP3O_GRAPHS is 'maybe': accepted are on and off"):
+        graphs_wanted()
