@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,9 +67,15 @@ class WeightedNull:
 class Condition:
     """All that cross-attention needs of one picture, for every layer and step.
 
-    keys and values [layers, H, M, d] of the conditional half (keys normed), and the null half.
+    keys and values [layers, H, M, d] of the conditional half (keys normed), and the null half; None is none,
+    for predictions without guidance.
     """
 
     keys: Tensor
     values: Tensor
-    null: ConstantNull | WeightedNull
+    null: ConstantNull | WeightedNull | None
+
+    @property
+    def unguided(self) -> Condition:
+        """The conditional half alone."""
+        return replace(self, null=None)

@@ -36,15 +36,26 @@ class StepModulation:
 
 @dataclass(frozen=True)
 class ScheduleTables:
-    """A schedule and its modulation vectors, fp32: blocks [steps, layers, 6, D], final [steps, 2, D]."""
+    """A schedule and what the modulation of each of its steps is the sum of, fp32.
+
+    Of every step blocks [steps, 6, D] and final [steps, D]; of the model, the same at all of them,
+    block_tables [layers, 6, D] and final_table [2, D].
+    """
 
     schedule: Schedule
     blocks: Tensor
     final: Tensor
+    block_tables: Tensor
+    final_table: Tensor
 
     def step(self, index: int) -> StepModulation:
-        """The modulation of one step, as views."""
-        return StepModulation(self.blocks[index], self.final[index])
+        """The modulation of one step."""
+        return StepModulation(self.blocks[index] + self.block_tables, self.final[index] + self.final_table)
+
+    def at(self, index: Tensor) -> StepModulation:
+        """The modulation of the step that index, int64 [1] on the device of the tables, says at run time."""
+        blocks = self.blocks.index_select(0, index) + self.block_tables
+        return StepModulation(blocks, self.final.index_select(0, index) + self.final_table)
 
 
 class DiT:
@@ -62,22 +73,26 @@ class DiT:
         self.device = weights["proj_out.weight"].device
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
+        self.block_tables = torch.stack([block.table for block in self.blocks]).to(self.wide)
+        self.final_table = weights["scale_shift_table"].to(self.wide)
         self.patch_weight, self.patch_bias = self._wide_linear("patch_embed.proj")
         self.out_weight, self.out_bias = self._wide_linear("proj_out")
 
     @trace.spanned("dit.tables")
     def prepare_schedule(self, schedule: Schedule) -> ScheduleTables:
-        """Time embedding and modulation vectors of every step, block and the final norm."""
+        """Time embedding and modulation of every step."""
         timesteps = schedule.timesteps.to(self.device) * self.config.timestep_scale
         features = timestep_features(timesteps).to(self.wide)
         hidden = F.silu(F.linear(features, *self._wide_linear("time_embed.emb.timestep_embedder.linear_1")))
         embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
         modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
-        tables = torch.stack([block.table for block in self.blocks]).to(self.wide)  # [layers, 6, D]
-        blocks = modulation.view(schedule.steps, 1, 6, -1) + tables
-        final = embedding.unsqueeze(1) + self.weights["scale_shift_table"].to(self.wide)
-        on_device = Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device))
-        return ScheduleTables(on_device, blocks, final)
+        return ScheduleTables(
+            Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device)),
+            modulation.view(schedule.steps, 6, -1),
+            embedding,
+            self.block_tables,
+            self.final_table,
+        )
 
     @trace.spanned("dit.condition")
     def condition(self, tokens: ConditionTokens) -> Condition:
@@ -99,23 +114,26 @@ class DiT:
     def predict(self, latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
         """Noise predictions fp32 [2, out_channels, H, W], null half first, for latent [1, in_channels, H, W].
 
-        Both halves see the same latent, so they part only at the first cross-attention. H and W are any
-        multiples of the patch size. Raises ParameterError for other latents.
+        Both halves see the same latent, so they part only at the first cross-attention; of a condition
+        without a null half the prediction has none, [1, out_channels, H, W]. H and W are any multiples of the
+        patch size. Raises ParameterError for other latents.
         """
         self._check(latent)
         patch = self.config.patch_size
         height, width = latent.shape[2] // patch, latent.shape[3] // patch
+        halves = 1 if condition.null is None else 2
         patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(1, height * width, -1)
-        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D], later [2, N, D]
+        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D], later [halves, N, D]
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation.blocks[layer], condition, layer, height, width)
         shift, scale = modulation.final
         normed = ops.layer_norm_modulate(
             x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
         )
-        patches = F.linear(normed, self.out_weight, self.out_bias).view(2, height, width, patch, patch, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(2, -1, height * patch, width * patch)
+        patches = F.linear(normed, self.out_weight, self.out_bias)
+        patches = patches.view(halves, height, width, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(halves, -1, height * patch, width * patch)
 
     def _wide_linear(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"].to(self.wide), self.weights[f"{name}.bias"].to(self.wide)
@@ -178,11 +196,14 @@ class _Block:
     def __call__(
         self, x: Tensor, modulation: Tensor, condition: Condition, layer: int, height: int, width: int
     ) -> Tensor:
-        """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D]."""
+        """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D].
+
+        Without a null half [1, N, D] -> [1, N, D].
+        """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         normed = ops.layer_norm_modulate(x, shift_msa, scale_msa, self.norm_eps)
         ops.gated_add(x, self.self_attention(normed), gate_msa)
-        if len(x) == 1:
+        if len(x) == 1 and condition.null is not None:
             x = x.repeat(2, 1, 1)
         self.cross_attention.add(x, condition, layer)
         normed = ops.layer_norm_modulate(x, shift_mlp, scale_mlp, self.norm_eps)
@@ -243,13 +264,15 @@ class _CrossAttention:
         return F.linear(value, self.out_weight, self.out_bias)
 
     def add(self, x: Tensor, condition: Condition, layer: int) -> None:
-        """x [2, N, D] += attention, in place: x[0] to the null half, x[1] to the condition."""
+        """x [2, N, D] += attention, in place: x[0] to the null half (where there is one), x[-1] to the
+        condition."""
         null = condition.null
-        if isinstance(null, ConstantNull):
-            query = F.linear(x[1], self.q_weight, self.q_bias)
+        if null is None or isinstance(null, ConstantNull):
+            query = F.linear(x[-1], self.q_weight, self.q_bias)
             attended = self._attend(query, condition.keys[layer], condition.values[layer])
-            x[0] += null.outputs[layer]
-            x[1] += F.linear(attended, self.out_weight, self.out_bias)
+            x[-1] += F.linear(attended, self.out_weight, self.out_bias)
+            if null is not None:
+                x[0] += null.outputs[layer]
             return
         query = F.linear(x, self.q_weight, self.q_bias)
         attended = torch.empty_like(query)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -133,4 +133,4 @@ def _single_step(tables: ScheduleTables, index: int) -> ScheduleTables:
     """The schedule of one step alone, so that the loop gives the latent after it."""
     here = slice(index, index + 1)
     schedule = Schedule(tables.schedule.sigmas[index : index + 2], tables.schedule.timesteps[here])
-    return ScheduleTables(schedule, tables.blocks[here], tables.final[here])
+    return replace(tables, schedule=schedule, blocks=tables.blocks[here], final=tables.final[here])

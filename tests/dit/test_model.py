@@ -127,11 +127,26 @@ def test_a_steps_modulation_does_not_depend_on_the_other_steps() -> None:
     config = small_config()
     dit = runtime(config, oracle(config))
     tables = dit.prepare_schedule(schedule(1000.0, 600.0, 200.0))
-    assert tables.blocks.shape == (3, config.num_layers, 6, config.width)
-    assert tables.final.shape == (3, 2, config.width)
+    second, on_device = tables.step(1), tables.at(torch.tensor([1]))
+    assert second.blocks.shape == (config.num_layers, 6, config.width)
+    assert second.final.shape == (2, config.width)
     alone = dit.prepare_schedule(schedule(600.0)).step(0)
-    torch.testing.assert_close(tables.step(1).blocks, alone.blocks)
-    torch.testing.assert_close(tables.step(1).final, alone.final)
+    torch.testing.assert_close(second.blocks, alone.blocks)
+    torch.testing.assert_close(second.final, alone.final)
+    assert torch.equal(second.blocks, on_device.blocks)
+    assert torch.equal(second.final, on_device.final)
+
+
+@pytest.mark.parametrize("counts", [(7,), (7, 3)], ids=["text", "edit"])
+def test_without_a_null_half_the_conditional_half_is_predicted_alone(counts: tuple[int, ...]) -> None:
+    """The same products of half as many rows: float32's rounding apart."""
+    config = small_config(num_layers=3)
+    dit = runtime(config, oracle(config))
+    latent, condition = random_latent(config, 5, 6), dit.condition(random_tokens(config, 9, counts))
+    modulation = dit.prepare_schedule(schedule(600.0)).step(0)
+    alone = dit.predict(latent, modulation, condition.unguided)
+    assert alone.shape == (1, config.out_channels, 5, 6)
+    assert relative_l2(alone, dit.predict(latent, modulation, condition)[1:]) < FLOAT32_BOUND
 
 
 def test_condition_tokens_of_a_text_prompt() -> None:
