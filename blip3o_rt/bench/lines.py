@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_rt.bench import peers
+from blip3o_rt.bench import peers, work
 from blip3o_rt.bench.compose import OURS
 from blip3o_rt.bench.stages import (
     ArStage,
@@ -29,6 +29,7 @@ WEIGHTS = {  # share of the time budget, relative to each other
     "dit.tables": 0.2,
     "dit.condition": 0.3,
     "dit.step": 4.0,
+    "dit.step.edit": 6.0,  # of twice as many tokens
     "vae.decode": 5.0,
     "vae.encode": 3.0,
     "image": 4.0,
@@ -197,6 +198,18 @@ def dit_lines(checkpoint: Checkpoint, choice: Choice) -> Iterator[Line]:
         yield line
 
 
+def edit_lines(checkpoint: Checkpoint, choice: Choice) -> Iterator[Line]:
+    """A step of an edit; what is computed once for it is as in a picture from words."""
+    stage = DitStage(checkpoint, edit=True)
+    shape = work.step_shape(checkpoint.config, edit=True)
+    what = f"one denoising step of an edit: {shape.tokens} tokens, {shape.condition} of the condition"
+    line = Line("dit.step.edit", what, per=1)
+    line.add(OURS, stage.step, stage.step_work(shortened=True), prepare=stage.prepare)
+    if "diffusers" in choice.peers:
+        line.add("diffusers", peers.DitPeer(stage).step, stage.step_work(shortened=False))
+    yield line
+
+
 def vae_lines(checkpoint: Checkpoint, choice: Choice) -> Iterator[Line]:
     """The autoencoder, both ways."""
     stage = VaeStage(checkpoint)
@@ -223,5 +236,6 @@ GROUPS = (
     Group(("connector",), ConnectorStage.parts, connector_lines),
     Group(("tatok.encode",), TatokStage.parts, tatok_lines),
     Group(("dit.tables", "dit.condition", "dit.step"), DitStage.parts, dit_lines),
+    Group(("dit.step.edit",), DitStage.parts, edit_lines),
     Group(("vae.decode", "vae.encode"), VaeStage.parts, vae_lines),
 )

@@ -199,13 +199,17 @@ class DitPeer:
         module = peer_modules.transformer(stage.config.dit, stage.weights)
         self.module = module if compile_mode is None else torch.compile(module, mode=compile_mode)
         self.scheduler = flow_scheduler(stage.config, stage.schedule.steps, stage.dit.device)
-        null = stage.tokens.null.expand(stage.tokens.null_counts[0], -1)
+        counts = torch.tensor(stage.tokens.null_counts, device=stage.dit.device)
+        null = stage.tokens.null.repeat_interleave(counts, dim=0, output_size=len(stage.tokens.conditional))
         self.condition = torch.stack([null, stage.tokens.conditional])
 
     def step(self, index: int = 0) -> Tensor:
         """The latent after one step from the given latent."""
         self.scheduler._step_index = index
-        return published_step(self.module, self.scheduler, self.stage.latent, self.condition, index)
+        stage = self.stage
+        return published_step(
+            self.module, self.scheduler, stage.latent, self.condition, index, stage.reference
+        )
 
 
 def flow_scheduler(config: Any, steps: int, device: torch.device) -> Any:
@@ -216,14 +220,25 @@ def flow_scheduler(config: Any, steps: int, device: torch.device) -> Any:
 
 
 def published_step(
-    transformer: Callable[..., Any], scheduler: Any, latent: Tensor, condition: Tensor, index: int
+    transformer: Any,
+    scheduler: Any,
+    latent: Tensor,
+    condition: Tensor,
+    index: int,
+    reference: Tensor | None = None,
 ) -> Tensor:
-    """Both halves through the transformer, guidance, and one Euler step; latents [B, C, h, w] float32."""
+    """Both halves through the transformer, guidance, and one Euler step; latents [B, C, h, w] float32.
+
+    reference [B, C, h, w]: the latent that an edit sees beside the noisy one.
+    """
     timestep = scheduler.timesteps[index]
-    both = torch.cat([latent, latent]).to(condition.dtype)
+    _, channels, _, width = latent.shape
+    beside = 3 if transformer.config.in_channels == channels else 1  # as columns, or as further channels
+    seen = latent if reference is None else torch.cat([latent, reference], dim=beside)
+    both = torch.cat([seen, seen]).to(condition.dtype)
     prediction = transformer(
         both, encoder_hidden_states=condition, timestep=timestep.expand(len(both))
-    ).sample
+    ).sample[:, :channels, :, :width]
     null, conditional = prediction.float().chunk(2)
     return scheduler.step(null + GUIDANCE * (conditional - null), timestep, latent).prev_sample
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from blip3o_rt.units import number_text, time_text
 
-UNITS = {"ar.prefill": "token", "ar.token": "token", "ar.second_pass": "token", "dit.step": "step"}
+UNITS = {
+    "ar.prefill": "token",
+    "ar.token": "token",
+    "ar.second_pass": "token",
+    "dit.step": "step",
+    "dit.step.edit": "step",
+}
 PICTURE = "picture"  # the unit of every other line
 UNCOUNTED = ("image.host", "dit.tables", "dit.condition")  # lines whose work per second says nothing
 

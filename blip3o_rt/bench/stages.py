@@ -16,6 +16,7 @@ from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
+from blip3o_rt.dit.denoise import model_input
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.errors import ConfigError
@@ -180,28 +181,39 @@ class ConnectorStage:
 
 
 class DitStage:
-    """The diffusion transformer: what is computed once per schedule, once per picture, and at every step."""
+    """The diffusion transformer: what is computed once per schedule, once per picture, and at every step.
+
+    edit: of an edit, whose condition has the cells of a reference latent and which sees it beside the noise,
+    each where the checkpoint was trained so.
+    """
 
     parts = ("dit",)
 
-    def __init__(self, checkpoint: Checkpoint, steps: int = STEPS) -> None:
-        self.config, self.weights = checkpoint.config, checkpoint.weights["dit"]
-        if self.config.dit.in_channels != self.config.vae.latent_channels:
+    def __init__(self, checkpoint: Checkpoint, steps: int = STEPS, *, edit: bool = False) -> None:
+        self.config, self.weights, self.edit = checkpoint.config, checkpoint.weights["dit"], edit
+        channels, side = self.config.vae.latent_channels, self.config.dit.sample_size
+        channelwise = self.config.dit.in_channels != channels
+        beside = channelwise or self.config.edit.use_und_image_vae_as_noise
+        if edit and not (beside or self.config.edit.use_und_image_vae):
+            raise ConfigError("the steps of this checkpoint's edits are those of pictures from words")
+        if channelwise and not edit:
             raise ConfigError(
-                "dit lines need a transformer that takes the latent alone, not one for edits only"
+                "a step of a picture from words needs a transformer that takes the latent alone, not one for "
+                "edits only"
             )
         self.dit = DiT(self.config.dit, self.weights)
         self.schedule = flow_schedule(self.config.scheduler, steps)
-        device, dit = self.dit.device, self.config.dit
-        count = self.config.image_tokens.tokens_per_image + 1
-        side = dit.sample_size
-        self.latent = seeded(1, dit.in_channels, side, side, device=device)
-        captions = seeded(count + 1, dit.caption_channels, device=device).to(self.dit.dtype)
-        self.tokens = ConditionTokens(captions[1:], captions[:1], (count,))
-        self.guidance = torch.tensor(GUIDANCE, device=device)
+        noise, reference = seeded(2, channels, side, side, device=self.dit.device).split(1)
+        self.reference = reference if edit and beside else None
+        self.seen, self.latent = model_input(noise, self.reference, self.config.dit.in_channels)
+        counts = work.step_shape(self.config, edit=edit).counts
+        captions = seeded(sum(counts) + len(counts), self.config.dit.caption_channels, device=self.dit.device)
+        null, conditional = captions.to(self.dit.dtype).tensor_split([len(counts)])
+        self.tokens = ConditionTokens(conditional, null, counts)
+        self.guidance = torch.tensor(GUIDANCE, device=self.dit.device)
         self._tables: ScheduleTables | None = None
         self._condition: Condition | None = None
-        self._stepped = torch.empty_like(self.latent)
+        self._stepped = torch.empty_like(noise)
 
     def tables(self) -> ScheduleTables:
         return self.dit.prepare_schedule(self.schedule)
@@ -218,7 +230,9 @@ class DitStage:
         """The latent after one step from the given latent."""
         assert self._tables is not None
         assert self._condition is not None
-        prediction = self.dit.predict(self.latent, self._tables.step(index), self._condition)
+        _, channels, _, width = self.latent.shape
+        prediction = self.dit.predict(self.seen, self._tables.step(index), self._condition)
+        prediction = prediction[:, :channels, :, :width]
         delta = self._tables.schedule.delta_sigmas[index]
         return ops.guided_euler_step(self.latent, prediction, self.guidance, delta, out=self._stepped)
 
@@ -230,7 +244,7 @@ class DitStage:
         return work.dit_condition(self.config.dit, self.dit.dtype.itemsize, tokens=count)
 
     def step_work(self, *, shortened: bool) -> Work:
-        return work.dit_step(self.config, self.dit.dtype.itemsize, shortened=shortened)
+        return work.dit_step(self.config, self.dit.dtype.itemsize, shortened=shortened, edit=self.edit)
 
 
 class VaeStage:

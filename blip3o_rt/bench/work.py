@@ -104,23 +104,56 @@ def dit_tables(config: DiTConfig, itemsize: int, *, steps: int) -> Work:
     return Work(itemsize * weights, FLOPS_PER_PRODUCT * steps * weights)
 
 
-def dit_step(config: ModelConfig, itemsize: int, *, shortened: bool) -> Work:
+@dataclass(frozen=True)
+class StepShape:
+    """What a denoising step has before it: image tokens, and tokens of the condition.
+
+    counts: how many of the null half's tokens are identical, for each distinct one.
+    """
+
+    tokens: int
+    counts: tuple[int, ...]
+
+    @property
+    def condition(self) -> int:
+        return sum(self.counts)
+
+
+def step_shape(config: ModelConfig, *, edit: bool = False) -> StepShape:
+    """Of a picture from words, or of an edit in the ways that the checkpoint looks at its reference."""
+    dit, counts = config.dit, (config.image_tokens.tokens_per_image + 1,)
+    tokens = (dit.sample_size // dit.patch_size) ** 2
+    if not edit:
+        return StepShape(tokens, counts)
+    columns = config.edit.use_und_image_vae_as_noise and dit.in_channels == config.vae.latent_channels
+    cells = (dit.sample_size**2,) if config.edit.use_und_image_vae else ()
+    return StepShape(2 * tokens if columns else tokens, (*counts, *cells))
+
+
+def dit_step(config: ModelConfig, itemsize: int, *, shortened: bool, edit: bool = False) -> Work:
     """One step with classifier-free guidance: both halves through the transformer.
 
-    shortened: time embedding, condition, and the null half's cross-attention were computed before.
+    shortened: time embedding and condition were computed before, and so was the null half's cross-attention
+    where its tokens are all the same, or it attends to each distinct one once.
     """
-    dit, condition = config.dit, config.image_tokens.tokens_per_image + 1
-    tokens = (dit.sample_size // dit.patch_size) ** 2
-    ends = tokens * dit.width * dit.patch_size**2 * (dit.in_channels + dit.out_channels)
-    block = tokens * _dit_block_products(dit)
-    cross = tokens * (2 * dit.width * dit.cross_width + 2 * condition * dit.cross_width)
+    dit, shape = config.dit, step_shape(config, edit=edit)
+    ends = shape.tokens * dit.width * dit.patch_size**2 * (dit.in_channels + dit.out_channels)
+    block = shape.tokens * _dit_block_products(dit)
+    cross = shape.tokens * _cross_attention_products(dit, shape.condition)
     if shortened:
-        products = 2 * ends + dit.num_layers * (2 * block + cross)
+        distinct = len(shape.counts)
+        null = shape.tokens * _cross_attention_products(dit, distinct) if distinct > 1 else 0
+        products = 2 * ends + dit.num_layers * (2 * block + cross + null)
         skipped: tuple[str, ...] = (ONCE_PER_SCHEDULE, *ONCE_PER_IMAGE)
         return Work(_part_bytes(config, "dit", itemsize, skipped), FLOPS_PER_PRODUCT * products)
     half = Work(0, FLOPS_PER_PRODUCT * (ends + dit.num_layers * (block + cross)))
-    half += dit_condition(dit, 0, tokens=condition) + dit_tables(dit, 0, steps=1)
+    half += dit_condition(dit, 0, tokens=shape.condition) + dit_tables(dit, 0, steps=1)
     return half * 2 + Work(_part_bytes(config, "dit", itemsize), 0)
+
+
+def _cross_attention_products(config: DiTConfig, keys: int) -> int:
+    """Products per image token of a block's cross-attention to so many keys, which were computed before."""
+    return 2 * config.width * config.cross_width + 2 * keys * config.cross_width
 
 
 def _dit_block_products(config: DiTConfig) -> int:

@@ -22,6 +22,7 @@ STAGES = (
     "dit.tables",
     "dit.condition",
     "dit.step",
+    "dit.step.edit",
     "vae.decode",
     "image",
     "image.host",

@@ -5,6 +5,8 @@ Bound: 1e-5 relative L2, as for the pipeline against the published one; a wrong 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,10 @@ from torch import Tensor
 from blip3o_rt.bench import lines, peers, stages
 from blip3o_rt.bench.lines import Choice, Line
 from blip3o_rt.checkpoint.load import Checkpoint
-from blip3o_rt.errors import ParameterError
+from blip3o_rt.checkpoint.random_checkpoint import preset
+from blip3o_rt.config import EditConfig
+from blip3o_rt.dit.layout import layout
+from blip3o_rt.errors import ConfigError, ParameterError
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.reference.measure import relative_l2
 
@@ -77,13 +82,52 @@ def test_connector(checkpoint: Checkpoint) -> None:
     assert close(ours.null.expand_as(null), null)
 
 
+@pytest.mark.parametrize("edit", [False, True])
 @pytest.mark.parametrize("index", [0, 7, 29])
-def test_dit_step(checkpoint: Checkpoint, index: int) -> None:
-    stage = stages.DitStage(checkpoint)
+def test_dit_step(checkpoint: Checkpoint, index: int, edit: bool) -> None:
+    stage = stages.DitStage(checkpoint, edit=edit)
     stage.prepare()
     ours = stage.step(index)
     assert close(ours, peers.DitPeer(stage).step(index))
     assert not close(ours, stage.latent)
+
+
+def of_geometry(checkpoint: Checkpoint, edit: EditConfig, channelwise: bool = False) -> Checkpoint:
+    """The transformer of another way of looking at a reference, with weights of its own."""
+    config = preset("tiny", edit, channelwise_noise=channelwise)
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        spec.name: torch.randn(spec.shape, generator=generator) / max(1, spec.shape[-1]) ** 0.5
+        for spec in layout(config.dit)
+    }
+    return replace(checkpoint, config=config, weights={"dit": weights})
+
+
+@pytest.mark.parametrize(
+    ("edit", "channelwise", "tokens", "condition"),
+    [
+        (EditConfig(use_und_image_vae=True), False, 64, 129),
+        (EditConfig(use_und_image_vae_as_noise=True), False, 128, 65),
+        (EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True), False, 128, 129),
+        (EditConfig(use_und_image_vae=True), True, 64, 129),
+    ],
+)
+def test_a_step_of_every_kind_of_edit(
+    checkpoint: Checkpoint, edit: EditConfig, channelwise: bool, tokens: int, condition: int
+) -> None:
+    stage = stages.DitStage(of_geometry(checkpoint, edit, channelwise), edit=True)
+    stage.prepare()
+    assert close(stage.step(), peers.DitPeer(stage).step())
+    assert stage.seen.numel() == tokens * stage.config.dit.in_channels
+    assert len(stage.tokens.conditional) == condition
+    assert sum(stage.tokens.null_counts) == condition
+
+
+def test_transformers_that_have_no_such_step_say_so(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="those of pictures from words"):
+        stages.DitStage(of_geometry(checkpoint, EditConfig()), edit=True)
+    with pytest.raises(ConfigError, match="one for edits only"):
+        stages.DitStage(of_geometry(checkpoint, EditConfig(), channelwise=True))
 
 
 def test_autoencoder(checkpoint: Checkpoint) -> None:
@@ -169,6 +213,7 @@ def test_every_line_has_its_peers(checkpoint: Checkpoint) -> None:
         ("dit.tables", 1): ["ours"],
         ("dit.condition", 1): ["ours"],
         ("dit.step", 1): ["ours", "diffusers"],
+        ("dit.step.edit", 1): ["ours", "diffusers"],
         ("vae.decode", 1): ["ours", "diffusers"],
         ("vae.encode", 1): ["ours", "diffusers"],
     }
@@ -189,6 +234,7 @@ def test_every_entry_says_what_it_must_do(checkpoint: Checkpoint) -> None:
 
 def test_names_of_stages() -> None:
     assert lines.select(["ar"]) == {"ar.prefill", "ar.token", "ar.second_pass"}
+    assert lines.select(["dit"]) == {"dit.tables", "dit.condition", "dit.step", "dit.step.edit"}
     assert lines.select(["dit.step", "image"]) == {"dit.step", "image", "image.host"}
     assert lines.select([]) == frozenset()
     assert lines.select(["all"]) == frozenset(lines.NAMES)

@@ -18,6 +18,7 @@ from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import ModelConfig
+from blip3o_rt.validate.checkpoint import EDITING
 
 BF16 = 2
 PUBLISHED = preset("published")
@@ -54,6 +55,27 @@ def test_published_dit_step() -> None:
     assert 30 * shortened.flops == pytest.approx(159e12, rel=2e-3)
     assert full.bytes == pytest.approx(3.21e9, rel=1e-2)
     assert shortened.bytes < full.bytes
+
+
+def test_published_editing_step() -> None:
+    """2048 tokens see 730 + 1024 of the condition; the null half's two distinct ones cost it next to nothing.
+
+    Twice dit.step's tokens, and for each of them 1024 keys more: 2 x 20 x 2048 x 2 x 1024 x 2240 products
+    of both halves.
+    """
+    edits = preset("published", EDITING)
+    shape = work.step_shape(edits, edit=True)
+    assert (shape.tokens, shape.counts, shape.condition) == (2048, (730, 1024), 1754)
+    full, short = (work.dit_step(edits, BF16, shortened=s, edit=True) for s in (False, True))
+    plain = [work.dit_step(edits, BF16, shortened=s) for s in (False, True)]
+    keys = 2 * 20 * 2048 * 2 * 1024 * 2240  # operations of a half: two products per multiply-add
+    condition = work.dit_condition(edits.dit, BF16, tokens=730).flops
+    tables = 2 * work.dit_tables(edits.dit, BF16, steps=1).flops
+    steps = [2 * (plain[0].flops - 2 * condition - tables), 2 * plain[1].flops]
+    assert full.flops == steps[0] + 2 * keys + 2 * condition * 1754 // 730 + tables
+    null = 20 * 2048 * 2 * (2 * 2240 * 2240 + 2 * 2 * 2240)
+    assert short.flops == steps[1] + keys + null
+    assert (full.bytes, short.bytes) == (plain[0].bytes, plain[1].bytes)
 
 
 def test_published_autoencoder() -> None:
@@ -100,6 +122,8 @@ def test_counts_are_those_of_the_peers(checkpoint: Checkpoint) -> None:
     )  # the rotary angles are products too
     dit = stages.DitStage(checkpoint)
     assert counted(peers.DitPeer(dit).step) == pytest.approx(dit.step_work(shortened=False).flops, rel=0.02)
+    edit = stages.DitStage(checkpoint, edit=True)
+    assert counted(peers.DitPeer(edit).step) == pytest.approx(edit.step_work(shortened=False).flops, rel=0.02)
     vae = stages.VaeStage(checkpoint)
     peer = peers.VaePeer(vae)
     assert counted(peer.decode) == pytest.approx(vae.decode_work(shortened=False).flops, rel=0.02)
@@ -113,6 +137,9 @@ def test_counts_of_ours_are_what_ours_computes(checkpoint: Checkpoint) -> None:
     dit.prepare()
     # The first self-attention is computed once for both halves, which the count leaves out.
     assert counted(dit.step) == pytest.approx(dit.step_work(shortened=True).flops, rel=0.25)
+    edit = stages.DitStage(checkpoint, edit=True)
+    edit.prepare()
+    assert counted(edit.step) == pytest.approx(edit.step_work(shortened=True).flops, rel=0.25)
     assert counted(dit.condition) == pytest.approx(dit.condition_work().flops, rel=0.02)
     assert counted(dit.tables) == dit.tables_work().flops
     vae = stages.VaeStage(checkpoint)
