@@ -95,21 +95,27 @@ class DiT:
         )
 
     @trace.spanned("dit.condition")
-    def condition(self, tokens: ConditionTokens) -> Condition:
+    def condition(self, tokens: ConditionTokens, *, out: Condition | None = None) -> Condition:
         """Caption projection and norm, and the cross-attention keys and values of all layers.
 
-        Raises ParameterError where the null tokens and their counts do not agree.
+        `out` is an earlier result for as many tokens and the same counts, to be overwritten. Raises
+        ParameterError where the null tokens and their counts do not agree.
         """
         counts = tokens.null_counts
         if len(counts) != len(tokens.null) or min(counts, default=0) < 1:
             raise ParameterError(
                 f"each of {len(tokens.null)} distinct null tokens needs a count of at least 1, got {counts}"
             )
-        keys, values = self._keys_values(tokens.conditional)
-        if len(counts) == 1:
-            return Condition(keys, values, self._constant_null(tokens.null))
-        log_multiplicity = torch.tensor(counts, dtype=self.wide, device=self.device).log()
-        return Condition(keys, values, WeightedNull(*self._keys_values(tokens.null), log_multiplicity))
+        if out is None:
+            out = self._empty_condition(len(tokens.conditional), counts)
+        self._keys_values(tokens.conditional, out.keys, out.values)
+        if isinstance(out.null, ConstantNull):
+            captions = self._captions(tokens.null)
+            for block, output in zip(self.blocks, out.null.outputs, strict=True):
+                output.copy_(block.cross_attention.constant(captions)[0])
+        elif out.null is not None:
+            self._keys_values(tokens.null, out.null.keys, out.null.values)
+        return out
 
     def predict(self, latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
         """Noise predictions fp32 [2, out_channels, H, W], null half first, for latent [1, in_channels, H, W].
@@ -124,7 +130,7 @@ class DiT:
         halves = 1 if condition.null is None else 2
         patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(1, height * width, -1)
-        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D], later [halves, N, D]
+        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D]
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation.blocks[layer], condition, layer, height, width)
         shift, scale = modulation.final
@@ -146,20 +152,26 @@ class DiT:
         hidden = self._linear("caption_projection.linear_2", F.gelu(hidden, approximate="tanh"))
         return ops.rms_norm(hidden, self.weights["caption_norm.weight"], CAPTION_NORM_EPS)
 
-    def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        captions = self._captions(tokens)
+    def _empty_condition(self, tokens: int, null_counts: tuple[int, ...]) -> Condition:
         config = self.config
-        shape = (config.num_layers, config.num_cross_heads, len(tokens), config.cross_head_dim)
-        keys, values = captions.new_empty(shape), captions.new_empty(shape)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(config.num_layers, *shape, dtype=self.dtype, device=self.device)
+
+        def heads(tokens: int) -> tuple[Tensor, Tensor]:
+            shape = (config.num_cross_heads, tokens, config.cross_head_dim)
+            return empty(*shape), empty(*shape)
+
+        if len(null_counts) == 1:
+            return Condition(*heads(tokens), ConstantNull(empty(config.width)))
+        log_multiplicity = torch.tensor(null_counts, dtype=self.wide, device=self.device).log()
+        return Condition(*heads(tokens), WeightedNull(*heads(len(null_counts)), log_multiplicity))
+
+    def _keys_values(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:
+        captions = self._captions(tokens)
         for layer, block in enumerate(self.blocks):
             key, value = block.cross_attention.keys_values(captions)
             keys[layer], values[layer] = key, value
-        return keys, values
-
-    def _constant_null(self, token: Tensor) -> ConstantNull:
-        captions = self._captions(token)
-        outputs = [block.cross_attention.constant(captions) for block in self.blocks]
-        return ConstantNull(torch.cat(outputs))
 
     def _check(self, latent: Tensor) -> None:
         channels, patch = self.config.in_channels, self.config.patch_size

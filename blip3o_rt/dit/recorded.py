@@ -1,0 +1,115 @@
+"""The diffusion stage of pictures of one geometry, recorded over buffers that stay where they are.
+
+A picture's condition is one recording and each kind of step another; a step finds its number on the device,
+so one recording serves every step of every schedule, and pictures that are at different steps can take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.dit.conditioning import Condition, ConditionTokens
+from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step, model_input
+from blip3o_rt.graphs import Recorder
+from blip3o_rt.params import MAX_STEPS
+
+Shape = tuple[int, ...]
+Tokens = Callable[[Tensor, Tensor | None], ConditionTokens]  # of hidden states and reference latents
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes that decide what a picture's diffusion stage runs.
+
+    noise [1, C, h, w], hidden_states [T, hidden]; beside, of the reference latent [1, C, h, w'] laid beside
+    the noise; seen, of the reference latents [n, C, h, w] that cross-attention sees.
+    """
+
+    noise: Shape
+    hidden_states: Shape
+    beside: Shape | None = None
+    seen: Shape | None = None
+
+    @classmethod
+    def of(cls, noise: Tensor, hidden_states: Tensor, beside: Tensor | None, seen: Tensor | None) -> Geometry:
+        """The geometry of a picture's inputs."""
+        given = (None if tensor is None else tuple(tensor.shape) for tensor in (beside, seen))
+        return cls(tuple(noise.shape), tuple(hidden_states.shape), *given)
+
+    def __str__(self) -> str:
+        height, width = self.noise[2:]
+        parts = [f"a latent of {height} x {width}", f"{self.hidden_states[0]} hidden states"]
+        if self.beside is not None:
+            parts.append(f"a reference of {self.beside[2]} x {self.beside[3]} beside the noise")
+        if self.seen is not None:
+            parts.append(f"{self.seen[0]} references of {self.seen[2]} x {self.seen[3]} in the condition")
+        return ", ".join(parts)
+
+
+class RecordedPicture:
+    """Buffers of one picture of a geometry, and its condition and steps recorded over them.
+
+    `tokens` makes the condition's tokens of its hidden states, of hidden_dtype, and the reference latents
+    that cross-attention sees. `kinds` are the steps to record. Everything is allocated here.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        geometry: Geometry,
+        tokens: Tokens,
+        hidden_dtype: torch.dtype,
+        recorder: Recorder,
+        kinds: Sequence[StepKind] = (guided_step,),
+    ) -> None:
+        def zeros(shape: Shape) -> Tensor:
+            return torch.zeros(shape, dtype=dit.wide, device=dit.device)
+
+        beside = None if geometry.beside is None else zeros(geometry.beside)
+        self._hidden_states = zeros(geometry.hidden_states).to(hidden_dtype)
+        self._seen = None if geometry.seen is None else zeros(geometry.seen)
+        condition = dit.condition(tokens(self._hidden_states, self._seen))
+        self._state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
+        self._condition: Callable[[], Condition] = recorder.record(
+            f"dit.condition of {geometry}",
+            lambda: dit.condition(tokens(self._hidden_states, self._seen), out=condition),
+        )
+        works = {
+            kind: recorder.record(f"dit {kind.__name__} of {geometry}", partial(kind, dit, self._state))
+            for kind in kinds
+        }
+        self._steps = Steps(dit, self._state, works)
+
+    def condition(self, hidden_states: Tensor, seen: Tensor | None = None) -> Condition:
+        """The condition of a picture's hidden states and reference latents, in the buffers of its steps."""
+        self._hidden_states.copy_(hidden_states)
+        if self._seen is not None and seen is not None:
+            self._seen.copy_(seen)
+        self._condition()
+        return self._state.condition
+
+    def begin(
+        self, noise: Tensor, tables: ScheduleTables, guidance_scale: float, beside: Tensor | None = None
+    ) -> Steps:
+        """The steps of the picture whose condition was computed last, from its noise on."""
+        state, steps = self._state, tables.schedule.steps
+        whole, _ = model_input(noise.to(state.whole), beside, state.whole.shape[1])
+        state.whole.copy_(whole)
+        state.index.zero_()
+        state.guidance_scale.fill_(guidance_scale)
+        state.tables.blocks[:steps].copy_(tables.blocks)
+        state.tables.final[:steps].copy_(tables.final)
+        state.tables.schedule.sigmas[: steps + 1].copy_(tables.schedule.sigmas)
+        return self._steps
+
+
+def _longest(dit: DiT) -> ScheduleTables:
+    """Tables with room for any schedule."""
+    return dit.prepare_schedule(Schedule(torch.zeros(MAX_STEPS + 1), torch.zeros(MAX_STEPS)))
