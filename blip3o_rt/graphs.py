@@ -91,10 +91,15 @@ class Recorded(Generic[R]):
 
 
 class Recorder:
-    """Records work for one device, as graphs of one memory pool; without graphs the work stays as it is."""
+    """Records work for one device, as graphs of one memory pool; without graphs the work stays as it is.
+
+    `not_recorded` names the work that ran without a graph although there are graphs, for a report: whoever
+    finds no recording of the shapes at hand adds to it, and whoever begins a report clears it.
+    """
 
     def __init__(self, graphs: Graphs | None) -> None:
         self._graphs = graphs
+        self.not_recorded: set[str] = set()
 
     @classmethod
     def of(cls, device: torch.device) -> Recorder:
@@ -120,3 +125,26 @@ def graphs_wanted() -> bool:
     if value not in ("on", "off"):
         raise ParameterError(f"{ENVIRONMENT_VARIABLE} is {value!r}: accepted are on and off")
     return value == "on"
+
+
+class RunAhead:
+    """Keeps the host from queueing more than `steps` pieces of work ahead of a GPU: whoever cancels has to
+    wait for what is queued. On other devices it does nothing.
+    """
+
+    def __init__(self, device: torch.device, steps: int) -> None:
+        self._device, self._window = device, max(1, steps // 2)
+        self._queued = 0
+        self._previous: torch.cuda.Event | None = None
+
+    def step(self) -> None:
+        """Call before each piece of work; waits while too much is queued."""
+        if self._device.type != "cuda":
+            return
+        self._queued += 1
+        if self._queued % self._window == 0:
+            mark = torch.cuda.Event()
+            mark.record(torch.cuda.current_stream(self._device))
+            if self._previous is not None:
+                self._previous.synchronize()
+            self._previous = mark

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_rt import trace
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops.nearest_code import nearest_code
+from blip3o_rt.recorded_function import RecordedFunction
 
 Weights = Mapping[str, Tensor]
 
@@ -20,11 +21,12 @@ class ImageTokenizer:
     """TA-Tok (arXiv 2506.18898) over its weights.
 
     `weights` are the runtime tensors of part "ta_tok" (tatok/layout.py), on one device and of one dtype, but
-    for the float32 codebook. Encoder layers above the selected hidden state are never run. Raises ConfigError
-    for a geometry that is not a vision tower's.
+    for the float32 codebook. Encoder layers above the selected hidden state are never run. `recorder` records
+    what `prepare` asks for; None is that of the weights' device. Raises ConfigError for a geometry that is
+    not a vision tower's.
     """
 
-    def __init__(self, config: TATokConfig, weights: Weights) -> None:
+    def __init__(self, config: TATokConfig, weights: Weights, recorder: Recorder | None = None) -> None:
         check_geometry(config)
         self.config = config
         self.codebook = weights["codebook"]
@@ -43,26 +45,37 @@ class ImageTokenizer:
         )
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device
+        recorder = recorder or Recorder.of(self.device)
+        self._encode = RecordedFunction("tatok.encode", self._encode_picture, recorder)
 
-    @trace.spanned("tatok.encode")
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Record `encode`; run it once where there are no graphs."""
+        size = self.config.image_size
+        shape = (1, self.config.image_channels, size, size)
+        self._encode.prepare(torch.empty(shape, dtype=self.dtype, device=self.device))
+
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.
 
         N is config.tokens. The features are those after Linear and Tanh; the codes are rows of the codebook,
-        chosen in float32 whatever the dtype of the tower. Raises ImageError for pixels of another shape.
+        chosen in float32 whatever the dtype of the tower. Pictures go through one at a time: the last bit of
+        a result does not depend on a batch. Raises ImageError for pixels of another shape.
         """
         size, channels = self.config.image_size, self.config.image_channels
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
             raise ImageError(f"pixels must be [B, {channels}, {size}, {size}], not {list(pixels.shape)}")
-        features = torch.cat(
-            [self._features(single) for single in pixels.to(self.device, self.dtype).split(1)]
-        )
-        projected = [F.linear(single.to(self.codebook.dtype), *self.bottleneck) for single in features]
-        return features, torch.stack([nearest_code(single, self.codebook) for single in projected])
+        encoded = [self._encode(single) for single in pixels.to(self.device, self.dtype).split(1)]
+        return torch.cat([features for features, _ in encoded]), torch.stack([codes for _, codes in encoded])
+
+    def _encode_picture(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [1, N, hidden] and codes [N] of one picture."""
+        features = self._features(pixels)
+        projected = F.linear(features[0].to(self.codebook.dtype), *self.bottleneck)
+        return features, nearest_code(projected, self.codebook)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        """[1, N, hidden] of one picture: alone, so that its last bit does not depend on a batch."""
         x = F.linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
         x += self.position_embedding
         for layer in self.layers:

@@ -8,10 +8,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from blip3o_rt import trace
 from blip3o_rt.config import VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops.rounding import arithmetic_dtype
+from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.vae.blocks import (
     Convolution,
     Downsampling,
@@ -34,19 +35,35 @@ class Autoencoder:
     """DC-AE (arXiv 2410.10733) over its weights.
 
     `weights` are the runtime tensors of part "vae" (vae/layout.py), all of one dtype and on one device;
-    activations have that dtype, norms and attention accumulate in float32. Raises ConfigError for a geometry
-    that is not a DC-AE's.
+    activations have that dtype, norms and attention accumulate in float32. Pictures go through one at a time:
+    a result does not depend, in its last bit, on what shares the batch, and the memory is that of one.
+    `recorder` records what `prepare_decode` and `prepare_encode` ask for; None is that of the weights'
+    device. Raises ConfigError for a geometry that is not a DC-AE's.
     """
 
-    def __init__(self, config: VAEConfig, weights: Weights) -> None:
+    def __init__(self, config: VAEConfig, weights: Weights, recorder: Recorder | None = None) -> None:
         check_geometry(config)
         self.config = config
         self.dtype = weights["decoder.conv_in.weight"].dtype
         self.device = weights["decoder.conv_in.weight"].device
         self._decoder = _decoder(config, weights)
         self._encoder = _encoder(config, weights)
+        recorder = recorder or Recorder.of(self.device)
+        self._decode = RecordedFunction("vae.decode", self._decode_picture, recorder)
+        self._encode = RecordedFunction("vae.encode", self._encode_picture, recorder)
 
-    @trace.spanned("vae.decode")
+    @torch.no_grad()
+    def prepare_decode(self, height: int, width: int) -> None:
+        """Record `decode` of latents of h x w; run it once where there are no graphs."""
+        latent = torch.empty(1, self.config.latent_channels, height, width, device=self.device)
+        self._decode.prepare(latent)
+
+    @torch.no_grad()
+    def prepare_encode(self, height: int, width: int) -> None:
+        """Record `encode` of pictures of H x W pixels; run it once where there are no graphs."""
+        pixels = torch.empty(1, self.config.image_channels, height, width, device=self.device)
+        self._encode.prepare(pixels)
+
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
@@ -54,11 +71,9 @@ class Autoencoder:
         The latent is as the diffusion model holds it, multiplied by the scaling factor; H and W are h and w
         times config.compression.
         """
-        x = latent.to(self.device, arithmetic_dtype(latent))
-        x = x / self.config.scaling_factor + self.config.shift_factor
-        return self._run(self._decoder, x).div_(2).add_(0.5).clamp_(0, 1)
+        latents = latent.to(self.device, arithmetic_dtype(latent))
+        return torch.cat([self._decode(single) for single in latents.split(1)])
 
-    @trace.spanned("vae.encode")
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """The latent of a picture: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
@@ -70,22 +85,23 @@ class Autoencoder:
         side = self.config.compression
         if height % side or width % side:
             raise ImageError(f"cannot encode {width} x {height} pixels: multiples of {side} are accepted")
+        pictures = pixels.to(self.device, arithmetic_dtype(pixels))
+        return torch.cat([self._encode(single) for single in pictures.split(1)])
+
+    def _decode_picture(self, latent: Tensor) -> Tensor:
+        x = latent / self.config.scaling_factor + self.config.shift_factor
+        return self._run(self._decoder, x).div_(2).add_(0.5).clamp_(0, 1)
+
+    def _encode_picture(self, pixels: Tensor) -> Tensor:
         latent = self._run(self._encoder, pixels)
         return latent.sub_(self.config.shift_factor).mul_(self.config.scaling_factor)
 
     def _run(self, blocks: list[Block], x: Tensor) -> Tensor:
-        """The blocks one after the other, [B, C, H, W] to a fresh [B, C', H', W'] in float32 (or float64).
-
-        Pictures go through one at a time: a result does not depend, in its last bit, on what shares the
-        batch, and the memory is that of one.
-        """
-        results = []
-        for single in x.to(self.device, self.dtype).split(1):
-            y = channels_last(single)
-            for block in blocks:
-                y = block(y)
-            results.append(channels_first(y).to(arithmetic_dtype(y)))
-        return torch.cat(results).contiguous()
+        """The blocks one after the other, [1, C, H, W] to a fresh [1, C', H', W'] in float32 (or float64)."""
+        y = channels_last(x.to(self.dtype))
+        for block in blocks:
+            y = block(y)
+        return channels_first(y).to(arithmetic_dtype(y)).contiguous()
 
 
 def _decoder(config: VAEConfig, weights: Weights) -> list[Block]:
