@@ -208,7 +208,7 @@ class DitPeer:
         self.scheduler._step_index = index
         stage = self.stage
         return published_step(
-            self.module, self.scheduler, stage.latent, self.condition, index, stage.reference
+            self.module, self.scheduler, stage.noise, self.condition, index, stage.reference
         )
 
 

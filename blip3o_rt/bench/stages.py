@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, Sequence
 from blip3o_rt.bench import work
+from blip3o_rt.bench.timing import nothing
 from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import model_input
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.errors import ConfigError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.prompt import PromptEncoder
@@ -203,17 +206,15 @@ class DitStage:
             )
         self.dit = DiT(self.config.dit, self.weights)
         self.schedule = flow_schedule(self.config.scheduler, steps)
-        noise, reference = seeded(2, channels, side, side, device=self.dit.device).split(1)
+        self.noise, reference = seeded(2, channels, side, side, device=self.dit.device).split(1)
         self.reference = reference if edit and beside else None
-        self.seen, self.latent = model_input(noise, self.reference, self.config.dit.in_channels)
         counts = work.step_shape(self.config, edit=edit).counts
         captions = seeded(sum(counts) + len(counts), self.config.dit.caption_channels, device=self.dit.device)
         null, conditional = captions.to(self.dit.dtype).tensor_split([len(counts)])
         self.tokens = ConditionTokens(conditional, null, counts)
-        self.guidance = torch.tensor(GUIDANCE, device=self.dit.device)
-        self._tables: ScheduleTables | None = None
-        self._condition: Condition | None = None
-        self._stepped = torch.empty_like(noise)
+        self.kind: StepKind = guided_step
+        self.state: StepState | None = None
+        self._step: Callable[[], None] = nothing
 
     def tables(self) -> ScheduleTables:
         return self.dit.prepare_schedule(self.schedule)
@@ -221,20 +222,22 @@ class DitStage:
     def condition(self) -> Condition:
         return self.dit.condition(self.tokens)
 
-    def prepare(self) -> None:
-        """What the steps take as given."""
-        self._tables = self._tables or self.tables()
-        self._condition = self._condition or self.condition()
+    def prepare(self, index: int = 0) -> None:
+        """What the step of that index takes as given, and the noise in the place of the latent."""
+        if self.state is None:
+            given = self.tables(), self.condition(), GUIDANCE, self.reference
+            self.state = StepState.begin(self.dit, self.noise, *given)
+            self._step = Recorder.of(self.dit.device).record(
+                "dit.step", partial(self.kind, self.dit, self.state)
+            )
+        self.state.latent.copy_(self.noise)
+        self.state.index.fill_(index)
 
-    def step(self, index: int = 0) -> Tensor:
-        """The latent after one step from the given latent."""
-        assert self._tables is not None
-        assert self._condition is not None
-        _, channels, _, width = self.latent.shape
-        prediction = self.dit.predict(self.seen, self._tables.step(index), self._condition)
-        prediction = prediction[:, :channels, :, :width]
-        delta = self._tables.schedule.delta_sigmas[index]
-        return ops.guided_euler_step(self.latent, prediction, self.guidance, delta, out=self._stepped)
+    def step(self) -> Tensor:
+        """The latent after the step that was prepared, in place."""
+        self._step()
+        assert self.state is not None
+        return self.state.latent
 
     def tables_work(self) -> Work:
         return work.dit_tables(self.config.dit, self.dit.dtype.itemsize, steps=self.schedule.steps)

@@ -22,10 +22,8 @@ from tests.dit.oracle import oracle, predict, relative_l2, runtime
 
 CONFIG = replace(preset("published").dit, num_layers=2)
 SCHEDULE, STEP = flow_schedule(preset("published").scheduler, 30), 11
-SIDE = (
-    16  # of what the transformer sees, a quarter of the published tokens; an edit's right half is reference
-)
-WORDS = 100  # tokens of the condition, of the published 730: an edit has SIDE^2 / 2 more
+HEIGHT, WIDTH = 9, 16  # of what the transformer sees; of an edit the right half is reference
+WORDS = 100  # tokens of the condition, of the published 730: an edit has its reference's too
 FLOAT32_BOUND, BFLOAT16_RATIO = 1e-5, 1.5
 
 
@@ -45,12 +43,12 @@ class Case:
 def case(*null_counts: int) -> Case:
     generator = torch.Generator().manual_seed(1)
     count, captions = sum(null_counts), CONFIG.caption_channels
-    latent = torch.randn(1, CONFIG.in_channels, SIDE, SIDE, generator=generator)
+    latent = torch.randn(1, CONFIG.in_channels, HEIGHT, WIDTH, generator=generator)
     conditional, null = (torch.randn(n, captions, generator=generator) for n in (count, len(null_counts)))
     return Case(latent, ConditionTokens(conditional, null, null_counts)).to(torch.bfloat16).to(torch.float32)
 
 
-CASES = {"text": (case(WORDS), ConstantNull), "edit": (case(WORDS, SIDE**2 // 2), WeightedNull)}
+CASES = {"text": (case(WORDS), ConstantNull), "edit": (case(WORDS, HEIGHT * WIDTH // 2), WeightedNull)}
 
 
 @pytest.fixture(scope="module")
