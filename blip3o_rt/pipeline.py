@@ -18,12 +18,14 @@ from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.conditioning import Condition, condition_tokens
+from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.image_input import ReferenceImage, load_reference
 from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
 from blip3o_rt.machine import exact_arithmetic, resolve_device, resolve_dtype
@@ -39,6 +41,7 @@ from blip3o_rt.params import (
 from blip3o_rt.progress import ProgressCallback, ProgressReporter
 from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.random import normal_noise
+from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
 from blip3o_rt.switches import EXACT, FAST, check_tier
@@ -69,6 +72,7 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, callback: ProgressCallback | None, progress: bool) -> None:
         ops.reset_used()
+        pipeline._recorder.not_recorded.clear()
         self._pipeline = pipeline
         self.timer = StageTimer(pipeline.device)
         self.progress = ProgressReporter(callback, progress)
@@ -82,6 +86,7 @@ class _Run:
             dtype=dtype,
             tier=pipeline.tier,
             switches=pipeline.switches,
+            not_recorded=sorted(pipeline._recorder.not_recorded),
         )
 
 
@@ -94,6 +99,7 @@ class Pipeline:
         *,
         max_batch: int = 4,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+        recorder: Recorder | None = None,
     ) -> None:
         config, weights = checkpoint.config, checkpoint.weights
         self.config: ModelConfig = config
@@ -107,24 +113,32 @@ class Pipeline:
             config.ar, config.image_tokens, weights["ar"], max_batch=max_batch, max_prompt_tokens=longest
         )
         self.device: torch.device = self._engine.decoder.device
+        self._recorder = recorder or Recorder.of(self.device)
         connectors, edit = weights["connector"], config.edit
         self._diffusion_connector = Connector(connectors, "diffusion_connector")
         self._reference_connector = (
             Connector(connectors, "und_image_vae_connector") if edit.use_und_image_vae else None
         )
         self._feature_connector = (
-            Connector(connectors, "tar_siglip_features_connector") if edit.use_tar_siglip_features else None
+            RecordedFunction(
+                "connector", Connector(connectors, "tar_siglip_features_connector"), self._recorder
+            )
+            if edit.use_tar_siglip_features
+            else None
         )
         self._dit = DiT(config.dit, weights["dit"])
-        self._vae = Autoencoder(config.vae, weights["vae"])
+        self._vae = Autoencoder(config.vae, weights["vae"], self._recorder)
         self._tokenizer = (
-            ImageTokenizer(config.ta_tok, weights["ta_tok"]) if config.ta_tok is not None else None
+            ImageTokenizer(config.ta_tok, weights["ta_tok"], self._recorder)
+            if config.ta_tok is not None
+            else None
         )
         self._schedules: dict[int, ScheduleTables] = {}
         # Whether the DiT sees the reference latent beside the noisy one, as columns or as further channels.
         self._sees_reference = (
             edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
         )
+        self._recorded: dict[Geometry, RecordedPicture] = {}
 
     @classmethod
     def load(
@@ -173,7 +187,54 @@ class Pipeline:
             ),
             switches=chosen,
         )
-        return cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
+        pipeline = cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
+        pipeline.prepare()
+        return pipeline
+
+    def prepare(self) -> None:
+        """On a GPU, record what a request runs as graphs and compile its kernels; `load` has done so.
+
+        Recorded are the shapes of a picture from words and of an edit of one reference picture. Other shapes
+        run without a graph, which a report says.
+        """
+        if self.device.type == "cpu" and not self._recorder.captures:
+            return
+        with exact_arithmetic(self.device):
+            side = self.config.image_size
+            self._vae.prepare_decode(*self._latent_shape[2:])  # the largest first: all share its memory
+            if self._looks_at_latents:
+                self._vae.prepare_encode(side, side)
+            for geometry in self._geometries():
+                self._prepare_picture(geometry)
+            if self._tokenizer is not None:
+                self._tokenizer.prepare()
+                if self._feature_connector is not None:
+                    tower = self._tokenizer.config
+                    shape = (tower.tokens, tower.hidden_size)
+                    self._feature_connector.prepare(
+                        torch.empty(shape, dtype=self._tokenizer.dtype, device=self.device)
+                    )
+
+    def _geometries(self) -> list[Geometry]:
+        """Of the pictures that are recorded, the largest first."""
+        noise = self._latent_shape
+        text = Geometry(noise, (self.config.image_tokens.tokens_per_image + 1, self.config.ar.hidden_size))
+        reference = (1, noise[1], *[self.config.image_size // self.config.vae.compression] * 2)
+        edit = dataclasses.replace(
+            text,
+            beside=reference if self._sees_reference else None,
+            seen=reference if self._reference_connector is not None else None,
+        )
+        draws_from_words = self.config.dit.in_channels == noise[1]
+        return [*([edit] if self._looks_at_latents else []), *([text] if draws_from_words else [])]
+
+    def _prepare_picture(self, geometry: Geometry) -> None:
+        hidden_dtype = self._engine.decoder.dtype
+        recorded = RecordedPicture(self._dit, geometry, self._tokens, hidden_dtype, self._recorder)
+        if self._recorder.captures:
+            self._recorded[geometry] = recorded
+        else:
+            recorded.run_once()
 
     def plan(
         self,
@@ -397,7 +458,6 @@ class Pipeline:
     def _look_at(self, images: ReferenceImage | Sequence[ReferenceImage], run: _Run) -> _Reference:
         """Encode the reference pictures of an edit in the ways the checkpoint was trained with."""
         pictures = [load_reference(image) for image in reference_list(images)]
-        edit = self.config.edit
         if self._tokenizer is None:
             raise ImageError(
                 "this checkpoint has no image tokenizer and only draws from text: leave the image out"
@@ -416,7 +476,7 @@ class Pipeline:
                 features = self._feature_connector(torch.cat([found.flatten(0, 1) for found, _ in encoded]))
                 ids = [self._prompts.image_pad_id] * len(ids)  # their embeddings are the features
             latents: tuple[Tensor, ...] = ()
-            if edit.use_und_image_vae or self._sees_reference:
+            if self._looks_at_latents:
                 latents = tuple(
                     self._vae.encode(reference_pixels(picture, self.config.image_size))
                     for picture in pictures
@@ -424,24 +484,41 @@ class Pipeline:
         return _Reference(ids, features, latents)
 
     def _denoise(self, plan: Plan, params: DiffusionParams, noise: Tensor, run: _Run) -> Tensor:
-        reference = plan.reference_latents[0] if plan.reference_latents and self._sees_reference else None
+        references = plan.reference_latents
+        beside = references[0] if references and self._sees_reference else None
+        seen = torch.cat(references) if references and self._reference_connector is not None else None
+        hidden = plan.hidden_states[0].to(self.device)
+        recorded = self._recorded_picture(Geometry.of(noise, hidden, beside, seen))
         with run.timer.stage("denoise", params.steps), run.progress.stage("denoise", params.steps) as update:
             return denoise(
                 self._dit,
                 noise,
                 self._schedule(params.steps),
-                self._condition(plan),
+                recorded.condition(hidden, seen)
+                if recorded is not None
+                else self._dit.condition(self._tokens(hidden, seen)),
                 params.guidance,
-                reference_latent=reference,
+                reference_latent=beside,
+                recorded=recorded,
                 callback=lambda done, _: update(done),
             )
 
-    def _condition(self, plan: Plan) -> Condition:
-        latents = torch.cat(plan.reference_latents) if plan.reference_latents else None
-        hidden = plan.hidden_states[0].to(self.device)
-        return self._dit.condition(
-            condition_tokens(hidden, self._diffusion_connector, latents, self._reference_connector)
+    def _recorded_picture(self, geometry: Geometry) -> RecordedPicture | None:
+        """The recordings of a geometry; None to run without, which the report says where there are graphs."""
+        recorded = self._recorded.get(geometry)
+        if recorded is None and self._recorder.captures:
+            self._recorder.not_recorded.add(f"denoising of {geometry}")
+        return recorded
+
+    def _tokens(self, hidden_states: Tensor, reference_latents: Tensor | None) -> ConditionTokens:
+        return condition_tokens(
+            hidden_states, self._diffusion_connector, reference_latents, self._reference_connector
         )
+
+    @property
+    def _looks_at_latents(self) -> bool:
+        """Whether an edit takes the latents of its reference pictures."""
+        return self._tokenizer is not None and (self._reference_connector is not None or self._sees_reference)
 
     def _schedule(self, steps: int) -> ScheduleTables:
         """The schedule's modulation tables, kept from one request to the next."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ class Report:
 
     implementations: op name -> names of the implementations its calls ran on.
     peak_memory_bytes: on a GPU the most allocated during the request; on the CPU the most the process has
-    held resident since it started.
+    held resident since it started. not_recorded: what ran without a graph on a device that has graphs.
     """
 
     stages: tuple[Stage, ...]
@@ -66,6 +66,7 @@ class Report:
     dtype: str
     tier: str
     switches: Mapping[str, str] = field(default_factory=dict)
+    not_recorded: tuple[str, ...] = ()
 
     @property
     def total_seconds(self) -> float:
@@ -101,6 +102,7 @@ class Report:
             "milliseconds_per_step": self.milliseconds_per_step,
             "peak_memory_bytes": self.peak_memory_bytes,
             "implementations": {op: list(names) for op, names in self.implementations.items()},
+            "not_recorded": list(self.not_recorded),
         }
 
     def table(self) -> str:
@@ -113,7 +115,8 @@ class Report:
         switches = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
         tier = f"tier {self.tier}" + (f" ({switches})" if switches else "")
         machine = f"{self.device}, {self.dtype}, {tier}; peak memory {memory}"
-        return "\n".join([body, machine, *self._implementation_lines()])
+        eager = [f"without a graph: {', '.join(self.not_recorded)}"] if self.not_recorded else []
+        return "\n".join([body, machine, *self._implementation_lines(), *eager])
 
     def _implementation_lines(self) -> list[str]:
         """One line per implementation, with the ops that ran on it."""
@@ -174,6 +177,7 @@ class StageTimer:
         dtype: str,
         tier: str,
         switches: Mapping[str, str] | None = None,
+        not_recorded: Sequence[str] = (),
     ) -> Report:
         """The report of everything timed so far."""
         peak = peak_memory_bytes(self._device)
@@ -185,6 +189,7 @@ class StageTimer:
             dtype=dtype,
             tier=tier,
             switches=dict(switches or {}),
+            not_recorded=tuple(not_recorded),
         )
 
 

@@ -109,6 +109,12 @@ class RecordedPicture:
         state.tables.schedule.sigmas[: steps + 1].copy_(tables.schedule.sigmas)
         return self._steps
 
+    def run_once(self) -> None:
+        """The condition and a step of each kind, which compiles their kernels where nothing is recorded."""
+        self._condition()
+        for work in self._steps.recorded.values():
+            work()
+
 
 def _longest(dit: DiT) -> ScheduleTables:
     """Tables with room for any schedule."""

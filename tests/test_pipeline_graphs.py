@@ -1,0 +1,89 @@
+"""A pipeline whose work is recorded draws the pictures of one whose work runs, and names what was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
+from blip3o_rt.config import EditConfig
+from blip3o_rt.graphs import Recorder
+from blip3o_rt.pipeline import Pipeline
+from tests.recorded_graph import RecordedGraphs
+
+STEPS = 3
+EDITS = {
+    "cross-attention": EditConfig(use_und_image_vae=True),
+    "beside the noise, features": EditConfig(use_und_image_vae_as_noise=True, use_tar_siglip_features=True),
+    "both": EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True),
+    "tokens alone": EditConfig(),
+}
+
+
+class Pair:
+    """The same random model twice: run as it is, and recorded."""
+
+    def __init__(self, folder: Path, edit: EditConfig) -> None:
+        write_random_checkpoint(folder, preset("tiny", edit), seed=1)
+        checkpoint = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"))
+        self.graphs = RecordedGraphs()
+        self.eager = Pipeline(checkpoint)
+        self.recorded = Pipeline(checkpoint, recorder=Recorder(self.graphs))
+        self.recorded.prepare()
+
+
+@pytest.fixture(scope="module", params=EDITS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return Pair(tmp_path_factory.mktemp("checkpoints") / "tiny", EDITS[request.param])
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    gradient = np.add.outer(3 * np.arange(height), 2 * np.arange(width)) % 256
+    return Image.fromarray(np.stack([gradient, 255 - gradient, gradient // 2], axis=2).astype(np.uint8))
+
+
+def same(found: list[Image.Image], expected: list[Image.Image]) -> bool:
+    return all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(found, expected, strict=True))
+
+
+def test_pictures_from_words(pair: Pair) -> None:
+    captured = pair.graphs.captured
+    for steps in (STEPS, 2):
+        found = pair.recorded.generate("a circle", n=2, seed=3, steps=steps)
+        assert same(found, pair.eager.generate("a circle", n=2, seed=3, steps=steps))
+        assert found.report.not_recorded == ()
+        assert found.report.implementations.keys() == {
+            *pair.eager.generate("a", steps=1).report.implementations
+        }
+    assert pair.graphs.captured == captured  # a request records nothing
+
+
+def test_edits(pair: Pair) -> None:
+    found = pair.recorded.edit("make it green", picture(), n=2, seed=4, steps=STEPS)
+    assert same(found, pair.eager.edit("make it green", picture(), n=2, seed=4, steps=STEPS))
+    assert found.report.not_recorded == ()
+
+
+def test_what_the_caller_keeps_is_his_own(pair: Pair) -> None:
+    plan = pair.recorded.plan("a circle", seed=5)
+    first = pair.recorded.render(plan, steps=STEPS, output="tensor")
+    kept = first.clone()
+    pair.recorded.render(plan, seed=6, steps=STEPS, output="tensor")
+    assert torch.equal(first, kept)
+
+
+def test_a_geometry_that_was_not_recorded_is_drawn_and_named(pair: Pair) -> None:
+    """Two references make a longer condition than the one recorded, where the condition sees them."""
+    if pair.recorded._sees_reference:
+        pytest.skip("this checkpoint takes one reference")
+    pictures = [picture(), picture(30, 40)]
+    found = pair.recorded.edit("make it green", pictures, seed=4, steps=STEPS)
+    assert same(found, pair.eager.edit("make it green", pictures, seed=4, steps=STEPS))
+    if pair.recorded._looks_at_latents:
+        assert "2 references" in " ".join(found.report.not_recorded)
+        assert "without a graph: denoising of" in str(found.report)
