@@ -232,6 +232,18 @@ def _dit(config: ModelConfig) -> Iterator[OpShape]:
         lambda dtype: Case("", (rows(1, dtype), rows(2, dtype), random(3, width)), written=(0,)),
     )
     yield OpShape(
+        "quantise_rows",
+        label,
+        lambda dtype: Case("", (rows(1, dtype).view(-1, width), torch.zeros(2 * tokens)), written=(1,)),
+        moved=2 * tokens * width,
+    )
+    yield OpShape(
+        "scale_product",
+        label,
+        lambda dtype: _scaled(2 * tokens, width, dtype),
+        check=lambda dtype: _scaled(min(2 * tokens, 64), width, dtype),
+    )
+    yield OpShape(
         "relu_linear_attention",
         f"dit: 2 x {tokens} tokens, {dit.num_heads} heads of {dit.head_dim}",
         lambda dtype: _linear_attention(2, tokens, dit.num_heads, dit.head_dim, dtype, norm=dit.qk_norm),

@@ -12,6 +12,7 @@ from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
 from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
+from blip3o_rt.ops.quantise_rows import quantise_rows
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_int8 import row_linear_int8
@@ -19,6 +20,7 @@ from blip3o_rt.ops.sample_tokens import sample_tokens
 from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
+from blip3o_rt.ops.scale_product import scale_product
     "add_pixel_shuffle",
     "all_ops",
     "channel_rms_norm",
@@ -37,7 +39,9 @@ __all__ = [
     "rms_norm",
     "row_linear",
     "row_linear_int8",
+    "quantise_rows",
     "sample_tokens",
     "silu_mul",
     "used",
 ]
+    "scale_product",

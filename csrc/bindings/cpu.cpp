@@ -51,6 +51,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("row_linear", &cpu::row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a, no_gil);
     module.def("row_linear_int8", &cpu::row_linear_int8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a,
                no_gil);
+    module.def("quantise_rows", &cpu::quantise_rows, "x"_a, "scale"_a, "out"_a, no_gil);
+    module.def("scale_product", &cpu::scale_product, "product"_a, "scale"_a, "row_scale"_a, "bias"_a, "out"_a,
+               no_gil);
     module.def("qk_norm_rope_append", &cpu::qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
                "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a, no_gil);
     module.def("paged_decode_attention", &cpu::paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,

@@ -20,6 +20,8 @@ struct Kernels {
     Kernel<SiluMulArguments> silu_mul;                                 // rows
     Kernel<RowLinearArguments> row_linear;                             // columns of the result
     Kernel<RowLinearInt8Arguments> row_linear_int8;                    // columns of the result
+    Kernel<QuantiseRowsArguments> quantise_rows;                       // rows
+    Kernel<ScaleProductArguments> scale_product;                       // rows
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
     Kernel<PagedDecodeAttentionArguments> paged_decode_attention;      // (sequence, KV head) pairs
     Kernel<NearestCodeArguments> nearest_code;                         // rows of features

@@ -86,6 +86,17 @@ void row_linear_int8(const TensorView& x, const TensorView& weight, const Tensor
         grain(work));
 }
 
+void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {
+    const auto arguments = check_quantise_rows(Device::cpu, x, scale, out);
+    run(kernels().quantise_rows, arguments, arguments.x.count, grain(arguments.x.width));
+}
+
+void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
+                   const OptionalView& bias, const TensorView& out) {
+    const auto arguments = check_scale_product(Device::cpu, product, scale, row_scale, bias, out);
+    run(kernels().scale_product, arguments, arguments.product.count, grain(arguments.product.width));
+}
+
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
                          const TensorView& k_cache, const TensorView& v_cache, double eps,

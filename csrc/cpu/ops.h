@@ -18,6 +18,11 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
 void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                      const OptionalView& bias, const TensorView& out);
 
+void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out);
+
+void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
+                   const OptionalView& bias, const TensorView& out);
+
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
                          const TensorView& k_cache, const TensorView& v_cache, double eps,

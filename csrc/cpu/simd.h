@@ -69,11 +69,23 @@ BLIP3O_INLINE Vec load(const int8_t* from) {
 #endif
 }
 
+BLIP3O_INLINE Vec load(const int32_t* from) {
+    VecInt value;
+    std::memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, Vec);
+}
+
 BLIP3O_INLINE void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
 BLIP3O_INLINE void store(bf16* to, Vec value) {
     const HalfVec half = narrow(value);
     std::memcpy(to, &half, sizeof half);
+}
+
+// Values that int8 holds.
+BLIP3O_INLINE void store(int8_t* to, VecInt values) {
+    const ByteVec bytes = __builtin_convertvector(values, ByteVec);
+    std::memcpy(to, &bytes, sizeof bytes);
 }
 
 // The first `count` lanes; the others load as zero and are not stored.
@@ -85,8 +97,8 @@ BLIP3O_INLINE Vec load(const T* from, int64_t count) {
     return load(padded);
 }
 
-template <class T>
-BLIP3O_INLINE void store(T* to, Vec value, int64_t count) {
+template <class T, class V>
+BLIP3O_INLINE void store(T* to, V value, int64_t count) {
     if (count == kLanes) return store(to, value);
     T padded[kLanes];
     store(padded, value);

@@ -84,6 +84,20 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear_int8: scale has shape [3]; accepted: [N = 4] (N as in weight)",
     ),
     (
+        lambda: ops.quantise_rows(torch.ones(2, 8), torch.ones(3)),
+        "quantise_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
+    ),
+    (
+        lambda: ops.scale_product(
+            torch.ones(2, 8, dtype=torch.int32), torch.ones(8), out=torch.ones(2, 8, dtype=torch.int32)
+        ),
+        "scale_product: out has dtype int32; accepted: float32 or bfloat16",
+    ),
+    (
+        lambda: ops.scale_product(torch.ones(2, 8), torch.ones(8), out=torch.ones(2, 8).bfloat16()),
+        "scale_product: out has dtype bfloat16; accepted: float32",
+    ),
+    (
         lambda: ops.nearest_code(torch.ones(2, 0), torch.ones(3, 0)),
         "nearest_code: features and codebook must be at least one wide",
     ),

@@ -89,6 +89,102 @@ inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorV
     return arguments;
 }
 
+inline QuantiseRowsArguments check_quantise_rows(Device device, const TensorView& x, const TensorView& scale,
+                                                 const TensorView& out) {
+    Contract contract("quantise_rows", device);
+    Dim rows("M"), width("K");
+    QuantiseRowsArguments arguments;
+    arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, width);
+    contract(scale, "scale").dtype({DType::f32}).shape({&rows}).contiguous();
+    arguments.out = contract(out, "out").dtype({DType::i8}).rows(rows, width);
+    arguments.scale = scale.as<float>();
+    arguments.dtype = x.dtype;
+    return arguments;
+}
+
+inline ScaleProductArguments check_scale_product(Device device, const TensorView& product,
+                                                 const TensorView& scale, const OptionalView& row_scale,
+                                                 const OptionalView& bias, const TensorView& out) {
+    Contract contract("scale_product", device);
+    Dim rows("M"), columns("N");
+    ScaleProductArguments arguments;
+    contract(product, "product").dtype({DType::i32, DType::f32, DType::bf16});
+    arguments.product = contract(product, "product").rows(rows, columns);
+    contract(scale, "scale").dtype({DType::f32}).shape({&columns}).contiguous();
+    contract(row_scale, "row_scale").dtype({DType::f32}).shape({&rows}).contiguous();
+    if (product.dtype == DType::i32) {
+        contract(out, "out").dtype({DType::f32, DType::bf16});
+    } else {
+        contract(out, "out").dtype({product.dtype});
+    }
+    arguments.out = contract(out, "out").rows(rows, columns);
+    contract(bias, "bias").dtype({out.dtype}).shape({&columns}).contiguous();
+    arguments.scale = scale.as<const float>();
+    arguments.row_scale = row_scale ? row_scale->as<const float>() : nullptr;
+    arguments.bias = data_or_null(bias);
+    arguments.product_dtype = product.dtype;
+    arguments.dtype = out.dtype;
+    return arguments;
+}
+
+// A plain product as one that could have neighbours.
+inline RowProductArguments row_product(const RowLinearArguments& a) {
+    return {a.x,         a.weight, a.out, nullptr, a.bias, nullptr, 0.0f, false, false, a.dtype, a.dtype,
+            a.out_dtype};
+}
+
+inline RowProductArguments row_product(const RowLinearInt8Arguments& a) {
+    return {a.x,         a.weight, a.out, a.scale, a.bias, nullptr, 0.0f, false, false, a.dtype, DType::i8,
+            a.out_dtype};
+}
+
+// x, and a weight of its dtype, or of 8 bits with a scale for each row.
+inline RowProductArguments check_row_product(Contract& contract, const TensorView& x,
+                                             const TensorView& weight, const OptionalView& scale, Dim& rows,
+                                             Dim& inputs, Dim& weight_rows) {
+    RowProductArguments arguments = {};
+    arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
+    arguments.weight = contract(weight, "weight").rows(weight_rows, inputs);
+    contract(weight, "weight").dtype({scale ? DType::i8 : x.dtype});
+    contract(scale, "scale").dtype({DType::f32}).shape({&weight_rows}).contiguous();
+    arguments.scale = static_cast<const float*>(data_or_null(scale));
+    arguments.dtype = arguments.out_dtype = x.dtype;
+    arguments.weight_dtype = weight.dtype;
+    return arguments;
+}
+
+inline RowProductArguments check_norm_row_linear(Device device, const TensorView& x,
+                                                 const TensorView& norm_weight, double eps,
+                                                 const TensorView& weight, const OptionalView& scale,
+                                                 bool gated, const TensorView& out) {
+    Contract contract("norm_row_linear", device);
+    Dim rows("M"), inputs("K"), weight_rows(gated ? "2 N" : "N"), outputs("N");
+    RowProductArguments arguments = check_row_product(contract, x, weight, scale, rows, inputs, weight_rows);
+    contract(norm_weight, "norm_weight").dtype({x.dtype}).shape({&inputs}).contiguous();
+    arguments.out = contract(out, "out").dtype({x.dtype}).rows(rows, outputs);
+    contract.require(weight_rows.value() == (gated ? 2 : 1) * outputs.value(),
+                     gated ? "weight must have a gate row and an up row for each column of out"
+                           : "weight must have a row for each column of out");
+    contract.require(rows.value() == 0 || inputs.value() == 0 || out.data != x.data,
+                     "out must not be the memory of x; give it memory of its own");
+    arguments.norm_weight = norm_weight.data;
+    arguments.eps = static_cast<float>(eps);
+    arguments.gated = gated;
+    return arguments;
+}
+
+inline RowProductArguments check_row_linear_add(Device device, const TensorView& x, const TensorView& weight,
+                                                const OptionalView& scale, const TensorView& residual) {
+    Contract contract("row_linear_add", device);
+    Dim rows("M"), inputs("K"), outputs("N");
+    RowProductArguments arguments = check_row_product(contract, x, weight, scale, rows, inputs, outputs);
+    arguments.out = contract(residual, "residual").dtype({x.dtype}).rows(rows, outputs);
+    contract.require(rows.value() == 0 || inputs.value() == 0 || residual.data != x.data,
+                     "residual must not be the memory of x; give it memory of its own");
+    arguments.adds = true;
+    return arguments;
+}
+
 inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
     const TensorView& rope_table, const TensorView& positions, const TensorView& slots,

@@ -51,6 +51,31 @@ struct RowLinearInt8Arguments {
     DType dtype, out_dtype;
 };
 
+struct QuantiseRowsArguments {
+    Rows x, out;
+    float* scale;  // one for each row
+    DType dtype;
+};
+
+struct ScaleProductArguments {
+    Rows product, out;
+    const float *scale, *row_scale;  // of columns and of rows; the latter may be null
+    const void* bias;                // may be null
+    DType product_dtype, dtype;
+};
+
+// A product of few rows with its neighbours folded in; what is null or false is left out.
+struct RowProductArguments {
+    Rows x, weight, out;
+    const float* scale;       // one for each row of weight
+    const void* bias;         // [weight.count]
+    const void* norm_weight;  // rows of x are normed first
+    float eps;
+    bool gated;  // rows of weight are gates and as many ups: silu(gate) * up
+    bool adds;   // into out, which has the dtype of x
+    DType dtype, weight_dtype, out_dtype;
+};
+
 // A paged cache [pages, kv_heads, page_size, head_dim], contiguous.
 struct PagedCache {
     void *k, *v;
