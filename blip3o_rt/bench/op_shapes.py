@@ -293,6 +293,14 @@ def _depthwise_glu(batch: int, side: int, hidden: int) -> Make:
         biases = [random(seed, 2 * hidden, dtype=dtype) for seed in (2, 4)]
         weight = random(3, 2 * hidden, 1, 3, 3, dtype=dtype, scale=1 / 3)
         x = random(1, batch, side, side, 2 * hidden, dtype=dtype)
+def _scaled(rows: int, columns: int, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    product = torch.randint(-(2**24), 2**24, (rows, columns), generator=generator, dtype=torch.int32)
+    scales = {"row_scale": random(2, rows).abs() / 127, "bias": random(3, columns, dtype=dtype)}
+    out = torch.zeros(rows, columns, dtype=dtype)
+    return Case("", (product, random(4, columns).abs() / 127), {**scales, "out": out}, written=("out",))
+
+
         return Case("", (x, biases[0], weight, biases[1]))
 
     return make
