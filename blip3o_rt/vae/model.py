@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -27,8 +26,7 @@ from blip3o_rt.vae.blocks import (
     channels_first,
     channels_last,
 )
-
-Block = Callable[[Tensor], Tensor]
+from blip3o_rt.vae.tiles import Block, tiled_beginning, tiled_end
 
 
 class Autoencoder:
@@ -38,16 +36,19 @@ class Autoencoder:
     activations have that dtype, norms and attention accumulate in float32. Pictures go through one at a time:
     a result does not depend, in its last bit, on what shares the batch, and the memory is that of one.
     `recorder` records what `prepare_decode` and `prepare_encode` ask for; None is that of the weights'
-    device. Raises ConfigError for a geometry that is not a DC-AE's.
+    device. `tiles` is the number along a side in which the stages without attention are computed (tiles.py).
+    Raises ConfigError for a geometry that is not a DC-AE's.
     """
 
-    def __init__(self, config: VAEConfig, weights: Weights, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, config: VAEConfig, weights: Weights, recorder: Recorder | None = None, tiles: int = 1
+    ) -> None:
         check_geometry(config)
         self.config = config
         self.dtype = weights["decoder.conv_in.weight"].dtype
         self.device = weights["decoder.conv_in.weight"].device
-        self._decoder = _decoder(config, weights)
-        self._encoder = _encoder(config, weights)
+        self._decoder = tiled_end(_decoder(config, weights), tiles)
+        self._encoder = tiled_beginning(_encoder(config, weights), tiles)
         recorder = recorder or Recorder.of(self.device)
         self._decode = RecordedFunction("vae.decode", self._decode_picture, recorder)
         self._encode = RecordedFunction("vae.encode", self._encode_picture, recorder)
