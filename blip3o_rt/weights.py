@@ -43,7 +43,7 @@ class TensorSpec:
         """Combine source tensors (already of the sources' shapes) into the runtime tensor."""
         combined = self.combine(tensors)
         if self.rows is not None:
-            combined = self.rows(combined.to(dtype))
+            combined = self.rows(combined.to(dtype).flatten(1))
         return combined.reshape(self.shape).to(self.dtype or dtype).contiguous()
 
 

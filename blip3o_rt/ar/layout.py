@@ -5,18 +5,17 @@ Original names are those under `model.` (`lm_head.weight` stands outside it in a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from blip3o_rt import quantisation
 from blip3o_rt.config import ARConfig
-from blip3o_rt.quantisation import row_scales, row_values
+from blip3o_rt.quantisation import in_8_bits, quantised_specs
 from blip3o_rt.weights import TensorSpec, direct, packed
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-SCALE = "_scale"  # appended to the name of a matrix
 QUANTISED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
 
 
@@ -31,42 +30,15 @@ def layout(config: ARConfig, *, int8: bool = False) -> list[TensorSpec]:
         return specs
     if config.tie_word_embeddings:
         specs.append(replace(specs[0], name=HEAD))
-    return [made for spec in specs for made in _int8(spec)]
+    return list(quantised_specs(specs, QUANTISED))
 
 
 def quantised(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`.
-
-    No matrix is held longer than it takes, so that one read on the way makes room for the next.
-    """
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        found.update(_in_8_bits(name, tensor) if name.endswith(QUANTISED) else {name: tensor})
+    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`."""
+    found = quantisation.quantised(tensors, QUANTISED)
     if HEAD not in found:  # tied
-        found.update(_in_8_bits(HEAD, found[EMBEDDING]))
+        found.update(in_8_bits(HEAD, found[EMBEDDING]))
     return found
-
-
-def _in_8_bits(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    return {name: row_values(matrix), name + SCALE: row_scales(matrix)}
-
-
-def dequantised(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The runtime tensors with int8 matrices as the numbers they stand for, in the embeddings' dtype."""
-    dtype = weights[EMBEDDING].dtype
-    return {
-        name: (tensor * weights[name + SCALE][:, None]).to(dtype) if name + SCALE in weights else tensor
-        for name, tensor in weights.items()
-        if not name.endswith(SCALE)
-    }
-
-
-def _int8(spec: TensorSpec) -> Iterator[TensorSpec]:
-    if not spec.name.endswith(QUANTISED):
-        yield spec
-        return
-    yield replace(spec, rows=row_values, dtype=torch.int8)
-    yield replace(spec, name=spec.name + SCALE, shape=spec.shape[:1], rows=row_scales, dtype=torch.float32)
 
 
 def _layout(config: ARConfig) -> list[TensorSpec]:

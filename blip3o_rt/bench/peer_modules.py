@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip3o_rt.ar.layout import dequantised
 from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.checkpoint.random_checkpoint import transformer_config, vae_config
 from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, SchedulerConfig, TATokConfig, VAEConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.connector.model import NORM_EPS
 from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.quantisation import dequantised
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec, concatenate_rows
@@ -96,12 +96,12 @@ def language_model(config: ARConfig, weights: Weights) -> Any:
 
 
 def transformer(config: DiTConfig, weights: Weights) -> Any:
-    """diffusers' SanaTransformer2DModel."""
+    """diffusers' SanaTransformer2DModel, with the floating-point weights that quantised ones stand for."""
     from diffusers import SanaTransformer2DModel
 
     with torch.device("meta"):
         model = SanaTransformer2DModel.from_config(transformer_config(config))
-    return _loaded(model, original_tensors(dit_layout(config), weights))
+    return _loaded(model, original_tensors(dit_layout(config), dequantised(weights)))
 
 
 def autoencoder(config: VAEConfig, weights: Weights) -> Any:

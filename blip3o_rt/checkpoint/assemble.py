@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 
@@ -123,7 +124,7 @@ def _whole(source: PartSource, original: Source) -> Tensor:
 
 def _row_blocks(source: PartSource, original: Source) -> Iterator[Tensor]:
     """A matrix's rows in order, as many whole ones at a time as are read."""
-    width = original.shape[-1]
+    width = math.prod(original.shape[1:])  # a 1x1 convolution is a matrix
     rest: Tensor | None = None
     for piece in _finite_chunks(source, original):
         joined = piece if rest is None else torch.cat([rest, piece])

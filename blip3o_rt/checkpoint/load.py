@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip3o_rt.ar.layout import quantised
+from blip3o_rt.ar.layout import quantised as quantised_ar
 from blip3o_rt.checkpoint.assemble import assemble, check_tensors
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.manifest import (
@@ -26,11 +26,27 @@ from blip3o_rt.checkpoint.manifest import (
 from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
+from blip3o_rt.dit.layout import quantised as quantised_dit
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.switches import AR_WEIGHTS, NO_SWITCHES, check_device, check_switches, weight_switches
+from blip3o_rt.switches import (
+    AR_WEIGHTS,
+    DIT_WEIGHTS,
+    INT8,
+    NO_SWITCHES,
+    check_device,
+    check_switches,
+    weight_switches,
+)
 from blip3o_rt.weights import TensorSpec
 
 Admission = Callable[[ModelConfig, torch.dtype], None]
+Quantiser = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
+
+# What makes the tensors of a part for a setting of a switch from those without it.
+QUANTISERS: dict[tuple[str, str], tuple[str, Quantiser]] = {
+    (AR_WEIGHTS, INT8): ("ar", quantised_ar),
+    (DIT_WEIGHTS, INT8): ("dit", quantised_dit),
+}
 
 
 @dataclass(frozen=True)
@@ -136,12 +152,16 @@ def _load_converted(
     if admit is not None:
         admit(manifest.config, dtype)
     _warn(manifest.warnings)
-    quantise = AR_WEIGHTS in switches and AR_WEIGHTS not in manifest.switches
+    quantisers = dict(
+        QUANTISERS[name, text]
+        for name, text in weight_switches(switches).items()
+        if name not in manifest.switches
+    )
     weights = {}
     for part, specs in layouts(manifest.config, manifest.switches).items():
         if parts is None or part in parts:
             tensors = _mapped(root / f"{part}.safetensors", specs, dtype, device)
-            weights[part] = quantised(tensors) if quantise and part == "ar" else dict(tensors)
+            weights[part] = quantisers.get(part, dict)(tensors)
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
 
 

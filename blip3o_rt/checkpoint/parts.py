@@ -14,7 +14,7 @@ from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
-from blip3o_rt.switches import AR_WEIGHTS, INT8, NO_SWITCHES
+from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec
@@ -39,7 +39,7 @@ def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> d
     parts = {
         "ar": ar_layout(config.ar, int8=switches.get(AR_WEIGHTS) == INT8),
         "connector": connector_layout(config),
-        "dit": dit_layout(config.dit),
+        "dit": dit_layout(config.dit, int8=switches.get(DIT_WEIGHTS) == INT8),
         "vae": vae_layout(config.vae),
     }
     if config.ta_tok is not None:

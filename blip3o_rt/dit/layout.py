@@ -5,14 +5,43 @@ Original names are those under `model.sana.`, or without a prefix in a diffusers
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from blip3o_rt import quantisation
 from blip3o_rt.config import DiTConfig
+from blip3o_rt.quantisation import quantised_specs
 from blip3o_rt.weights import TensorSpec, direct, packed, reshaped
 
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
+# How the names of the matrices end that every step multiplies with, kept in 8 bits where asked.
+QUANTISED = (
+    "to_qkv.weight",
+    "to_q.weight",
+    "to_out.0.weight",
+    "conv_inverted.weight",
+    "conv_point.weight",
+)
 
-def layout(config: DiTConfig) -> list[TensorSpec]:
-    """All runtime tensors of the DiT, in the order they are used; 1x1 convolutions become matrices."""
+
+def layout(config: DiTConfig, *, int8: bool = False) -> list[TensorSpec]:
+    """All runtime tensors of the DiT, in the order they are used; 1x1 convolutions become matrices.
+
+    int8: the matrices of the blocks that every step multiplies with are int8 values with a float32 scale for
+    each row.
+    """
+    specs = _layout(config)
+    return list(quantised_specs(specs, QUANTISED)) if int8 else specs
+
+
+def quantised(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`."""
+    return quantisation.quantised(tensors, QUANTISED)
+
+
+def _layout(config: DiTConfig) -> list[TensorSpec]:
     width, patch_area = config.width, config.patch_size**2
     patch_shape = (width, config.in_channels, config.patch_size, config.patch_size)
     specs = [

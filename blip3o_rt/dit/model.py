@@ -18,6 +18,7 @@ from blip3o_rt import ops, trace
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
+from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.errors import ParameterError
 
@@ -227,23 +228,17 @@ class _SelfAttention:
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.num_heads = config.num_heads
-        self.qkv_weight, self.qkv_bias = (
-            weights[prefix + "to_qkv.weight"],
-            weights.get(prefix + "to_qkv.bias"),
-        )
+        self.to_qkv = Matrix.of(weights, prefix + "to_qkv")
+        self.to_out = Matrix.of(weights, prefix + "to_out.0")
         self.q_norm, self.k_norm = (
             weights.get(prefix + "norm_q.weight"),
             weights.get(prefix + "norm_k.weight"),
         )
-        self.out_weight, self.out_bias = (
-            weights[prefix + "to_out.0.weight"],
-            weights[prefix + "to_out.0.bias"],
-        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.qkv_weight, self.qkv_bias)
+        qkv = self.to_qkv(x)
         attended = ops.relu_linear_attention(qkv, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS)
-        return F.linear(attended, self.out_weight, self.out_bias)
+        return self.to_out(attended)
 
 
 class _CrossAttention:
@@ -251,20 +246,17 @@ class _CrossAttention:
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.num_heads = config.num_cross_heads
-        self.q_weight, self.q_bias = weights[prefix + "to_q.weight"], weights[prefix + "to_q.bias"]
-        self.kv_weight, self.kv_bias = weights[prefix + "to_kv.weight"], weights[prefix + "to_kv.bias"]
+        self.to_q = Matrix.of(weights, prefix + "to_q")
+        self.to_kv = Matrix.of(weights, prefix + "to_kv")
+        self.to_out = Matrix.of(weights, prefix + "to_out.0")
         self.q_norm, self.k_norm = (
             weights.get(prefix + "norm_q.weight"),
             weights.get(prefix + "norm_k.weight"),
         )
-        self.out_weight, self.out_bias = (
-            weights[prefix + "to_out.0.weight"],
-            weights[prefix + "to_out.0.bias"],
-        )
 
     def keys_values(self, captions: Tensor) -> tuple[Tensor, Tensor]:
         """[M, D] -> keys (normed) and values, both [H, M, d]."""
-        key, value = F.linear(captions, self.kv_weight, self.kv_bias).chunk(2, dim=-1)
+        key, value = self.to_kv(captions).chunk(2, dim=-1)
         if self.k_norm is not None:
             key = ops.rms_norm(key.contiguous(), self.k_norm, QK_NORM_EPS)
         split = (t.unflatten(-1, (self.num_heads, -1)).transpose(0, 1) for t in (key, value))
@@ -272,25 +264,25 @@ class _CrossAttention:
 
     def constant(self, caption: Tensor) -> Tensor:
         """[1, D]: the result for any query where all tokens are this one; softmax weights sum to one."""
-        _, value = F.linear(caption, self.kv_weight, self.kv_bias).chunk(2, dim=-1)
-        return F.linear(value, self.out_weight, self.out_bias)
+        _, value = self.to_kv(caption).chunk(2, dim=-1)
+        return self.to_out(value)
 
     def add(self, x: Tensor, condition: Condition, layer: int) -> None:
         """x [2, N, D] += attention, in place: x[0] to the null half (where there is one), x[-1] to the
         condition."""
         null = condition.null
         if null is None or isinstance(null, ConstantNull):
-            query = F.linear(x[-1], self.q_weight, self.q_bias)
+            query = self.to_q(x[-1])
             attended = self._attend(query, condition.keys[layer], condition.values[layer])
-            x[-1] += F.linear(attended, self.out_weight, self.out_bias)
+            x[-1] += self.to_out(attended)
             if null is not None:
                 x[0] += null.outputs[layer]
             return
-        query = F.linear(x, self.q_weight, self.q_bias)
+        query = self.to_q(x)
         attended = torch.empty_like(query)
         self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, attended[0])
         self._attend(query[1], condition.keys[layer], condition.values[layer], None, attended[1])
-        x += F.linear(attended, self.out_weight, self.out_bias)
+        x += self.to_out(attended)
 
     def _attend(
         self,
@@ -309,15 +301,15 @@ class _FeedForward:
     """1x1 convolution, depthwise 3x3 gate, 1x1 convolution; the 1x1 ones are matrix products over tokens."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self.inverted_weight = weights[prefix + "conv_inverted.weight"]
+        self.inverted = Matrix.of(weights, prefix + "conv_inverted", bias=False)
         self.inverted_bias = weights[prefix + "conv_inverted.bias"]
         self.depth_weight, self.depth_bias = (
             weights[prefix + "conv_depth.weight"],
             weights[prefix + "conv_depth.bias"],
         )
-        self.point_weight = weights[prefix + "conv_point.weight"]
+        self.point = Matrix.of(weights, prefix + "conv_point")
 
     def __call__(self, x: Tensor, height: int, width: int) -> Tensor:
-        hidden = F.linear(x, self.inverted_weight).unflatten(1, (height, width))
+        hidden = self.inverted(x).unflatten(1, (height, width))
         gated = ops.depthwise_glu(hidden, self.inverted_bias, self.depth_weight, self.depth_bias)
-        return F.linear(gated.flatten(1, 2), self.point_weight)
+        return self.point(gated.flatten(1, 2))

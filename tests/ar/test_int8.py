@@ -9,9 +9,10 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar import matrix
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
-from blip3o_rt.ar.layout import EMBEDDING, HEAD, dequantised, layout, quantised
+from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantised
 from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.quantisation import dequantised
 from blip3o_rt.validate.case import random
 from blip3o_rt.validate.cases.row_linear_int8 import quantised as random_int8
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config

@@ -1,0 +1,50 @@
+"""A weight matrix of the transformer as it is kept, and its product with the rows of all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt import ops
+from blip3o_rt.quantisation import SCALE
+
+BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """[N, K] and a bias [N]: floating-point `weight`, or int8 with a float32 `scale` [N] for its rows."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor], name: str, *, bias: bool = True) -> Matrix:
+        """The layer of that name among runtime tensors, with its bias if it has one."""
+        weight = name + ".weight"
+        return cls(
+            weights[weight], weights.get(name + ".bias") if bias else None, weights.get(weight + SCALE)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        if self.scale is None:
+            return F.linear(x, self.weight, self.bias)
+        return self._int8(x.reshape(-1, x.shape[-1]), self.scale).view(*x.shape[:-1], -1)
+
+    def _int8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
+        row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        values = ops.quantise_rows(x, row_scale)
+        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
+        for first in range(0, len(self.weight), BLOCK_ROWS):
+            block = slice(first, first + BLOCK_ROWS)
+            product = torch._int_mm(values, self.weight[block].t())
+            bias = None if self.bias is None else self.bias[block]
+            ops.scale_product(product, scale[block], row_scale=row_scale, bias=bias, out=out[:, block])
+        return out
