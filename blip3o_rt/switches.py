@@ -17,6 +17,7 @@ from blip3o_rt.errors import ParameterError
 EXACT, FAST = "exact", "fast"
 AR_WEIGHTS = "ar_weights"
 DIT_WEIGHTS = "dit_weights"
+DIT_WEIGHTS = "dit_weights"
 GUIDANCE_INTERVAL = "guidance_interval"
 STEP_CACHE = "step_cache"
 SOLVER = "solver"
@@ -69,6 +70,14 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             devices={INT8: ("cpu",)},
             weights=True,
             default=INT8,
+        ),
+        DIT_WEIGHTS: Switch(
+            gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
+            "with a scale per row",
+            accepted="int8",
+            parse=one_of(INT8),
+            devices={INT8: ("cpu",)},
+            weights=True,
         ),
     }
 )
