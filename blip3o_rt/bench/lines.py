@@ -92,8 +92,8 @@ class Choice:
                 yield peers.WHO[name], mode
 
 
-def select(stages: Sequence[str]) -> frozenset[str]:
-    """Names of the lines that --stages means: whole names, or what stands before the dot; "all" is all.
+def select(stages: Sequence[str], known: tuple[str, ...] = NAMES, option: str = "stages") -> frozenset[str]:
+    """Names of the lines that an option means: whole names, or what stands before the dot; "all" is all.
 
     Raises ParameterError for one that means none.
     """
@@ -101,10 +101,10 @@ def select(stages: Sequence[str]) -> frozenset[str]:
 
     found: set[str] = set()
     for stage in stages:
-        names = [name for name in NAMES if stage in ("all", name, name.partition(".")[0])]
+        names = [name for name in known if stage in ("all", name, name.partition(".")[0])]
         if not names:
-            known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in NAMES))
-            raise ParameterError(f"stages has {stage!r}: accepted are all, {known}, {', '.join(NAMES)}")
+            accepted = ", ".join(dict.fromkeys([*(name.partition(".")[0] for name in known), *known]))
+            raise ParameterError(f"{option} has {stage!r}: accepted are all, {accepted}")
         found.update(names)
     return frozenset(found)
 

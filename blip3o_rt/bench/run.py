@@ -40,8 +40,9 @@ COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count 
 class Settings:
     """What a run measures, and how long it may take.
 
-    stages: names of lines (empty: none). peers: those that can run here. op_names: None for no ops. seconds:
-    of all stage lines together. quick: inputs of the ceilings too small to mean anything, for trying out.
+    stages: names of lines (empty: none). peers: those that can run here. op_names: None for no ops. ablate:
+    names of lines whose switches are measured. seconds: of all stage lines together, and of all switches.
+    quick: inputs of the ceilings too small to mean anything, for trying out.
     """
 
     tier: str
@@ -49,7 +50,7 @@ class Settings:
     stages: frozenset[str]
     peers: tuple[str, ...]
     op_names: tuple[str, ...] | None
-    ablate: bool
+    ablate: frozenset[str]
     runs: int
     seconds: float
     quick: bool = False

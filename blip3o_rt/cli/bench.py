@@ -69,7 +69,13 @@ def add_parser(subparsers: Any) -> None:
     what.add_argument(
         "--kernel", type=Path, action="append", default=[], metavar="FILE", help="a kernel of your own"
     )
-    what.add_argument("--ablate", action="store_true", help="every switch, off against on")
+    what.add_argument(
+        "--ablate",
+        nargs="?",
+        const="all",
+        metavar="NAMES",
+        help="every switch of these lines, off against on (of all)",
+    )
     effort = parser.add_argument_group("effort")
     effort.add_argument("--runs", type=int, metavar="N", help=f"rounds of a line at most ({RUNS})")
     effort.add_argument(
@@ -120,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     # PyTorch takes seconds to import: not for --help
     from transformers.utils import logging
 
-    from blip3o_rt.bench import lines
+    from blip3o_rt.bench import ablation, lines
     from blip3o_rt.bench.record import Record
     from blip3o_rt.bench.run import Run, Settings, model_entry
     from blip3o_rt.bench.subject import prepare
@@ -143,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         stages,
         peer_names,
         op_names,
-        arguments.ablate,
+        ablation.select(names(arguments.ablate)),
         runs,
         60 * minutes,
         arguments.quick,

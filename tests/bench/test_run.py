@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from blip3o_rt.bench import ablation, ceilings, lines, peers, run, stages, work
+from blip3o_rt.bench import ablation, ceilings, lines, peers, run, stages, unoptimised, work
 from blip3o_rt.bench.record import FILE, Record
 from blip3o_rt.bench.run import Run, Settings, model_entry
 from blip3o_rt.bench.subject import Subject, prepare
 from blip3o_rt.bench.table import as_text
 from blip3o_rt.bench.timing import Timing
 from blip3o_rt.bench.work import Work
+from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.reference.measure import relative_l2
 from blip3o_rt.units import time_text
+from blip3o_rt.vae import blocks as vae_blocks
+from blip3o_rt.vae import model as vae_model
 from blip3o_rt.validate.checkpoint import EDITING
 
 LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
@@ -42,7 +47,7 @@ def settings(*names: str, **changes: Any) -> Settings:
         "stages": lines.select(names),
         "peers": (),
         "op_names": None,
-        "ablate": False,
+        "ablate": frozenset(),
         "runs": 2,
         "seconds": 60.0,
         "quick": True,
@@ -268,9 +273,16 @@ def test_switches_are_recorded_and_leave_no_trace(
     execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablation, "MORE_RUNS", {})
-    record = execute(settings(ablate=True, runs=1))
+    record = execute(settings(ablate=ablation.select(["all"]), runs=1))
     entries = record.data["ablations"]
+    assert {entry["line"] for entry in entries} == set(ablation.LINES)
     assert {"image rows of the head", "key/value pages", "batching"} <= {entry["switch"] for entry in entries}
+    taken_out = {"null tokens", "condition", "modulation", "first self-attention"}
+    for line in ("dit.step", "dit.step.edit"):
+        assert taken_out <= {entry["switch"] for entry in entries if entry["line"] == line}
+    assert {"upsampling", "channels last"} <= {e["switch"] for e in entries if e["line"] == "vae.decode"}
+    (prompts,) = (entry for entry in entries if entry["line"] == "ar.prefill")
+    assert prompts["switch"] == "ar_weights=int8"
     for entry in entries:
         assert set(entry) == set(ABLATION_KEYS.split())
         assert entry["ratio"] == pytest.approx(entry["samples_off"][0] / entry["samples_on"][0])
@@ -281,7 +293,73 @@ def test_switches_are_recorded_and_leave_no_trace(
 def test_a_switch_is_listed_for_the_device_that_takes_it() -> None:
     cpu, gpu = ({s.name for s in ablation.listed("ar.token", torch.device(d))} for d in ("cpu", "cuda"))
     assert "batching" in gpu
-    assert cpu - gpu == {"ar_weights=int8"} | ({"AVX-512 kernels"} & cpu)
+    assert gpu - cpu == {"graphs"}
+    assert cpu - gpu == {"AVX-512 kernels"} & cpu
+
+
+def test_switches_of_the_fast_tier_are_those_of_the_lines_weights() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    tokens, steps = (
+        {s.name for s in ablation.fast_switches(line, cpu)} for line in ("ar.token", "dit.step.edit")
+    )
+    assert "ar_weights=int8" in tokens
+    assert not tokens & steps
+    assert not any(ablation.fast_switches("vae.decode", cpu))
+    assert "ar_weights=int8" not in {s.name for s in ablation.fast_switches("ar.token", gpu)}
+
+
+def test_a_fast_tiers_switch_is_off_on_the_one_side_and_on_on_the_other(subject: Subject) -> None:
+    (switch,) = (s for s in ablation.fast_switches("ar.prefill", torch.device("cpu")) if "ar_w" in s.name)
+    both = replace(subject, switches={"ar_weights": "int8"})
+    for own in (subject, both):
+        assert switch.off.of(own).switches == {}
+        assert switch.on.of(own).switches == {"ar_weights": "int8"}
+
+
+@pytest.mark.parametrize("edit", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"null_written_out": True},
+        {"kind": unoptimised.condition_every_step},
+        {"kind": unoptimised.tables_every_step},
+        {"both_halves": True},
+    ],
+)
+def test_a_step_without_an_optimisation_is_the_same_step(
+    checkpoint: Checkpoint, options: dict[str, Any], edit: bool
+) -> None:
+    whole, without = (
+        ablation.dit_step(checkpoint, edit=edit),
+        ablation.dit_step(checkpoint, edit=edit, **options),
+    )
+    results = []
+    with torch.no_grad():
+        for contender in (whole, without):
+            contender.prepare()
+            results.append(contender.call())
+    assert relative_l2(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize("option", ["doubled", "channels_first"])
+def test_a_decoder_without_an_optimisation_is_the_same_decoder(checkpoint: Checkpoint, option: str) -> None:
+    whole, without = (ablation.vae_decode(checkpoint, **options) for options in ({}, {option: True}))
+    decoder = without.call.__self__.autoencoder._decoder  # type: ignore[attr-defined]
+    pieces = {type(piece) for block in decoder for piece in (block, *vars(block).values())}
+    assert pieces & {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst}
+    assert relative_l2(without.call(), whole.call()) < 1e-5
+    assert vae_model.NearestUpsampling is vae_blocks.NearestUpsampling  # nothing stays changed
+    assert vae_model.Convolution is vae_blocks.Convolution is unoptimised.Convolution
+
+
+def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "MORE_RUNS", {})
+    record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
+    assert {entry["line"] for entry in record.data["ablations"]} == {"ar.prefill"}
+    assert record.lines == []
+    assert ablation.select(["dit"]) == {"dit.step", "dit.step.edit"}
+    with pytest.raises(ParameterError, match="ablate has 'connector': accepted are all, ar, tatok, dit, vae"):
+        ablation.select(["connector"])
 
 
 def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +368,7 @@ def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.
     if "rms_norm" not in switches:
         pytest.skip("no op has a native implementation here")
     seen: list[dict[str, tuple[str, ...]]] = []
-    contender = ablation._under(switches["rms_norm"].off, ablation.ar_token(checkpoint))
+    contender = ablation._under(switches["rms_norm"].off, "ar.token", subject, checkpoint)
     from blip3o_rt import ops
 
     with ablation._restored([switches["rms_norm"].off]):
