@@ -17,10 +17,6 @@ from blip3o_rt.errors import ParameterError
 EXACT, FAST = "exact", "fast"
 AR_WEIGHTS = "ar_weights"
 DIT_WEIGHTS = "dit_weights"
-DIT_WEIGHTS = "dit_weights"
-GUIDANCE_INTERVAL = "guidance_interval"
-STEP_CACHE = "step_cache"
-SOLVER = "solver"
 INT8 = "int8"
 
 T = TypeVar("T")
@@ -102,29 +98,6 @@ def check_switches(switches: Mapping[str, str] | None) -> dict[str, str]:
 def setting(switches: Mapping[str, str], name: str) -> Any:
     """What the setting of a switch stands for, None where the switch is off."""
     return SWITCHES[name].parse(switches[name]) if name in switches else None
-        DIT_WEIGHTS: Switch(
-            gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
-            "with a scale per row",
-            accepted="int8",
-            parse=one_of(INT8),
-            devices={INT8: ("cpu",)},
-            weights=True,
-        ),
-        GUIDANCE_INTERVAL: Switch(
-            gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",
-            accepted="LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
-            parse=interval,
-        ),
-        STEP_CACHE: Switch(
-            gives_up="the predictions of all steps but every Nth and the last, which are extrapolated",
-            accepted=f"a whole number from 1 (all are made) to {MAX_STEP_CACHE}",
-            parse=whole_number(1, MAX_STEP_CACHE),
-        ),
-        SOLVER: Switch(
-            gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
-            accepted=DPM,
-            parse=one_of(DPM),
-        ),
 
 
 def check_stored(switches: Mapping[str, str] | None) -> dict[str, str]:

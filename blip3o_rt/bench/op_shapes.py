@@ -281,6 +281,14 @@ def _linear_attention(
     return Case("", (random(1, batch, tokens, 3 * width, dtype=dtype), *norms, heads, 1e-5))
 
 
+def _scaled(rows: int, columns: int, dtype: torch.dtype) -> Case:
+    generator = torch.Generator().manual_seed(1)
+    product = torch.randint(-(2**24), 2**24, (rows, columns), generator=generator, dtype=torch.int32)
+    scales = {"row_scale": random(2, rows).abs() / 127, "bias": random(3, columns, dtype=dtype)}
+    out = torch.zeros(rows, columns, dtype=dtype)
+    return Case("", (product, random(4, columns).abs() / 127), {**scales, "out": out}, written=("out",))
+
+
 def _cross_attention(dit: DiTConfig, tokens: int, keys: int, dtype: torch.dtype) -> Case:
     shape = (dit.num_cross_heads, keys, dit.cross_head_dim)
     key, value = random(2, *shape, dtype=dtype), random(3, *shape, dtype=dtype)
@@ -293,14 +301,6 @@ def _depthwise_glu(batch: int, side: int, hidden: int) -> Make:
         biases = [random(seed, 2 * hidden, dtype=dtype) for seed in (2, 4)]
         weight = random(3, 2 * hidden, 1, 3, 3, dtype=dtype, scale=1 / 3)
         x = random(1, batch, side, side, 2 * hidden, dtype=dtype)
-def _scaled(rows: int, columns: int, dtype: torch.dtype) -> Case:
-    generator = torch.Generator().manual_seed(1)
-    product = torch.randint(-(2**24), 2**24, (rows, columns), generator=generator, dtype=torch.int32)
-    scales = {"row_scale": random(2, rows).abs() / 127, "bias": random(3, columns, dtype=dtype)}
-    out = torch.zeros(rows, columns, dtype=dtype)
-    return Case("", (product, random(4, columns).abs() / 127), {**scales, "out": out}, written=("out",))
-
-
         return Case("", (x, biases[0], weight, biases[1]))
 
     return make
