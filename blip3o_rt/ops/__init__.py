@@ -10,17 +10,17 @@ from blip3o_rt.ops.layer_norm_modulate import layer_norm_modulate
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
+from blip3o_rt.ops.quantise_rows import quantise_rows
 from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
-from blip3o_rt.ops.quantise_rows import quantise_rows
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_int8 import row_linear_int8
 from blip3o_rt.ops.sample_tokens import sample_tokens
+from blip3o_rt.ops.scale_product import scale_product
 from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
-from blip3o_rt.ops.scale_product import scale_product
     "add_pixel_shuffle",
     "all_ops",
     "channel_rms_norm",
@@ -34,14 +34,14 @@ from blip3o_rt.ops.scale_product import scale_product
     "nearest_code",
     "paged_decode_attention",
     "qk_norm_rope_append",
+    "quantise_rows",
     "relu_linear_attention",
     "reset_used",
     "rms_norm",
     "row_linear",
     "row_linear_int8",
-    "quantise_rows",
     "sample_tokens",
+    "scale_product",
     "silu_mul",
     "used",
 ]
-    "scale_product",
