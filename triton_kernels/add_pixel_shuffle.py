@@ -1,4 +1,4 @@
-"""The shortcut of an upsampling block: result += pixel_shuffle(x, channels repeated), channels last.
+"""The shortcut of an upsampling block: result += bias + pixel_shuffle(x, channels repeated), channels last.
 
 Tiling   a program per 1024 elements of the result in the order of memory.
 Bytes    per element of the result: read and written once, and its share of x from memory; with half as many
@@ -21,6 +21,7 @@ BLOCK = 1024
 def _add_pixel_shuffle(
     result,
     x,
+    bias,
     elements,
     height,
     width,
@@ -37,15 +38,18 @@ def _add_pixel_shuffle(
     coarse = (picture * (height // 2) + row // 2) * (width // 2) + column // 2
     added = tl.load(x + coarse.to(tl.int64) * channels + source, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(result + index, mask=inside, other=0.0).to(tl.float32) + added
+    if bias is not None:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(result + index, total.to(result.dtype.element_ty), mask=inside)
 
 
-def add_pixel_shuffle(result: Tensor, x: Tensor) -> None:
-    """x [B, H, W, C], result [B, 2 H, 2 W, D] of fewer than 2^31 elements, both contiguous."""
+def add_pixel_shuffle(result: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    """x [B, H, W, C], result [B, 2 H, 2 W, D] of fewer than 2^31 elements, bias [D] or None, contiguous."""
     _, height, width, wanted = result.shape
     _add_pixel_shuffle[(triton.cdiv(result.numel(), BLOCK),)](
         result,
         x,
+        bias,
         result.numel(),
         height,
         width,

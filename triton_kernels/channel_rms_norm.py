@@ -1,4 +1,4 @@
-"""RMSNorm over the channels of pixels: x / sqrt(mean(x^2) + eps) * weight + bias + residual.
+"""RMSNorm over the channels of pixels: x / sqrt(mean(x^2) + eps) * weight + bias + residual, and a ReLU.
 
 Tiling   a program per tile of whole pixels (32 of 128 channels, 4 of 1024), held in registers.
 Bytes    per element: x and residual once, out once; for bfloat16 6.
@@ -23,6 +23,7 @@ def _channel_rms_norm(
     out,
     rows,
     eps,
+    relu: tl.constexpr,
     width: tl.constexpr,
     block_rows: tl.constexpr,
     block_width: tl.constexpr,
@@ -37,11 +38,13 @@ def _channel_rms_norm(
     y += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)
     if residual is not None:
         y += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    if relu:
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN, which a maximum drops
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
 
 def channel_rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, out: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None, relu: bool, out: Tensor
 ) -> None:
     """x, residual and out [..., C], weight and bias [C], all contiguous; out may be x or the residual."""
     rows = as_rows(x)
@@ -54,6 +57,7 @@ def channel_rms_norm(
         out,
         len(rows),
         eps,
+        relu=relu,
         width=rows.shape[1],
         block_rows=block_rows,
         block_width=block_width,

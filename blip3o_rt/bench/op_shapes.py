@@ -337,6 +337,20 @@ def _vae(config: ModelConfig) -> Iterator[OpShape]:
             moved=sides[i] ** 2 * (2 * fine + coarse // 4),
             check=_pixel_shuffle(min(sides[i], 64), coarse, fine),
         )
+        yield OpShape(
+            "add_pixel_unshuffle",
+            f"vae: {sides[i]} x {sides[i]}, {fine} to {coarse} channels",
+            _pixel_unshuffle(sides[i], fine, coarse),
+            moved=sides[i] ** 2 * (fine + coarse // 2),
+            check=_pixel_unshuffle(min(sides[i], 64), fine, coarse),
+        )
+        yield OpShape(
+            "convolution_silu",
+            f"vae: {sides[i]} x {sides[i]}, {fine} channels",
+            _convolution_silu(sides[i], fine),
+            products=9 * (sides[i] * fine) ** 2,
+            check=_convolution_silu(min(sides[i], 32), fine),
+        )
     attending = [i for i, stage in enumerate(stages) if stage.block == "EfficientViTBlock" and stage.layers]
     for i in sorted({attending[0], attending[-1]} if attending else ()):
         yield from _attention_block(config.vae, stages[i].channels, sides[i])
@@ -365,6 +379,23 @@ def _pixel_shuffle(side: int, coarse: int, fine: int) -> Make:
     def make(dtype: torch.dtype) -> Case:
         result = random(1, 1, side, side, fine, dtype=dtype)
         return Case("", (result, random(2, 1, side // 2, side // 2, coarse, dtype=dtype)), written=(0,))
+
+    return make
+
+
+def _pixel_unshuffle(side: int, fine: int, coarse: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        result = random(1, 1, side // 2, side // 2, coarse, dtype=dtype)
+        return Case("", (result, random(2, 1, side, side, fine, dtype=dtype)), written=(0,))
+
+    return make
+
+
+def _convolution_silu(side: int, channels: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        x, bias = random(1, 1, side, side, channels, dtype=dtype), random(3, channels, dtype=dtype)
+        weight = random(2, channels, 3, 3, channels, dtype=dtype, scale=(9 * channels) ** -0.5)
+        return Case("", (x, weight, bias))
 
     return make
 

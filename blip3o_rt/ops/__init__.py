@@ -1,7 +1,9 @@
 """The ops that the model is made of; a call picks the best implementation this machine has (see registry)."""
 
 from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
+from blip3o_rt.ops.add_pixel_unshuffle import add_pixel_unshuffle
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
+from blip3o_rt.ops.convolution_silu import convolution_silu
 from blip3o_rt.ops.cross_attention import cross_attention
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.gated_add import gated_add
@@ -22,9 +24,11 @@ from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
     "add_pixel_shuffle",
+    "add_pixel_unshuffle",
     "all_ops",
     "channel_rms_norm",
     "choices",
+    "convolution_silu",
     "cross_attention",
     "depthwise_glu",
     "force",

@@ -1,4 +1,4 @@
-"""RMSNorm over the channels of an image held channels last, with the block's residual added after it."""
+"""RMSNorm over the channels of an image held channels last, and the residual or the ReLU that follows it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def channel_rms_norm(
     eps: float,
     *,
     residual: Tensor | None = None,
+    relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight + bias + residual over the last dimension.
+    """x / sqrt(mean(x^2) + eps) * weight + bias + residual over the last dimension, then ReLU if asked.
 
     x [..., C] contiguous, weight and bias [C], residual [..., C] or None -> [..., C] in the dtype of x. `out`
     receives the result; it may be x or the residual.
@@ -43,6 +44,8 @@ def channel_rms_norm(
         y.mul_(scale).add_(shift)
         if added is not None:
             y.add_(added[index])
+        if relu:
+            y.relu_()
         result.copy_(y)
     return out
 
@@ -54,6 +57,7 @@ def _triton_supports(
     eps: float,
     *,
     residual: Tensor | None = None,
+    relu: bool = False,
     out: Tensor | None = None,
 ) -> str | None:
     channels = x.shape[-1:]
@@ -83,10 +87,11 @@ def _triton(
     eps: float,
     *,
     residual: Tensor | None = None,
+    relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x) if out is None else out
-    triton_backend.kernel("channel_rms_norm")(x, weight, bias, eps, residual, out)
+    triton_backend.kernel("channel_rms_norm")(x, weight, bias, eps, residual, relu, out)
     return out
 
 
@@ -108,8 +113,9 @@ def _cpu(
     eps: float,
     *,
     residual: Tensor | None = None,
+    relu: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x) if out is None else out
-    native.cpu().channel_rms_norm(x, weight, bias, eps, residual, out)
+    native.cpu().channel_rms_norm(x, weight, bias, eps, residual, relu, out)
     return out

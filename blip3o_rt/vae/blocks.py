@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
+from blip3o_rt.ops.add_pixel_unshuffle import add_pixel_unshuffle
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
+from blip3o_rt.ops.convolution_silu import convolution_silu
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rounding import arithmetic_dtype
@@ -30,11 +32,16 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class Convolution:
-    """k x k convolution (k odd) that keeps the size, or halves it with stride 2."""
+    """k x k convolution (k odd) that keeps the size, or halves it with stride 2.
 
-    def __init__(self, weights: Weights, name: str, stride: int = 1, groups: int = 1) -> None:
+    bias: False where whatever follows adds it.
+    """
+
+    def __init__(
+        self, weights: Weights, name: str, stride: int = 1, groups: int = 1, *, bias: bool = True
+    ) -> None:
         self.weight = channels_first(weights[name + ".weight"])
-        self.bias = weights.get(name + ".bias")
+        self.bias = weights.get(name + ".bias") if bias else None
         self.stride = stride
         self.groups = groups
 
@@ -44,27 +51,38 @@ class Convolution:
         return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups))
 
 
-class ChannelNorm:
-    """RMSNorm over the channels with weight and bias, in place, plus a residual."""
+class SiluConvolution:
+    """silu of a k x k convolution (k odd) that keeps the size."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.weight = weights[name + ".weight"]
         self.bias = weights[name + ".bias"]
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, out=x)
+    def __call__(self, x: Tensor) -> Tensor:
+        return convolution_silu(x, self.weight, self.bias)
+
+
+class ChannelNorm:
+    """RMSNorm over the channels with weight and bias, in place, plus a residual, then ReLU where asked."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.weight = weights[name + ".weight"]
+        self.bias = weights[name + ".bias"]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, relu=relu, out=x)
 
 
 class ResidualBlock:
     """x + norm(conv(silu(conv(x))))."""
 
     def __init__(self, weights: Weights, prefix: str) -> None:
-        self.conv1 = Convolution(weights, prefix + "conv1")
+        self.conv1 = SiluConvolution(weights, prefix + "conv1")
         self.conv2 = Convolution(weights, prefix + "conv2")
         self.norm = ChannelNorm(weights, prefix + "norm")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv2(F.silu(self.conv1(x), inplace=True)), residual=x)
+        return self.norm(self.conv2(self.conv1(x)), residual=x)
 
 
 class EfficientViTBlock:
@@ -100,13 +118,11 @@ class MultiscaleAttention:
 
     def __call__(self, x: Tensor) -> Tensor:
         qkv = F.linear(x, self.to_qkv)
-        attended = [self._attend(qkv)]
-        attended += [self._attend(project(depthwise(qkv))) for depthwise, project in self.scales]
-        return self.norm(F.linear(torch.cat(attended, dim=-1), self.to_out), residual=x)
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        tokens = qkv.flatten(1, 2)
-        return relu_linear_attention(tokens, None, None, self.num_heads, 0.0).unflatten(1, qkv.shape[1:3])
+        scales = [qkv, *(project(depthwise(qkv)) for depthwise, project in self.scales)]
+        attended = x.new_empty(*x.shape[:-1], self.to_out.shape[1])
+        for scale, out in zip(scales, attended.flatten(1, 2).chunk(len(scales), dim=-1), strict=True):
+            relu_linear_attention(scale.flatten(1, 2), None, None, self.num_heads, 0.0, out=out)
+        return self.norm(F.linear(attended, self.to_out), residual=x)
 
 
 class GatedConvolution:
@@ -138,9 +154,10 @@ class NearestUpsampling:
         self.shortcut = shortcut
 
     def __call__(self, x: Tensor) -> Tensor:
-        doubled = F.conv_transpose2d(channels_first(x), self.weight, self.bias, stride=2, padding=1)
+        bias = None if self.shortcut else self.bias
+        doubled = F.conv_transpose2d(channels_first(x), self.weight, bias, stride=2, padding=1)
         result = channels_last(doubled)
-        return add_pixel_shuffle(result, x) if self.shortcut else result
+        return add_pixel_shuffle(result, x, bias=self.bias) if self.shortcut else result
 
 
 def fold_nearest_taps(weight: Tensor) -> Tensor:
@@ -167,7 +184,9 @@ class Downsampling:
     """conv3x3 of stride 2, or the pixel unshuffle of conv3x3, plus the averages of unshuffled groups."""
 
     def __init__(self, weights: Weights, name: str, unshuffle: bool, shortcut: bool) -> None:
-        self.convolution = Convolution(weights, name, stride=1 if unshuffle else 2)
+        bias_last = shortcut and not unshuffle  # in the shortcut's pass; a library may take one of its own
+        self.convolution = Convolution(weights, name, stride=1 if unshuffle else 2, bias=not bias_last)
+        self.bias = weights[name + ".bias"] if bias_last else None
         self.unshuffle = unshuffle
         self.shortcut = shortcut
 
@@ -175,15 +194,7 @@ class Downsampling:
         result = self.convolution(x)
         if self.unshuffle:
             result = channels_last(F.pixel_unshuffle(channels_first(result), 2))
-        if self.shortcut:
-            unshuffled = channels_last(F.pixel_unshuffle(channels_first(x), 2))
-            result += average_groups(unshuffled, result.shape[-1])
-        return result
-
-
-def average_groups(x: Tensor, groups: int) -> Tensor:
-    """Means of consecutive channels: [..., C] -> [..., groups]."""
-    return x.unflatten(-1, (groups, -1)).mean(-1)
+        return add_pixel_unshuffle(result, x, bias=self.bias) if self.shortcut else result
 
 
 class LatentIn:
@@ -210,7 +221,7 @@ class LatentOut:
     def __call__(self, x: Tensor) -> Tensor:
         result = self.convolution(x)
         if self.shortcut:
-            result += average_groups(x, result.shape[-1])
+            result += x.unflatten(-1, (result.shape[-1], -1)).mean(-1)
         return result
 
 
@@ -221,4 +232,4 @@ class NormRelu:
         self.norm = ChannelNorm(weights, name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(x).relu_()
+        return self.norm(x, relu=True)

@@ -71,7 +71,9 @@ PYBIND11_MODULE(_cpu, module) {
                "out"_a, no_gil);
     module.def("gated_add", &cpu::gated_add, "residual"_a, "x"_a, "gate"_a, no_gil);
     module.def("channel_rms_norm", &cpu::channel_rms_norm, "x"_a, "weight"_a, "bias"_a, "eps"_a, "residual"_a,
-               "out"_a, no_gil);
+               "relu"_a, "out"_a, no_gil);
+    module.def("add_pixel_shuffle", &cpu::add_pixel_shuffle, "result"_a, "x"_a, "bias"_a, no_gil);
+    module.def("add_pixel_unshuffle", &cpu::add_pixel_unshuffle, "result"_a, "x"_a, "bias"_a, no_gil);
 
     module.def("num_threads", &cpu::num_threads, "Threads that share the work of an op.");
     module.def("set_num_threads", &cpu::set_num_threads, "threads"_a, no_gil);

@@ -1,5 +1,5 @@
-// RMSNorm of the channels of each pixel, with bias, plus a residual. A pixel is read from memory once and
-// passed over twice. Memory bound: two elements in (one without a residual) and one out.
+// RMSNorm of the channels of each pixel, with bias, plus a residual, then ReLU where asked. A pixel is read
+// from memory once and passed over twice. Memory bound: two elements in (one without a residual) and one out.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -29,6 +29,7 @@ void norm_pixels(const ChannelRmsNormArguments& a, int64_t begin, int64_t end) {
         for_each_vector(width, [&](int64_t i, int64_t count) {
             Vec value = load(x + i, count) * scale * load(weight + i, count) + load(bias + i, count);
             if (residual) value += load(residual + i, count);
+            if (a.relu) value = value < 0.0f ? Vec{} : value;  // a NaN stays one
             store(out + i, value, count);
         });
     }

@@ -20,6 +20,8 @@ void depthwise_glu(const DepthwiseGluArguments&, int64_t begin, int64_t end);
 void layer_norm_modulate(const LayerNormModulateArguments&, int64_t begin, int64_t end);
 void gated_add(const GatedAddArguments&, int64_t begin, int64_t end);
 void channel_rms_norm(const ChannelRmsNormArguments&, int64_t begin, int64_t end);
+void add_pixel_shuffle(const PixelShuffleArguments&, int64_t begin, int64_t end);
+void add_pixel_unshuffle(const PixelShuffleArguments&, int64_t begin, int64_t end);
 
 extern const Kernels kKernels;
 const Kernels kKernels = {rms_norm,
@@ -38,6 +40,8 @@ const Kernels kKernels = {rms_norm,
                           depthwise_glu,
                           layer_norm_modulate,
                           gated_add,
-                          channel_rms_norm};
+                          channel_rms_norm,
+                          add_pixel_shuffle,
+                          add_pixel_unshuffle};
 
 }  // namespace blip3o::cpu::BLIP3O_ISA

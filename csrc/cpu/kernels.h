@@ -33,6 +33,8 @@ struct Kernels {
     Kernel<LayerNormModulateArguments> layer_norm_modulate;  // rows
     Kernel<GatedAddArguments> gated_add;                     // rows
     Kernel<ChannelRmsNormArguments> channel_rms_norm;        // pixels
+    Kernel<PixelShuffleArguments> add_pixel_shuffle;         // rows of the coarse images
+    Kernel<PixelShuffleArguments> add_pixel_unshuffle;       // rows of the coarse images
 };
 
 constexpr int64_t kCrossAttentionQueries = 64;

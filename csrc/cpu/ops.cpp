@@ -58,6 +58,12 @@ void run(Kernel<Arguments> kernel, const Arguments& arguments, int64_t count, in
     parallel_for(count, grain_units, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
+// By rows of the coarse images.
+void run_image(Kernel<PixelShuffleArguments> kernel, const PixelShuffleArguments& arguments) {
+    run(kernel, arguments, arguments.width > 0 ? arguments.batch * arguments.height : 0,
+        grain(arguments.width * 4 * arguments.fine_channels));
+}
+
 }  // namespace
 
 void rms_norm(const TensorView& x, const TensorView& weight, double eps, const OptionalView& bias,
@@ -181,9 +187,19 @@ void gated_add(const TensorView& residual, const TensorView& x, const TensorView
 }
 
 void channel_rms_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, double eps,
-                      const OptionalView& residual, const TensorView& out) {
-    const auto arguments = check_channel_rms_norm(Device::cpu, x, weight, bias, eps, residual, out);
+                      const OptionalView& residual, bool relu, const TensorView& out) {
+    const auto arguments = check_channel_rms_norm(Device::cpu, x, weight, bias, eps, residual, relu, out);
     run(kernels().channel_rms_norm, arguments, arguments.x.count, grain(arguments.x.width));
+}
+
+void add_pixel_shuffle(const TensorView& result, const TensorView& x, const OptionalView& bias) {
+    const auto arguments = check_pixel_shuffle("add_pixel_shuffle", Device::cpu, true, result, x, bias);
+    run_image(kernels().add_pixel_shuffle, arguments);
+}
+
+void add_pixel_unshuffle(const TensorView& result, const TensorView& x, const OptionalView& bias) {
+    const auto arguments = check_pixel_shuffle("add_pixel_unshuffle", Device::cpu, false, result, x, bias);
+    run_image(kernels().add_pixel_unshuffle, arguments);
 }
 
 }  // namespace blip3o::cpu

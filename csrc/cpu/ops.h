@@ -54,6 +54,10 @@ void layer_norm_modulate(const TensorView& x, const TensorView& shift, const Ten
 void gated_add(const TensorView& residual, const TensorView& x, const TensorView& gate);
 
 void channel_rms_norm(const TensorView& x, const TensorView& weight, const TensorView& bias, double eps,
-                      const OptionalView& residual, const TensorView& out);
+                      const OptionalView& residual, bool relu, const TensorView& out);
+
+void add_pixel_shuffle(const TensorView& result, const TensorView& x, const OptionalView& bias);
+
+void add_pixel_unshuffle(const TensorView& result, const TensorView& x, const OptionalView& bias);
 
 }  // namespace blip3o::cpu

@@ -47,8 +47,10 @@ def ones(*shape: int) -> Tensor:
 
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-    "add_pixel_shuffle": ((ones(2, 4, 6, 5), ones(2, 2, 3, 10)), {}),
+    "add_pixel_shuffle": ((ones(2, 4, 6, 5), ones(2, 2, 3, 10)), {"bias": ones(5)}),
+    "add_pixel_unshuffle": ((ones(2, 2, 3, 10), ones(2, 4, 6, 5)), {"bias": ones(10)}),
     "channel_rms_norm": ((ones(2, 5), ones(5), ones(5), 1e-5), {"residual": ones(2, 5), "out": ones(2, 5)}),
+    "convolution_silu": ((ones(1, 2, 3, 4), ones(5, 3, 3, 4), ones(5)), {}),
     "cross_attention": (
         (ones(7, 6), ones(2, 4, 3), ones(2, 4, 3), ones(6), 1e-5),
         {"log_multiplicity": ones(4), "out": ones(7, 6)},
@@ -75,6 +77,8 @@ def test_an_operand_of_another_shape_is_refused_by_name(op_name: str) -> None:
     wrong = [(*arguments[:i], arguments[i].unsqueeze(0), *arguments[i + 1 :]) for i in tensors]
     if op_name == "add_pixel_shuffle":  # x gives the shape that its result must have
         wrong = [(arguments[0][:, :-1], arguments[1]), (arguments[0], arguments[1][:1])]
+    if op_name == "convolution_silu":  # weight gives the number of channels that bias must have
+        wrong = [(arguments[0], arguments[1][..., :-1], arguments[2]), (*arguments[:2], arguments[2][:-1])]
     for changed in wrong:
         with pytest.raises(OpError, match=rf"op {op_name}: \w+ is .*; accepted is "):
             supports(*changed, **options)

@@ -173,13 +173,19 @@ def autoencoder_calls(dtype: torch.dtype) -> Iterator[Call]:
         x, vector = empty(1, side, side, channels, dtype=dtype), empty(channels, dtype=dtype)
         yield place, "channel_rms_norm", (x, vector, vector, 1e-5), {"residual": x, "out": x}
         if stage == 0:
-            yield "vae last norm", "channel_rms_norm", (x, vector, vector, 1e-5), {"out": x}
+            yield "vae last norm", "channel_rms_norm", (x, vector, vector, 1e-5), {"relu": True, "out": x}
         if stage + 1 < len(DC_AE["decoder_block_types"]):
             coarse = DC_AE["decoder_block_out_channels"][stage + 1]
-            yield place, "add_pixel_shuffle", (x, empty(1, side // 2, side // 2, coarse, dtype=dtype)), {}
+            smaller, bias = empty(1, side // 2, side // 2, coarse, dtype=dtype), empty(coarse, dtype=dtype)
+            yield place, "add_pixel_shuffle", (x, smaller), {"bias": vector}
+            yield place, "add_pixel_unshuffle", (smaller, x), {"bias": bias}
+        if block == "ResBlock":
+            yield place, "convolution_silu", (x, empty(channels, 3, 3, channels, dtype=dtype), vector), {}
         if block == "EfficientViTBlock":
             qkv, heads = empty(1, side**2, 3 * channels, dtype=dtype), channels // DC_AE["attention_head_dim"]
-            yield place, "relu_linear_attention", (qkv, None, None, heads, 0.0), {}
+            scales = empty(1, side**2, 2 * channels, dtype=dtype)
+            options = {"out": scales[..., channels:]}
+            yield place, "relu_linear_attention", (qkv, None, None, heads, 0.0), options
             yield place, "depthwise_glu", glu(1, side, GATED_EXPANSION * channels, dtype), {}
 
 

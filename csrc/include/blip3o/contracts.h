@@ -385,7 +385,7 @@ inline GatedAddArguments check_gated_add(Device device, const TensorView& residu
 
 inline ChannelRmsNormArguments check_channel_rms_norm(Device device, const TensorView& x,
                                                       const TensorView& weight, const TensorView& bias,
-                                                      double eps, const OptionalView& residual,
+                                                      double eps, const OptionalView& residual, bool relu,
                                                       const TensorView& out) {
     Contract contract("channel_rms_norm", device);
     Dim rows("rows"), width("C");
@@ -399,7 +399,30 @@ inline ChannelRmsNormArguments check_channel_rms_norm(Device device, const Tenso
     arguments.bias = bias.data;
     arguments.dtype = x.dtype;
     arguments.eps = static_cast<float>(eps);
+    arguments.relu = relu;
     return arguments;
+}
+
+// Of both directions: up from x to a result of twice its sides, or down to one of half of them.
+inline PixelShuffleArguments check_pixel_shuffle(const char* op, Device device, bool up,
+                                                 const TensorView& result, const TensorView& x,
+                                                 const OptionalView& bias) {
+    Contract contract(op, device);
+    Dim batch("B"), height("H"), width("W"), tall("2 H"), wide("2 W"), narrow("C"), deep("D");
+    Dim &rows = up ? tall : height, &columns = up ? wide : width;
+    Dim &x_rows = up ? height : tall, &x_columns = up ? width : wide;
+    contract(result, "result").dtype({DType::f32, DType::bf16}).shape({&batch, &rows, &columns, &narrow});
+    contract(result, "result").contiguous();
+    contract(x, "x").dtype({result.dtype}).shape({&batch, &x_rows, &x_columns, &deep}).contiguous();
+    contract(bias, "bias").dtype({result.dtype}).shape({&narrow}).contiguous();
+    contract.require(tall.value() == 2 * height.value() && wide.value() == 2 * width.value(),
+                     "the sides of one image must be twice those of the other");
+    const int64_t coarse = up ? deep.value() : narrow.value(), fine = up ? narrow.value() : deep.value();
+    contract.require(coarse > 0 && 4 * fine % coarse == 0,
+                     "4 times the channels of the larger image must be a multiple of the smaller one's");
+    return {result.data,   x.data,         bias ? bias->data : nullptr,
+            batch.value(), height.value(), width.value(),
+            coarse,        fine,           result.dtype};
 }
 
 inline SampleTokensArguments check_sample_tokens(Device device, const TensorView& logits,

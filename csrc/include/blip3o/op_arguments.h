@@ -155,6 +155,15 @@ struct ChannelRmsNormArguments {
     const void *weight, *bias;
     DType dtype;
     float eps;
+    bool relu;
+};
+
+// Of both directions: a coarse image [batch, height, width, coarse_channels] and one of twice its sides.
+struct PixelShuffleArguments {
+    void* result;
+    const void *x, *bias;
+    int64_t batch, height, width, coarse_channels, fine_channels;
+    DType dtype;
 };
 
 struct SampleTokensArguments {

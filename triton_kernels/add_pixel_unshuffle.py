@@ -1,0 +1,65 @@
+"""The shortcut of a downsampling block: result += bias + means of groups of pixel_unshuffle(x)'s channels.
+
+Tiling   a program per 1024 elements of the result in the order of memory.
+Bytes    per element of the result: read and written once, and the elements of x that it averages; with twice
+         as many channels as x has, in bfloat16 8.
+FLOPs    1 per element of x.
+Bound    memory.
+State    not yet run on hardware; interpreted in the tests, compiled for sm_90. To be tuned there: the block,
+         and whether the reads of x, which neighbouring lanes share, all come from the first-level cache.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_kernels.launch import options
+
+BLOCK = 1024
+
+
+@triton.jit
+def _add_pixel_unshuffle(
+    result,
+    x,
+    bias,
+    elements,
+    height,
+    width,
+    channels: tl.constexpr,
+    wanted: tl.constexpr,
+    block: tl.constexpr,
+):
+    """height and width are those of the result."""
+    index = tl.program_id(0) * block + tl.arange(0, block)
+    inside = index < elements
+    channel, pixel = index % wanted, index // wanted
+    column, row = pixel % width, pixel // width  # rows of all pictures, one below the other
+    corner = (row.to(tl.int64) * 4 * width + 2 * column) * channels
+    group: tl.constexpr = 4 * channels // wanted
+    total = tl.zeros((block,), tl.float32)
+    for member in tl.static_range(group):
+        source = channel * group + member
+        place = corner + (source % 4 // 2 * 2 * width + source % 2) * channels + source // 4
+        total += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    total = total / group + tl.load(result + index, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(result + index, total.to(result.dtype.element_ty), mask=inside)
+
+
+def add_pixel_unshuffle(result: Tensor, x: Tensor, bias: Tensor | None) -> None:
+    """result [B, H, W, D], x [B, 2 H, 2 W, C] of fewer than 2^31 elements, bias [D] or None, contiguous."""
+    _, height, width, wanted = result.shape
+    _add_pixel_unshuffle[(triton.cdiv(result.numel(), BLOCK),)](
+        result,
+        x,
+        bias,
+        result.numel(),
+        height,
+        width,
+        channels=x.shape[3],
+        wanted=wanted,
+        block=BLOCK,
+        **options(num_warps=4),
+    )
