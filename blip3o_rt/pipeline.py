@@ -23,6 +23,8 @@ from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.shortcuts import Shortcuts
+from blip3o_rt.dit.step import StepKind
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
@@ -133,7 +135,8 @@ class Pipeline:
             if config.ta_tok is not None
             else None
         )
-        self._schedules: dict[int, ScheduleTables] = {}
+        self._shortcuts = Shortcuts.of(self.switches)
+        self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
         # Whether the DiT sees the reference latent beside the noisy one, as columns or as further channels.
         self._sees_reference = (
             edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
@@ -230,7 +233,9 @@ class Pipeline:
 
     def _prepare_picture(self, geometry: Geometry) -> None:
         hidden_dtype = self._engine.decoder.dtype
-        recorded = RecordedPicture(self._dit, geometry, self._tokens, hidden_dtype, self._recorder)
+        recorded = RecordedPicture(
+            self._dit, geometry, self._tokens, hidden_dtype, self._recorder, self._shortcuts.kinds
+        )
         if self._recorder.captures:
             self._recorded[geometry] = recorded
         else:
@@ -490,15 +495,17 @@ class Pipeline:
         hidden = plan.hidden_states[0].to(self.device)
         recorded = self._recorded_picture(Geometry.of(noise, hidden, beside, seen))
         with run.timer.stage("denoise", params.steps), run.progress.stage("denoise", params.steps) as update:
+            tables, kinds = self._schedule(params.steps)
             return denoise(
                 self._dit,
                 noise,
-                self._schedule(params.steps),
+                tables,
                 recorded.condition(hidden, seen)
                 if recorded is not None
                 else self._dit.condition(self._tokens(hidden, seen)),
                 params.guidance,
                 reference_latent=beside,
+                kinds=kinds,
                 recorded=recorded,
                 callback=lambda done, _: update(done),
             )
@@ -520,11 +527,12 @@ class Pipeline:
         """Whether an edit takes the latents of its reference pictures."""
         return self._tokenizer is not None and (self._reference_connector is not None or self._sees_reference)
 
-    def _schedule(self, steps: int) -> ScheduleTables:
-        """The schedule's modulation tables, kept from one request to the next."""
+    def _schedule(self, steps: int) -> tuple[ScheduleTables, list[StepKind]]:
+        """The schedule's modulation tables and how its steps are made, kept from one request to the next."""
         if steps not in self._schedules:
             schedule = flow_schedule(self.config.scheduler, steps)
-            self._schedules = {steps: self._dit.prepare_schedule(schedule)}
+            tables = self._dit.prepare_schedule(schedule)
+            self._schedules = {steps: (tables, self._shortcuts.steps(schedule))}
         return self._schedules[steps]
 
     def _decode(self, latent: Tensor, run: _Run) -> Tensor:

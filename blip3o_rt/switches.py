@@ -17,7 +17,13 @@ from blip3o_rt.errors import ParameterError
 EXACT, FAST = "exact", "fast"
 AR_WEIGHTS = "ar_weights"
 DIT_WEIGHTS = "dit_weights"
+GUIDANCE_INTERVAL = "guidance_interval"
+STEP_CACHE = "step_cache"
+SOLVER = "solver"
 INT8 = "int8"
+DPM = "dpm++"
+
+MAX_STEP_CACHE = 10
 
 T = TypeVar("T")
 
@@ -57,6 +63,26 @@ def one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Settings that are whole numbers from low to high."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if not low <= number <= high:
+            raise ValueError(text)
+        return number
+
+    return parse
+
+
+def interval(text: str) -> tuple[float, float]:
+    """A setting LOW:HIGH of two noise levels, 0 <= LOW <= HIGH <= 1."""
+    low, high = map(float, text.split(":"))
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(text)
+    return low, high
+
+
 SWITCHES: Mapping[str, Switch] = MappingProxyType(
     {
         AR_WEIGHTS: Switch(
@@ -74,6 +100,21 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             parse=one_of(INT8),
             devices={INT8: ("cpu",)},
             weights=True,
+        ),
+        GUIDANCE_INTERVAL: Switch(
+            gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",
+            accepted="LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
+            parse=interval,
+        ),
+        STEP_CACHE: Switch(
+            gives_up="the predictions of all steps but every Nth and the last, which are extrapolated",
+            accepted=f"a whole number from 1 (all are made) to {MAX_STEP_CACHE}",
+            parse=whole_number(1, MAX_STEP_CACHE),
+        ),
+        SOLVER: Switch(
+            gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
+            accepted=DPM,
+            parse=one_of(DPM),
         ),
     }
 )

@@ -8,6 +8,7 @@ from blip3o_rt.errors import ParameterError
 from blip3o_rt.switches import (
     check_device,
     check_stored,
+    check_switches,
     check_tier,
     parse_switches,
     setting,
@@ -37,6 +38,49 @@ def test_a_setting_stands_for_a_value() -> None:
 def test_weights_are_converted_for_switches_of_the_weights() -> None:
     assert check_stored(INT8) == weight_switches(INT8) == INT8
     assert check_stored(None) == {}
+    assert weight_switches({**INT8, "step_cache": "2"}) == INT8
+    with pytest.raises(
+        ParameterError, match="switch step_cache acts while a picture is made and changes no weight"
+    ):
+        check_stored({"step_cache": "2"})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("guidance_interval=0.2:0.9", (0.2, 0.9)),
+        ("guidance_interval=.5:.5", (0.5, 0.5)),
+        ("step_cache=3", 3),
+        ("solver=dpm++", "dpm++"),
+    ],
+)
+def test_settings_are_read(text: str, value: object) -> None:
+    switches = parse_switches([text])
+    assert setting(switches, text.partition("=")[0]) == value
+    assert parse_switches([f"{name}={value}" for name, value in switches.items()]) == switches
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted", "texts"),
+    [
+        (
+            "guidance_interval",
+            "LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
+            ["", "0.5", "0.5:0.2", "-1:1", "0:1.1", "nan:1", "0:nan", "a:b", "0:0.5:1", "(0.2, 0.9)"],
+        ),
+        ("step_cache", "a whole number from 1 (all are made) to 10", ["0", "11", "2.5", "", "-2", "two"]),
+        ("solver", "dpm++", ["euler", "DPM++", ""]),
+    ],
+)
+def test_settings_that_cannot_be(name: str, accepted: str, texts: list[str]) -> None:
+    for text in texts:
+        with pytest.raises(ParameterError) as error:
+            check_switches({name: text})
+        assert str(error.value) == f"switch {name} is {text!r}: accepted is {accepted}, or no such switch"
+
+
+def test_a_setting_that_is_a_number_is_read_as_text() -> None:
+    assert check_switches({"step_cache": 2}) == {"step_cache": "2"}  # type: ignore[dict-item]
 
 
 def test_switches_as_text() -> None:

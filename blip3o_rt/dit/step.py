@@ -15,6 +15,44 @@ from blip3o_rt.errors import ParameterError
 
 
 @dataclass(frozen=True)
+class History:
+    """What steps of the fast tier leave to later ones of the same picture.
+
+    predictions [2, C, h, w], of the last two times that the DiT ran, the newer first, and the noise levels
+    [2] that they were made at; denoised [1, C, h, w], where the last step took the latent to be going. What
+    `first` [] says to be a picture's first step reads nothing of an earlier picture.
+    """
+
+    predictions: Tensor
+    sigmas: Tensor
+    denoised: Tensor
+
+    @classmethod
+    def of(cls, latent: Tensor) -> History:
+        """Room for that of a latent [1, C, h, w]."""
+        zeros = torch.zeros_like(latent, memory_format=torch.contiguous_format)
+        return cls(zeros.repeat(2, 1, 1, 1), zeros.new_zeros(2), zeros)
+
+    def keep(self, prediction: Tensor, sigma: Tensor, first: Tensor) -> None:
+        """Keep a prediction [1, C, h, w] made at a noise level []."""
+        self.predictions[1] = torch.where(first, prediction[0], self.predictions[0])
+        self.predictions[0] = prediction[0]
+        self.sigmas[1] = torch.where(first, torch.inf, self.sigmas[0])  # infinitely far off: of no slope
+        self.sigmas[0] = sigma
+
+    def extrapolated(self, sigma: Tensor) -> Tensor:
+        """The prediction [1, C, h, w] at a noise level, in a straight line from the last two."""
+        (newer, older), (at_newer, at_older) = self.predictions, self.sigmas
+        return torch.lerp(newer, older, (sigma - at_newer) / (at_older - at_newer))[None]
+
+    def change(self, denoised: Tensor, first: Tensor) -> Tensor:
+        """How the estimate [1, C, h, w] of the latent without noise changed since the last step; keeps it."""
+        earlier = torch.where(first, denoised, self.denoised)
+        self.denoised.copy_(denoised)
+        return denoised - earlier
+
+
+@dataclass(frozen=True)
 class StepState:
     """What the steps of one picture read and write.
 
@@ -28,6 +66,7 @@ class StepState:
     guidance_scale: Tensor
     tables: ScheduleTables
     condition: Condition
+    history: History
 
     @classmethod
     def begin(
@@ -43,7 +82,7 @@ class StepState:
         whole, latent = model_input(noise.to(dit.device, dit.wide), reference_latent, dit.config.in_channels)
         index = torch.zeros(1, dtype=torch.int64, device=dit.device)
         guidance = torch.tensor(guidance_scale, dtype=dit.wide, device=dit.device)
-        return cls(whole, latent, index, guidance, tables, condition)
+        return cls(whole, latent, index, guidance, tables, condition, History.of(latent))
 
 
 StepKind = Callable[[DiT, StepState], None]  # a way to make the next step, all of it on the device

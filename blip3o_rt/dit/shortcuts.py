@@ -1,0 +1,121 @@
+"""What the fast tier changes of the denoising loop: guidance left out, predictions left out, another solver.
+
+Which step is which is known before the loop begins, from the schedule alone, so nothing is read back from the
+device and a picture does not depend on any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.dit.model import DiT
+from blip3o_rt.dit.scheduler import Schedule, second_order_weight
+from blip3o_rt.dit.step import StepKind, StepState, guided_step
+from blip3o_rt.switches import GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
+
+GUIDED, CONDITIONAL, EXTRAPOLATED = "guided", "conditional", "extrapolated"
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """The switches of the denoising loop; as made without arguments, none.
+
+    guidance_interval: the lowest and the highest noise level with guidance, both included; at others the
+    conditional half is computed alone (arXiv 2404.07724). step_cache: the DiT runs at every step_cache-th
+    step, from the first on, and at the last; what it predicts in between is extrapolated in a straight line
+    from the last two times that it ran. second_order: steps are those of DPM-Solver++ (2M), not Euler's.
+    """
+
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    step_cache: int = 1
+    second_order: bool = False
+
+    @classmethod
+    def of(cls, switches: Mapping[str, str]) -> Shortcuts:
+        """What the switches ask for."""
+        return cls(
+            setting(switches, GUIDANCE_INTERVAL) or cls.guidance_interval,
+            setting(switches, STEP_CACHE) or cls.step_cache,
+            SOLVER in switches,
+        )
+
+    def steps(self, schedule: Schedule) -> list[StepKind]:
+        """How each step of a schedule (on the CPU) is made."""
+        lowest, highest = self.guidance_interval
+        kinds = []
+        for step, sigma in enumerate(schedule.sigmas[:-1].tolist()):
+            level = round(sigma, 6)  # as the interval's ends are written
+            if step % self.step_cache and step + 1 < schedule.steps:
+                kinds.append(self._kind(EXTRAPOLATED))
+            else:
+                kinds.append(self._kind(GUIDED if lowest <= level <= highest else CONDITIONAL))
+        return kinds
+
+    @property
+    def kinds(self) -> tuple[StepKind, ...]:
+        """Every kind of step that a schedule may need."""
+        predictions = [GUIDED]
+        if self.guidance_interval != (0.0, 1.0):
+            predictions.append(CONDITIONAL)
+        if self.step_cache > 1:
+            predictions.append(EXTRAPOLATED)
+        return tuple(self._kind(prediction) for prediction in predictions)
+
+    def _kind(self, prediction: str) -> StepKind:
+        kept = self.step_cache > 1
+        if prediction == GUIDED and not kept and not self.second_order:
+            return guided_step
+        return ShortStep(prediction, kept, self.second_order)
+
+
+@dataclass(frozen=True)
+class ShortStep:
+    """A step of the fast tier.
+
+    prediction: of both halves with guidance, of the conditional half alone, or extrapolated. kept: whether a
+    prediction of the DiT is kept for those that are extrapolated. second_order: as in `Shortcuts`.
+    """
+
+    prediction: str
+    kept: bool
+    second_order: bool
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.prediction}_step"
+
+    def __call__(self, dit: DiT, state: StepState) -> None:
+        """Make the step that state.index says, which it increments."""
+        before, here, after = _sigmas(state)
+        velocity = self._velocity(dit, state, here)
+        move = (after - here) * velocity
+        if self.second_order:
+            change = state.history.change(state.latent - here * velocity, state.index[0] == 0)
+            move += second_order_weight(before, here, after) * change
+        state.latent.add_(move)
+        state.index.add_(1)
+
+    def _velocity(self, dit: DiT, state: StepState, sigma: Tensor) -> Tensor:
+        """The prediction [1, C, h, w] that the step goes along, guided where it is."""
+        history = state.history
+        if self.prediction == EXTRAPOLATED:
+            return history.extrapolated(sigma)
+        condition = state.condition if self.prediction == GUIDED else state.condition.unguided
+        _, channels, _, width = state.latent.shape
+        predicted = dit.predict(state.whole, state.tables.at(state.index), condition)
+        null, conditional = predicted[:1, :channels, :, :width], predicted[-1:, :channels, :, :width]
+        velocity = null + state.guidance_scale * (conditional - null)
+        if self.kept:
+            history.keep(velocity, sigma, state.index[0] == 0)
+        return velocity
+
+
+def _sigmas(state: StepState) -> tuple[Tensor, Tensor, Tensor]:
+    """The noise levels before the step (that of the step where it is the first), at it and after it."""
+    around = torch.cat([state.index - 1, state.index, state.index + 1]).clamp_(min=0)
+    before, here, after = state.tables.schedule.sigmas.to(state.latent.dtype).index_select(0, around)
+    return before, here, after
