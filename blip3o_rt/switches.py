@@ -100,6 +100,7 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             parse=one_of(INT8),
             devices={INT8: ("cpu",)},
             weights=True,
+            default=INT8,
         ),
         GUIDANCE_INTERVAL: Switch(
             gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",

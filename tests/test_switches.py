@@ -16,15 +16,17 @@ from blip3o_rt.switches import (
 )
 
 INT8 = {"ar_weights": "int8"}
+DEFAULTS = {**INT8, "dit_weights": "int8"}  # of a CPU
 
 
 def test_tiers() -> None:
     assert check_tier("exact") == check_tier("exact", {}) == {}
-    assert check_tier("fast") == check_tier("fast", {}) == check_tier("fast", INT8) == INT8
+    assert check_tier("fast") == check_tier("fast", {}) == DEFAULTS
+    assert check_tier("fast", INT8) == INT8
 
 
 def test_tier_fast_takes_by_itself_what_the_device_has() -> None:
-    assert check_tier("fast", None, "cpu") == INT8
+    assert check_tier("fast", None, "cpu") == DEFAULTS
     assert check_tier("fast", INT8, "cuda") == INT8  # named, so refused where it is loaded
     with pytest.raises(ParameterError, match="turns on no switch by itself on device 'cuda': name one of"):
         check_tier("fast", None, "cuda")
