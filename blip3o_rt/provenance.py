@@ -15,7 +15,7 @@ from blip3o_rt.files import replacing
 from blip3o_rt.machine import cuda_status, gpus, memory, package_version, processor
 
 RECORD_VERSION = 1
-KINDS = ("bench", "validate", "score")
+KINDS = ("bench", "validate", "score", "step_launches")
 PACKAGES = ("torch", "transformers", "diffusers", "triton")
 PACKAGE_FOLDER = Path(__file__).resolve().parent
 
@@ -23,7 +23,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parent
 def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
     """What every record begins with; its "complete" is False until whoever fills the record says otherwise.
 
-    kind: "bench", "validate" or "score". command: the command line that makes the record, word by word.
+    kind: one of KINDS. command: the command line that makes the record, word by word.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}: accepted are {', '.join(KINDS)}")
