@@ -9,6 +9,8 @@ import torch
 from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.machine import require_memory
+from blip3o_rt.switches import VAE_TILES, setting
+from blip3o_rt.vae.layout import GATED_EXPANSION
 
 
 def require_room(
@@ -23,8 +25,23 @@ def require_room(
     ar, tokens = config.ar, config.image_tokens.tokens_per_image
     kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
-    # The decoder's last stage holds three tensors of its width at full resolution: input, product and result.
-    picture = 3 * config.image_size**2 * config.vae.decoder_stages[0].channels * dtype.itemsize
+    picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
     needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture
     remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
     require_memory(needed, "the model", device, remedy)
+
+
+def _picture_elements(config: ModelConfig, tiles: int) -> int:
+    """Elements of activations that the autoencoder holds at once, for tiles along a side of its fine stages.
+
+    The finest stage holds three tensors of its width: input, product and result. A stage with attention holds
+    the hidden values, gates and results of a gated convolution. A tile has margins of up to an eighth of the
+    picture.
+    """
+    side = config.image_size
+    tile = side if tiles == 1 else min(side, side // tiles + side // 8)
+    held = [3 * tile**2 * config.vae.decoder_stages[0].channels]
+    for index, stage in enumerate(config.vae.decoder_stages):
+        if stage.block == "EfficientViTBlock":
+            held.append(3 * GATED_EXPANSION * stage.channels * (side >> index) ** 2)
+    return max(held)

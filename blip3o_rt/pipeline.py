@@ -46,7 +46,7 @@ from blip3o_rt.random import normal_noise
 from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
-from blip3o_rt.switches import EXACT, FAST, check_tier
+from blip3o_rt.switches import EXACT, FAST, VAE_TILES, check_tier, setting
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.model import Autoencoder
@@ -129,7 +129,8 @@ class Pipeline:
             else None
         )
         self._dit = DiT(config.dit, weights["dit"])
-        self._vae = Autoencoder(config.vae, weights["vae"], self._recorder)
+        tiles = setting(self.switches, VAE_TILES) or 1
+        self._vae = Autoencoder(config.vae, weights["vae"], self._recorder, tiles)
         self._tokenizer = (
             ImageTokenizer(config.ta_tok, weights["ta_tok"], self._recorder)
             if config.ta_tok is not None

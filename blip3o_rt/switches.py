@@ -22,8 +22,10 @@ STEP_CACHE = "step_cache"
 SOLVER = "solver"
 INT8 = "int8"
 DPM = "dpm++"
+VAE_TILES = "vae_tiles"
 
 MAX_STEP_CACHE = 10
+MAX_VAE_TILES = 16
 
 T = TypeVar("T")
 
@@ -116,6 +118,11 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
             accepted=DPM,
             parse=one_of(DPM),
+        ),
+        VAE_TILES: Switch(
+            gives_up="time, for memory: the autoencoder's fine stages go in that many tiles along a side",
+            accepted=f"a whole number from 1 (the whole picture) to {MAX_VAE_TILES}",
+            parse=whole_number(1, MAX_VAE_TILES),
         ),
     }
 )

@@ -6,14 +6,21 @@ convolutions, while a margin one cell too narrow shows at 1e-4 or more.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blip3o_rt.config import VAEConfig, VAEStageConfig
+from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
+from blip3o_rt.config import EditConfig, VAEConfig, VAEStageConfig
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import Recorder
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.switches import check_tier
 from blip3o_rt.vae import tiles as tiling
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.tiles import TiledBlocks
@@ -121,3 +128,21 @@ def test_tiles_can_be_recorded() -> None:
     latent = random(1, config.latent_channels, 4, 4, dtype=torch.float32)
     assert torch.equal(replayed.decode(latent), Autoencoder(config, weights, tiles=2).decode(latent))
     assert graphs.replayed == 1
+
+
+def test_the_switch_draws_the_same_picture_and_says_so(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "tiny", preset("tiny", EditConfig(use_und_image_vae=True)), seed=1)
+    whole = Pipeline.load(tmp_path / "tiny", device="cpu", dtype="fp32")
+    tiled = Pipeline.load(
+        tmp_path / "tiny", device="cpu", dtype="fp32", tier="fast", switches={"vae_tiles": "2"}
+    )
+    found, expected = (pipe.generate("a circle", seed=3, steps=2) for pipe in (tiled, whole))
+    levels = [np.asarray(result[0]).astype(int) for result in (found, expected)]
+    assert np.abs(levels[0] - levels[1]).max() <= 1  # of 255: rounding may tip a level
+    assert found.report.switches == {"vae_tiles": "2"}
+
+
+@pytest.mark.parametrize("value", ["0", "17", "two"])
+def test_another_number_of_tiles_is_refused(value: str) -> None:
+    with pytest.raises(ParameterError, match=r"switch vae_tiles is .*accepted is a whole number from 1"):
+        check_tier("fast", {"vae_tiles": value})
