@@ -1,7 +1,8 @@
 """What each switch is worth: its line with the switch off and on, in turns, everything else alike.
 
 A switch of its own is one entry of SWITCHES. Every op that runs on anything but its torch reference is a
-switch without being listed: off is the reference. So is every switch of the fast tier that changes weights.
+switch without being listed: off is the reference. So is every switch of the fast tier that was given, and
+every one that changes weights.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 PICTURES = 4  # of the switch of batching
 ALL_OPS = "all ops"
 PROMPTS, TOKENS, STEP, EDIT, DECODER = "ar.prefill", "ar.token", "dit.step", "dit.step.edit", "vae.decode"
-STEPS = (STEP, EDIT)
-FAST_LINES = {"ar_": (PROMPTS, TOKENS), "dit_": STEPS}  # by what the name of a fast tier's switch begins with
+STEPS, ALL_STEPS = (STEP, EDIT), "dit.denoise"
+# Lines that show a switch of the fast tier, by what its name begins with; any other is one of all steps.
+FAST_LINES = {"ar_": (PROMPTS, TOKENS), "dit_": STEPS, "vae_": (DECODER,)}
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,11 @@ def dit_step(
     return Contender("", stage.step, stage.prepare)
 
 
+def dit_denoise(checkpoint: Checkpoint) -> Contender:
+    stage = DitStage(checkpoint)
+    return Contender("", stage.denoise, stage.prepare)
+
+
 def dit_step_edit(checkpoint: Checkpoint, **options: Any) -> Contender:
     return dit_step(checkpoint, edit=True, **options)
 
@@ -231,6 +238,7 @@ LINES: Mapping[str, Shown] = {
     "tatok.encode": Shown(TatokStage.parts, tatok_encode),
     STEP: Shown(DitStage.parts, dit_step),
     EDIT: Shown(DitStage.parts, dit_step_edit, ops=False),
+    ALL_STEPS: Shown(DitStage.parts, dit_denoise, ops=False),
     DECODER: Shown(VaeStage.parts, vae_decode),
 }
 
@@ -242,23 +250,27 @@ def select(names: Sequence[str]) -> frozenset[str]:
 
 def time_switches(subject: Subject, settings: Settings, record: Record, say: Callable[[str], None]) -> None:
     """Record every switch of those lines asked for that the checkpoint has."""
-    chosen = {line: shown for line, shown in LINES.items() if line in settings.ablate}
-    total = sum(WEIGHTS[line] for line in chosen)
+    found = {
+        line: [*listed(line, subject.device), *fast_switches(line, subject)]
+        for line in LINES
+        if line in settings.ablate
+    }
+    chosen = {line: LINES[line] for line, some in found.items() if some or LINES[line].ops}
+    total = sum(weight(line) for line in chosen)
     for line, shown in chosen.items():
-        seconds = settings.seconds * WEIGHTS[line] / total
+        seconds = settings.seconds * weight(line) / total
         runs = settings.runs * MORE_RUNS.get(line, 1)
         try:
             checkpoint = subject.load(shown.parts)
             contender = shown.build(checkpoint)
-            found = [*listed(line, subject.device), *fast_switches(line, subject.device)]
             if shown.ops:
-                found += op_switches(line, contender)
+                found[line] += op_switches(line, contender)
             del contender
         except ConfigError as reason:
             record.note(f"switches of {line} left out: {reason}")
             continue
-        for switch in found:
-            plan = Plan(runs, seconds / len(found))
+        for switch in found[line]:
+            plan = Plan(runs, seconds / len(found[line]))
             try:
                 entry, error = time_switch(switch, line, subject, checkpoint, plan)
             except CheckpointError as reason:
@@ -276,14 +288,22 @@ def listed(line: str, device: torch.device) -> Iterator[Switch]:
     return (switch for switch in SWITCHES if line in switch.lines and switch.available(device))
 
 
-def fast_switches(line: str, device: torch.device) -> Iterator[Switch]:
-    """One switch for each setting of the fast tier that changes weights of the line and has a kernel here."""
-    for name, switch in switches.weight_switches(switches.SWITCHES).items():
-        shown = next((found for start, found in FAST_LINES.items() if name.startswith(start)), ())
-        for setting in dict.fromkeys(filter(None, (switch.default, *switch.devices))):
-            if line in shown and switch.runs_on(setting, device.type):
+def weight(line: str) -> float:
+    """Share of the time budget, relative to others; all steps take as much as everything else of the DiT."""
+    return WEIGHTS.get(line, 2 * WEIGHTS[EDIT])
+
+
+def fast_switches(line: str, subject: Subject) -> Iterator[Switch]:
+    """Switches of the fast tier that a line shows: those given, and all that change weights and run here."""
+    for name, switch in switches.SWITCHES.items():
+        shown = next((found for start, found in FAST_LINES.items() if name.startswith(start)), (ALL_STEPS,))
+        settings = list(filter(None, (switch.default, *switch.devices))) if switch.weights else []
+        if name in subject.switches:
+            settings = [subject.switches[name]]
+        for setting in dict.fromkeys(settings):
+            if line in shown and switch.runs_on(setting, subject.device.type):
                 on = Variant(f"{setting} (fast tier)", fast={name: setting})
-                yield Switch(f"{name}={setting}", shown, Variant("as stored", fast={name: None}), on)
+                yield Switch(f"{name}={setting}", shown, Variant("without", fast={name: None}), on)
 
 
 def op_switches(line: str, contender: Contender) -> Iterator[Switch]:

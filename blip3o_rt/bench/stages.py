@@ -1,4 +1,7 @@
-"""The runtime's stages as calls that can be timed: the code that a request runs, on seeded inputs."""
+"""The runtime's stages as calls that can be timed: the code that a request runs, on seeded inputs.
+
+On a GPU they are recorded as graphs first, as a pipeline does before it is ready.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,17 @@ from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
+from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.shortcuts import Shortcuts
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.errors import ConfigError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.prompt import PromptEncoder
+from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
 
@@ -213,6 +219,7 @@ class DitStage:
         null, conditional = captions.to(self.dit.dtype).tensor_split([len(counts)])
         self.tokens = ConditionTokens(conditional, null, counts)
         self.kind: StepKind = guided_step
+        self.kinds = Shortcuts.of(checkpoint.switches).steps(self.schedule)
         self.state: StepState | None = None
         self._step: Callable[[], None] = nothing
 
@@ -239,6 +246,13 @@ class DitStage:
         assert self.state is not None
         return self.state.latent
 
+    def denoise(self) -> Tensor:
+        """The latent after all steps of the schedule, as the checkpoint's switches make them."""
+        self.prepare()
+        assert self.state is not None
+        given = self.noise, self.state.tables, self.state.condition, GUIDANCE
+        return denoise(self.dit, *given, reference_latent=self.reference, kinds=self.kinds)
+
     def tables_work(self) -> Work:
         return work.dit_tables(self.config.dit, self.dit.dtype.itemsize, steps=self.schedule.steps)
 
@@ -257,12 +271,15 @@ class VaeStage:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config, self.weights = checkpoint.config, checkpoint.weights["vae"]
-        self.autoencoder = Autoencoder(self.config.vae, self.weights)
-        side, vae, device = self.config.image_size, self.config.vae, self.autoencoder.device
-        self.latent = seeded(
-            1, vae.latent_channels, side // vae.compression, side // vae.compression, device=device
-        )
-        self.pixels = seeded(1, vae.image_channels, side, side, device=device, low=-1.0)
+        tiles = setting(checkpoint.switches, VAE_TILES) or 1
+        self.autoencoder = Autoencoder(self.config.vae, self.weights, tiles=tiles)
+        size, vae, device = self.config.image_size, self.config.vae, self.autoencoder.device
+        side = size // vae.compression
+        self.latent = seeded(1, vae.latent_channels, side, side, device=device)
+        self.pixels = seeded(1, vae.image_channels, size, size, device=device, low=-1.0)
+        if device.type == "cuda":
+            self.autoencoder.prepare_decode(side, side)
+            self.autoencoder.prepare_encode(size, size)
 
     def decode(self) -> Tensor:
         return self.autoencoder.decode(self.latent)
@@ -290,6 +307,8 @@ class TatokStage:
         self.tokenizer = ImageTokenizer(tower, self.weights)
         size, channels = tower.image_size, tower.image_channels
         self.pixels = seeded(1, channels, size, size, device=self.tokenizer.device, low=-1.0)
+        if self.tokenizer.device.type == "cuda":
+            self.tokenizer.prepare()
 
     def encode(self) -> tuple[Tensor, Tensor]:
         return self.tokenizer.encode(self.pixels)
@@ -305,6 +324,7 @@ class ImageStage:
 
     def __init__(self, checkpoint: Checkpoint, *, max_batch: int, steps: int = STEPS) -> None:
         self.pipeline = Pipeline(checkpoint, max_batch=max_batch)
+        self.pipeline.prepare()
         self.steps = steps
         self.host: dict[int, list[float]] = {}
 

@@ -275,14 +275,13 @@ def test_switches_are_recorded_and_leave_no_trace(
     monkeypatch.setattr(ablation, "MORE_RUNS", {})
     record = execute(settings(ablate=ablation.select(["all"]), runs=1))
     entries = record.data["ablations"]
-    assert {entry["line"] for entry in entries} == set(ablation.LINES)
+    assert {entry["line"] for entry in entries} == {*ablation.LINES} - {"dit.denoise"}
     assert {"image rows of the head", "key/value pages", "batching"} <= {entry["switch"] for entry in entries}
     taken_out = {"null tokens", "condition", "modulation", "first self-attention"}
     for line in ("dit.step", "dit.step.edit"):
         assert taken_out <= {entry["switch"] for entry in entries if entry["line"] == line}
     assert {"upsampling", "channels last"} <= {e["switch"] for e in entries if e["line"] == "vae.decode"}
-    (prompts,) = (entry for entry in entries if entry["line"] == "ar.prefill")
-    assert prompts["switch"] == "ar_weights=int8"
+    assert "ar_weights=int8" in {entry["switch"] for entry in entries if entry["line"] == "ar.prefill"}
     for entry in entries:
         assert set(entry) == set(ABLATION_KEYS.split())
         assert entry["ratio"] == pytest.approx(entry["samples_off"][0] / entry["samples_on"][0])
@@ -297,19 +296,39 @@ def test_a_switch_is_listed_for_the_device_that_takes_it() -> None:
     assert cpu - gpu == {"AVX-512 kernels"} & cpu
 
 
-def test_switches_of_the_fast_tier_are_those_of_the_lines_weights() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    tokens, steps = (
-        {s.name for s in ablation.fast_switches(line, cpu)} for line in ("ar.token", "dit.step.edit")
-    )
-    assert "ar_weights=int8" in tokens
-    assert not tokens & steps
-    assert not any(ablation.fast_switches("vae.decode", cpu))
-    assert "ar_weights=int8" not in {s.name for s in ablation.fast_switches("ar.token", gpu)}
+def fast(line: str, subject: Subject) -> set[str]:
+    return {switch.name for switch in ablation.fast_switches(line, subject)}
+
+
+def test_switches_of_the_fast_tier_are_those_of_weights_and_those_given(subject: Subject) -> None:
+    assert "ar_weights=int8" in fast("ar.token", subject)
+    assert not fast("ar.token", subject) & fast("dit.step.edit", subject)
+    assert fast("vae.decode", subject) == fast("dit.denoise", subject) == set()
+    gpu = replace(subject, device=torch.device("cuda"))
+    assert "ar_weights=int8" not in fast("ar.token", gpu)
+    given = replace(subject, switches={"vae_tiles": "2", "step_cache": "3", "guidance_interval": "0:0.9"})
+    assert fast("vae.decode", given) == {"vae_tiles=2"}
+    assert fast("dit.denoise", given) == {"step_cache=3", "guidance_interval=0:0.9"}
+
+
+def test_switches_that_are_given_are_measured(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of all steps on a line of their own, beside the rest of what was given; tiles in the decoder."""
+    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+    given = replace(subject, switches={"step_cache": "3", "vae_tiles": "2"})
+    record = Record(tmp_path, [], model_entry(given, "fast", []))
+    chosen = settings(ablate=ablation.select(["dit.denoise"]), runs=2, tier="fast")
+    Run(given, chosen, record, lambda _: None).everything()
+    (entry,) = record.data["ablations"]
+    assert (entry["switch"], entry["line"]) == ("step_cache=3", "dit.denoise")
+    assert stages.DitStage(given.load(["dit"])).kinds != stages.DitStage(subject.load(["dit"])).kinds
+    decoders = [stages.VaeStage(s.load(["vae"])).autoencoder for s in (subject, given)]
+    assert len({len(decoder._decoder) for decoder in decoders}) == 2  # the tiled end is one block
 
 
 def test_a_fast_tiers_switch_is_off_on_the_one_side_and_on_on_the_other(subject: Subject) -> None:
-    (switch,) = (s for s in ablation.fast_switches("ar.prefill", torch.device("cpu")) if "ar_w" in s.name)
+    (switch,) = (s for s in ablation.fast_switches("ar.prefill", subject) if s.name == "ar_weights=int8")
     both = replace(subject, switches={"ar_weights": "int8"})
     for own in (subject, both):
         assert switch.off.of(own).switches == {}
@@ -357,7 +376,7 @@ def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pyt
     record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
     assert {entry["line"] for entry in record.data["ablations"]} == {"ar.prefill"}
     assert record.lines == []
-    assert ablation.select(["dit"]) == {"dit.step", "dit.step.edit"}
+    assert ablation.select(["dit"]) == {"dit.step", "dit.step.edit", "dit.denoise"}
     with pytest.raises(ParameterError, match="ablate has 'connector': accepted are all, ar, tatok, dit, vae"):
         ablation.select(["connector"])
 
