@@ -24,9 +24,10 @@ from torch import Tensor
 from blip3o_rt import trace
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
 from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder
-from blip3o_rt.ar.stretch import Results, Row, Stretch, vocabulary_of
+from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
 from blip3o_rt.config import ARConfig, ImageTokenConfig
 from blip3o_rt.errors import GenerationError, ParameterError, PromptError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import SamplingParams
 
 TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises to cancel
@@ -83,6 +84,7 @@ class TokenEngine:
 
     `max_prompt_tokens` bounds a prompt with its template and reference tokens. `num_pages`, where given, is a
     cache smaller than `max_batch` images of the longest prompt take: then pages limit who joins, not rows.
+    `recorder` records the token step; None is that of the weights' device.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class TokenEngine:
         page_size: int = DEFAULT_PAGE_SIZE,
         num_pages: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        recorder: Recorder | None = None,
     ) -> None:
         embedding = weights["embed_tokens.weight"]
         self.image_tokens = image_tokens
@@ -111,11 +114,23 @@ class TokenEngine:
             config, num_pages, page_size=page_size, dtype=embedding.dtype, device=embedding.device
         )
         self.decoder = Decoder(config, weights, self.cache, max_batch=max_batch, prefill_chunk=prefill_chunk)
-        self._results = Results(max_batch, image_tokens.tokens_per_image, self.decoder)
+        self._token_steps = TokenSteps(
+            self.decoder,
+            image_tokens,
+            recorder or Recorder.of(self.decoder.device),
+            max_batch=max_batch,
+            max_blocks=self._max_blocks,
+        )
+        self._results = self._token_steps.results
         self._lanes = list(range(max_batch))
         self._waiting: deque[_Image] = deque()
         self._running: list[_Image] = []  # in the order they joined
-        self._stretch: Stretch | None = None  # of those who run, until one joins or leaves
+        self._batch: TokenBatch | None = None  # of those who run, until one joins or leaves
+
+    def prepare(self) -> None:
+        """Record the token step as graphs, where the device has them; before the first request, which would
+        run without."""
+        self._token_steps.prepare()
 
     def submit(self, prompt: TokenPrompt) -> Request:
         """Put the images of a prompt at the end of the queue, any number of them.
@@ -157,17 +172,14 @@ class TokenEngine:
         self._admit()
         if not self._running:
             return self._results.tokens.new_empty(0)
-        stretch, self._stretch = (
-            self._stretch or self._lay_out(),
-            None,
-        )  # not kept where its step is interrupted
+        batch, self._batch = self._batch or self._lay_out(), None  # not kept where its step is interrupted
         with trace.span("ar.token", self._running[0].drawn):
-            tokens = stretch.step()
+            tokens = batch.step()
         for image in self._running:
             image.drawn += 1
             image.request.tokens_drawn += 1
-        if stretch.done < stretch.steps:
-            self._stretch = stretch
+        if batch.remaining:
+            self._batch = batch
             return tokens
         self._retire()
         return tokens
@@ -261,7 +273,7 @@ class TokenEngine:
     def _join(self, image: _Image, donor: _Image | None, shared: int) -> None:
         """Give an image its lane and pages, and read what no other has read of its prompt."""
         prompt = image.request.prompt
-        self._stretch = None
+        self._batch = None
         image.lane = self._lanes.pop()
         if donor is not None:
             image.sequence = self.cache.fork(donor.sequence, shared)
@@ -283,15 +295,15 @@ class TokenEngine:
     def _leave(self, image: _Image) -> None:
         """The one way out of the batch: pages and lane come back."""
         self._running.remove(image)
-        self._stretch = None
+        self._batch = None
         self.cache.release(image.sequence)
         if image.lane >= 0:
             self._lanes.append(image.lane)
             image.lane = -1
 
-    def _lay_out(self) -> Stretch:
+    def _lay_out(self) -> TokenBatch:
         by_vocabulary = sorted(self._running, key=lambda image: not image.params.image_tokens_only)
-        return Stretch([*by_vocabulary], self.decoder, self.image_tokens, self._results, self._max_blocks)
+        return self._token_steps.lay_out([*by_vocabulary])
 
     def _embed_prompt(self, prompt: TokenPrompt) -> Tensor:
         ids = torch.tensor(prompt.ids, dtype=torch.int64, device=self.decoder.device)
@@ -303,7 +315,7 @@ class TokenEngine:
 
     def _plan(self, image: _Image) -> TokenPlan:
         drawn = self._results.tokens[image.lane, : self.image_tokens.tokens_per_image]
-        first_id = vocabulary_of(image.params, self.decoder, self.image_tokens).start
+        first_id = self._token_steps.vocabularies[image.params.image_tokens_only].start
         error = None
         if bool((drawn < 0).any()):
             error = GenerationError(

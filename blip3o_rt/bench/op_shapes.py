@@ -120,6 +120,9 @@ def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
         reads=True,
         dtypes=FP32,
     )
+    yield OpShape(
+        "advance_rows", f"decode x{batch}: {context} positions", lambda _: _rows(batch, context), dtypes=FP32
+    )
 
 
 def _prefill(ar: ARConfig) -> Iterator[OpShape]:
@@ -207,6 +210,17 @@ def _sampling(config: ModelConfig, batch: int) -> Case:
     top_k = sampling.top_k_for(codes, config.ar.vocab_size)
     rows = (torch.ones(batch), int32([top_k] * batch), torch.full((batch,), sampling.top_p))
     return Case("", (random(1, batch, codes, scale=3.0), *rows, torch.arange(batch), int32(range(batch))))
+
+
+def _rows(batch: int, context: int) -> Case:
+    """Rows with room for more calls than are timed; what is full stays as it is."""
+    max_blocks = 2 * context // DEFAULT_PAGE_SIZE
+    places, counts = torch.arange(batch) * max_blocks * DEFAULT_PAGE_SIZE, int32([context] * batch)
+    kept = torch.zeros(batch * max_blocks * DEFAULT_PAGE_SIZE, dtype=torch.int64)
+    block_table = int32(range(batch * max_blocks)).view(batch, max_blocks)
+    state = (counts, counts.clone(), places, kept, counts.clone(), counts.clone())
+    draws, first_ids = torch.arange(batch), torch.arange(batch)
+    return Case("", (draws, first_ids, block_table, DEFAULT_PAGE_SIZE, *state), written=(4, 5, 6, 7, 8, 9))
 
 
 # Diffusion transformer

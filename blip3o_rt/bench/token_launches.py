@@ -25,10 +25,11 @@ from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache
 from blip3o_rt.ar.layout import layout
 from blip3o_rt.ar.model import Decoder
-from blip3o_rt.ar.stretch import Results, Row, Stretch
+from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
 from blip3o_rt.bench import work
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import ModelConfig
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops.registry import Implementation, Op
 from blip3o_rt.params import MAX_BATCH, SamplingParams
 
@@ -58,14 +59,14 @@ class Count:
 def token_counts(config: ModelConfig, dtype: torch.dtype, *, batch: int, context: int) -> dict[str, Count]:
     """One token of `batch` pictures that attend to `context` positions each, by op, in the order of first
     use."""
-    stretch = _stretch(config, dtype, batch, context)
+    rows = _rows(config, dtype, batch, context)
     counts: dict[str, Count] = {}
-    with _counted_ops(counts, config, context), _TorchCount(counts):
-        stretch.step()
+    with _counted_ops(counts, config, context), _TorchCount(counts, config.ar.vocab_size):
+        rows.step()
     return counts
 
 
-def _stretch(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> Stretch:
+def _rows(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> TokenBatch:
     device, tokens = torch.device("meta"), config.image_tokens.tokens_per_image
     weights = {s.name: torch.empty(s.shape, dtype=dtype, device=device) for s in layout(config.ar)}
     pages = -(-(context + tokens) // DEFAULT_PAGE_SIZE)
@@ -76,7 +77,8 @@ def _stretch(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) 
     ]  # the new token is the last of the context
     for row in rows:
         cache.reserve(row.sequence, context + tokens)
-    return Stretch(rows, decoder, config.image_tokens, Results(batch, tokens, decoder), pages)
+    steps = TokenSteps(decoder, config.image_tokens, Recorder.of(device), max_batch=batch, max_blocks=pages)
+    return steps.lay_out(rows)
 
 
 @contextmanager
@@ -119,16 +121,17 @@ def _counting(
 class _TorchCount(TorchDispatchMode):
     """Counts torch's own operators but for views, which launch nothing."""
 
-    def __init__(self, counts: dict[str, Count]) -> None:
+    def __init__(self, counts: dict[str, Count], vocabulary: int) -> None:
         super().__init__()
-        self._counts = counts
+        self._counts, self._vocabulary = counts, vocabulary
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view:
-            name = EMBEDDING if func is torch.ops.aten.index_select.out else TORCH
+            embeds = func is torch.ops.aten.index_select.out and len(args[0]) == self._vocabulary
+            name = EMBEDDING if embeds else TORCH
             self._counts.setdefault(name, Count()).add(1, 2 * result.nbytes if name == EMBEDDING else 0)
         return result
 

@@ -2,6 +2,7 @@
 
 from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
 from blip3o_rt.ops.add_pixel_unshuffle import add_pixel_unshuffle
+from blip3o_rt.ops.advance_rows import advance_rows
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.convolution_silu import convolution_silu
 from blip3o_rt.ops.cross_attention import cross_attention
@@ -24,6 +25,7 @@ from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
     "add_pixel_shuffle",
+    "advance_rows",
     "add_pixel_unshuffle",
     "all_ops",
     "channel_rms_norm",

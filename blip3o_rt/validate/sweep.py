@@ -24,7 +24,12 @@ from blip3o_rt.validate.finding import Finding, compare
 from blip3o_rt.validate.line import Line, at_most, severity
 
 Check = Callable[[Op[Any, Any], Case, list[Tensor], list[Tensor]], list[Finding]]
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DTYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "fp32",  # an op on numbers of tokens is checked with those
+    torch.float8_e4m3fn: "bf16",  # and one on 8-bit numbers with those that it stands in for
+}
 
 
 def ops_with_cases() -> set[str]:

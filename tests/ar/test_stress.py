@@ -9,6 +9,7 @@ from collections import Counter
 import torch
 
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
@@ -27,7 +28,9 @@ SAMPLINGS = [
 ]
 
 
-def make_engine(max_batch: int, num_pages: int | None = None) -> TokenEngine:
+def make_engine(
+    max_batch: int, num_pages: int | None = None, recorder: Recorder | None = None
+) -> TokenEngine:
     return TokenEngine(
         CONFIG,
         TOKENS,
@@ -37,6 +40,7 @@ def make_engine(max_batch: int, num_pages: int | None = None) -> TokenEngine:
         page_size=2,
         num_pages=num_pages,
         prefill_chunk=4,
+        recorder=recorder,
     )
 
 

@@ -1,0 +1,47 @@
+"""From the draws of a token step to what the decoder reads: ids, positions, slots; and the draws kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blip3o_rt.ops.registry import op
+from blip3o_rt.ops.rounding import deliver
+
+
+@op(tolerance={torch.int64: 0.0})
+def advance_rows(
+    draws: Tensor,
+    first_ids: Tensor,
+    block_table: Tensor,
+    page_size: int,
+    drawn: Tensor,
+    context_lengths: Tensor,
+    places: Tensor,
+    kept: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Take a token into each of B sequences: vocabulary ids int64 [B], draws + first_ids.
+
+    draws int64 [B] number the tokens from first_ids int64 [B] on; -1, for which there is no token, counts as
+    0. They are kept as they are: kept int64 [N] at places int64 [B], which are all different.
+    context_lengths int32 [B] is how many positions of its pages each sequence has: the token becomes the
+    next, written to positions int32 [B]; its place in the cache, the page of block_table int32 [B,
+    max_blocks] times page_size plus the offset in it, to slots int32 [B]. Then context_lengths, places and
+    drawn int32 [B], the number of tokens drawn, count one more.
+
+    A row of context length 0 is padding, and one whose pages are full has no next position: both stay as they
+    are, nothing is kept, position 0, slot -1.
+    """
+    goes_on = (context_lengths > 0) & (context_lengths < block_table.shape[1] * page_size)
+    position = torch.where(goes_on, context_lengths, 0)
+    page = block_table.gather(1, (position // page_size).long()[:, None])[:, 0]
+    slots.copy_(torch.where(goes_on, page * page_size + position % page_size, -1))
+    positions.copy_(position)
+    kept.index_copy_(0, places, torch.where(goes_on, draws, kept[places]))
+    for count in (drawn, context_lengths, places):
+        count.add_(goes_on)
+    return deliver(draws.clamp(min=0) + first_ids, torch.int64, out)

@@ -1,0 +1,198 @@
+"""The token step as graphs: every replay draws what the same work draws without, whoever is in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from blip3o_rt import ops
+from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
+from blip3o_rt.graphs import Recorder
+from blip3o_rt.params import SamplingParams
+from tests import recorded_graph
+from tests.ar import test_stress
+from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
+from tests.ar.test_stress import Traffic
+from tests.recorded_graph import RecordedGraphs
+
+CONFIG = small_config()
+TOKENS = image_tokens(CONFIG)
+WEIGHTS = {dtype: runtime_weights(CONFIG, oracle(CONFIG), dtype) for dtype in (torch.float32, torch.bfloat16)}
+COUNT = TOKENS.tokens_per_image
+MAX_BATCH = 5
+BUCKETS = (1, 2, 4, 5)
+LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
+
+
+def make_engine(recorder: Recorder | None, dtype: torch.dtype = torch.float32) -> TokenEngine:
+    return TokenEngine(
+        CONFIG,
+        TOKENS,
+        WEIGHTS[dtype],
+        max_batch=MAX_BATCH,
+        max_prompt_tokens=28,
+        page_size=4,
+        prefill_chunk=8,
+        recorder=recorder,
+    )
+
+
+def graphed(dtype: torch.dtype = torch.float32) -> tuple[TokenEngine, RecordedGraphs]:
+    """An engine that has recorded its steps and now runs nothing but replays."""
+    graphs = RecordedGraphs()
+    engine = make_engine(Recorder(graphs), dtype)
+    engine.prepare()
+    return engine, graphs
+
+
+def without_python(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> None:
+        raise AssertionError("a token ran the decoder's Python")
+
+    monkeypatch.setattr(engine.decoder, "decode", decode)
+
+
+def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: Any) -> TokenPrompt:
+    return TokenPrompt(ids, [SamplingParams(seed=seed + i, **{"top_k": 20, **changes}) for i in range(n)])
+
+
+def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32) -> None:
+    """Each image is what an engine without graphs draws for it alone, bit for bit."""
+    engine = make_engine(None, dtype)
+    for request in requests:
+        for plan, params in zip(request.plans, request.prompt.samples, strict=True):
+            alone = engine.generate([dataclasses.replace(request.prompt, samples=[params])])[0][0]
+            assert plan is not None
+            assert torch.equal(plan.token_ids, alone.token_ids)
+            assert torch.equal(plan.hidden_states, alone.hidden_states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_only", [True, False])
+def test_members_come_and_go_and_every_token_is_a_replay(
+    dtype: torch.dtype, image_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, graphs = graphed(dtype)
+    assert graphs.captured == 2 * len(BUCKETS)
+    without_python(engine, monkeypatch)
+    requests, sizes, steps = [], [], 0
+    for seed in range(7):
+        prompt = make_prompt(LONG[: 2 * seed + 1], 1 + seed % 2, 10 * seed, image_tokens_only=image_only)
+        requests.append(engine.submit(prompt))
+        for _ in range(1 + seed % 3):
+            sizes.append(len(engine.step()))
+            steps += 1
+    while engine.busy:
+        sizes.append(len(engine.step()))
+        steps += 1
+    assert set(sizes) == {1, 2, 3, 4, 5}  # 3 is padded
+    assert graphs.replayed == steps
+    assert graphs.captured == 2 * len(BUCKETS)
+    assert_as_alone(requests, dtype)
+
+
+def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All memory that is not of the three who run stays as it was, NaN in it included."""
+    engine, _ = graphed()
+    without_python(engine, monkeypatch)
+    cache, results = engine.cache, engine._results
+    for memory in (*cache.keys, *cache.values, results.hidden):
+        memory.fill_(torch.nan)
+    request = engine.submit(make_prompt(LONG, n=3))
+    engine.step()
+    running = list(engine._running)
+    for _ in range(COUNT - 2):
+        engine.step()
+    owned = {page for image in running for page in image.sequence.block_table}
+    lanes = [image.lane for image in running]
+    others = [page for page in range(cache.num_pages) if page not in owned]
+    assert others
+    for memory in (*cache.keys, *cache.values):
+        assert memory[others].isnan().all()
+    unused = [lane for lane in range(MAX_BATCH) if lane not in lanes]
+    assert results.hidden[unused].isnan().all()
+    engine.step()
+    assert_as_alone([request])
+
+
+def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> None:
+    recorder = Recorder(RecordedGraphs())
+    engine = make_engine(recorder)
+    engine.prepare()
+    requests = [engine.submit(make_prompt(LONG[:5], image_tokens_only=only)) for only in (True, False)]
+    requests.append(engine.submit(make_prompt(LONG[:7], seed=9)))
+    while engine.busy:
+        engine.step()
+    assert recorder.not_recorded == {"tokens of pictures that draw from different vocabularies"}
+    assert_as_alone(requests)
+
+
+def test_an_engine_that_did_not_prepare_runs_without_graphs() -> None:
+    graphs = RecordedGraphs()
+    engine = make_engine(Recorder(graphs))
+    request = engine.submit(make_prompt(LONG, n=3))
+    while engine.busy:
+        engine.step()
+    assert graphs.replayed == graphs.captured == 0
+    assert_as_alone([request])
+
+
+def test_the_ops_of_replayed_tokens_are_reported() -> None:
+    engine, _ = graphed()
+    eager = make_engine(None)
+    for one in (eager, engine):
+        one.generate([make_prompt(LONG)])
+    found = []
+    for one in (eager, engine):
+        request = one.submit(make_prompt(LONG))
+        one.step()
+        ops.reset_used()
+        one.step()
+        found.append(ops.used())
+        one.cancel(request)
+    assert found[0] == found[1]
+    assert "sample_tokens" in found[1]
+
+
+def test_a_replay_that_is_interrupted_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = graphed()
+    requests = [engine.submit(make_prompt(LONG[:length], seed=length)) for length in (5, 10, 3)]
+    for _ in range(4):
+        engine.step()
+    replay, calls = recorded_graph.Call.replay, 0
+
+    def interrupted(call: recorded_graph.Call) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 12:  # the draws are kept, and the first layer has run
+            raise KeyboardInterrupt
+        replay(call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded_graph.Call, "replay", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    while engine.busy:
+        engine.step()
+    assert_as_alone(requests)
+
+
+def test_traffic_through_replays_is_traffic_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stress of the engine, shorter, over graphs: failures, cancellation, features, both vocabularies."""
+    recorder = Recorder(RecordedGraphs())
+    engine = test_stress.make_engine(max_batch=7, num_pages=30, recorder=recorder)
+    engine.prepare()
+    traffic = Traffic(7, engine)
+    while len(traffic.requests) < 60 or engine.busy:
+        if len(traffic.requests) < 60 and len(engine._waiting) < 40:
+            for _ in range(traffic.random.choice([0, 0, 1, 1, 2, 5])):
+                traffic.submit()
+        if traffic.requests and traffic.random.random() < 0.12:
+            traffic.cancel()
+        engine.step()
+        traffic.check_pages()
+    found = traffic.check_results()
+    assert min(found[kind] for kind in ("finished", "failed", "cancelled")) > 5
