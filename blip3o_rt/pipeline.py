@@ -18,13 +18,6 @@ from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
-from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.recorded import Geometry, RecordedPicture
-from blip3o_rt.dit.scheduler import flow_schedule
-from blip3o_rt.dit.shortcuts import Shortcuts
-from blip3o_rt.dit.step import StepKind
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
@@ -44,12 +37,12 @@ from blip3o_rt.progress import ProgressCallback, ProgressReporter
 from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.random import normal_noise
 from blip3o_rt.recorded_function import RecordedFunction
+from blip3o_rt.rendering import Renderer
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
-from blip3o_rt.switches import EXACT, FAST, VAE_TILES, check_tier, setting
+from blip3o_rt.switches import EXACT, FAST, check_tier
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
-from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.pixels import reference_pixels
 
 ImageCallback = Callable[[int, Image.Image], None]  # a picture's place in the result, and the picture
@@ -116,33 +109,16 @@ class Pipeline:
         )
         self.device: torch.device = self._engine.decoder.device
         self._recorder = recorder or Recorder.of(self.device)
-        connectors, edit = weights["connector"], config.edit
-        self._diffusion_connector = Connector(connectors, "diffusion_connector")
-        self._reference_connector = (
-            Connector(connectors, "und_image_vae_connector") if edit.use_und_image_vae else None
-        )
-        self._feature_connector = (
-            RecordedFunction(
-                "connector", Connector(connectors, "tar_siglip_features_connector"), self._recorder
-            )
-            if edit.use_tar_siglip_features
-            else None
-        )
-        self._dit = DiT(config.dit, weights["dit"])
-        tiles = setting(self.switches, VAE_TILES) or 1
-        self._vae = Autoencoder(config.vae, weights["vae"], self._recorder, tiles)
+        self._renderer = Renderer(checkpoint, self._recorder)
         self._tokenizer = (
             ImageTokenizer(config.ta_tok, weights["ta_tok"], self._recorder)
             if config.ta_tok is not None
             else None
         )
-        self._shortcuts = Shortcuts.of(self.switches)
-        self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
-        # Whether the DiT sees the reference latent beside the noisy one, as columns or as further channels.
-        self._sees_reference = (
-            edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
-        )
-        self._recorded: dict[Geometry, RecordedPicture] = {}
+        self._feature_connector = None
+        if config.edit.use_tar_siglip_features:
+            connector = Connector(weights["connector"], "tar_siglip_features_connector")
+            self._feature_connector = RecordedFunction("connector", connector, self._recorder)
 
     @classmethod
     def load(
@@ -204,12 +180,7 @@ class Pipeline:
         if self.device.type == "cpu" and not self._recorder.captures:
             return
         with exact_arithmetic(self.device):
-            side = self.config.image_size
-            self._vae.prepare_decode(*self._latent_shape[2:])  # the largest first: all share its memory
-            if self._looks_at_latents:
-                self._vae.prepare_encode(side, side)
-            for geometry in self._geometries():
-                self._prepare_picture(geometry)
+            self._renderer.prepare(edits=self._tokenizer is not None)
             if self._tokenizer is not None:
                 self._tokenizer.prepare()
                 if self._feature_connector is not None:
@@ -218,29 +189,6 @@ class Pipeline:
                     self._feature_connector.prepare(
                         torch.empty(shape, dtype=self._tokenizer.dtype, device=self.device)
                     )
-
-    def _geometries(self) -> list[Geometry]:
-        """Of the pictures that are recorded, the largest first."""
-        noise = self._latent_shape
-        text = Geometry(noise, (self.config.image_tokens.tokens_per_image + 1, self.config.ar.hidden_size))
-        reference = (1, noise[1], *[self.config.image_size // self.config.vae.compression] * 2)
-        edit = dataclasses.replace(
-            text,
-            beside=reference if self._sees_reference else None,
-            seen=reference if self._reference_connector is not None else None,
-        )
-        draws_from_words = self.config.dit.in_channels == noise[1]
-        return [*([edit] if self._looks_at_latents else []), *([text] if draws_from_words else [])]
-
-    def _prepare_picture(self, geometry: Geometry) -> None:
-        hidden_dtype = self._engine.decoder.dtype
-        recorded = RecordedPicture(
-            self._dit, geometry, self._tokens, hidden_dtype, self._recorder, self._shortcuts.kinds
-        )
-        if self._recorder.captures:
-            self._recorded[geometry] = recorded
-        else:
-            recorded.run_once()
 
     def plan(
         self,
@@ -308,7 +256,7 @@ class Pipeline:
         params = DiffusionParams(steps, guidance)
         seed = plan.sampling.seed if seed is None else check_seed(seed)
         fields = self._fields(plan, params, seed, noise_given=noise is not None)
-        noise = self._noise(seed) if noise is None else check_noise(noise, self._latent_shape)
+        noise = self._noise(seed) if noise is None else check_noise(noise, self._renderer.latent_shape)
         run = _Run(self, callback, progress)
         with exact_arithmetic(self.device), trace.span("render"):
             latent = self._denoise(plan, params, noise, run)
@@ -468,7 +416,7 @@ class Pipeline:
             raise ImageError(
                 "this checkpoint has no image tokenizer and only draws from text: leave the image out"
             )
-        if len(pictures) > 1 and self._sees_reference:
+        if len(pictures) > 1 and self._renderer.sees_reference:
             raise ImageError(
                 f"this checkpoint edits one reference picture at a time; {len(pictures)} were given"
             )
@@ -482,73 +430,31 @@ class Pipeline:
                 features = self._feature_connector(torch.cat([found.flatten(0, 1) for found, _ in encoded]))
                 ids = [self._prompts.image_pad_id] * len(ids)  # their embeddings are the features
             latents: tuple[Tensor, ...] = ()
-            if self._looks_at_latents:
+            if self._renderer.takes_references:
                 latents = tuple(
-                    self._vae.encode(reference_pixels(picture, self.config.image_size))
+                    self._renderer.encode(reference_pixels(picture, self.config.image_size))
                     for picture in pictures
                 )
         return _Reference(ids, features, latents)
 
     def _denoise(self, plan: Plan, params: DiffusionParams, noise: Tensor, run: _Run) -> Tensor:
-        references = plan.reference_latents
-        beside = references[0] if references and self._sees_reference else None
-        seen = torch.cat(references) if references and self._reference_connector is not None else None
-        hidden = plan.hidden_states[0].to(self.device)
-        recorded = self._recorded_picture(Geometry.of(noise, hidden, beside, seen))
         with run.timer.stage("denoise", params.steps), run.progress.stage("denoise", params.steps) as update:
-            tables, kinds = self._schedule(params.steps)
-            return denoise(
-                self._dit,
+            return self._renderer.denoise(
+                plan.hidden_states[0],
+                plan.reference_latents,
                 noise,
-                tables,
-                recorded.condition(hidden, seen)
-                if recorded is not None
-                else self._dit.condition(self._tokens(hidden, seen)),
-                params.guidance,
-                reference_latent=beside,
-                kinds=kinds,
-                recorded=recorded,
+                params,
                 callback=lambda done, _: update(done),
             )
 
-    def _recorded_picture(self, geometry: Geometry) -> RecordedPicture | None:
-        """The recordings of a geometry; None to run without, which the report says where there are graphs."""
-        recorded = self._recorded.get(geometry)
-        if recorded is None and self._recorder.captures:
-            self._recorder.not_recorded.add(f"denoising of {geometry}")
-        return recorded
-
-    def _tokens(self, hidden_states: Tensor, reference_latents: Tensor | None) -> ConditionTokens:
-        return condition_tokens(
-            hidden_states, self._diffusion_connector, reference_latents, self._reference_connector
-        )
-
-    @property
-    def _looks_at_latents(self) -> bool:
-        """Whether an edit takes the latents of its reference pictures."""
-        return self._tokenizer is not None and (self._reference_connector is not None or self._sees_reference)
-
-    def _schedule(self, steps: int) -> tuple[ScheduleTables, list[StepKind]]:
-        """The schedule's modulation tables and how its steps are made, kept from one request to the next."""
-        if steps not in self._schedules:
-            schedule = flow_schedule(self.config.scheduler, steps)
-            tables = self._dit.prepare_schedule(schedule)
-            self._schedules = {steps: (tables, self._shortcuts.steps(schedule))}
-        return self._schedules[steps]
-
     def _decode(self, latent: Tensor, run: _Run) -> Tensor:
         with run.timer.stage("decode", 1), run.progress.stage("decode", 1) as update:
-            pixels = self._vae.decode(latent)
+            pixels = self._renderer.decode(latent)
             update(1)
             return pixels
 
-    @property
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        side = self.config.dit.sample_size
-        return (1, self.config.vae.latent_channels, side, side)
-
     def _noise(self, seed: int) -> Tensor:
-        return normal_noise(seed, self._latent_shape)
+        return normal_noise(seed, self._renderer.latent_shape)
 
     def _fields(
         self, plan: Plan, params: DiffusionParams, seed: int, *, noise_given: bool = False

@@ -79,11 +79,11 @@ def test_what_the_caller_keeps_is_his_own(pair: Pair) -> None:
 
 def test_a_geometry_that_was_not_recorded_is_drawn_and_named(pair: Pair) -> None:
     """Two references make a longer condition than the one recorded, where the condition sees them."""
-    if pair.recorded._sees_reference:
+    if pair.recorded._renderer.sees_reference:
         pytest.skip("this checkpoint takes one reference")
     pictures = [picture(), picture(30, 40)]
     found = pair.recorded.edit("make it green", pictures, seed=4, steps=STEPS)
     assert same(found, pair.eager.edit("make it green", pictures, seed=4, steps=STEPS))
-    if pair.recorded._looks_at_latents:
+    if pair.recorded._renderer.takes_references:
         assert "2 references" in " ".join(found.report.not_recorded)
         assert "without a graph: denoising of" in str(found.report)
