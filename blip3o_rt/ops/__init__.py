@@ -25,8 +25,8 @@ from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
     "add_pixel_shuffle",
-    "advance_rows",
     "add_pixel_unshuffle",
+    "advance_rows",
     "all_ops",
     "channel_rms_norm",
     "choices",
