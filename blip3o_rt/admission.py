@@ -26,9 +26,19 @@ def require_room(
     kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
-    needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture
+    recorded = _recorded_elements(config) * dtype.itemsize if device.type == "cuda" else 0
+    needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture + recorded
     remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
     require_memory(needed, "the model", device, remedy)
+
+
+def _recorded_elements(config: ModelConfig) -> int:
+    """Elements of the cross-attention's keys and values that graphs of the diffusion stage keep room for: of
+    a picture from words, and of an edit of one reference picture where its condition is longer."""
+    words = config.image_tokens.tokens_per_image + 1
+    seen = (config.image_size // config.vae.compression) ** 2 if config.edit.use_und_image_vae else 0
+    tokens = words + (words + seen if config.ta_tok is not None else 0)
+    return 2 * config.dit.num_layers * config.dit.cross_width * tokens
 
 
 def _picture_elements(config: ModelConfig, tiles: int) -> int:
