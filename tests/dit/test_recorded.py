@@ -38,8 +38,8 @@ class Picture:
 class Model:
     """A small transformer with stand-ins for its connectors."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        config = small_config()
+    def __init__(self, dtype: torch.dtype = torch.float32, in_channels: int = 4) -> None:
+        config = small_config(in_channels=in_channels)
         self.dit: DiT = runtime(config, oracle(config), dtype)
         generator = torch.Generator().manual_seed(3)
         self.connector = torch.randn(4, config.caption_channels, generator=generator)
@@ -92,10 +92,16 @@ def picture(seed: int, *, steps: int = 3, beside: bool = False, seen: int = 0) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("beside", "seen"), [(False, 0), (True, 0), (False, 1), (True, 2)])
-def test_replays_draw_what_eager_steps_draw(dtype: torch.dtype, beside: bool, seen: int) -> None:
+@pytest.mark.parametrize(
+    ("in_channels", "beside", "seen"),
+    [(4, False, 0), (4, True, 0), (4, False, 1), (4, True, 2), (8, True, 1)],
+    ids=["text", "columns", "condition", "columns and condition", "channels and condition"],
+)
+def test_replays_draw_what_eager_steps_draw(
+    dtype: torch.dtype, in_channels: int, beside: bool, seen: int
+) -> None:
     """Bit for bit, for pictures of other contents, numbers of steps and guidance than were recorded."""
-    model = Model(dtype)
+    model = Model(dtype, in_channels)
     recorded = model.recorded(picture(0, beside=beside, seen=seen))
     assert model.graphs.captured == 2  # the condition, and one step for all schedules
     for seed, steps in ((1, 4), (2, 1), (3, 7)):
