@@ -79,6 +79,7 @@ class ArStage:
             max_prompt_tokens=len(self.context),
             page_size=page_size,
         )
+        self.engine.prepare()
         self._steps = TokenSteps(self.engine, self.context, self.sampling, 1)
 
     @staticmethod

@@ -10,27 +10,23 @@ the least that all of them together must read is that of `work.ar_token`.
 from __future__ import annotations
 
 import argparse
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache
 from blip3o_rt.ar.layout import layout
 from blip3o_rt.ar.model import Decoder
 from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
 from blip3o_rt.bench import work
+from blip3o_rt.bench.counts import AnyOp, Count, as_text, counted_ops
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import Recorder
-from blip3o_rt.ops.registry import Implementation, Op
 from blip3o_rt.params import MAX_BATCH, SamplingParams
 
 PROMPT = 35  # positions of a prompt of a few words with its template
@@ -42,26 +38,12 @@ EMBEDDING = "torch: embedding"
 TORCH = "torch: the rest"
 
 
-@dataclass
-class Count:
-    """Calls of one op in a token step, the kernels they launch on a GPU, and the bytes they move."""
-
-    calls: int = 0
-    launches: int = 0
-    bytes: int = 0
-
-    def add(self, launches: int, moved: int) -> None:
-        self.calls += 1
-        self.launches += launches
-        self.bytes += moved
-
-
 def token_counts(config: ModelConfig, dtype: torch.dtype, *, batch: int, context: int) -> dict[str, Count]:
     """One token of `batch` pictures that attend to `context` positions each, by op, in the order of first
     use."""
     rows = _rows(config, dtype, batch, context)
     counts: dict[str, Count] = {}
-    with _counted_ops(counts, config, context), _TorchCount(counts, config.ar.vocab_size):
+    with counted_ops(partial(_count_op, counts, config, context)), _TorchCount(counts, config.ar.vocab_size):
         rows.step()
     return counts
 
@@ -81,45 +63,27 @@ def _rows(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> 
     return steps.lay_out(rows)
 
 
-@contextmanager
-def _counted_ops(counts: dict[str, Count], config: ModelConfig, context: int) -> Iterator[None]:
-    """Within the block an op gives back its `out` unwritten, and is counted."""
-    before = {op: op.force(None) for op in ops.all_ops().values()}
-    try:
-        for op in before:
-            op.force(_counting(op, counts, config, context))
-        yield
-    finally:
-        for op, implementation in before.items():
-            op.force(implementation)
-
-
-def _counting(
-    op: Op[Any, Any], counts: dict[str, Count], config: ModelConfig, context: int
-) -> Implementation:
-    signature = inspect.signature(op.reference)
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs).arguments
-        moved = sum(
-            tensor.nbytes * (2 if name == "residual" else 1)  # which is read and written
-            for name, tensor in given.items()
-            if isinstance(tensor, Tensor) and name not in PARTLY_READ
-        )
-        if "k_cache" in given:
-            positions = context if "context_lengths" in given else 1
-            rows = len(given["q"] if "q" in given else given["qkv"])
-            moved += rows * positions * 2 * config.ar.kv_size * given["k_cache"].itemsize
-        if "rope_table" in given:
-            moved += len(given["qkv"]) * config.ar.head_dim * given["rope_table"].itemsize
-        counts.setdefault(op.name, Count()).add(CUDA_LAUNCHES.get(op.name, 1), moved)
-        return given["out"]
-
-    return Implementation("counted", run)
+def _count_op(
+    counts: dict[str, Count], config: ModelConfig, context: int, op: AnyOp, given: Mapping[str, Any]
+) -> Tensor:
+    """Count a call of an op, which gives back its `out` unwritten."""
+    moved = sum(
+        tensor.nbytes * (2 if name == "residual" else 1)  # which is read and written
+        for name, tensor in given.items()
+        if isinstance(tensor, Tensor) and name not in PARTLY_READ
+    )
+    if "k_cache" in given:
+        positions = context if "context_lengths" in given else 1
+        rows = len(given["q"] if "q" in given else given["qkv"])
+        moved += rows * positions * 2 * config.ar.kv_size * given["k_cache"].itemsize
+    if "rope_table" in given:
+        moved += len(given["qkv"]) * config.ar.head_dim * given["rope_table"].itemsize
+    counts.setdefault(op.name, Count()).add(CUDA_LAUNCHES.get(op.name, 1), moved)
+    return given["out"]
 
 
 class _TorchCount(TorchDispatchMode):
-    """Counts torch's own operators but for views, which launch nothing."""
+    """Counts torch's own operators but for views and fresh memory, which launch nothing."""
 
     def __init__(self, counts: dict[str, Count], vocabulary: int) -> None:
         super().__init__()
@@ -129,7 +93,7 @@ class _TorchCount(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
             embeds = func is torch.ops.aten.index_select.out and len(args[0]) == self._vocabulary
             name = EMBEDDING if embeds else TORCH
             self._counts.setdefault(name, Count()).add(1, 2 * result.nbytes if name == EMBEDDING else 0)
@@ -139,18 +103,10 @@ class _TorchCount(TorchDispatchMode):
 def report(config: ModelConfig, dtype: torch.dtype, *, batch: int, context: int) -> str:
     """The counts of a token step as a table."""
     counts = token_counts(config, dtype, batch=batch, context=context)
-    total = Count(*(sum(getattr(count, name) for count in counts.values()) for name in vars(Count())))
-    rows = [
-        [name, count.calls, count.launches, f"{count.bytes / 1e6:.3f}"]
-        for name, count in [*counts.items(), ("all", total)]
-    ]
     head_rows = len(config.image_tokens.image_token_range)
     least = work.ar_token(config.ar, dtype.itemsize, batch=batch, context=context, head_rows=head_rows)
     title = f"one token of each of {batch}, {context} positions, {config.ar.num_layers} layers, {dtype}"
-    body = tabulate(
-        rows, ["op", "calls", "launches", "MB"], disable_numparse=True, colalign=("left", *["right"] * 3)
-    )
-    return f"{title}\n{body}\nthe least to read: {least.bytes / 1e6:.3f} MB\n"
+    return f"{title}\n{as_text(counts)}\nthe least to read: {least.bytes / 1e6:.3f} MB\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
