@@ -23,6 +23,7 @@ from blip3o_rt.shapes.tasks import CATEGORIES, Task
 
 if TYPE_CHECKING:
     from blip3o_rt.pipeline import Pipeline
+    from blip3o_rt.report import Report
     from blip3o_rt.result import Result
 
 Z_95 = 1.959964  # standard normal quantile of 97.5%
@@ -35,6 +36,7 @@ class Drawn:
     """A task, the picture that came of it (None: drawing failed) and what is right about it.
 
     plan_right: whether the image tokens, read as codes, describe the scene, whatever the picture shows.
+    report: what drawing it took; None where it failed or was not drawn here.
     """
 
     task: Task
@@ -42,6 +44,7 @@ class Drawn:
     verdict: Verdict
     plan_right: bool
     seconds: float
+    report: Report | None = None
 
     @property
     def properties(self) -> dict[str, bool]:
@@ -121,7 +124,7 @@ def draw_and_judge(pipeline: Pipeline, tasks: Sequence[Task], **options: Any) ->
         seconds = time.perf_counter() - begin
         first = pipeline.config.image_tokens.image_token_range.start
         codes = [token - first for token in result.plans[0].token_ids.flatten().tolist()]
-        yield judge_task(task, result[0], codes, seconds)
+        yield dataclasses.replace(judge_task(task, result[0], codes, seconds), report=result.report)
 
 
 def _draw(pipeline: Pipeline, task: Task, options: dict[str, Any]) -> Result:

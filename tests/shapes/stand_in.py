@@ -58,6 +58,8 @@ class StandIn:
 class Result(list[Image.Image]):
     """Pictures with their plans, as the pipeline returns them."""
 
+    report = None
+
     def __init__(self, images: list[Image.Image], plans: list[SimpleNamespace]) -> None:
         super().__init__(images)
         self.plans = plans

@@ -1,0 +1,269 @@
+"""What every switch of the fast tier costs and saves: the shapes score, likeness to tier exact, and time.
+
+    python -m benchmarks.switches --out benchmarks/results/MACHINE/switches
+    python -m benchmarks.switches --render     write the table of docs/fast-tier.md from the newest records
+    python -m benchmarks.switches --check      fail where it is not what would be written
+
+Every request is drawn by tier exact and by every case in turns, with the same seed, so that all are timed
+under the same load. In float32, where two pictures differ by nothing but the switch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.render import RESULTS, ROOT, markdown
+from benchmarks.targets import read_records
+from blip3o_rt.bench.samples import median
+from blip3o_rt.cli.score import few_threads
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.machine import resolve_device
+from blip3o_rt.params import DiffusionParams
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.provenance import record_head, write_record
+from blip3o_rt.shapes.score import Drawn, check_model, draw_and_judge, wilson_interval
+from blip3o_rt.shapes.tasks import Task, draw_tasks
+from blip3o_rt.switches import (
+    AR_WEIGHTS,
+    DIT_WEIGHTS,
+    EXACT,
+    FAST,
+    GUIDANCE_INTERVAL,
+    SOLVER,
+    STEP_CACHE,
+    SWITCHES,
+    VAE_TILES,
+    check_tier,
+)
+from blip3o_rt.units import ratio_text
+from blip3o_rt.validate.pictures import Likeness
+
+PAGE = ROOT / "docs" / "fast-tier.md"
+KIND = "switches"
+BEGIN = "<!-- Written by `python -m benchmarks.switches --render` from the records. Do not edit. -->"
+END = "<!-- The end of what is written. -->"
+STEPS = DiffusionParams().steps
+COUNT = 25
+WHOLE = "whole picture"
+
+# The stage that a switch acts in, and the settings that are measured, each with a number of steps.
+STAGES = {
+    AR_WEIGHTS: "tokens",
+    DIT_WEIGHTS: "denoise",
+    GUIDANCE_INTERVAL: "denoise",
+    STEP_CACHE: "denoise",
+    SOLVER: "denoise",
+    VAE_TILES: "decode",
+}
+SETTINGS: Mapping[str, Sequence[tuple[str, int]]] = {
+    AR_WEIGHTS: [("int8", STEPS)],
+    DIT_WEIGHTS: [("int8", STEPS)],
+    GUIDANCE_INTERVAL: [("0.1:0.9", STEPS), ("0.2:0.8", STEPS)],
+    STEP_CACHE: [("2", STEPS), ("3", STEPS), ("4", STEPS)],
+    SOLVER: [("dpm++", STEPS), ("dpm++", 15), ("dpm++", 10)],
+    VAE_TILES: [("2", STEPS)],
+}
+FEWER_STEPS = (15, 10)  # of the exact tier, what a solver or a cache is to be compared with
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: switches, a number of steps, and the stage whose time is compared."""
+
+    switches: Mapping[str, str]
+    steps: int = STEPS
+    stage: str = WHOLE
+
+    @property
+    def label(self) -> str:
+        """What is on, in words."""
+        named = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
+        return named or f"tier {EXACT}"
+
+
+@dataclass
+class Measured:
+    """What came of a case: its pictures, and how alike each is to the one of tier exact."""
+
+    case: Case
+    drawn: list[Drawn] = field(default_factory=list)
+    likeness: list[Likeness] = field(default_factory=list)
+
+    def seconds(self, stage: str) -> list[float]:
+        """Of a stage, of every picture that was drawn."""
+        reports = [one.report for one in self.drawn if one.report is not None]
+        return [r.total_seconds if stage == WHOLE else r.stage(stage).seconds for r in reports]
+
+    def entry(self, exact: Measured) -> dict[str, Any]:
+        """The record's entry. A PSNR is null where the pictures are equal."""
+        return {
+            "switches": dict(self.case.switches),
+            "label": self.case.label,
+            "steps": self.case.steps,
+            "right": sum(one.verdict.right for one in self.drawn),
+            "n": len(self.drawn),
+            "psnr": [one.psnr if math.isfinite(one.psnr) else None for one in self.likeness],
+            "ssim": [one.ssim for one in self.likeness],
+            "stage": self.case.stage,
+            "seconds": self.seconds(self.case.stage),
+            "seconds_exact": exact.seconds(self.case.stage),
+        }
+
+
+def cases(device_type: str) -> Iterator[Case]:
+    """Tier exact first, then with fewer steps, every switch by itself, and what tier fast takes unasked."""
+    yield Case({})
+    for steps in FEWER_STEPS:
+        yield Case({}, steps, "denoise")
+    for name, settings in SETTINGS.items():
+        for setting, steps in settings:
+            if SWITCHES[name].runs_on(setting, device_type):
+                yield Case({name: setting}, steps, STAGES[name])
+    with suppress(ParameterError):  # nothing
+        yield Case(check_tier(FAST, None, device_type))
+
+
+def measure(
+    found: Sequence[Case], tasks: Sequence[Task], model: Path | None, device: str, dtype: str
+) -> list[Measured]:
+    """Every task by every case in turns; what is there after an interrupt is whole rounds."""
+    pipelines = {}
+    for case in found:
+        key = tuple(case.switches.items())
+        if key not in pipelines:
+            tier = FAST if case.switches else EXACT
+            pipelines[key] = Pipeline.load(
+                model, device=device, dtype=dtype, tier=tier, switches=case.switches, max_batch=1
+            )
+            check_model(pipelines[key])
+    measured = [Measured(case) for case in found]
+    for task in tqdm(tasks, desc="switches", disable=None):
+        drawn = [
+            next(draw_and_judge(pipelines[tuple(case.switches.items())], [task], steps=case.steps))
+            for case in found
+        ]
+        expected = drawn[0].picture
+        for one, picture in zip(measured, drawn, strict=True):
+            one.drawn.append(picture)
+            if expected is not None and picture.picture is not None:
+                one.likeness.append(Likeness.of(np.asarray(picture.picture), np.asarray(expected)))
+    return measured
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A record as the page shows it."""
+    headers = [
+        "on",
+        "steps",
+        "right",
+        "95% interval",
+        "PSNR, median",
+        "lowest",
+        "SSIM, lowest",
+        "faster",
+        "of",
+    ]
+    return markdown(headers, [_row(entry) for entry in record["entries"]])
+
+
+def _row(entry: Mapping[str, Any]) -> list[str]:
+    low, high = wilson_interval(entry["right"], entry["n"])
+    cells = [entry["label"], str(entry["steps"]), f"{entry['right']} of {entry['n']}"]
+    cells.append(f"{100 * low:.0f} to {100 * high:.0f}%")
+    if not entry["switches"] and entry["steps"] == STEPS:  # compared with itself
+        return [*cells, "", "", "", "", ""]
+    psnr = [math.inf if value is None else value for value in entry["psnr"]]
+    ratio = median(entry["seconds_exact"]) / median(entry["seconds"])
+    likeness = [_decibels(median(psnr)), _decibels(min(psnr)), f"{min(entry['ssim']):.4f}"]
+    return [*cells, *likeness, ratio_text(ratio), entry["stage"]]
+
+
+def _decibels(psnr: float) -> str:
+    return f"{psnr:.1f} dB" if math.isfinite(psnr) else "equal"
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """The page with the tables of the newest record of every machine between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    newest = {_machine(record): record for record in read_records(results, KIND)}
+    sections = [f"{name}:\n\n{table(record)}" for name, record in sorted(newest.items())]
+    return "\n".join([before + BEGIN, *sections, END + after])
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    """Where, in what and how a record was made."""
+    machine, model = record["machine"], record["model"]
+    name = machine["gpu"] if str(model["device"]).startswith("cuda") else machine["cpu"]
+    return f"{name}, {model['dtype']}, {model['threads']} threads, {model['size']}, `{_command(record)}`"
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    return " ".join(map(str, record["command"]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description, _, details = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a model of the shapes (the embedded one)")
+    parser.add_argument("--count", type=int, default=COUNT, help="requests of each category (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the requests (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="(%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where {KIND}.json goes")
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument("--render", action="store_true", help="measure nothing: write the table")
+    page.add_argument("--check", action="store_true", help="write nothing; 1 where the table is out of date")
+    arguments = parser.parse_args(argv)
+    if not (arguments.render or arguments.check):
+        return run(arguments)
+    text = PAGE.read_text(encoding="utf-8")
+    if arguments.render:
+        PAGE.write_text(rendered(text), encoding="utf-8")
+    elif rendered(text) != text:
+        print(f"{PAGE.relative_to(ROOT)} is not up to date: python -m benchmarks.switches --render")
+        return 1
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write the record and print its table."""
+    device = resolve_device(arguments.device)
+    words = ["python", "-m", "benchmarks.switches", *sys.argv[1:]]
+    head = record_head(KIND, words)
+    with few_threads():
+        model = {
+            "size": "shapes" if arguments.model is None else str(arguments.model),
+            "dtype": arguments.dtype,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        }
+        tasks = draw_tasks(arguments.count, arguments.seed)
+        measured = measure(
+            list(cases(device.type)), tasks, arguments.model, arguments.device, arguments.dtype
+        )
+    entries = [one.entry(measured[0]) for one in measured]
+    settings = {"count": arguments.count, "seed": arguments.seed}
+    record = head | {"complete": True, "model": model, "settings": settings, "entries": entries}
+    print(table(record))
+    if arguments.out is not None:
+        write_record(arguments.out / f"{KIND}.json", record)
+        print(arguments.out / f"{KIND}.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
