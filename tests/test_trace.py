@@ -24,7 +24,7 @@ from blip3o_rt.errors import DeviceError, ParameterError
 from blip3o_rt.pipeline import Pipeline
 
 STEPS = 2
-LAYER_OPS = ("qk_norm_rope_append", "paged_decode_attention", "silu_mul")  # each once per layer and token
+LAYER_OPS = ("decode_attention", "silu_mul")  # each once per layer and token
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ Images join and leave between tokens. An image joins when there is a row for it 
 ever need is free; how long it gets is known, so nothing that runs is ever put back. Only images that run hold
 pages, and the one that has waited longest joins first: none overtakes it, and it joins at the latest when all
 that run have left. An image's result does not depend on the others, bit for bit, where the ops keep their
-contract that a row does not (row_linear, paged_decode_attention, sample_tokens).
+contract that a row does not (row_linear, decode_attention, sample_tokens).
 """
 
 from __future__ import annotations

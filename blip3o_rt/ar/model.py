@@ -51,7 +51,6 @@ class Workspace:
     normed: Tensor
     projected: Tensor
     qkv: Tensor
-    query: Tensor
     attended: Tensor
     gate_up: Tensor
     activated: Tensor
@@ -66,7 +65,6 @@ class Workspace:
             normed=buffer(config.hidden_size),
             projected=buffer(config.hidden_size),
             qkv=buffer(config.query_size + 2 * config.kv_size),
-            query=buffer(config.num_heads, config.head_dim),
             attended=buffer(config.num_heads, config.head_dim),
             gate_up=buffer(2 * config.intermediate_size),
             activated=buffer(config.intermediate_size),
@@ -123,6 +121,7 @@ class Decoder:
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
         self._workspace = Workspace.allocate(config, max_batch, self.dtype, self.device)
         self._workspaces: dict[int, Workspace] = {}  # views of the first so many rows
+        self.scratch = ops.Scratch()  # of the kernels of a token step
 
     def embed(self, ids: Tensor) -> Tensor:
         """[.., hidden] embeddings of vocabulary ids."""
@@ -184,7 +183,7 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
             layer.qkv.row_linear(space.normed, out=space.qkv)
-            ops.qk_norm_rope_append(
+            ops.decode_attention(
                 space.qkv,
                 layer.q_norm,
                 layer.k_norm,
@@ -193,16 +192,11 @@ class Decoder:
                 step.slots,
                 keys,
                 values,
-                config.rms_norm_eps,
-                out=space.query,
-            )
-            ops.paged_decode_attention(
-                space.query,
-                keys,
-                values,
                 step.block_table,
                 step.context_lengths,
+                config.rms_norm_eps,
                 config.head_dim**-0.5,
+                scratch=self.scratch,
                 out=space.attended,
             )
             layer.attention_out.row_linear(space.attended.flatten(1), out=space.projected)

@@ -112,6 +112,14 @@ def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
         moved=2 * batch * (context * ar.kv_size + ar.query_size),
         reads=True,
     )
+    yield OpShape(
+        "decode_attention",
+        f"decode x{batch}: {context} positions",
+        lambda dtype: _decode_attention(ar, batch, context, dtype),
+        products=2 * batch * context * ar.query_size,
+        moved=2 * batch * (context * ar.kv_size + ar.query_size + ar.kv_size),
+        reads=True,
+    )
     codes = config.image_tokens.num_image_tokens
     yield OpShape(
         "sample_tokens",
@@ -203,6 +211,15 @@ def _paged_attention(ar: ARConfig, batch: int, context: int, dtype: torch.dtype)
     table = order.to(torch.int32).reshape(batch, blocks)
     q = random(3, batch, ar.num_heads, ar.head_dim, dtype=dtype)
     return Case("", (q, *caches, table, int32([context] * batch), ar.head_dim**-0.5))
+
+
+def _decode_attention(ar: ARConfig, batch: int, context: int, dtype: torch.dtype) -> Case:
+    """A token at the last of the positions, whose place is written anew by each call."""
+    qkv, *weights, rope_table = _append(ar, batch, dtype).arguments[:4]
+    _, *caches, table, lengths, scale = _paged_attention(ar, batch, context, dtype).arguments
+    slots = table[:, -1] * DEFAULT_PAGE_SIZE + (context - 1) % DEFAULT_PAGE_SIZE
+    token = (qkv, *weights, rope_table, lengths - 1, slots)
+    return Case("", (*token, *caches, table, lengths, EPS, scale), written=(6, 7))
 
 
 def _sampling(config: ModelConfig, batch: int) -> Case:

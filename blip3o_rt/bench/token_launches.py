@@ -32,7 +32,7 @@ from blip3o_rt.params import MAX_BATCH, SamplingParams
 PROMPT = 35  # positions of a prompt of a few words with its template
 SIZES = ("published", "tiny")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CUDA_LAUNCHES = {"paged_decode_attention": 2, "sample_tokens": 2}  # of a call, in csrc/cuda; 1 of all others
+CUDA_LAUNCHES = {"sample_tokens": 2}  # of a call, in csrc/cuda; 1 of all others
 PARTLY_READ = ("k_cache", "v_cache", "rope_table")  # of which a call touches a few rows
 EMBEDDING = "torch: embedding"
 TORCH = "torch: the rest"

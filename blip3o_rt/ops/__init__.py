@@ -6,6 +6,7 @@ from blip3o_rt.ops.advance_rows import advance_rows
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.convolution_silu import convolution_silu
 from blip3o_rt.ops.cross_attention import cross_attention
+from blip3o_rt.ops.decode_attention import decode_attention
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.gated_add import gated_add
 from blip3o_rt.ops.guided_euler_step import guided_euler_step
@@ -21,9 +22,11 @@ from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_int8 import row_linear_int8
 from blip3o_rt.ops.sample_tokens import sample_tokens
 from blip3o_rt.ops.scale_product import scale_product
+from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.silu_mul import silu_mul
 
 __all__ = [
+    "Scratch",
     "add_pixel_shuffle",
     "add_pixel_unshuffle",
     "advance_rows",
@@ -32,6 +35,7 @@ __all__ = [
     "choices",
     "convolution_silu",
     "cross_attention",
+    "decode_attention",
     "depthwise_glu",
     "force",
     "gated_add",

@@ -8,6 +8,7 @@ from torch import Tensor
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+from blip3o_rt.ops.scratch import Scratch
 
 
 @op(tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-6})
@@ -19,6 +20,7 @@ def paged_decode_attention(
     context_lengths: Tensor,
     scale: float,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v of each sequence's one query over its first context_lengths[b] positions.
@@ -26,6 +28,7 @@ def paged_decode_attention(
     q [B, Hq, D]; k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV head h // (Hq / Hkv).
     Position p of sequence b is at page block_table[b, p // page_size] (int32 [B, max_blocks]), offset
     p % page_size; entries past the context are not read. context_lengths int32 [B]; length 0 gives zeros.
+    scratch: memory that a call may use (its own if there is none). out may be the memory of q.
     -> [B, Hq, D] in the dtype of q. A sequence's result does not depend on the others of the batch.
 
     The reference multiplies the whole width of the table and masks what lies past the context, so that the
@@ -60,14 +63,16 @@ def _cuda(
     context_lengths: Tensor,
     scale: float,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
-    positions = block_table.shape[1] * k_cache.shape[2]
-    size = native.cuda().paged_decode_attention_workspace(*q.shape, positions)
-    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    scratch = Scratch() if scratch is None else scratch
+    size = native.cuda().attention_workspace(*q.shape, block_table.shape[1] * k_cache.shape[2])
+    memory = scratch.memory(size, torch.float32, q.device)
+    counters = scratch.counters(len(q) * k_cache.shape[1], q.device)
     native.cuda().paged_decode_attention(
-        q, k_cache, v_cache, block_table, context_lengths, scale, workspace, out
+        q, k_cache, v_cache, block_table, context_lengths, scale, memory, counters, out
     )
     return out
 
@@ -81,6 +86,7 @@ def _cpu(
     context_lengths: Tensor,
     scale: float,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out

@@ -62,7 +62,8 @@ def _append(cache: Tensor, values: Tensor, slots: Tensor) -> None:
     cache[page, :, offset] = torch.where(written, values[source].to(cache.dtype), cache[page, :, offset])
 
 
-def _new_query(qkv: Tensor, k_cache: Tensor) -> Tensor:
+def new_query(qkv: Tensor, k_cache: Tensor) -> Tensor:
+    """Memory for the queries of the tokens."""
     _, kv_heads, _, head_dim = k_cache.shape
     q_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     return torch.empty((qkv.shape[0], q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -82,7 +83,7 @@ def _cuda(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    out = _new_query(qkv, k_cache) if out is None else out
+    out = new_query(qkv, k_cache) if out is None else out
     native.cuda().qk_norm_rope_append(
         qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
     )
@@ -103,7 +104,7 @@ def _cpu(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    out = _new_query(qkv, k_cache) if out is None else out
+    out = new_query(qkv, k_cache) if out is None else out
     native.cpu().qk_norm_rope_append(
         qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
     )

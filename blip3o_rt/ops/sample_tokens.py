@@ -8,6 +8,7 @@ from torch import Tensor
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import deliver
+from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.random import token_uniforms
 
 
@@ -20,12 +21,14 @@ def sample_tokens(
     seeds: Tensor,
     positions: Tensor,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """One token per row: logits float32 [B, V] -> int64 [B].
 
     temperature float32 [B] > 0; top_k int32 [B], 0 for all; top_p float32 [B], 1 for all; seeds int64 [B] and
-    positions int32 [B] name the random numbers of the draw (blip3o_rt.random, stream TOKENS).
+    positions int32 [B] name the random numbers of the draw (blip3o_rt.random, stream TOKENS). scratch: memory
+    that a call may use (its own if there is none).
 
     Tokens are ordered by (logit descending, index ascending). The first top_k are kept; of those, the
     shortest prefix whose probability (softmax of logits / temperature over the kept) reaches top_p, at least
@@ -64,13 +67,14 @@ def _cuda(
     seeds: Tensor,
     positions: Tensor,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     device = logits.device
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=device) if out is None else out
-    size = native.cuda().sample_tokens_workspace(*logits.shape)
-    workspace = torch.empty(size, dtype=torch.int64, device=device)
-    native.cuda().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, workspace, out)
+    scratch = Scratch() if scratch is None else scratch
+    memory = scratch.memory(native.cuda().sample_tokens_workspace(*logits.shape), torch.int64, device)
+    native.cuda().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, memory, out)
     return out
 
 
@@ -83,6 +87,7 @@ def _cpu(
     seeds: Tensor,
     positions: Tensor,
     *,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(logits.shape[0], dtype=torch.int64) if out is None else out

@@ -76,16 +76,36 @@ void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, cons
                                   k_cache, v_cache, eps, out));
 }
 
+// The scratch memory of an attention whose first argument is `beside`, checked.
+cuda::AttentionScratch attention_scratch(const char* op, const PagedDecodeAttentionArguments& a,
+                                         const TensorView& workspace, const TensorView& counters,
+                                         const TensorView& beside) {
+    const int64_t size =
+        cuda::attention_workspace(a.batch, a.q_heads, a.cache.head_dim, a.max_blocks * a.cache.page_size);
+    const int64_t count = a.batch * a.cache.kv_heads;
+    return {check_workspace(op, workspace, DType::f32, size, beside),
+            static_cast<unsigned*>(check_workspace(op, counters, DType::i32, count, beside, "counters"))};
+}
+
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                             const TensorView& block_table, const TensorView& context_lengths, double scale,
-                            const TensorView& workspace, const TensorView& out) {
+                            const TensorView& workspace, const TensorView& counters, const TensorView& out) {
     const auto arguments = check_paged_decode_attention(Device::cuda, q, k_cache, v_cache, block_table,
                                                         context_lengths, scale, out);
-    const int64_t size =
-        cuda::paged_decode_attention_workspace(arguments.batch, arguments.q_heads, arguments.cache.head_dim,
-                                               arguments.max_blocks * arguments.cache.page_size);
     run(cuda::paged_decode_attention, q, arguments,
-        check_workspace("paged_decode_attention", workspace, DType::f32, size, q));
+        attention_scratch("paged_decode_attention", arguments, workspace, counters, q));
+}
+
+void decode_attention(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                      const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+                      const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
+                      const TensorView& context_lengths, double eps, double scale,
+                      const TensorView& workspace, const TensorView& counters, const TensorView& out) {
+    const auto arguments =
+        check_decode_attention(Device::cuda, qkv, q_weight, k_weight, rope_table, positions, slots, k_cache,
+                               v_cache, block_table, context_lengths, eps, scale, out);
+    run(cuda::decode_attention, qkv, arguments,
+        attention_scratch("decode_attention", arguments.attention, workspace, counters, qkv));
 }
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
@@ -109,9 +129,12 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("qk_norm_rope_append", &qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
                "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a);
     module.def("paged_decode_attention", &paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "block_table"_a, "context_lengths"_a, "scale"_a, "workspace"_a, "out"_a);
-    module.def("paged_decode_attention_workspace", &cuda::paged_decode_attention_workspace, "batch"_a,
-               "q_heads"_a, "head_dim"_a, "positions"_a,
+               "block_table"_a, "context_lengths"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+    module.def("decode_attention", &decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "rope_table"_a,
+               "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "context_lengths"_a,
+               "eps"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+    module.def("attention_workspace", &cuda::attention_workspace, "batch"_a, "q_heads"_a, "head_dim"_a,
+               "positions"_a,
                "float32 elements of scratch memory for a block table that holds so many positions.");
     module.def("sample_tokens", &sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
                "positions"_a, "workspace"_a, "out"_a);

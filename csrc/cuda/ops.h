@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include "blip3o/op_arguments.h"
+#include "cuda/workspaces.h"
 
 namespace blip3o::cuda {
 
@@ -15,8 +16,10 @@ void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
 void silu_mul(const SiluMulArguments& arguments, cudaStream_t stream);
 void row_linear(const RowLinearArguments& arguments, cudaStream_t stream);
 void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);
-void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, void* workspace,
+void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                             cudaStream_t stream);
+void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
+                      cudaStream_t stream);
 void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream);
 
 }  // namespace blip3o::cuda

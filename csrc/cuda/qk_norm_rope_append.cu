@@ -13,6 +13,7 @@
 // is out of range gets a query of NaN and is not written.
 #include "cuda/convert.h"
 #include "cuda/launch.h"
+#include "cuda/norm_and_rotate.h"
 #include "cuda/ops.h"
 #include "cuda/warp.h"
 
@@ -20,39 +21,6 @@ namespace blip3o::cuda {
 namespace {
 
 constexpr int kHeadsPerBlock = 4, kThreads = kHeadsPerBlock * kWarp;
-constexpr int kWidePack = 2;  // pairs of channels per lane and step: one step for 128 channels
-
-// to = rope(rms_norm(from)) for one head by one warp; `rotation` = (cos | sin).
-template <class T, int kPack>
-__device__ void norm_and_rotate(T* to, const T* from, const T* weight, const float* rotation, int size,
-                                float eps) {
-    const int half = size / 2, first = threadIdx.x % kWarp * kPack, step = kWarp * kPack;
-    float squares = 0.0f;
-    for (int i = first; i < half; i += step) {
-        const auto a = load_pack<T, kPack>(from + i), b = load_pack<T, kPack>(from + half + i);
-        for (int e = 0; e < kPack; ++e) {
-            squares += to_float(a.element[e]) * to_float(a.element[e]);
-            squares += to_float(b.element[e]) * to_float(b.element[e]);
-        }
-    }
-    const float scale = 1.0f / sqrtf(sum_over_lanes(squares) / static_cast<float>(size) + eps);
-    for (int i = first; i < half; i += step) {
-        const auto x = load_pack<T, kPack>(from + i), y = load_pack<T, kPack>(from + half + i);
-        const auto x_weight = load_pack<T, kPack>(weight + i),
-                   y_weight = load_pack<T, kPack>(weight + half + i);
-        const auto cosine = load_pack<float, kPack>(rotation + i);
-        const auto sine = load_pack<float, kPack>(rotation + half + i);
-        Pack<T, kPack> low, high;
-        for (int e = 0; e < kPack; ++e) {
-            const float a = to_float(x.element[e]) * scale * to_float(x_weight.element[e]);
-            const float b = to_float(y.element[e]) * scale * to_float(y_weight.element[e]);
-            low.element[e] = from_float<T>(a * cosine.element[e] - b * sine.element[e]);
-            high.element[e] = from_float<T>(b * cosine.element[e] + a * sine.element[e]);
-        }
-        store_pack(to + i, low);
-        store_pack(to + half + i, high);
-    }
-}
 
 template <class T, int kPack>
 __global__ void __launch_bounds__(kThreads) qk_norm_rope_append_kernel(QkNormRopeAppendArguments a) {
@@ -91,17 +59,17 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_append_kernel(QkNormRop
 
 template <class T>
 void launch_heads(const QkNormRopeAppendArguments& a, cudaStream_t stream) {
-    bool packed = a.cache.head_dim / 2 % kWidePack == 0 && a.qkv.stride % kWidePack == 0 &&
-                  is_aligned(a.rope_table, kWidePack * sizeof(float));
+    bool packed = a.cache.head_dim / 2 % kRotatedPack == 0 && a.qkv.stride % kRotatedPack == 0 &&
+                  is_aligned(a.rope_table, kRotatedPack * sizeof(float));
     for (const void* pointer :
          {static_cast<const void*>(a.qkv.data), a.q_weight, a.k_weight, static_cast<const void*>(a.cache.k),
           static_cast<const void*>(a.cache.v), static_cast<const void*>(a.out)}) {
-        packed = packed && is_aligned(pointer, kWidePack * sizeof(T));
+        packed = packed && is_aligned(pointer, kRotatedPack * sizeof(T));
     }
     const int64_t heads = a.q_heads + 2 * a.cache.kv_heads;
     const dim3 grid(static_cast<unsigned>(a.tokens),
                     static_cast<unsigned>(ceil_divide(heads, kHeadsPerBlock)));
-    launch(packed ? qk_norm_rope_append_kernel<T, kWidePack> : qk_norm_rope_append_kernel<T, 1>, grid,
+    launch(packed ? qk_norm_rope_append_kernel<T, kRotatedPack> : qk_norm_rope_append_kernel<T, 1>, grid,
            dim3(kThreads), stream, a);
 }
 

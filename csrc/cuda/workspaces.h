@@ -5,9 +5,19 @@
 
 namespace blip3o::cuda {
 
-// Keys that one block of paged_decode_attention attends to. A context is always split at the same places,
+// Keys that one block of paged_decode_attention and decode_attention attends to. A context is always split at the same places,
 // whatever the batch and the capacity of its table, so that a sequence's result is always the same sum.
 constexpr int kAttentionSplit = 64;
+
+// Query heads of one KV head that decode_attention takes at most.
+constexpr int kMostHeadsPerKvHead = 16;
+
+// What paged_decode_attention and decode_attention need beside their arguments. `arrived` is zero before the
+// first launch, and every launch leaves it so.
+struct AttentionScratch {
+    void* partials;     // of attention_workspace
+    unsigned* arrived;  // [batch, kv_heads]
+};
 
 // Logits that one block of sample_tokens reads.
 constexpr int kSampleChunk = 16 * 1024;
@@ -25,8 +35,7 @@ constexpr int64_t splits_of(int64_t positions) { return (positions + kAttentionS
 constexpr int64_t sample_chunks(int64_t vocabulary) { return (vocabulary + kSampleChunk - 1) / kSampleChunk; }
 
 // Floats: for each sequence, head and split the sums of its values, the largest score and the weights' sum.
-constexpr int64_t paged_decode_attention_workspace(int64_t batch, int64_t q_heads, int64_t head_dim,
-                                                   int64_t positions) {
+constexpr int64_t attention_workspace(int64_t batch, int64_t q_heads, int64_t head_dim, int64_t positions) {
     return batch * q_heads * splits_of(positions) * (head_dim + 2);
 }
 

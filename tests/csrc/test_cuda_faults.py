@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from blip3o_rt.ops import native
-from tests.csrc.simt.build import SimtCompiler, source_of
+from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import errors, examples
+
+HEADERS = ("split_attention.h", "norm_and_rotate.h")  # with kernels in them
 
 FAULTS = {
     "rms_norm": [
@@ -37,8 +39,23 @@ FAULTS = {
             "distance = D::kLanesPerKey; distance < kWarp / 2;",
         ),
         ("const float scale = expf(parts.largest[w] - largest);", "const float scale = 1.0f;"),
-        ("(length + kSplit - 1) / kSplit", "length / kSplit"),
+        ("(length + kSplit - 1) / kSplit", "(length + kSplit) / kSplit"),
         ("a.block_table[sequence * a.max_blocks + key / page_size]", "a.block_table[key / page_size]"),
+        (  # the last split instead of the last block to arrive
+            "atomicInc(&partials.arrived[sequence * a.cache.kv_heads + kv_head], ticket) == ticket",
+            "blockIdx.x == ticket",
+        ),
+        ("    __syncthreads();\n    if (!last) return;", "    if (!last) return;"),
+    ],
+    "decode_attention": [
+        ("= value[threadIdx.x];\n    __syncthreads();", "= value[threadIdx.x];"),
+        ("newest >= first_key", "newest > first_key"),
+        ("head < group + has_newest;", "head < group;"),
+        ("group + has_newest; head += warps", "group + has_newest; head += warps + 1"),
+        ("value = key + token.cache.kv_heads * kHeadDim", "value = key + kHeadDim"),
+        ("store_pack(static_cast<T*>(a.cache.v) + offset, v[s]);", ""),
+        ("if (slot < 0 || length <= 0) return slot == -1;", "if (slot < 0) return false;"),
+        ("is_key ? token.k_weight : token.q_weight", "token.q_weight"),
     ],
     "row_linear": [
         ("__syncthreads();\n        finish_tile", "finish_tile"),
@@ -65,6 +82,14 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> SimtCompiler:
     return SimtCompiler(tmp_path_factory.mktemp("faults"))
 
 
+def whole_source_of(op: str) -> str:
+    """The text of an op's .cu file, with headers that have kernels in them in their places."""
+    source = source_of(op)
+    for header in HEADERS:
+        source = source.replace(f'#include "cuda/{header}"', (CSRC / "cuda" / header).read_text())
+    return source
+
+
 def is_wrong(op: str, kernels: Any) -> bool:
     """Whether a case gives a wrong result, or never ends, in one of the two orders of threads."""
     for case, exact in examples(op):
@@ -85,7 +110,7 @@ def test_planted_faults_are_caught(
     compiler: SimtCompiler, monkeypatch: pytest.MonkeyPatch, op: str, index: int
 ) -> None:
     correct, fault = FAULTS[op][index]
-    source = source_of(op)
+    source = whole_source_of(op)
     assert correct in source
     kernels = compiler.build(op, source.replace(correct, fault), f"{op}_{index}")
     monkeypatch.setattr(native, "cuda", lambda: kernels)

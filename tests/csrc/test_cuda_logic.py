@@ -14,6 +14,7 @@ from blip3o_rt import ops
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
 from blip3o_rt.validate.case import Case, random, run_exact
+from blip3o_rt.validate.cases import decode_attention as decode_cases
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
@@ -100,6 +101,68 @@ def test_ragged_sequences_are_independent(
         own = table[b : b + 1, :blocks].contiguous()
         alone = call("paged_decode_attention", q[b : b + 1], k, v, own, context[b : b + 1], scale)
         assert torch.equal(alone, together[b : b + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_tokens_attention_has_the_bits_of_its_two_ops(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
+) -> None:
+    """In a ragged batch, of one launch and of the next with the same scratch memory; and alone."""
+    both = [kernels[op] for op in ("qk_norm_rope_append", "paged_decode_attention")]
+    functions = {
+        name: f for module in (*both, kernels["decode_attention"]) for name, f in vars(module).items()
+    }
+    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(**functions))
+    case = decode_cases.case("", dtype, [1, 64, 65, 130, 200, 16, 17], 4, 2, head_dim, 16)
+    (*token, k_cache, v_cache), (table, context, eps, scale) = case.arguments[:8], case.arguments[8:]
+    caches = k_cache.clone(), v_cache.clone()
+    query = call("qk_norm_rope_append", *token, *caches, eps)
+    expected = call("paged_decode_attention", query, *caches, table, context, scale)
+    run, scratch = ops.decode_attention.named("cuda").run, ops.Scratch()
+    for descending in (False, True):
+        kernels["decode_attention"].set_descending(descending)
+        written = k_cache.clone(), v_cache.clone()
+        for _ in range(2):
+            found = run(*token, *written, table, context, eps, scale, scratch=scratch)
+            assert torch.equal(found, expected)
+            assert not scratch.counters(1, found.device).any()
+        for cache, other in zip(written, caches, strict=True):
+            assert torch.equal(cache.nan_to_num(7), other.nan_to_num(7))
+    qkv, *weights, rope_table, positions, slots = token
+    for one in (slice(b, b + 1) for b in range(len(expected))):
+        own = (qkv[one], *weights, rope_table, positions[one], slots[one], k_cache.clone(), v_cache.clone())
+        assert torch.equal(run(*own, table[one], context[one], eps, scale), expected[one])
+
+
+def test_a_token_without_a_place_is_not_a_number_and_written_nowhere(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
+    case = decode_cases.case("", torch.bfloat16, [9, 70, 5, 30, 40], 2, 1, 64, 16)
+    *_, positions, slots, k_cache, v_cache, _, context, _, _ = case.arguments
+    before = k_cache.clone(), v_cache.clone()
+    positions[0], slots[1], slots[2], context[3] = 1000, 2**30, slots[2] - 1, 10**6
+    found = call("decode_attention", *case.arguments)
+    assert found[:4].isnan().all()
+    assert not found[4].isnan().any()
+    written = slots[4] // 16
+    for cache, other in zip((k_cache, v_cache), before, strict=True):
+        cache[written] = other[written]
+        assert torch.equal(cache.nan_to_num(7), other.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
+def test_attention_may_be_written_over_its_queries(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_decode_attention"])
+    case = attention_cases.case("", dtype, [130, 1, 0, 65], 4, 2, head_dim, 16)
+    expected, query = call("paged_decode_attention", *case.arguments), case.arguments[0]
+    run = ops.paged_decode_attention.named("cuda").run
+    assert run(*case.arguments, out=query) is query
+    assert torch.equal(query, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,12 +14,12 @@ inline const void* data_or_null(const OptionalView& view) { return view ? view->
 
 // Scratch memory of a call whose other arguments are where `beside` is: at least `elements` of one dtype.
 inline void* check_workspace(const char* op, const TensorView& workspace, DType dtype, int64_t elements,
-                             const TensorView& beside) {
+                             const TensorView& beside, const char* name = "workspace") {
     Contract contract(op, beside.device);
     Dim size("elements");
     contract(beside, "the first argument");
-    contract(workspace, "workspace").dtype({dtype}).shape({&size}).contiguous();
-    contract.require(size.value() >= elements, "workspace is too small for these shapes");
+    contract(workspace, name).dtype({dtype}).shape({&size}).contiguous();
+    contract.require(size.value() >= elements, "the scratch memory is too small for these shapes");
     return workspace.data;
 }
 
@@ -188,8 +188,9 @@ inline RowProductArguments check_row_linear_add(Device device, const TensorView&
 inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
     const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-    const TensorView& k_cache, const TensorView& v_cache, double eps, const TensorView& out) {
-    Contract contract("qk_norm_rope_append", device);
+    const TensorView& k_cache, const TensorView& v_cache, double eps, const TensorView& out,
+    const char* op = "qk_norm_rope_append") {
+    Contract contract(op, device);
     Dim tokens("T"), packed("(Hq + 2 Hkv) D"), q_heads("Hq"), head_dim("D"), max_positions("max_positions");
     Dim pages("pages"), kv_heads("Hkv"), page_size("page_size");
     QkNormRopeAppendArguments arguments;
@@ -227,8 +228,9 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
 
 inline PagedDecodeAttentionArguments check_paged_decode_attention(
     Device device, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-    const TensorView& block_table, const TensorView& context_lengths, double scale, const TensorView& out) {
-    Contract contract("paged_decode_attention", device);
+    const TensorView& block_table, const TensorView& context_lengths, double scale, const TensorView& out,
+    const char* op = "paged_decode_attention") {
+    Contract contract(op, device);
     Dim batch("B"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
     Dim pages("pages"), kv_heads("Hkv"), page_size("page_size");
     contract(q, "q").dtype({DType::f32, DType::bf16}).shape({&batch, &q_heads, &head_dim}).contiguous();
@@ -255,6 +257,29 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
     arguments.max_blocks = max_blocks.value();
     arguments.dtype = q.dtype;
     arguments.scale = static_cast<float>(scale);
+    return arguments;
+}
+
+// Beyond the contracts of the two ops that it stands for: sizes and places that one access of 16 bytes fits.
+inline DecodeAttentionArguments check_decode_attention(
+    Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+    const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+    const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
+    const TensorView& context_lengths, double eps, double scale, const TensorView& out) {
+    const char* op = "decode_attention";
+    DecodeAttentionArguments arguments;
+    arguments.token = check_qk_norm_rope_append(device, qkv, q_weight, k_weight, rope_table, positions, slots,
+                                                k_cache, v_cache, eps, out, op);
+    arguments.attention = check_paged_decode_attention(device, out, k_cache, v_cache, block_table,
+                                                       context_lengths, scale, out, op);
+    const int64_t head_dim = arguments.token.cache.head_dim;
+    bool aligned = arguments.token.qkv.stride % 8 == 0;
+    for (const TensorView* view : {&qkv, &q_weight, &k_weight, &rope_table, &k_cache, &v_cache}) {
+        aligned = aligned && reinterpret_cast<uintptr_t>(view->data) % 16 == 0;
+    }
+    const Contract contract(op, device);
+    contract.require(head_dim == 64 || head_dim == 128, "D must be 64 or 128");
+    contract.require(aligned, "rows must begin at multiples of 16 bytes (call .contiguous())");
     return arguments;
 }
 

@@ -104,6 +104,12 @@ struct PagedDecodeAttentionArguments {
     float scale;
 };
 
+// A new token of each sequence (token.out is not used) and its attention (attention.q is not used).
+struct DecodeAttentionArguments {
+    QkNormRopeAppendArguments token;
+    PagedDecodeAttentionArguments attention;
+};
+
 struct ReluLinearAttentionArguments {
     Rows qkv, out;                    // rows are the tokens of all batches
     const void *q_weight, *k_weight;  // may be null: no norm

@@ -49,9 +49,10 @@ class SimtCompiler:
         definitions = [f'-DKERNEL_SOURCE="{kernel}"', f"-DKERNEL_OP={op}"]
         self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", *definitions, *self.flags)
         opened = self._module.Library(str(library))
-        found = {op: getattr(opened, op)}
-        if workspace := getattr(self._module, f"{op}_workspace", None):
-            found[f"{op}_workspace"] = workspace
+        sizes = {
+            name: getattr(self._module, name) for name in dir(self._module) if name.endswith("_workspace")
+        }
+        found = {op: getattr(opened, op), **sizes}
         return SimpleNamespace(
             set_descending=opened.set_descending, set_multiprocessors=opened.set_multiprocessors, **found
         )

@@ -14,6 +14,13 @@ void call(void (*op)(const Arguments&, void*, cudaStream_t), const void* argumen
     op(*static_cast<const Arguments*>(arguments), workspace, nullptr);
 }
 
+template <class Arguments>
+void call(void (*op)(const Arguments&, const blip3o::cuda::AttentionScratch&, cudaStream_t),
+          const void* arguments, void* scratch) {
+    op(*static_cast<const Arguments*>(arguments), *static_cast<blip3o::cuda::AttentionScratch*>(scratch),
+       nullptr);
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

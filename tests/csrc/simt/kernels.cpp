@@ -45,10 +45,24 @@ class Library {
 
     void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                                 const TensorView& block_table, const TensorView& context_lengths,
-                                double scale, const TensorView& workspace, const TensorView& out) const {
+                                double scale, const TensorView& workspace, const TensorView& counters,
+                                const TensorView& out) const {
+        cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
         call(check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, block_table, context_lengths,
                                           scale, out),
-             workspace.data);
+             &scratch);
+    }
+
+    void decode_attention(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
+                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+                          const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
+                          const TensorView& context_lengths, double eps, double scale,
+                          const TensorView& workspace, const TensorView& counters,
+                          const TensorView& out) const {
+        cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
+        call(check_decode_attention(Device::cpu, qkv, q_weight, k_weight, rope_table, positions, slots,
+                                    k_cache, v_cache, block_table, context_lengths, eps, scale, out),
+             &scratch);
     }
 
     void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
@@ -76,7 +90,7 @@ class Library {
 
 PYBIND11_MODULE(simt_kernels, module) {
     translate_argument_errors();
-    module.def("paged_decode_attention_workspace", &cuda::paged_decode_attention_workspace);
+    module.def("attention_workspace", &cuda::attention_workspace);
     module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace);
     py::class_<Library>(module, "Library")
         .def(py::init<const std::string&>())
@@ -87,6 +101,7 @@ PYBIND11_MODULE(simt_kernels, module) {
         .def("row_linear", &Library::row_linear)
         .def("qk_norm_rope_append", &Library::qk_norm_rope_append)
         .def("paged_decode_attention", &Library::paged_decode_attention)
+        .def("decode_attention", &Library::decode_attention)
         .def("sample_tokens", &Library::sample_tokens);
 }
 

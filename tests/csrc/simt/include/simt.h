@@ -2,11 +2,11 @@
 // time.
 //
 // A fibre runs until it meets a barrier or exchanges values with its warp, or ends; then the next one runs, in
-// ascending or in descending order of threadIdx. A warp goes on until all its lanes are at a barrier, as far
-// ahead of the others as the program allows, so that a missing barrier lets a thread read what others have not
-// written yet, or overwrite what they have not read. A barrier that some thread never reaches, and a shuffle
-// that names a lane which is not there, are errors. Stands in for the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this
-// file), so that no toolkit is needed.
+// ascending or in descending order of threadIdx; blocks follow one another in the same order. A warp goes on
+// until all its lanes are at a barrier, as far ahead of the others as the program allows, so that a missing
+// barrier lets a thread read what others have not written yet, or overwrite what they have not read. A barrier
+// that some thread never reaches, and a shuffle that names a lane which is not there, are errors. Stands in for
+// the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this file), so that no toolkit is needed.
 #pragma once
 
 #include <cmath>
@@ -166,7 +166,9 @@ inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
     const size_t threads = size_t{block.x} * block.y * block.z;
     if (threads % kWarp != 0) throw Failure("a block must consist of whole warps");
     if (!Block::current || Block::current->size() != threads) Block::current.reset(new Block(threads));
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) {
+    const unsigned blocks = grid.x * grid.y * grid.z;
+    for (unsigned turn = 0; turn < blocks; ++turn) {
+        const unsigned i = Block::descending ? blocks - 1 - turn : turn;
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         try {
             Block::current->run(body);
@@ -239,6 +241,20 @@ T atomicAdd(T* address, T value) {
     const T before = *address;
     *address += value;
     return before;
+}
+
+// Counts up to `last`, then from 0 again.
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+    const unsigned before = *address;
+    *address = before >= last ? 0 : before + 1;
+    return before;
+}
+
+inline void __threadfence() {}
+
+template <class T>
+T __ldcg(const T* address) {
+    return *address;
 }
 
 inline float simt_bfloat16(uint32_t word, size_t half) {

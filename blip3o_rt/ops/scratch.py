@@ -1,0 +1,31 @@
+"""Scratch memory of kernels, held by whoever calls them again and again, so that a call allocates nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Memory that the calls on one stream use in turn, each as long as it runs.
+
+    It grows where a call asks for more than any before. What was given out once stays as long as this object,
+    because a recorded graph goes on using it: make the largest call first.
+    """
+
+    def __init__(self) -> None:
+        self._areas: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+
+    def memory(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At least `count` elements of anything."""
+        return self._area("memory", count, dtype, device)
+
+    def counters(self, count: int, device: torch.device) -> Tensor:
+        """At least `count` zeros, int32, which the call must leave as zeros."""
+        return self._area("counters", count, torch.int32, device)
+
+    def _area(self, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        areas = self._areas.setdefault((kind, dtype, device), [])
+        if not areas or len(areas[-1]) < count:
+            areas.append(torch.zeros(count, dtype=dtype, device=device))
+        return areas[-1]
