@@ -67,6 +67,9 @@ def test_a_step_of_diffusers(checkpoint: Checkpoint, line: str) -> None:
     assert found.products == 14 * L + 7
     assert found.passes["native_layer_norm"].calls == 2 * L + 1
     assert found.passes["relu"].calls == 2 * L
+    # Of the patch embedding and of each block's first 1x1 convolution, to 2 x 160 channels of both halves.
+    biased = 2 * (2 * N if line == EDIT else N) * (D + L * 2 * 160)
+    assert found.passes[step_launches.CONVOLUTION_BIAS] == Count(L + 1, L + 1, 2 * biased * BF16)
     assert found.passes["silu"].calls == 2 * L + 2  # and of the time embedding
     expected = work.dit_step(checkpoint.config, BF16, shortened=False, edit=line == EDIT).flops
     assert found.flops == pytest.approx(expected, rel=0.02)  # sums in linear attention are padded there
