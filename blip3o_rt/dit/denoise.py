@@ -12,8 +12,10 @@ from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.recorded import RecordedPicture
 from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step
+from blip3o_rt.graphs import RunAhead
 
 StepCallback = Callable[[int, int], None]  # steps done, steps in all; raises to cancel
+STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled picture still waits for
 
 
 def denoise(
@@ -40,8 +42,9 @@ def denoise(
         steps = Steps(dit, StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent))
     else:
         steps = recorded.begin(noise, tables, guidance_scale, reference_latent)
-    count = tables.schedule.steps
+    count, ahead = tables.schedule.steps, RunAhead(dit.device, STEPS_AHEAD)
     for step, kind in enumerate(kinds or [guided_step] * count):
+        ahead.step()
         with trace.span("dit.step", step):
             steps(kind)
         if callback is not None:
