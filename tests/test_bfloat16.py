@@ -8,6 +8,7 @@ times that of the published modules: the same rounding in other places. Measured
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import condition_tokens
+from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.pipeline import Pipeline
@@ -160,6 +162,34 @@ def test_noise_prediction(stages: Stages, step: int) -> None:
     def published(model: PublishedModel) -> Tensor:
         condition = model.condition(golden["hidden"], stages.references)
         return model.predict(torch.cat([latent, latent]), golden["timesteps"][step], condition)
+
+    stages.check(found, published)
+
+
+def test_latent_after_all_steps(stages: Stages) -> None:
+    """From published hidden states and four rows of the noise; the condition sees the whole reference."""
+    golden, weights, rows = stages.golden, stages.ours.weights, slice(14, 18)
+    noise = golden["noise"][:, :, rows].contiguous()
+    tokens = condition_tokens(
+        golden["hidden"][0],
+        Connector(weights["connector"], "diffusion_connector"),
+        golden.get("ref_latents"),
+        Connector(weights["connector"], "und_image_vae_connector") if stages.references else None,
+    )
+    beside = [replace(reference, latent=reference.latent[:, :, rows]) for reference in stages.references]
+    dit = DiT(stages.ours.config.dit, weights["dit"])
+    tables = dit.prepare_schedule(flow_schedule(SchedulerConfig(), STEPS))
+    found = denoise(
+        dit,
+        noise,
+        tables,
+        dit.condition(tokens),
+        GUIDANCE,
+        reference_latent=beside[0].latent if beside else None,
+    )
+
+    def published(model: PublishedModel) -> Tensor:
+        return model.latent(noise, model.condition(golden["hidden"], stages.references), beside, steps=STEPS)
 
     stages.check(found, published)
 
