@@ -21,6 +21,7 @@ GUIDANCE_INTERVAL = "guidance_interval"
 STEP_CACHE = "step_cache"
 SOLVER = "solver"
 INT8 = "int8"
+FP8 = "fp8"
 DPM = "dpm++"
 VAE_TILES = "vae_tiles"
 
@@ -98,9 +99,9 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
         DIT_WEIGHTS: Switch(
             gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
             "with a scale per row",
-            accepted="int8",
-            parse=one_of(INT8),
-            devices={INT8: ("cpu",)},
+            accepted="int8 or fp8",
+            parse=one_of(INT8, FP8),
+            devices={INT8: ("cpu",), FP8: ("cuda",)},
             weights=True,
             default=INT8,
         ),

@@ -14,6 +14,7 @@ from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.bench.work import FLOPS_PER_PRODUCT, Work
 from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, VAEConfig
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.vae.layout import GATED_EXPANSION
 from blip3o_rt.validate.case import Case, int32, random
 
@@ -275,6 +276,13 @@ def _dit(config: ModelConfig) -> Iterator[OpShape]:
         check=lambda dtype: _scaled(min(2 * tokens, 64), width, dtype),
     )
     yield OpShape(
+        "linear_fp8",
+        f"dit: 2 x {tokens} x {width} to {3 * width}",
+        lambda dtype: _scaled_rows(2 * tokens, width, 3 * width, dtype),
+        products=2 * tokens * width * 3 * width,
+        check=lambda dtype: _scaled_rows(min(2 * tokens, 64), width, min(3 * width, 256), dtype),
+    )
+    yield OpShape(
         "relu_linear_attention",
         f"dit: 2 x {tokens} tokens, {dit.num_heads} heads of {dit.head_dim}",
         lambda dtype: _linear_attention(2, tokens, dit.num_heads, dit.head_dim, dtype, norm=dit.qk_norm),
@@ -318,6 +326,13 @@ def _scaled(rows: int, columns: int, dtype: torch.dtype) -> Case:
     scales = {"row_scale": random(2, rows).abs() / 127, "bias": random(3, columns, dtype=dtype)}
     out = torch.zeros(rows, columns, dtype=dtype)
     return Case("", (product, random(4, columns).abs() / 127), {**scales, "out": out}, written=("out",))
+
+
+def _scaled_rows(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Case:
+    x, weight = random(1, rows, inputs).to(E4M3), random(2, outputs, inputs).to(E4M3)
+    row_scale, scale = random(3, rows).abs() / 448, random(4, outputs).abs() / 448
+    out = torch.zeros(rows, outputs, dtype=dtype)
+    return Case("", (x, row_scale, weight, scale), {"out": out}, written=("out",))
 
 
 def _cross_attention(dit: DiTConfig, tokens: int, keys: int, dtype: torch.dtype) -> Case:

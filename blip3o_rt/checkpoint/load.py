@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,9 +29,11 @@ from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, l
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantised as quantised_dit
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,
+    FP8,
     INT8,
     NO_SWITCHES,
     check_device,
@@ -46,6 +49,7 @@ Quantiser = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
 QUANTISERS: dict[tuple[str, str], tuple[str, Quantiser]] = {
     (AR_WEIGHTS, INT8): ("ar", quantised_ar),
     (DIT_WEIGHTS, INT8): ("dit", quantised_dit),
+    (DIT_WEIGHTS, FP8): ("dit", partial(quantised_dit, values=E4M3)),
 }
 
 

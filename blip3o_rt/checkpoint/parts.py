@@ -14,7 +14,8 @@ from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
-from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, INT8, NO_SWITCHES
+from blip3o_rt.quantisation import E4M3
+from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, FP8, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec
@@ -29,6 +30,7 @@ PREFIXES = {
 HEAD = "lm_head.weight"  # the one tensor of the decoder that stands outside `model.`
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+VALUES = {INT8: torch.int8, FP8: E4M3}  # of matrices that a switch keeps in 8 bits
 
 
 def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> dict[str, list[TensorSpec]]:
@@ -39,7 +41,7 @@ def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> d
     parts = {
         "ar": ar_layout(config.ar, int8=switches.get(AR_WEIGHTS) == INT8),
         "connector": connector_layout(config),
-        "dit": dit_layout(config.dit, int8=switches.get(DIT_WEIGHTS) == INT8),
+        "dit": dit_layout(config.dit, values=VALUES.get(switches.get(DIT_WEIGHTS, ""))),
         "vae": vae_layout(config.vae),
     }
     if config.ta_tok is not None:

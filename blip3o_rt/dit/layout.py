@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from blip3o_rt import quantisation
@@ -26,19 +27,19 @@ QUANTISED = (
 )
 
 
-def layout(config: DiTConfig, *, int8: bool = False) -> list[TensorSpec]:
+def layout(config: DiTConfig, *, values: torch.dtype | None = None) -> list[TensorSpec]:
     """All runtime tensors of the DiT, in the order they are used; 1x1 convolutions become matrices.
 
-    int8: the matrices of the blocks that every step multiplies with are int8 values with a float32 scale for
-    each row.
+    values: where given, the matrices of the blocks that every step multiplies with are values of that dtype,
+    int8 or e4m3, with a float32 scale for each row.
     """
     specs = _layout(config)
-    return list(quantised_specs(specs, QUANTISED)) if int8 else specs
+    return specs if values is None else list(quantised_specs(specs, QUANTISED, values))
 
 
-def quantised(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`."""
-    return quantisation.quantised(tensors, QUANTISED)
+def quantised(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
+    return quantisation.quantised(tensors, QUANTISED, values)
 
 
 def _layout(config: DiTConfig) -> list[TensorSpec]:

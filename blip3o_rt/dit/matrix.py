@@ -17,7 +17,7 @@ BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K] and a bias [N]: floating-point `weight`, or int8 with a float32 `scale` [N] for its rows."""
+    """[N, K], a bias [N]: `weight` in the dtype of x, or int8 or e4m3 with a float32 `scale` [N] for rows."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -35,7 +35,8 @@ class Matrix:
         """x [..., K] -> [..., N]."""
         if self.scale is None:
             return F.linear(x, self.weight, self.bias)
-        return self._int8(x.reshape(-1, x.shape[-1]), self.scale).view(*x.shape[:-1], -1)
+        product = self._int8 if self.weight.dtype == torch.int8 else self._fp8
+        return product(x.reshape(-1, x.shape[-1]), self.scale).view(*x.shape[:-1], -1)
 
     def _int8(self, x: Tensor, scale: Tensor) -> Tensor:
         """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
@@ -48,3 +49,10 @@ class Matrix:
             bias = None if self.bias is None else self.bias[block]
             ops.scale_product(product, scale[block], row_scale=row_scale, bias=bias, out=out[:, block])
         return out
+
+    def _fp8(self, x: Tensor, scale: Tensor) -> Tensor:
+        """The product of e4m3 numbers, each row of x [M, K] rounded to multiples of its own scale."""
+        row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        values = ops.quantise_rows(x, row_scale, dtype=self.weight.dtype)
+        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
+        return ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)

@@ -18,6 +18,7 @@ from blip3o_rt.errors import OpError
 
 OLDEST_RELEASE = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 products
+E4M3_CAPABILITY = (8, 9)  # the first with numbers and products of 8-bit floating point
 MAX_ROW = 16384  # elements of a row that one program holds
 
 
@@ -32,13 +33,23 @@ def unavailable() -> str | None:
         return f"triton {release} is too old; pip install 'triton>=3.6'"
     if not torch.cuda.is_available():
         return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"
+    return older_than(OLDEST_CAPABILITY) or _no_compiler()
+
+
+def e4m3_unavailable() -> str | None:
+    """None if Triton kernels can run here and make e4m3 numbers, else the reason and the remedy."""
+    return unavailable() or older_than(E4M3_CAPABILITY)
+
+
+def older_than(capability: tuple[int, int]) -> str | None:
+    """None if all of this machine's GPUs have a compute capability, else the first that has not."""
     for index in range(torch.cuda.device_count()):
-        if torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+        if torch.cuda.get_device_capability(index) < capability:
             return (
-                f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0; "
-                "hide that GPU with CUDA_VISIBLE_DEVICES"
+                f"{torch.cuda.get_device_name(index)} is older than compute capability "
+                f"{'.'.join(map(str, capability))}; hide that GPU with CUDA_VISIBLE_DEVICES"
             )
-    return _no_compiler()
+    return None
 
 
 def _no_compiler() -> str | None:

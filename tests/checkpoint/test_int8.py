@@ -94,10 +94,10 @@ def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantised(
     seen: list[weakref.ref[Tensor]] = []
     held: list[int] = []
 
-    def values(matrix: Tensor) -> Tensor:
+    def values(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         seen.append(weakref.ref(matrix))
         held.append(sum(reference() is not None for reference in seen))
-        return row_values(matrix)
+        return row_values(matrix, dtype)
 
     monkeypatch.setattr("blip3o_rt.quantisation.row_values", values)
     load_checkpoint(tmp_path / "exact", dtype=torch.bfloat16, switches=INT8)

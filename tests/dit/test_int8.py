@@ -28,7 +28,7 @@ def test_the_layout_is_that_of_the_tensors() -> None:
     weights = quantised(runtime_weights(config, oracle(config).state_dict(), torch.float32).items())
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     assert found == {
-        spec.name: (spec.shape, spec.dtype or torch.float32) for spec in layout(config, int8=True)
+        spec.name: (spec.shape, spec.dtype or torch.float32) for spec in layout(config, values=torch.int8)
     }
     assert sum(name.endswith(SCALE) for name in found) == 6 * config.num_layers
 

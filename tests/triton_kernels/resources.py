@@ -29,7 +29,7 @@ from blip3o_rt.vae.layout import GATED_EXPANSION
 TABLE = Path(__file__).with_name("resources.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DIVISIBLE = [["tt.divisibility", 16]]
 IMAGE_SIDE, KEYS = 1024, 730  # pixels; tokens of a picture's plan, with the one that begins it
@@ -158,7 +158,11 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
         key = empty(cross_heads, keys, cross_dim, dtype=dtype)
         options = {"log_multiplicity": empty(2)} if keys == 2 else {}
         yield f"dit {keys} keys", "cross_attention", (query, key, key, query_weight, 1e-5), options
-    yield "dit", "depthwise_glu", glu(2, side, int(config["mlp_ratio"] * width), dtype), {}
+    hidden = int(config["mlp_ratio"] * width)
+    yield "dit", "depthwise_glu", glu(2, side, hidden, dtype), {}
+    for inputs in (width, hidden):
+        rows = empty(2 * tokens, inputs, dtype=dtype), empty(2 * tokens)
+        yield f"dit {inputs} channels", "quantise_rows", rows, {"dtype": torch.float8_e4m3fn}
     latent, scalar = empty(1, config["in_channels"], side, side), empty()
     prediction = empty(2, config["out_channels"], side, side)
     yield "dit", "guided_euler_step", (latent, prediction, scalar, scalar), {"out": latent}
