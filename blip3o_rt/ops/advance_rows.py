@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import deliver
 
@@ -45,3 +46,47 @@ def advance_rows(
     for count in (drawn, context_lengths, places):
         count.add_(goes_on)
     return deliver(draws.clamp(min=0) + first_ids, torch.int64, out)
+
+
+@advance_rows.implementation("cuda", device="cuda", dtypes=(torch.int64,), available=native.cuda_unavailable)
+def _cuda(
+    draws: Tensor,
+    first_ids: Tensor,
+    block_table: Tensor,
+    page_size: int,
+    drawn: Tensor,
+    context_lengths: Tensor,
+    places: Tensor,
+    kept: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(draws) if out is None else out
+    native.cuda().advance_rows(
+        draws, first_ids, block_table, page_size, drawn, context_lengths, places, kept, positions, slots, out
+    )
+    return out
+
+
+@advance_rows.implementation("cpu", device="cpu", dtypes=(torch.int64,), available=native.cpu_unavailable)
+def _cpu(
+    draws: Tensor,
+    first_ids: Tensor,
+    block_table: Tensor,
+    page_size: int,
+    drawn: Tensor,
+    context_lengths: Tensor,
+    places: Tensor,
+    kept: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty_like(draws) if out is None else out
+    native.cpu().advance_rows(
+        draws, first_ids, block_table, page_size, drawn, context_lengths, places, kept, positions, slots, out
+    )
+    return out

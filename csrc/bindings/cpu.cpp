@@ -58,6 +58,9 @@ PYBIND11_MODULE(_cpu, module) {
                "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a, no_gil);
     module.def("paged_decode_attention", &cpu::paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
                "block_table"_a, "context_lengths"_a, "scale"_a, "out"_a, no_gil);
+    module.def("advance_rows", &cpu::advance_rows, "draws"_a, "first_ids"_a, "block_table"_a, "page_size"_a,
+               "drawn"_a, "context_lengths"_a, "places"_a, "kept"_a, "positions"_a, "slots"_a, "out"_a,
+               no_gil);
     module.def("sample_tokens", &cpu::sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a,
                "seeds"_a, "positions"_a, "out"_a, no_gil);
     module.def("nearest_code", &cpu::nearest_code, "features"_a, "codebook"_a, "out"_a, no_gil);

@@ -108,6 +108,15 @@ void decode_attention(const TensorView& qkv, const TensorView& q_weight, const T
         attention_scratch("decode_attention", arguments.attention, workspace, counters, qkv));
 }
 
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+                  const TensorView& slots, const TensorView& out) {
+    run(cuda::advance_rows, draws,
+        check_advance_rows(Device::cuda, draws, first_ids, block_table, page_size, drawn, context_lengths,
+                           places, kept, positions, slots, out));
+}
+
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                    const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
                    const TensorView& workspace, const TensorView& out) {
@@ -136,6 +145,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("attention_workspace", &cuda::attention_workspace, "batch"_a, "q_heads"_a, "head_dim"_a,
                "positions"_a,
                "float32 elements of scratch memory for a block table that holds so many positions.");
+    module.def("advance_rows", &advance_rows, "draws"_a, "first_ids"_a, "block_table"_a, "page_size"_a,
+               "drawn"_a, "context_lengths"_a, "places"_a, "kept"_a, "positions"_a, "slots"_a, "out"_a);
     module.def("sample_tokens", &sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
                "positions"_a, "workspace"_a, "out"_a);
     module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace, "batch"_a, "vocabulary"_a,

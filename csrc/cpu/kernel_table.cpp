@@ -11,6 +11,7 @@ void quantise_rows(const QuantiseRowsArguments&, int64_t begin, int64_t end);
 void scale_product(const ScaleProductArguments&, int64_t begin, int64_t end);
 void qk_norm_rope_append(const QkNormRopeAppendArguments&, int64_t begin, int64_t end);
 void paged_decode_attention(const PagedDecodeAttentionArguments&, int64_t begin, int64_t end);
+void advance_rows(const AdvanceRowsArguments&, int64_t begin, int64_t end);
 void nearest_code(const NearestCodeArguments&, int64_t begin, int64_t end);
 void relu_linear_attention_norms(const ReluLinearAttentionArguments&, int64_t begin, int64_t end);
 void relu_linear_attention(const ReluLinearAttentionArguments&, int64_t begin, int64_t end);
@@ -32,6 +33,7 @@ const Kernels kKernels = {rms_norm,
                           scale_product,
                           qk_norm_rope_append,
                           paged_decode_attention,
+                          advance_rows,
                           nearest_code,
                           relu_linear_attention_norms,
                           relu_linear_attention,

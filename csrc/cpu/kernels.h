@@ -24,6 +24,7 @@ struct Kernels {
     Kernel<ScaleProductArguments> scale_product;                       // rows
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
     Kernel<PagedDecodeAttentionArguments> paged_decode_attention;      // (sequence, KV head) pairs
+    Kernel<AdvanceRowsArguments> advance_rows;                         // rows
     Kernel<NearestCodeArguments> nearest_code;                         // rows of features
     Kernel<ReluLinearAttentionArguments> relu_linear_attention_norms;  // tokens of all batches
     Kernel<ReluLinearAttentionArguments> relu_linear_attention;        // (batch, head) pairs

@@ -53,6 +53,16 @@ void check_pages(const PagedDecodeAttentionArguments& a) {
     }
 }
 
+void check_places(const AdvanceRowsArguments& a) {
+    for (int64_t row = 0; row < a.rows; ++row) {
+        if (a.places[row] < 0 || a.places[row] >= a.kept_places) {
+            throw ArgumentError("advance_rows: places[" + std::to_string(row) + "] is " +
+                                std::to_string(a.places[row]) + "; accepted: 0 to " +
+                                std::to_string(a.kept_places - 1) + ", the places of kept");
+        }
+    }
+}
+
 template <class Arguments>
 void run(Kernel<Arguments> kernel, const Arguments& arguments, int64_t count, int64_t grain_units) {
     parallel_for(count, grain_units, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -122,6 +132,16 @@ void paged_decode_attention(const TensorView& q, const TensorView& k_cache, cons
     const int64_t largest_work = arguments.max_blocks * arguments.cache.page_size * arguments.cache.head_dim;
     run(kernels().paged_decode_attention, arguments, arguments.batch * arguments.cache.kv_heads,
         grain(largest_work));
+}
+
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+                  const TensorView& slots, const TensorView& out) {
+    const auto arguments = check_advance_rows(Device::cpu, draws, first_ids, block_table, page_size, drawn,
+                                              context_lengths, places, kept, positions, slots, out);
+    check_places(arguments);
+    run(kernels().advance_rows, arguments, arguments.rows, arguments.rows);
 }
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,

@@ -32,6 +32,11 @@ void paged_decode_attention(const TensorView& q, const TensorView& k_cache, cons
                             const TensorView& block_table, const TensorView& context_lengths, double scale,
                             const TensorView& out);
 
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+                  const TensorView& slots, const TensorView& out);
+
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                    const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
                    const TensorView& out);

@@ -20,6 +20,7 @@ void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, cons
                             cudaStream_t stream);
 void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                       cudaStream_t stream);
+void advance_rows(const AdvanceRowsArguments& arguments, cudaStream_t stream);
 void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream);
 
 }  // namespace blip3o::cuda

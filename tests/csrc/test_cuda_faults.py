@@ -65,6 +65,13 @@ FAULTS = {
         ("{low[2], high[2], low[3], high[3]}", "{low[2], low[3], high[2], high[3]}"),
         ("a.x, first_row + g * kGroupRows,", "a.x, first_row,"),
     ],
+    "advance_rows": [
+        ("position > 0 && position < a.max_blocks * page_size", "position < a.max_blocks * page_size"),
+        ("position < a.max_blocks * page_size", "position <= a.max_blocks * page_size"),
+        ("a.kept[place] = draw;", "a.kept[place] = a.out[row];"),
+        ("draw < 0 ? 0 : draw", "draw"),
+        ("int64_t{blockIdx.x} * kThreads + threadIdx.x", "threadIdx.x"),
+    ],
     "sample_tokens": [
         ("__syncthreads();\n    if (threadIdx.x == 0) shared.search", "if (threadIdx.x == 0) shared.search"),
         ("before + inside >= search.limit", "before + inside > search.limit"),

@@ -473,6 +473,43 @@ inline SampleTokensArguments check_sample_tokens(Device device, const TensorView
     return arguments;
 }
 
+inline AdvanceRowsArguments check_advance_rows(Device device, const TensorView& draws,
+                                               const TensorView& first_ids, const TensorView& block_table,
+                                               int64_t page_size, const TensorView& drawn,
+                                               const TensorView& context_lengths, const TensorView& places,
+                                               const TensorView& kept, const TensorView& positions,
+                                               const TensorView& slots, const TensorView& out) {
+    Contract contract("advance_rows", device);
+    Dim rows("B"), max_blocks("max_blocks"), kept_places("N");
+    AdvanceRowsArguments arguments;
+    contract(draws, "draws").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract(first_ids, "first_ids").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract(block_table, "block_table").dtype({DType::i32}).shape({&rows, &max_blocks}).contiguous();
+    contract(drawn, "drawn").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(context_lengths, "context_lengths").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(places, "places").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract(kept, "kept").dtype({DType::i64}).shape({&kept_places}).contiguous();
+    contract(positions, "positions").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(slots, "slots").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(out, "out").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract.require(page_size > 0, "page_size must be at least 1");
+    arguments.draws = draws.as<const int64_t>();
+    arguments.first_ids = first_ids.as<const int64_t>();
+    arguments.block_table = block_table.as<const int32_t>();
+    arguments.drawn = drawn.as<int32_t>();
+    arguments.context_lengths = context_lengths.as<int32_t>();
+    arguments.places = places.as<int64_t>();
+    arguments.kept = kept.as<int64_t>();
+    arguments.positions = positions.as<int32_t>();
+    arguments.slots = slots.as<int32_t>();
+    arguments.out = out.as<int64_t>();
+    arguments.rows = rows.value();
+    arguments.max_blocks = max_blocks.value();
+    arguments.page_size = page_size;
+    arguments.kept_places = kept_places.value();
+    return arguments;
+}
+
 inline NearestCodeArguments check_nearest_code(Device device, const TensorView& features,
                                                const TensorView& codebook, const TensorView& out) {
     Contract contract("nearest_code", device);

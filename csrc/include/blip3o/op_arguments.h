@@ -172,6 +172,16 @@ struct PixelShuffleArguments {
     DType dtype;
 };
 
+struct AdvanceRowsArguments {
+    const int64_t *draws, *first_ids;
+    const int32_t* block_table;
+    int32_t *drawn, *context_lengths;
+    int64_t *places, *kept;
+    int32_t *positions, *slots;
+    int64_t* out;
+    int64_t rows, max_blocks, page_size, kept_places;
+};
+
 struct SampleTokensArguments {
     Rows logits;
     const float* temperature;

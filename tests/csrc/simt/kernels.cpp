@@ -65,6 +65,14 @@ class Library {
              &scratch);
     }
 
+    void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
+                      int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+                      const TensorView& places, const TensorView& kept, const TensorView& positions,
+                      const TensorView& slots, const TensorView& out) const {
+        call(check_advance_rows(Device::cpu, draws, first_ids, block_table, page_size, drawn, context_lengths,
+                                places, kept, positions, slots, out));
+    }
+
     void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                        const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
                        const TensorView& workspace, const TensorView& out) const {
@@ -102,6 +110,7 @@ PYBIND11_MODULE(simt_kernels, module) {
         .def("qk_norm_rope_append", &Library::qk_norm_rope_append)
         .def("paged_decode_attention", &Library::paged_decode_attention)
         .def("decode_attention", &Library::decode_attention)
+        .def("advance_rows", &Library::advance_rows)
         .def("sample_tokens", &Library::sample_tokens);
 }
 
