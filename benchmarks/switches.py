@@ -5,7 +5,8 @@
     python -m benchmarks.switches --check      fail where it is not what would be written
 
 Every request is drawn by tier exact and by every case in turns, with the same seed, so that all are timed
-under the same load. In float32, where two pictures differ by nothing but the switch.
+under the same load. In float32, where two pictures differ by nothing but the switch. Quantised weights that
+only a GPU has kernels for are computed by their definition on a CPU: their likeness, and no time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from tqdm import tqdm
 from benchmarks.render import RESULTS, ROOT, markdown
 from benchmarks.targets import read_records
 from blip3o_rt.bench.samples import median
+from blip3o_rt.checkpoint.load import QUANTISERS, load_checkpoint
+from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.cli.score import few_threads
+from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.machine import resolve_device
 from blip3o_rt.params import DiffusionParams
@@ -68,7 +72,7 @@ STAGES = {
 }
 SETTINGS: Mapping[str, Sequence[tuple[str, int]]] = {
     AR_WEIGHTS: [("int8", STEPS)],
-    DIT_WEIGHTS: [("int8", STEPS)],
+    DIT_WEIGHTS: [("int8", STEPS), ("fp8", STEPS)],
     GUIDANCE_INTERVAL: [("0.1:0.9", STEPS), ("0.2:0.8", STEPS)],
     STEP_CACHE: [("2", STEPS), ("3", STEPS), ("4", STEPS)],
     SOLVER: [("dpm++", STEPS), ("dpm++", 15), ("dpm++", 10)],
@@ -79,17 +83,21 @@ FEWER_STEPS = (15, 10)  # of the exact tier, what a solver or a cache is to be c
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure: switches, a number of steps, and the stage whose time is compared."""
+    """Something to measure: switches, a number of steps, and the stage whose time is compared.
+
+    defined: of switches that the device computes by their definition alone.
+    """
 
     switches: Mapping[str, str]
     steps: int = STEPS
     stage: str = WHOLE
+    defined: bool = False
 
     @property
     def label(self) -> str:
         """What is on, in words."""
         named = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
-        return named or f"tier {EXACT}"
+        return (named or f"tier {EXACT}") + (" (its definition)" if self.defined else "")
 
 
 @dataclass
@@ -116,7 +124,7 @@ class Measured:
             "psnr": [one.psnr if math.isfinite(one.psnr) else None for one in self.likeness],
             "ssim": [one.ssim for one in self.likeness],
             "stage": self.case.stage,
-            "seconds": self.seconds(self.case.stage),
+            "seconds": [] if self.case.defined else self.seconds(self.case.stage),
             "seconds_exact": exact.seconds(self.case.stage),
         }
 
@@ -128,8 +136,9 @@ def cases(device_type: str) -> Iterator[Case]:
         yield Case({}, steps, "denoise")
     for name, settings in SETTINGS.items():
         for setting, steps in settings:
-            if SWITCHES[name].runs_on(setting, device_type):
-                yield Case({name: setting}, steps, STAGES[name])
+            runs = SWITCHES[name].runs_on(setting, device_type)
+            if runs or (device_type == "cpu" and (name, setting) in QUANTISERS):
+                yield Case({name: setting}, steps, STAGES[name], defined=not runs)
     with suppress(ParameterError):  # nothing
         yield Case(check_tier(FAST, None, device_type))
 
@@ -142,10 +151,7 @@ def measure(
     for case in found:
         key = tuple(case.switches.items())
         if key not in pipelines:
-            tier = FAST if case.switches else EXACT
-            pipelines[key] = Pipeline.load(
-                model, device=device, dtype=dtype, tier=tier, switches=case.switches, max_batch=1
-            )
+            pipelines[key] = load(case, model, device, dtype)
             check_model(pipelines[key])
     measured = [Measured(case) for case in found]
     for task in tqdm(tasks, desc="switches", disable=None):
@@ -159,6 +165,21 @@ def measure(
             if expected is not None and picture.picture is not None:
                 one.likeness.append(Likeness.of(np.asarray(picture.picture), np.asarray(expected)))
     return measured
+
+
+def load(case: Case, model: Path | None, device: str, dtype: str) -> Pipeline:
+    """The pipeline of a case."""
+    if not case.defined:
+        tier = FAST if case.switches else EXACT
+        return Pipeline.load(
+            model, device=device, dtype=dtype, tier=tier, switches=case.switches, max_batch=1
+        )
+    exact = load_checkpoint(model or embedded_checkpoint(), device=device, dtype=DTYPES[dtype])
+    weights = dict(exact.weights)
+    for switch in case.switches.items():
+        part, quantised = QUANTISERS[switch]
+        weights[part] = quantised(weights[part].items())
+    return Pipeline(replace(exact, weights=weights, switches=case.switches), max_batch=1)
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -184,8 +205,10 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
     if not entry["switches"] and entry["steps"] == STEPS:  # compared with itself
         return [*cells, "", "", "", "", ""]
     psnr = [math.inf if value is None else value for value in entry["psnr"]]
-    ratio = median(entry["seconds_exact"]) / median(entry["seconds"])
     likeness = [_decibels(median(psnr)), _decibels(min(psnr)), f"{min(entry['ssim']):.4f}"]
+    if not entry["seconds"]:
+        return [*cells, *likeness, "", ""]
+    ratio = median(entry["seconds_exact"]) / median(entry["seconds"])
     return [*cells, *likeness, ratio_text(ratio), entry["stage"]]
 
 

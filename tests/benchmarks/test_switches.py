@@ -23,6 +23,17 @@ def test_every_switch_is_measured_with_settings_that_it_takes() -> None:
     assert on_a_cpu[0] == on_a_gpu[0] == switches.Case({})
     assert {"ar_weights": "int8"} in [case.switches for case in on_a_cpu]
     assert {"ar_weights": "int8"} not in [case.switches for case in on_a_gpu]
+    fp8 = {"dit_weights": "fp8"}
+    assert [case.defined for case in on_a_cpu if case.switches == fp8] == [True]
+    assert [case.defined for case in on_a_gpu if case.switches == fp8] == [False]
+
+
+def test_what_is_computed_by_its_definition_is_not_timed() -> None:
+    table = switches.table(record("", entry("some", seconds=[])))
+    assert row(table, "some")[6:] == ["0.9900", "", ""]
+    (fp8,) = (case for case in switches.cases("cpu") if case.switches == {"dit_weights": "fp8"})
+    pipeline = switches.load(fp8, None, "cpu", "fp32")
+    assert pipeline.switches == fp8.switches
 
 
 def entry(label: str, **changes: Any) -> dict[str, Any]:
