@@ -369,8 +369,8 @@ PIECES = (
     Piece(
         "bench-ablate",
         "every switch off against on",
-        240,
-        bench("bench-ablate", 2, "--ablate"),
+        420,
+        bench("bench-ablate", 3, "--ablate"),
         needs=MEASURES,
     ),
     Piece("trace", "a request with all its ranges and kernels", 120, trace, needs=MEASURES),

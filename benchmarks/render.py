@@ -50,8 +50,8 @@ COUNTS_INTRODUCTION = """\
 Counted without a GPU, on tensors without memory: what ours and eager diffusers launch for one denoising step
 with guidance and for decoding a latent. A product is a matrix product, a convolution or a fused attention of
 a library; every other kernel is a pass over activations, and ours counts its own attention among them. Bytes
-are what the passes read and write if no cache keeps anything. The second table takes one optimisation of ours
-out at a time: what that adds is what it saves.
+are what the passes read and write if no cache keeps anything. The second table has our passes; the third
+takes one optimisation of ours out at a time: what that adds is what it saves.
 """
 NO_GPU = "Not yet run on hardware: there are no records of a GPU. `make gpu` makes them."
 NO_CPU = "There are no records of a processor yet."
@@ -231,6 +231,7 @@ def counts_section(record: Record) -> str:
             COUNTS_INTRODUCTION,
             f"* `{command}`: {versions}{commit}\n",
             markdown(step_launches.SUMMARY_HEADERS, step_launches.summary_rows(record)),
+            markdown(step_launches.PASS_HEADERS, step_launches.pass_rows(record)),
             markdown(step_launches.SWITCH_HEADERS, step_launches.switch_rows(record)),
         ]
     )

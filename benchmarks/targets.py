@@ -18,9 +18,9 @@ FILE = Path(__file__).parent / "targets.json"
 class Target:
     """One figure to reach.
 
-    measure: "seconds" of a call, "rate" per second, "share" of the ceiling, or "ratio" to `peer`. least or
-    most: the bound. gpu: what the GPU's name contains, where the figure is one of that GPU only. lacks: what
-    there must be before it can be measured.
+    measure: "seconds" of a call, "rate" per second, "share" of the ceiling, "ratio" of `peer`'s time to ours,
+    or "memory", our peak to that of `peer`. least or most: the bound. gpu: what the GPU's name contains,
+    where the figure is one of that GPU only. lacks: what there must be before it can be measured.
     """
 
     name: str
@@ -60,6 +60,11 @@ class Target:
             return None
         if self.measure == "ratio":
             return row.ratio(str(self.peer))
+        if self.measure == "memory":
+            peer = row.lines.get(str(self.peer))
+            if peer is None or not peer.peak_memory or line.peak_memory is None:
+                return None
+            return line.peak_memory / peer.peak_memory
         return {"seconds": line.median, "rate": line.rate, "share": line.share}[self.measure]
 
     def remark(self, row: Row) -> str:
@@ -72,7 +77,7 @@ class Target:
         """A figure of this target in its unit."""
         if value is None:
             return ""
-        form = {"seconds": time_text, "share": share_text, "ratio": ratio_text}
+        form = {"seconds": time_text, "share": share_text, "ratio": ratio_text, "memory": share_text}
         return form[self.measure](value) if self.measure in form else f"{number_text(value)}/s"
 
     @property

@@ -275,6 +275,7 @@ def _savings(checkpoint: Checkpoint, line: str, whole: StepCount) -> Iterator[di
 
 
 SUMMARY_HEADERS = ("call", "who", "launches", "of them products", "passes", "GFLOP", "moved by passes")
+PASS_HEADERS = ("call", "pass of ours", "launches", "moved")
 SWITCH_HEADERS = ("call", "optimisation", "without it", "launches saved", "GFLOP saved", "moving saved")
 
 
@@ -287,6 +288,16 @@ def summary_rows(data: Mapping[str, Any]) -> list[list[str]]:
         moved = [gigaflops(entry["flops"]), megabytes(passes.bytes)]
         rows.append([entry["line"], entry["who"], *(f"{n:,}" for n in launches), *moved])
     return rows
+
+
+def pass_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """One row for each pass of ours."""
+    return [
+        [entry["line"], name, f"{count['launches']:,}", megabytes(count["bytes"])]
+        for entry in data["lines"]
+        if entry["who"] == OURS
+        for name, count in entry["passes"].items()
+    ]
 
 
 def switch_rows(data: Mapping[str, Any]) -> list[list[str]]:
@@ -303,6 +314,8 @@ def switch_rows(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def gigaflops(operations: int) -> str:
+    if not operations:
+        return ""
     return f"{operations / 1e9:,.0f}" if abs(operations) >= 1e10 else f"{operations / 1e9:,.3f}"
 
 

@@ -53,6 +53,19 @@ def test_without_records_everything_is_blank(tmp_path: Path) -> None:
         assert row(page, target.label)[2:] == ["", word]
 
 
+def test_memory_is_ours_beside_that_of_a_peer(tmp_path: Path) -> None:
+    record = bench_record()
+    for line in record["lines"]:
+        if line["name"] == "dit.step":
+            line["peak_memory"] = 3 * 2**30 if line["who"] == "ours" else 4 * 2**30
+        if line["name"] == "vae.decode" and line["who"] == "diffusers":
+            line["peak_memory"] = None
+    write(record, tmp_path / "imaginary")
+    page = render.page(tmp_path)
+    assert row(page, "memory of a denoising step beside diffusers")[1:] == ["at most 100%", "75%", "met"]
+    assert row(page, "memory of decoding a latent beside diffusers")[2:] == ["", "not measured"]
+
+
 def test_counts_are_those_of_the_record(tmp_path: Path) -> None:
     assert "Counted" not in render.page(tmp_path)
     passes = {"gated_add": {"calls": 40, "launches": 40, "bytes": 2_000_000_000}}
@@ -63,6 +76,7 @@ def test_counts_are_those_of_the_record(tmp_path: Path) -> None:
     page = render.page(tmp_path)
     assert "`count them`" in page
     assert row(page, "dit.step", "ours")[2:] == ["1,240", "1,200", "40", "5,000", "2,000 MB"]
+    assert row(page, "dit.step", "gated_add")[2:] == ["40", "2,000 MB"]
     assert row(page, "dit.step", "condition")[2:] == ["at every step", "168", "300", "668 MB"]
 
 
@@ -151,5 +165,5 @@ def test_a_record_without_a_part_gives_a_page(key: str, tmp_path: Path) -> None:
 def test_every_target_can_be_read() -> None:
     for target in targets():
         assert (target.least is None) != (target.most is None)
-        assert target.measure in ("seconds", "rate", "share", "ratio")
-        assert (target.peer is not None) == (target.measure == "ratio")
+        assert target.measure in ("seconds", "rate", "share", "ratio", "memory")
+        assert (target.peer is not None) == (target.measure in ("ratio", "memory"))
