@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,6 @@ from blip3o_rt import ops
 from blip3o_rt.quantisation import SCALE
 
 FEW_ROWS = 8  # with more, a product is worth widening an int8 weight to the dtype of the rows
-BLOCK_ROWS = 1024  # of an int8 weight that exist widened at a time: they stay in the caches
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,8 @@ class Matrix:
         return ops.row_linear_int8(x, self.weight, self.scale, out=out)
 
     def linear(self, x: Tensor) -> Tensor:
-        """x [M, K] -> [M, N] for the many rows of a prompt.
-
-        int8 values are exact in the dtype of x; the scale is applied to the rounded product.
-        """
-        scale = self.scale
-        if scale is None:
+        """x [M, K] -> [M, N] for the many rows of a prompt."""
+        if self.scale is None:
             return F.linear(x, self.weight)
-        if len(x) <= FEW_ROWS:
-            return ops.row_linear_int8(x, self.weight, scale)
-        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
-        for first in range(0, len(self.weight), BLOCK_ROWS):
-            block = slice(first, first + BLOCK_ROWS)
-            product = F.linear(x, self.weight[block].to(x.dtype))
-            torch.mul(product, scale[block], out=out[:, block])
-        return out
+        product = ops.row_linear_int8 if len(x) <= FEW_ROWS else ops.linear_int8
+        return product(x, self.weight, self.scale)

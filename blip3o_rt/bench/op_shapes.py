@@ -136,6 +136,14 @@ def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
 
 def _prefill(ar: ARConfig) -> Iterator[OpShape]:
     yield from _ar_rows(ar, PREFILL, f"prompt of {PREFILL}")
+    for name, (rows, columns) in _ar_matrices(ar).items():
+        yield OpShape(
+            "linear_int8",
+            f"prompt of {PREFILL}: {name} {rows} x {columns}",
+            _row_linear_int8(PREFILL, rows, columns, False),
+            products=PREFILL * rows * columns,
+            check=_row_linear_int8(PREFILL, min(rows, 1200), columns, False),
+        )
 
 
 def _ar_rows(ar: ARConfig, rows: int, label: str) -> Iterator[OpShape]:

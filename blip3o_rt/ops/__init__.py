@@ -12,6 +12,7 @@ from blip3o_rt.ops.gated_add import gated_add
 from blip3o_rt.ops.guided_euler_step import guided_euler_step
 from blip3o_rt.ops.layer_norm_modulate import layer_norm_modulate
 from blip3o_rt.ops.linear_fp8 import linear_fp8
+from blip3o_rt.ops.linear_int8 import linear_int8
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
@@ -43,6 +44,7 @@ __all__ = [
     "guided_euler_step",
     "layer_norm_modulate",
     "linear_fp8",
+    "linear_int8",
     "nearest_code",
     "paged_decode_attention",
     "qk_norm_rope_append",

@@ -51,6 +51,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("row_linear", &cpu::row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a, no_gil);
     module.def("row_linear_int8", &cpu::row_linear_int8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a,
                no_gil);
+    module.def("linear_int8", &cpu::linear_int8, "x"_a, "weight"_a, "scale"_a, "out"_a, no_gil);
     module.def("quantise_rows", &cpu::quantise_rows, "x"_a, "scale"_a, "out"_a, no_gil);
     module.def("scale_product", &cpu::scale_product, "product"_a, "scale"_a, "row_scale"_a, "bias"_a, "out"_a,
                no_gil);
@@ -83,6 +84,8 @@ PYBIND11_MODULE(_cpu, module) {
     module.def(
         "isa", [] { return cpu::name_of(cpu::current_isa()); }, "Instruction set of the kernels in use.");
     module.def("isas", &isas_here, "Instruction sets that this build has and this machine runs.");
+    module.def("has_bf16_products", &cpu::has_bf16_products,
+               "Whether this machine multiplies pairs of bfloat16 in one instruction (AVX512_BF16).");
     module.def("set_isa", &set_isa, "name"_a);
     module.def("philox", &philox, "seed"_a, "stream"_a, "position"_a, "count"_a,
                "The first `count` numbers of a stream, as blip3o_rt.random.philox_uint32.");

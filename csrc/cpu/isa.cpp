@@ -46,6 +46,14 @@ bool runs_here(Isa isa) {
 #endif
 }
 
+bool has_bf16_products() {
+#if defined(BLIP3O_X86_KERNELS)
+    return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
 Isa current_isa() { return chosen().load(); }
 
 void set_isa(Isa isa) { chosen().store(isa); }

@@ -20,6 +20,7 @@ struct Kernels {
     Kernel<SiluMulArguments> silu_mul;                                 // rows
     Kernel<RowLinearArguments> row_linear;                             // columns of the result
     Kernel<RowLinearInt8Arguments> row_linear_int8;                    // columns of the result
+    Kernel<LinearInt8Arguments> linear_int8;                           // kLinearInt8Columns columns
     Kernel<QuantiseRowsArguments> quantise_rows;                       // rows
     Kernel<ScaleProductArguments> scale_product;                       // rows
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
@@ -40,6 +41,7 @@ struct Kernels {
 
 constexpr int64_t kCrossAttentionQueries = 64;
 constexpr int64_t kDepthwiseGluChannels = 16;
+constexpr int64_t kLinearInt8Columns = 48;
 
 enum class Isa { portable, avx2, avx512 };
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512};
@@ -48,6 +50,9 @@ const char* name_of(Isa isa);
 
 // Whether this build has the kernels of `isa` and this machine runs them.
 bool runs_here(Isa isa);
+
+// Whether this machine multiplies pairs of bfloat16 in one instruction (AVX512_BF16).
+bool has_bf16_products();
 
 // The instruction set in use: the best that runs here, until set_isa says otherwise.
 Isa current_isa();

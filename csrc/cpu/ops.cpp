@@ -102,6 +102,15 @@ void row_linear_int8(const TensorView& x, const TensorView& weight, const Tensor
         grain(work));
 }
 
+void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                 const TensorView& out) {
+    auto arguments = check_linear_int8(Device::cpu, x, weight, scale, out);
+    arguments.bf16_products = has_bf16_products();
+    const int64_t panels = (arguments.weight.count + kLinearInt8Columns - 1) / kLinearInt8Columns;
+    run(kernels().linear_int8, arguments, arguments.x.count > 0 ? panels : 0,
+        grain(arguments.x.width * arguments.x.count * kLinearInt8Columns));
+}
+
 void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {
     const auto arguments = check_quantise_rows(Device::cpu, x, scale, out);
     run(kernels().quantise_rows, arguments, arguments.x.count, grain(arguments.x.width));

@@ -18,6 +18,9 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
 void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                      const OptionalView& bias, const TensorView& out);
 
+void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                 const TensorView& out);
+
 void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out);
 
 void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,

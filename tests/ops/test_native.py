@@ -84,6 +84,15 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear_int8: scale has shape [3]; accepted: [N = 4] (N as in weight)",
     ),
     (
+        lambda: native.cpu().linear_int8(
+            torch.ones(2, 7).bfloat16(),
+            torch.ones(4, 7).to(torch.int8),
+            torch.ones(4),
+            torch.ones(2, 4).bfloat16(),
+        ),
+        "linear_int8: K must be even: steps are multiplied in pairs",
+    ),
+    (
         lambda: ops.quantise_rows(torch.ones(2, 8), torch.ones(3)),
         "quantise_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
     ),

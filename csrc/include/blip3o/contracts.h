@@ -89,6 +89,23 @@ inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorV
     return arguments;
 }
 
+inline LinearInt8Arguments check_linear_int8(Device device, const TensorView& x, const TensorView& weight,
+                                             const TensorView& scale, const TensorView& out) {
+    Contract contract("linear_int8", device);
+    Dim rows("M"), inputs("K"), outputs("N");
+    LinearInt8Arguments arguments;
+    arguments.x = contract(x, "x").dtype({DType::bf16}).rows(rows, inputs);
+    arguments.weight = contract(weight, "weight").dtype({DType::i8}).rows(outputs, inputs);
+    contract(scale, "scale").dtype({DType::f32}).shape({&outputs}).contiguous();
+    arguments.out = contract(out, "out").dtype({DType::bf16}).rows(rows, outputs);
+    contract.require(inputs.value() % 2 == 0, "K must be even: steps are multiplied in pairs");
+    contract.require(rows.value() == 0 || inputs.value() == 0 || out.data != x.data,
+                     "out must not be the memory of x; give it memory of its own");
+    arguments.scale = scale.as<const float>();
+    arguments.bf16_products = false;
+    return arguments;
+}
+
 inline QuantiseRowsArguments check_quantise_rows(Device device, const TensorView& x, const TensorView& scale,
                                                  const TensorView& out) {
     Contract contract("quantise_rows", device);

@@ -51,6 +51,12 @@ struct RowLinearInt8Arguments {
     DType dtype, out_dtype;
 };
 
+struct LinearInt8Arguments {
+    Rows x, weight, out;
+    const float* scale;  // one for each row of weight
+    bool bf16_products;  // whether this machine has the instruction
+};
+
 struct QuantiseRowsArguments {
     Rows x, out;
     float* scale;  // one for each row
