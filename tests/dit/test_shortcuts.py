@@ -234,7 +234,8 @@ def test_a_switch_changes_the_latent(name: str) -> None:
 
 @pytest.mark.parametrize("switches", [ALL, {"step_cache": "3"}])
 def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switches: dict[str, str]) -> None:
-    """Its buffers are those of every picture: nothing of an earlier one, which fails here, is left."""
+    """Its buffers are those of every picture, and nothing of an earlier one is left: here of one that fails,
+    and of one of a single step."""
     small = Small(**switches)
     (noise,) = random_latents(6)
     expected = small()
@@ -247,8 +248,8 @@ def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switche
         Recorder(RecordedGraphs()),
         small.chosen.kinds,
     )
-    kinds = small.chosen.steps(small.schedule)
-    for start in (torch.full_like(noise, torch.nan), noise, noise):
+    for start, steps in ((torch.full_like(noise, torch.nan), 6), (noise, 6), (noise, 1), (noise, 6)):
+        tables, kinds = small.dit.prepare_schedule(levels(steps, 3.0)), small.chosen.steps(levels(steps, 3.0))
         condition = recorded.condition(hidden)
-        found = denoise(small.dit, start, small.tables, condition, 2.0, kinds=kinds, recorded=recorded)
-        assert torch.equal(found, expected) == (start is noise)
+        found = denoise(small.dit, start, tables, condition, 2.0, kinds=kinds, recorded=recorded)
+        assert torch.equal(found, expected) == (start is noise and steps == 6)
