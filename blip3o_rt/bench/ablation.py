@@ -276,6 +276,9 @@ def time_switches(subject: Subject, settings: Settings, record: Record, say: Cal
             except CheckpointError as reason:
                 record.note(f"switch {switch.name} of {line} left out: {reason}")
                 continue
+            except Exception as failure:  # a side that cannot be built, and the other switches go on
+                record.fail(f"switch {switch.name} of {line}", failure)
+                continue
             if error is not None:
                 record.fail(f"switch {switch.name} of {line}", error)
             else:
@@ -308,9 +311,9 @@ def fast_switches(line: str, subject: Subject) -> Iterator[Switch]:
 
 def op_switches(line: str, contender: Contender) -> Iterator[Switch]:
     """One switch for each op that the line runs on another implementation than its reference, and all."""
-    ops.reset_used()
     with quiet():
         contender.prepare()
+        ops.reset_used()
         contender.call()
     used = {op: names for op, names in ops.used().items() if names != (REFERENCE,)}
     for op, names in used.items():

@@ -22,7 +22,8 @@ from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
-from blip3o_rt.vae.blocks import Convolution, Weights, channels_first, channels_last
+from blip3o_rt.vae.blocks import Convolution, NearestUpsampling, Weights, channels_first, channels_last
+from blip3o_rt.vae.tiles import REACH
 
 # Diffusion transformer
 
@@ -70,7 +71,7 @@ class OnBothHalves:
 # Autoencoder
 
 
-class DoubledThenConvolved:
+class DoubledThenConvolved(NearestUpsampling):
     """The upsampling of the published decoder in its two steps: nearest neighbours, then conv3x3."""
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
@@ -93,6 +94,10 @@ class ConvolvedChannelsFirst(Convolution):
         padding = self.weight.shape[-1] // 2
         x = channels_first(x).contiguous()
         return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups))
+
+
+# A decoder in tiles asks how far its blocks look: as far as those they stand for.
+REACH.update({DoubledThenConvolved: REACH[NearestUpsampling], ConvolvedChannelsFirst: REACH[Convolution]})
 
 
 @contextmanager

@@ -360,15 +360,35 @@ def test_a_step_without_an_optimisation_is_the_same_step(
     assert relative_l2(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.parametrize("tiles", ["1", "2"])
 @pytest.mark.parametrize("option", ["doubled", "channels_first"])
-def test_a_decoder_without_an_optimisation_is_the_same_decoder(checkpoint: Checkpoint, option: str) -> None:
+def test_a_decoder_without_an_optimisation_is_the_same_decoder(
+    checkpoint: Checkpoint, option: str, tiles: str
+) -> None:
+    checkpoint = replace(checkpoint, switches={"vae_tiles": tiles})
     whole, without = (ablation.vae_decode(checkpoint, **options) for options in ({}, {option: True}))
     decoder = without.call.__self__.autoencoder._decoder  # type: ignore[attr-defined]
     pieces = {type(piece) for block in decoder for piece in (block, *vars(block).values())}
-    assert pieces & {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst}
+    assert tiles != "1" or pieces & {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst}
     assert relative_l2(without.call(), whole.call()) < 1e-5
     assert vae_model.NearestUpsampling is vae_blocks.NearestUpsampling  # nothing stays changed
     assert vae_model.Convolution is vae_blocks.Convolution is unoptimised.Convolution
+
+
+def test_a_switch_that_cannot_be_built_fails_alone(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no such piece")
+
+    monkeypatch.setattr(ablation, "MORE_RUNS", {})
+    monkeypatch.setattr(unoptimised, "null_written_out", fail)
+    record = execute(settings(ablate=ablation.select(["dit.step.edit"]), runs=1))
+    found = {entry["switch"] for entry in record.data["ablations"]}
+    assert {"condition", "modulation"} <= found
+    assert "null tokens" not in found
+    assert record.failed
+    assert "switch null tokens of dit.step.edit failed: RuntimeError: no such piece" in record.data["notes"]
 
 
 def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
