@@ -146,13 +146,13 @@ inline ScaleProductArguments check_scale_product(Device device, const TensorView
 
 // A plain product as one that could have neighbours.
 inline RowProductArguments row_product(const RowLinearArguments& a) {
-    return {a.x,         a.weight, a.out, nullptr, a.bias, nullptr, 0.0f, false, false, a.dtype, a.dtype,
-            a.out_dtype};
+    return {a.x,  a.weight, a.out, nullptr, a.bias,  nullptr,
+            0.0f, false,    false, a.dtype, a.dtype, a.out_dtype};
 }
 
 inline RowProductArguments row_product(const RowLinearInt8Arguments& a) {
-    return {a.x,         a.weight, a.out, a.scale, a.bias, nullptr, 0.0f, false, false, a.dtype, DType::i8,
-            a.out_dtype};
+    return {a.x,  a.weight, a.out, a.scale, a.bias,    nullptr,
+            0.0f, false,    false, a.dtype, DType::i8, a.out_dtype};
 }
 
 // x, and a weight of its dtype, or of 8 bits with a scale for each row.
