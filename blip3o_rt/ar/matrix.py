@@ -12,6 +12,7 @@ from blip3o_rt import ops
 from blip3o_rt.quantisation import SCALE
 
 FEW_ROWS = 8  # with more, a product is worth widening an int8 weight to the dtype of the rows
+BLOCK_ROWS = 1024  # of an int8 weight that exist widened at a time: they stay in the caches
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Matrix:
         if self.scale is None:
             return ops.row_linear(x, self.weight, out=out)
         return ops.row_linear_int8(x, self.weight, self.scale, out=out)
+
+    def norm_row_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, *, gated: bool = False, out: Tensor
+    ) -> Tensor:
+        """RMSNorm of x [M, K] and its product -> out [M, N], or [M, N / 2] of gates and ups."""
+        return ops.norm_row_linear(x, norm_weight, eps, self.weight, scale=self.scale, gated=gated, out=out)
+
+    def row_linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [M, N] += the product with x [M, K], in place."""
+        return ops.row_linear_add(x, self.weight, residual, scale=self.scale)
 
     def linear(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N] for the many rows of a prompt."""

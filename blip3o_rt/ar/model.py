@@ -49,10 +49,8 @@ class Workspace:
 
     residual: Tensor
     normed: Tensor
-    projected: Tensor
     qkv: Tensor
     attended: Tensor
-    gate_up: Tensor
     activated: Tensor
 
     @classmethod
@@ -63,10 +61,8 @@ class Workspace:
         return cls(
             residual=buffer(config.hidden_size),
             normed=buffer(config.hidden_size),
-            projected=buffer(config.hidden_size),
             qkv=buffer(config.query_size + 2 * config.kv_size),
             attended=buffer(config.num_heads, config.head_dim),
-            gate_up=buffer(2 * config.intermediate_size),
             activated=buffer(config.intermediate_size),
         )
 
@@ -179,10 +175,9 @@ class Decoder:
         config = self.config
         space = self._rows(tokens.shape[0])
         torch.index_select(self.embedding, 0, tokens, out=space.residual)
-        ops.rms_norm(space.residual, self.layers[0].input_norm, config.rms_norm_eps, out=space.normed)
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
-            layer.qkv.row_linear(space.normed, out=space.qkv)
+            layer.qkv.norm_row_linear(space.residual, layer.input_norm, config.rms_norm_eps, out=space.qkv)
             ops.decode_attention(
                 space.qkv,
                 layer.q_norm,
@@ -199,25 +194,12 @@ class Decoder:
                 scratch=self.scratch,
                 out=space.attended,
             )
-            layer.attention_out.row_linear(space.attended.flatten(1), out=space.projected)
-            ops.rms_norm(
-                space.projected,
-                layer.mlp_norm,
-                config.rms_norm_eps,
-                residual=space.residual,
-                out=space.normed,
+            layer.attention_out.row_linear_add(space.attended.flatten(1), space.residual)
+            layer.gate_up.norm_row_linear(
+                space.residual, layer.mlp_norm, config.rms_norm_eps, gated=True, out=space.activated
             )
-            layer.gate_up.row_linear(space.normed, out=space.gate_up)
-            ops.silu_mul(space.gate_up, out=space.activated)
-            layer.down.row_linear(space.activated, out=space.projected)
-            ops.rms_norm(
-                space.projected,
-                self._norm_after(index),
-                config.rms_norm_eps,
-                residual=space.residual,
-                out=space.normed,
-            )
-        return space.normed
+            layer.down.row_linear_add(space.activated, space.residual)
+        return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=space.normed)
 
     def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
         """Logits of a range of vocabulary ids: hidden states [B, hidden] -> out, float32 [B,

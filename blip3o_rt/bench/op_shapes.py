@@ -104,6 +104,15 @@ def _decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
             reads=True,
             check=_row_linear_int8(batch, min(rows, 4096), columns, logits),
         )
+    for name, (rows, columns) in _ar_matrices(ar).items():
+        adds = name in ("attention out", "down")
+        yield OpShape(
+            "row_linear_add" if adds else "norm_row_linear",
+            f"decode x{batch}: {name} {rows} x {columns}",
+            _row_linear_add(batch, rows, columns) if adds else _norm_row_linear(batch, name, rows, columns),
+            products=batch * rows * columns,
+            reads=True,
+        )
     context = config.image_tokens.tokens_per_image // 2 + PREFILL
     yield OpShape(
         "paged_decode_attention",
@@ -196,6 +205,24 @@ def _row_linear_int8(batch: int, rows: int, columns: int, logits: bool) -> Make:
         scale = torch.full((rows,), columns**-0.5 / 127)
         out = {"out": torch.zeros(batch, rows)} if logits else {}
         return Case("", (random(1, batch, columns, dtype=dtype), weight, scale), out, written=tuple(out))
+
+    return make
+
+
+def _norm_row_linear(batch: int, name: str, rows: int, columns: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        x, norm_weight = random(1, batch, columns, dtype=dtype), random(3, columns, dtype=dtype)
+        weight = random(2, rows, columns, dtype=dtype, scale=columns**-0.5)
+        return Case("", (x, norm_weight, EPS, weight), {"gated": name == "gate|up"})
+
+    return make
+
+
+def _row_linear_add(batch: int, rows: int, columns: int) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        weight = random(2, rows, columns, dtype=dtype, scale=columns**-0.5)
+        x, residual = random(1, batch, columns, dtype=dtype), random(3, batch, rows, dtype=dtype)
+        return Case("", (x, weight, residual), written=(2,))
 
     return make
 

@@ -66,7 +66,10 @@ def _rows(config: ModelConfig, dtype: torch.dtype, batch: int, context: int) -> 
 def _count_op(
     counts: dict[str, Count], config: ModelConfig, context: int, op: AnyOp, given: Mapping[str, Any]
 ) -> Tensor:
-    """Count a call of an op, which gives back its `out` unwritten."""
+    """Count a call of an op, which gives back its `out` unwritten; one of several ops counts as those."""
+    if not _is_one_kernel(op, given):
+        result: Tensor = op.named("ops").run(**given)
+        return result
     moved = sum(
         tensor.nbytes * (2 if name == "residual" else 1)  # which is read and written
         for name, tensor in given.items()
@@ -79,7 +82,15 @@ def _count_op(
     if "rope_table" in given:
         moved += len(given["qkv"]) * config.ar.head_dim * given["rope_table"].itemsize
     counts.setdefault(op.name, Count()).add(CUDA_LAUNCHES.get(op.name, 1), moved)
-    return given["out"]
+    return given["out"] if "out" in given else given["residual"]
+
+
+def _is_one_kernel(op: AnyOp, given: Mapping[str, Any]) -> bool:
+    """Whether a CUDA kernel takes a call that several ops could compute as well."""
+    if "ops" not in op.implementation_names:
+        return True
+    cuda = op.named("cuda")
+    return not (cuda.takes("cuda", given["x"].dtype) or cuda.supports(**given))
 
 
 class _TorchCount(TorchDispatchMode):

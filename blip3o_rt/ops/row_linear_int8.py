@@ -37,6 +37,16 @@ def row_linear_int8(
     return deliver(result if bias is None else result + bias.to(wide), x.dtype, out)
 
 
+@row_linear_int8.implementation("cuda", device="cuda", dtypes=FLOATS, available=native.cuda_unavailable)
+def _cuda(
+    x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    native.cuda().row_linear_int8(x, weight, scale, bias, out)
+    return out
+
+
 @row_linear_int8.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
 def _cpu(
     x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None

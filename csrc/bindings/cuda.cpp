@@ -64,7 +64,23 @@ void silu_mul(const TensorView& gate_up, const TensorView& out) {
 
 void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                 const TensorView& out) {
-    run(cuda::row_linear, x, check_row_linear(Device::cuda, x, weight, bias, out));
+    run(cuda::row_linear, x, row_product(check_row_linear(Device::cuda, x, weight, bias, out)));
+}
+
+void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                     const OptionalView& bias, const TensorView& out) {
+    run(cuda::row_linear, x, row_product(check_row_linear_int8(Device::cuda, x, weight, scale, bias, out)));
+}
+
+void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
+                     const OptionalView& scale, bool gated, const TensorView& out) {
+    run(cuda::row_linear, x,
+        check_few_norm_row_linear(Device::cuda, x, norm_weight, eps, weight, scale, gated, out));
+}
+
+void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+                    const TensorView& residual) {
+    run(cuda::row_linear, x, check_row_linear_add(Device::cuda, x, weight, scale, residual));
 }
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
@@ -135,6 +151,10 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "bias"_a, "residual"_a, "out"_a);
     module.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a);
     module.def("row_linear", &row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a);
+    module.def("row_linear_int8", &row_linear_int8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a);
+    module.def("norm_row_linear", &norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a, "scale"_a,
+               "gated"_a, "out"_a);
+    module.def("row_linear_add", &row_linear_add, "x"_a, "weight"_a, "scale"_a, "residual"_a);
     module.def("qk_norm_rope_append", &qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
                "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a);
     module.def("paged_decode_attention", &paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,

@@ -68,6 +68,29 @@ void run(Kernel<Arguments> kernel, const Arguments& arguments, int64_t count, in
     parallel_for(count, grain_units, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
 }
 
+// A matrix that one kernel hands to the next within an op: memory of the calling thread, kept for its next
+// call.
+template <int kWhich>
+TensorView between(DType dtype, int64_t rows, int64_t columns) {
+    thread_local std::vector<float> memory;
+    const size_t floats = static_cast<size_t>(rows * columns);
+    if (memory.size() < floats) memory.resize(floats);
+    TensorView view;
+    view.data = memory.data();
+    view.dtype = dtype;
+    view.device = Device::cpu;
+    view.ndim = 2;
+    view.shape[0] = rows;
+    view.shape[1] = view.stride[0] = columns;
+    view.stride[1] = 1;
+    return view;
+}
+
+void product(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+             const TensorView& out) {
+    scale ? row_linear_int8(x, weight, *scale, {}, out) : row_linear(x, weight, {}, out);
+}
+
 // By rows of the coarse images.
 void run_image(Kernel<PixelShuffleArguments> kernel, const PixelShuffleArguments& arguments) {
     run(kernel, arguments, arguments.width > 0 ? arguments.batch * arguments.height : 0,
@@ -100,6 +123,29 @@ void row_linear_int8(const TensorView& x, const TensorView& weight, const Tensor
     const int64_t work = arguments.x.width * (arguments.x.count + 1);
     run(kernels().row_linear_int8, arguments, arguments.x.count > 0 ? arguments.weight.count : 0,
         grain(work));
+}
+
+void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
+                     const OptionalView& scale, bool gated, const TensorView& out) {
+    const auto a = check_norm_row_linear(Device::cpu, x, norm_weight, eps, weight, scale, gated, out);
+    const TensorView normed = between<0>(a.dtype, a.x.count, a.x.width);
+    rms_norm(x, norm_weight, eps, {}, {}, normed);
+    if (!gated) return product(normed, weight, scale, out);
+    const TensorView gate_up = between<1>(a.dtype, a.x.count, a.weight.count);
+    product(normed, weight, scale, gate_up);
+    silu_mul(gate_up, out);
+}
+
+void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+                    const TensorView& residual) {
+    const auto a = check_row_linear_add(Device::cpu, x, weight, scale, residual);
+    const TensorView sum = between<0>(a.dtype, a.x.count, a.out.width);
+    product(x, weight, scale, sum);
+    thread_local std::vector<float> ones;
+    if (ones.size() < static_cast<size_t>(a.out.width)) ones.resize(a.out.width, 1.0f);
+    const Rows added = {sum.data, a.out.count, a.out.width, a.out.width};
+    run(kernels().gated_add, GatedAddArguments{a.out, added, ones.data(), a.dtype, DType::f32}, a.out.count,
+        grain(a.out.width));
 }
 
 void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,

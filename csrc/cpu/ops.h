@@ -18,6 +18,12 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
 void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                      const OptionalView& bias, const TensorView& out);
 
+void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
+                     const OptionalView& scale, bool gated, const TensorView& out);
+
+void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+                    const TensorView& residual);
+
 void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                  const TensorView& out);
 

@@ -11,6 +11,7 @@ namespace blip3o::cuda {
 
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float to_float(int8_t value) { return static_cast<float>(value); }
 
 template <class T>
 __device__ T from_float(float value);
@@ -41,6 +42,38 @@ __device__ inline Pack<T, kCount> load_pack(const T* from) {
 template <class T, int kCount>
 __device__ inline void store_pack(T* to, const Pack<T, kCount>& pack) {
     *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+
+// Two bfloat16 in a word, the first in its lower half.
+__device__ inline float2 to_floats(uint32_t word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+__device__ inline uint32_t from_floats(float2 values) {
+    const Pack<__nv_bfloat16, 2> pack = {
+        {from_float<__nv_bfloat16>(values.x), from_float<__nv_bfloat16>(values.y)}};
+    uint32_t word;
+    memcpy(&word, &pack, sizeof word);
+    return word;
+}
+
+// a b + c of the two bfloat16 of each word, rounded once.
+__device__ inline uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+    uint32_t result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+#else
+    const float2 x = to_floats(a), y = to_floats(b), z = to_floats(c);
+    return from_floats({fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y)});  // exact in float wherever it is used
+#endif
+}
+
+// Two int8, in the lower bytes of the halves of a word whose upper ones are zero, as bfloat16. 128 + (v mod
+// 128) and 128, or 256 if v is negative, are numbers whose low bits are those of v; v is their difference.
+__device__ inline uint32_t int8_to_bf16x2(uint32_t bytes) {
+    const uint32_t low = (bytes & 0x007f007fu) | 0x43004300u, base = (bytes & 0x00800080u) | 0x43004300u;
+    return fma_bf16x2(base, 0xbf80bf80u, low);
 }
 
 // Whether memory that is loaded stays in the first-level cache.

@@ -14,7 +14,7 @@ namespace blip3o::cuda {
 
 void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
 void silu_mul(const SiluMulArguments& arguments, cudaStream_t stream);
-void row_linear(const RowLinearArguments& arguments, cudaStream_t stream);
+void row_linear(const RowProductArguments& arguments, cudaStream_t stream);  // every product of few rows
 void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);
 void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                             cudaStream_t stream);

@@ -11,27 +11,13 @@
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/rms.h"
 
 namespace blip3o::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
-
-// The sum over the block's threads, for each of them; the same order at every call.
-__device__ float sum_over_block(float value) {
-    __shared__ float warp_sums[kWarps];
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-        value += __shfl_xor_sync(0xffffffffu, value, distance);
-    }
-    if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += warp_sums[warp];
-    return sum;
-}
-
 template <class T, int kPack>
-__global__ void __launch_bounds__(kThreads, 4) rms_norm_kernel(RmsNormArguments a) {
+__global__ void __launch_bounds__(kNormThreads, 4) rms_norm_kernel(RmsNormArguments a) {
     using Packed = Pack<T, kPack>;
     const int64_t row = blockIdx.x, packs = a.x.width / kPack;
     const auto* x = reinterpret_cast<const Packed*>(static_cast<const T*>(a.x.data) + row * a.x.stride);
@@ -40,9 +26,10 @@ __global__ void __launch_bounds__(kThreads, 4) rms_norm_kernel(RmsNormArguments 
     const auto* weight = static_cast<const Packed*>(a.weight);
     const auto* bias = static_cast<const Packed*>(a.bias);
     const bool adds = a.residual.data != nullptr;
+    __shared__ float warp_sums[kNormWarps];
 
     float squares = 0.0f;
-    for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < packs; i += kNormThreads) {
         Packed y = x[i];
         if (adds) {
             const Packed before = residual[i];
@@ -53,10 +40,13 @@ __global__ void __launch_bounds__(kThreads, 4) rms_norm_kernel(RmsNormArguments 
         }
         for (int e = 0; e < kPack; ++e) squares += to_float(y.element[e]) * to_float(y.element[e]);
     }
-    const float scale = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(a.x.width) + a.eps);
+    squares = sum_over_lanes(squares);
+    if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = squares;
+    __syncthreads();
+    const float scale = inverse_rms(warp_sums, a.x.width, a.eps);
 
     // The packs that this thread has just written or read.
-    for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    for (int64_t i = threadIdx.x; i < packs; i += kNormThreads) {
         const Packed y = adds ? residual[i] : x[i], w = weight[i];
         Packed b = {}, result;
         if (bias) b = bias[i];
@@ -75,7 +65,7 @@ void launch_rows(const RmsNormArguments& a, cudaStream_t stream) {
     const bool packed = rows_allow_packs<T>(a.x) && rows_allow_packs<T>(a.out) &&
                         (!a.residual.data || rows_allow_packs<T>(a.residual)) && aligned(a.weight) &&
                         aligned(a.bias);
-    const dim3 grid(static_cast<unsigned>(a.x.count)), block(kThreads);
+    const dim3 grid(static_cast<unsigned>(a.x.count)), block(kNormThreads);
     launch(packed ? rms_norm_kernel<T, kWidestPack<T>> : rms_norm_kernel<T, 1>, grid, block, stream, a);
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
+#include "cuda/silu.h"
 
 namespace blip3o::cuda {
 namespace {
@@ -24,8 +25,7 @@ __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulArguments a) 
     const Pack<T, kPack> up = load_pack<T, kPack>(from + a.out.width);
     Pack<T, kPack> result;
     for (int e = 0; e < kPack; ++e) {
-        const float x = to_float(gate.element[e]);
-        result.element[e] = from_float<T>(x / (1.0f + expf(-x)) * to_float(up.element[e]));
+        result.element[e] = from_float<T>(silu(to_float(gate.element[e])) * to_float(up.element[e]));
     }
     store_pack(static_cast<T*>(a.out.data) + row * a.out.stride + column, result);
 }

@@ -16,7 +16,8 @@ CSRC = Path(__file__).parents[2] / "csrc"
 TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
-ARGUMENTS = {"f": "float", "13__nv_bfloat16": "bf16", "Lb0E": "false", "Lb1E": "true"}
+ARGUMENTS = {"f": "float", "a": "int8", "13__nv_bfloat16": "bf16", "Lb0E": "false", "Lb1E": "true"}
+ARGUMENT = r"[fa]|13__nv_bfloat16|NS\d_\d+[A-Z]\w*?E|L[ib]\d+E"  # a type of that namespace: NS1_4Int8E
 
 
 @dataclass
@@ -80,11 +81,17 @@ def kernel_name(symbol: str) -> str:
     rest = symbol.removeprefix("_ZN6blip3o4cuda")
     _, rest = counted(rest)  # the namespace
     name, rest = counted(rest)
-    found = re.match(r"I((?:f|13__nv_bfloat16|L[ib]\d+E)+)E", rest)
+    found = re.match(rf"I((?:{ARGUMENT})+)E", rest)
     if found is None:
         return name
-    arguments = re.findall(r"f|13__nv_bfloat16|L[ib]\d+E", found[1])
-    return f"{name}<{', '.join(ARGUMENTS.get(a, a[2:-1]) for a in arguments)}>"
+    return f"{name}<{', '.join(argument_name(a) for a in re.findall(ARGUMENT, found[1]))}>"
+
+
+def argument_name(argument: str) -> str:
+    """A template argument in words: a type or a number."""
+    if argument.startswith("NS"):
+        return counted(argument[4:])[0]
+    return ARGUMENTS.get(argument, argument[2:-1])
 
 
 def counted(text: str) -> tuple[str, str]:

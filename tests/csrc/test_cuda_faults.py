@@ -16,8 +16,8 @@ FAULTS = {
     "rms_norm": [
         ("__syncthreads();", ""),  # a dropped barrier
         ("__syncthreads();", "if (threadIdx.x < 64) __syncthreads();"),  # a barrier that some never reach
-        ("value +=", "if (distance > 1) value +="),  # a lane left out of the sum
-        ("warp < kWarps;", "warp < kWarps - 1;"),
+        ("squares = sum_over_lanes(squares);", "squares = sum_over_lanes<16>(squares);"),
+        ("threadIdx.x % kWarp == 0", "threadIdx.x == 0"),  # the sum of one warp alone
         ("from_float<T>(bias ? value + to_float(b.element[e]) : value)", "from_float<T>(value)"),
     ],
     "silu_mul": [
@@ -59,11 +59,31 @@ FAULTS = {
     ],
     "row_linear": [
         ("__syncthreads();\n        finish_tile", "finish_tile"),
-        ("first_row);\n        __syncthreads();", "first_row);"),
+        ("first_row, gated);\n        __syncthreads();", "first_row, gated);"),
         ("last ? 0 : slice + 1", "slice + 1"),
         ("w < warps;", "w < warps - 1;"),
-        ("{low[2], high[2], low[3], high[3]}", "{low[2], low[3], high[2], high[3]}"),
-        ("a.x, first_row + g * kGroupRows,", "a.x, first_row,"),
+        ("{low.word[0], high.word[0],", "{high.word[0], low.word[0],"),
+        ("a, first_row + g * kGroupRows,", "a, first_row,"),
+    ],
+    "row_linear_int8": [
+        ("words.element[four], 0, 0x4342", "words.element[four], 0, 0x4140"),
+        ("if (a.scale) sum *= a.scale[column];", ""),
+        ("a.scale[column]", "a.scale[0]"),
+        ("piece * 8;", "piece * 0;"),  # the lane's first channels of x for all of its weight
+        ("chunk = (2 * first + i) /", "chunk = i /"),
+    ],
+    "norm_row_linear": [
+        ("__syncthreads();\n    return row", "return row"),
+        ("squares = sum_over_lanes(squares);", ""),
+        ("k += kNormThreads * kPack", "k += 2 * kNormThreads * kPack"),
+        ("part / kNormWarps, warp", "0, warp"),  # every row by the first one's size
+        ("(norm_weight, 0, k)", "(norm_weight, 0, 0)"),
+        ("gated ? a.out.width : kHalf", "kHalf"),  # the next gates in place of the ups
+        ("silu(rounded<T>(value))", "rounded<T>(value)"),
+    ],
+    "row_linear_add": [
+        ("to_float(*residual) + rounded<T>(value)", "rounded<T>(value)"),
+        ("if (a.adds) {", "if (a.adds && row == 0) {"),
     ],
     "advance_rows": [
         ("position > 0 && position < a.max_blocks * page_size", "position < a.max_blocks * page_size"),

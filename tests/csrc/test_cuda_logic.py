@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,10 @@ from blip3o_rt.validate.cases import decode_attention as decode_cases
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
+from blip3o_rt.validate.cases.row_linear_int8 import quantised
 from blip3o_rt.validate.sweep import cases_of
-from tests.csrc.simt.build import SimtCompiler
-from tests.csrc.simt.cases import OPS, errors
+from tests.csrc.simt.build import SimtCompiler, ops_of
+from tests.csrc.simt.cases import FILES, OPS, errors
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> SimtCompiler:
 
 @pytest.fixture(scope="module")
 def kernels(compiler: SimtCompiler) -> dict[str, Any]:
-    return {op: compiler.build(op) for op in OPS}
+    return {op: built for file in FILES for built in [compiler.build(file)] for op in ops_of(file)}
 
 
 def table() -> Iterator[Any]:
@@ -51,10 +53,10 @@ def test_matches_reference(
         assert errors(op, case, exact) == []
 
 
-def call(op: str, *arguments: Any) -> Tensor:
+def call(op: str, *arguments: Any, **options: Any) -> Tensor:
     implementation = ops.all_ops()[op].named("cuda")
-    assert implementation.supports(*arguments) is None
-    result: Tensor = implementation.run(*arguments)
+    assert implementation.supports(*arguments, **options) is None
+    result: Tensor = implementation.run(*arguments, **options)
     return result
 
 
@@ -70,6 +72,68 @@ def test_rows_of_a_product_are_independent(
     for rows in (2, 8, 9, 16, 17, 33, 64, 65):
         assert torch.equal(call("row_linear", x[:rows], weight), alone[:rows])
         assert torch.equal(call("row_linear", x[-rows:], weight), alone[-rows:])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("channels", [72, 2064, 4400])
+def test_rows_of_fused_products_are_independent(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, int8: bool, channels: int
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    dtype = torch.bfloat16
+    x, norm_weight = random(1, 33, channels, dtype=dtype), random(3, channels, dtype=dtype)
+    weight, scale = quantised(2, 24, channels) if int8 else (random(2, 24, channels, dtype=dtype), None)
+    residual = random(4, 33, 24, dtype=dtype)
+
+    def added(rows: slice) -> Tensor:
+        return call("row_linear_add", x[rows], weight, residual[rows].clone(), scale=scale)
+
+    together = added(slice(33))
+    for rows in (slice(1), slice(5, 13), slice(7, 16), slice(16, 33)):
+        assert torch.equal(added(rows), together[rows])
+    for gated in (False, True):
+        call_norm = functools.partial(call, "norm_row_linear", scale=scale, gated=gated)
+        together = call_norm(x[:8], norm_weight, 1e-6, weight)
+        for rows in (slice(1), slice(2, 5), slice(1, 8)):
+            assert torch.equal(call_norm(x[rows], norm_weight, 1e-6, weight), together[rows])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("channels", [37, 72, 264, 2064, 4400])  # rows of int8 need 16 of them for a pack
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_fused_products_have_the_bits_of_their_parts(
+    kernels: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    int8: bool,
+    channels: int,
+    multiprocessors: int,
+) -> None:
+    every = SimpleNamespace(**{op: getattr(k, op) for op, k in kernels.items()})
+    monkeypatch.setattr(native, "cuda", lambda: every)
+    kernels["row_linear"].set_multiprocessors(multiprocessors)
+    dtype = torch.bfloat16
+    weight, scale = quantised(2, 70, channels) if int8 else (random(2, 70, channels, dtype=dtype), None)
+    norm_weight = random(3, channels, dtype=dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return call("row_linear", x, weight) if scale is None else call("row_linear_int8", x, weight, scale)
+
+    for rows in (1, 3, 8):
+        x, residual = random(1, rows, channels, dtype=dtype), random(4, rows, 70, dtype=dtype)
+        normed = product(call("rms_norm", x, norm_weight, 1e-6))
+        fused = functools.partial(call, "norm_row_linear", x, norm_weight, 1e-6, weight, scale=scale)
+        assert torch.equal(fused(), normed)
+        assert torch.equal(fused(gated=True), call("silu_mul", normed))
+        expected = residual + product(x)
+        assert torch.equal(call("row_linear_add", x, weight, residual, scale=scale), expected)
+    kernels["row_linear"].set_multiprocessors(3)
+
+
+def test_every_int8_is_widened_exactly(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    values = torch.arange(-128, 128, dtype=torch.int8).reshape(16, 16)
+    x, scale = torch.eye(16, dtype=torch.bfloat16), torch.ones(16)
+    assert torch.equal(call("row_linear_int8", x, values, scale).T, values.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,7 +23,7 @@ import sys
 from tests.csrc.simt import build, cases
 correct = build.source_of("silu_mul")
 build.source_of = lambda op: correct.replace("if (column >= a.out.width) return;", "")
-cases.OPS = ["silu_mul"]
+cases.FILES = ["silu_mul"]
 cases.main(sys.argv[1], "-fsanitize=address")
 """
 

@@ -55,3 +55,8 @@ def test_words_of_the_compiler() -> None:
 
 def test_names_with_choices() -> None:
     assert kernel_name("_ZN6blip3o4cuda3abc1kILi4ELb1EEEvi") == "k<4, true>"
+
+
+def test_names_with_types() -> None:
+    assert kernel_name("_ZN6blip3o4cuda3abc1kINS1_4Int8ELi1ELb0EEEvi") == "k<Int8, 1, false>"
+    assert kernel_name("_ZN6blip3o4cuda3abc1kIaLi1EEEvi") == "k<int8, 1>"

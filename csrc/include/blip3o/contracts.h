@@ -190,6 +190,18 @@ inline RowProductArguments check_norm_row_linear(Device device, const TensorView
     return arguments;
 }
 
+// For the CUDA kernel, whose blocks norm the rows one and all.
+inline RowProductArguments check_few_norm_row_linear(Device device, const TensorView& x,
+                                                     const TensorView& norm_weight, double eps,
+                                                     const TensorView& weight, const OptionalView& scale,
+                                                     bool gated, const TensorView& out) {
+    const auto arguments = check_norm_row_linear(device, x, norm_weight, eps, weight, scale, gated, out);
+    Contract("norm_row_linear", device)
+        .require(x.dtype == DType::bf16 && arguments.x.count <= 8,
+                 "this kernel takes up to 8 rows of bfloat16; norm them with rms_norm and multiply then");
+    return arguments;
+}
+
 inline RowProductArguments check_row_linear_add(Device device, const TensorView& x, const TensorView& weight,
                                                 const OptionalView& scale, const TensorView& residual) {
     Contract contract("row_linear_add", device);

@@ -18,9 +18,23 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 
 
+SEVERAL = {"row_linear": ("row_linear", "row_linear_int8", "norm_row_linear", "row_linear_add")}
+"""Ops of one .cu file and one function in it, by the name of the file."""
+
+
+def ops_of(file: str) -> tuple[str, ...]:
+    """The ops that a .cu file is of."""
+    return SEVERAL.get(file, (file,))
+
+
+def file_of(op: str) -> str:
+    """The name of an op's .cu file."""
+    return next((file for file, ops in SEVERAL.items() if op in ops), op)
+
+
 def source_of(op: str) -> str:
     """The text of an op's .cu file."""
-    return (CSRC / "cuda" / f"{op}.cu").read_text()
+    return (CSRC / "cuda" / f"{file_of(op)}.cu").read_text()
 
 
 class SimtCompiler:
@@ -39,20 +53,20 @@ class SimtCompiler:
         spec.loader.exec_module(self._module)
 
     def build(self, op: str, source: str | None = None, name: str | None = None) -> Any:
-        """A stand-in for blip3o_rt._cuda that has one op, made of its .cu file or of another text.
+        """A stand-in for blip3o_rt._cuda that has the ops of one .cu file, made of it or of another text.
 
-        A name (the op's unless given) can be built once.
+        op: one of them. A name (that of the file unless given) can be built once.
         """
-        name = name or op
+        file = file_of(op)
+        name = name or file
         kernel, library = self.folder / f"{name}.cu", self.folder / f"{name}.so"
         kernel.write_text(source or source_of(op))
-        definitions = [f'-DKERNEL_SOURCE="{kernel}"', f"-DKERNEL_OP={op}"]
+        definitions = [f'-DKERNEL_SOURCE="{kernel}"', f"-DKERNEL_OP={file}"]
         self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", *definitions, *self.flags)
         opened = self._module.Library(str(library))
-        sizes = {
-            name: getattr(self._module, name) for name in dir(self._module) if name.endswith("_workspace")
-        }
-        found = {op: getattr(opened, op), **sizes}
+        sizes = [name for name in dir(self._module) if name.endswith("_workspace")]
+        found = {name: getattr(opened, name) for name in ops_of(file)}
+        found |= {name: getattr(self._module, name) for name in sizes}
         return SimpleNamespace(
             set_descending=opened.set_descending, set_multiprocessors=opened.set_multiprocessors, **found
         )

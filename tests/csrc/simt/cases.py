@@ -17,9 +17,10 @@ from blip3o_rt.ops import native
 from blip3o_rt.validate.case import Case, copies, outputs, run_exact
 from blip3o_rt.validate.finding import Finding
 from blip3o_rt.validate.sweep import cases_of, check_of
-from tests.csrc.simt.build import CSRC, SimtCompiler
+from tests.csrc.simt.build import CSRC, SimtCompiler, ops_of
 
-OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+FILES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+OPS = [op for file in FILES for op in ops_of(file)]
 
 
 def size(case: Case) -> int:
@@ -39,7 +40,7 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
     op = ops.all_ops()[op_name]
     implementation = op.named("cuda")
     arguments, options = copies(case)
-    if implementation.supports(*arguments, **options) is not None:
+    if implementation.takes("cuda", arguments[0].dtype) or implementation.supports(*arguments, **options):
         return []
     result: Any = implementation.run(*arguments, **options)
     results = outputs(case, arguments, options, result)
@@ -49,10 +50,11 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
 def main(folder: str, *flags: str) -> None:
     """Compiles every kernel into `folder` with `flags` besides, and runs all cases; exits if one is wrong."""
     compiler = SimtCompiler(Path(folder), *flags)
-    for op in OPS:
-        kernels = compiler.build(op)
+    for file in FILES:
+        kernels = compiler.build(file)
         native.cuda = lambda kernels=kernels: kernels
-        for case, exact in examples(op):
-            if found := errors(op, case, exact):
-                sys.exit(f"{op}, {case.label}: {found}")
-        print(f"{op}: every case is right")
+        for op in ops_of(file):
+            for case, exact in examples(op):
+                if found := errors(op, case, exact):
+                    sys.exit(f"{op}, {case.label}: {found}")
+            print(f"{op}: every case is right")

@@ -32,7 +32,23 @@ class Library {
 
     void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                     const TensorView& out) const {
-        call(check_row_linear(Device::cpu, x, weight, bias, out));
+        call(row_product(check_row_linear(Device::cpu, x, weight, bias, out)));
+    }
+
+    void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                         const OptionalView& bias, const TensorView& out) const {
+        call(row_product(check_row_linear_int8(Device::cpu, x, weight, scale, bias, out)));
+    }
+
+    void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps,
+                         const TensorView& weight, const OptionalView& scale, bool gated,
+                         const TensorView& out) const {
+        call(check_few_norm_row_linear(Device::cpu, x, norm_weight, eps, weight, scale, gated, out));
+    }
+
+    void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
+                        const TensorView& residual) const {
+        call(check_row_linear_add(Device::cpu, x, weight, scale, residual));
     }
 
     void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
@@ -107,6 +123,9 @@ PYBIND11_MODULE(simt_kernels, module) {
         .def("rms_norm", &Library::rms_norm)
         .def("silu_mul", &Library::silu_mul)
         .def("row_linear", &Library::row_linear)
+        .def("row_linear_int8", &Library::row_linear_int8)
+        .def("norm_row_linear", &Library::norm_row_linear)
+        .def("row_linear_add", &Library::row_linear_add)
         .def("qk_norm_rope_append", &Library::qk_norm_rope_append)
         .def("paged_decode_attention", &Library::paged_decode_attention)
         .def("decode_attention", &Library::decode_attention)

@@ -217,6 +217,15 @@ inline uint32_t __ballot_sync(uint32_t mask, bool vote) {
     return votes;
 }
 
+// Four bytes of the eight of b | a, each picked by a hexadecimal digit of the selector.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return result;
+}
+
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 
 inline int __clzll(long long value) {

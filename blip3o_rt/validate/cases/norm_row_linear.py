@@ -1,0 +1,43 @@
+"""Few rows and many, whole and part tiles, gated or not, in each kind of weight."""
+
+from collections.abc import Iterator
+
+import torch
+
+from blip3o_rt.validate.case import DTYPES, Case, random
+from blip3o_rt.validate.cases.row_linear_int8 import quantised
+
+EPS = 1e-6
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for m, n, k in (
+            *((m, 14, 37) for m in (1, 2, 3, 8, 9)),
+            *((1, n, 64) for n in (2, 4, 16, 18, 130)),
+            *((2, 6, k) for k in (1, 3, 8, 15, 16, 24, 33)),
+            (5, 34, 2048),
+            (1, 300, 1024),
+            (17, 24, 264),
+            (3, 10, 6144),
+            (0, 4, 8),
+        ):
+            x, norm_weight = random(1, m, k, dtype=dtype), 1 + random(3, k, dtype=dtype, scale=0.3)
+            weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
+            int8, scale = quantised(2, n, k)
+            for gated in (False, True):
+                label = f"{m} x {k} x {n}{', gated' if gated else ''}"
+                arguments = (x, norm_weight, EPS)
+                yield Case(label, (*arguments, weight), {"gated": gated})
+                yield Case(f"{label}, int8", (*arguments, int8), {"gated": gated, "scale": scale})
+        x, norm_weight = random(1, 3, 2, 50, dtype=dtype)[:, 0], random(3, 50, dtype=dtype)
+        weight = random(2, 9, 60, dtype=dtype, scale=0.1)
+        yield Case("rows with gaps, part of a wider weight", (x, norm_weight, EPS, weight[:, 10:]))
+        x, weight = random(1, 2, 48, dtype=dtype, scale=1e-3), weight[:8, :48].contiguous()
+        yield Case(
+            "large eps, given out",
+            (x, norm_weight[:48], 1e-2, weight),
+            {"out": torch.zeros(2, 8, dtype=dtype)},
+        )
+        gates = 30 * weight
+        yield Case("gates to +-100", (1e3 * x, norm_weight[:48], EPS, gates), {"gated": True})

@@ -1,0 +1,26 @@
+"""Few rows and many, whole and part tiles, in each kind of weight."""
+
+from collections.abc import Iterator
+
+from blip3o_rt.validate.case import DTYPES, Case, random
+from blip3o_rt.validate.cases.row_linear_int8 import quantised
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for m, n, k in (
+            *((m, 7, 37) for m in (1, 2, 3, 8, 9, 17, 33)),
+            *((1, n, 64) for n in (1, 2, 16, 17, 130)),
+            *((2, 5, k) for k in (1, 8, 16, 31)),
+            (6, 33, 2048),
+            (40, 12, 6144),
+            (0, 4, 8),
+        ):
+            x, residual = random(1, m, k, dtype=dtype), random(3, m, n, dtype=dtype)
+            weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
+            int8, scale = quantised(2, n, k)
+            yield Case(f"{m} x {k} x {n}", (x, weight, residual), written=(2,))
+            yield Case(f"{m} x {k} x {n}, int8", (x, int8, residual), {"scale": scale}, written=(2,))
+        x, residual = random(1, 3, 2, 50, dtype=dtype)[:, 0], random(3, 3, 2, 9, dtype=dtype)[:, 1]
+        weight = random(2, 9, 60, dtype=dtype, scale=0.1)[:, 10:]
+        yield Case("rows with gaps, part of a wider weight", (x, weight, residual), written=(2,))
