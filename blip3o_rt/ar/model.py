@@ -141,11 +141,18 @@ class Decoder:
         count, start = embeddings.shape[0], sequence.length
         length = start + count
         positions = torch.arange(start, length, dtype=torch.int32, device=self.device)
-        slots = torch.tensor(self.cache.slots(sequence, start, length), dtype=torch.int32, device=self.device)
+
+        def int32(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        slots = int32(self.cache.slots(sequence, start, length))
+        table = int32(sequence.block_table[: self.cache.pages_for(length)])[None]
+        query_starts, context_lengths = int32([0, count]), int32([length])
         sequence.length = length
         residual = embeddings.clone()
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
+            keys, values = self.cache.keys[index], self.cache.values[index]
             qkv = layer.qkv.linear(normed)
             query = ops.qk_norm_rope_append(
                 qkv,
@@ -154,13 +161,14 @@ class Decoder:
                 self._rope,
                 positions,
                 slots,
-                self.cache.keys[index],
-                self.cache.values[index],
+                keys,
+                values,
                 config.rms_norm_eps,
             )
-            keys, values = self.cache.gather(index, sequence, length)
-            attended = _causal_attention(query.transpose(0, 1), keys, values)
-            output = layer.attention_out.linear(attended.transpose(0, 1).reshape(count, -1))
+            attended = ops.paged_prefill_attention(
+                query, keys, values, table, query_starts, context_lengths, config.head_dim**-0.5
+            )
+            output = layer.attention_out.linear(attended.flatten(1))
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
             output = layer.down.linear(ops.silu_mul(layer.gate_up.linear(normed)))
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
@@ -232,22 +240,3 @@ def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
         gate_up=Matrix.of(weights, prefix + "mlp.gate_up_proj.weight"),
         down=Matrix.of(weights, prefix + "mlp.down_proj.weight"),
     )
-
-
-def _causal_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[heads, N, head_dim] causal attention of a prompt's last N positions to all of it; on the CPU in
-    float32, where bfloat16 is far slower."""
-    inside = torch.float32 if query.device.type == "cpu" else query.dtype
-    count, length = query.shape[1], keys.shape[1]
-    mask = None
-    if count < length:
-        mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril(length - count)
-    attended = F.scaled_dot_product_attention(
-        query[None].to(inside),
-        keys[None].to(inside),
-        values[None].to(inside),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,
-    )
-    return attended[0].to(query.dtype)

@@ -153,6 +153,13 @@ def _prefill(ar: ARConfig) -> Iterator[OpShape]:
             products=PREFILL * rows * columns,
             check=_row_linear_int8(PREFILL, min(rows, 1200), columns, False),
         )
+    yield OpShape(
+        "paged_prefill_attention",
+        f"prompt of {PREFILL}: {ar.num_heads} heads on {ar.num_kv_heads}",
+        lambda dtype: _prompt_attention(ar, PREFILL, dtype),
+        products=PREFILL * (PREFILL + 1) * ar.query_size,  # half of what attends to every position
+        moved=2 * PREFILL * (ar.query_size + ar.kv_size),
+    )
 
 
 def _ar_rows(ar: ARConfig, rows: int, label: str) -> Iterator[OpShape]:
@@ -247,6 +254,12 @@ def _paged_attention(ar: ARConfig, batch: int, context: int, dtype: torch.dtype)
     table = order.to(torch.int32).reshape(batch, blocks)
     q = random(3, batch, ar.num_heads, ar.head_dim, dtype=dtype)
     return Case("", (q, *caches, table, int32([context] * batch), ar.head_dim**-0.5))
+
+
+def _prompt_attention(ar: ARConfig, tokens: int, dtype: torch.dtype) -> Case:
+    _, *caches, table, lengths, scale = _paged_attention(ar, 1, tokens, dtype).arguments
+    q = random(3, tokens, ar.num_heads, ar.head_dim, dtype=dtype)
+    return Case("", (q, *caches, table, int32([0, tokens]), lengths, scale))
 
 
 def _decode_attention(ar: ARConfig, batch: int, context: int, dtype: torch.dtype) -> Case:

@@ -16,6 +16,7 @@ from blip3o_rt.ops.linear_int8 import linear_int8
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.ops.norm_row_linear import norm_row_linear
 from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
+from blip3o_rt.ops.paged_prefill_attention import paged_prefill_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
 from blip3o_rt.ops.quantise_rows import quantise_rows
 from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
@@ -50,6 +51,7 @@ __all__ = [
     "nearest_code",
     "norm_row_linear",
     "paged_decode_attention",
+    "paged_prefill_attention",
     "qk_norm_rope_append",
     "quantise_rows",
     "relu_linear_attention",

@@ -133,6 +133,14 @@ void advance_rows(const TensorView& draws, const TensorView& first_ids, const Te
                            places, kept, positions, slots, out));
 }
 
+void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                             const TensorView& block_table, const TensorView& query_starts,
+                             const TensorView& context_lengths, double scale, const TensorView& out) {
+    run(cuda::paged_prefill_attention, q,
+        check_paged_prefill_attention(Device::cuda, q, k_cache, v_cache, block_table, query_starts,
+                                      context_lengths, scale, out));
+}
+
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                    const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
                    const TensorView& workspace, const TensorView& out) {
@@ -162,6 +170,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("decode_attention", &decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "rope_table"_a,
                "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "context_lengths"_a,
                "eps"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+    module.def("paged_prefill_attention", &paged_prefill_attention, "q"_a, "k_cache"_a, "v_cache"_a,
+               "block_table"_a, "query_starts"_a, "context_lengths"_a, "scale"_a, "out"_a);
     module.def("attention_workspace", &cuda::attention_workspace, "batch"_a, "q_heads"_a, "head_dim"_a,
                "positions"_a,
                "float32 elements of scratch memory for a block table that holds so many positions.");

@@ -12,8 +12,21 @@ namespace blip3o::cuda {
 //     b     column g; rows 2 t and 2 t + 1 of the first half, then of the second
 //     sums  row g, columns 2 t and 2 t + 1; then row g + 8
 // (PTX ISA, "Matrix Fragments for mma.m16n8k16"). A column of the sums depends on that column of b alone.
-// Under g++, in tests, cuda_runtime.h stands in with a function of the same name.
+// Under g++, in tests, cuda_runtime.h stands in with functions of the same names.
+//
+// load_transposed gives each lane what it holds of b for two such products side by side (columns 0 .. 7 in
+// `b[0]` and `b[1]`, 8 .. 15 in `b[2]` and `b[3]`) out of 16 rows in shared memory. Lane i names 16 bytes of
+// row i % 16: its first eight columns, or from lane 16 on the other eight (PTX ISA, "ldmatrix").
 #if defined(__CUDACC__)
+__device__ inline void load_transposed(uint32_t (&b)[4], const void* row) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+                 : "memory");
+#endif
+}
+
 __device__ inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__)
     asm volatile(

@@ -18,6 +18,7 @@ void row_linear(const RowProductArguments& arguments, cudaStream_t stream);  // 
 void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);
 void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                             cudaStream_t stream);
+void paged_prefill_attention(const PagedPrefillAttentionArguments& arguments, cudaStream_t stream);
 void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                       cudaStream_t stream);
 void advance_rows(const AdvanceRowsArguments& arguments, cudaStream_t stream);

@@ -9,6 +9,7 @@
 
 #include "cuda/convert.h"
 #include "cuda/norm_and_rotate.h"
+#include "cuda/paged_context.h"
 #include "cuda/warp.h"
 #include "cuda/workspaces.h"
 
@@ -36,27 +37,6 @@ inline Partials partials_in(const AttentionScratch& scratch, const PagedDecodeAt
 inline dim3 grid_of(const PagedDecodeAttentionArguments& a, const Partials& partials) {
     return dim3(static_cast<unsigned>(partials.splits > 0 ? partials.splits : 1),
                 static_cast<unsigned>(a.cache.kv_heads), static_cast<unsigned>(a.batch));
-}
-
-// A length that the table does not hold reads as -1.
-__device__ inline int context_length(const PagedDecodeAttentionArguments& a, int64_t sequence) {
-    const int64_t length = a.context_lengths[sequence];
-    return length >= 0 && length <= a.max_blocks * a.cache.page_size ? static_cast<int>(length) : -1;
-}
-
-__device__ inline int heads_per_kv_head(const PagedDecodeAttentionArguments& a) {
-    return static_cast<int>(a.q_heads) / static_cast<int>(a.cache.kv_heads);
-}
-
-// The row of the cache, counted in heads of head_dim elements (of which no GPU holds 2^31), that a position is
-// in; -1 on a page that does not exist.
-__device__ inline int cache_row(const PagedDecodeAttentionArguments& a, int64_t sequence, int kv_head,
-                                int position) {
-    const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(position);
-    const int page = a.block_table[sequence * a.max_blocks + key / page_size];
-    const uint32_t first = page * static_cast<uint32_t>(a.cache.kv_heads) + kv_head;
-    const bool exists = page >= 0 && page < a.cache.pages;
-    return exists ? static_cast<int>(first * page_size + key % page_size) : -1;
 }
 
 // The results of a KV head's query heads where there is nothing to attend to.

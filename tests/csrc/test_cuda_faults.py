@@ -47,6 +47,27 @@ FAULTS = {
         ),
         ("    __syncthreads();\n    if (!last) return;", "    if (!last) return;"),
     ],
+    "paged_prefill_attention": [
+        (
+            "load_tile(tile, a, queries.sequence, kv_head, first_key, keys);\n        __syncthreads();",
+            "load_tile(tile, a, queries.sequence, kv_head, first_key, keys);",
+        ),
+        (
+            "add_values(carried, scores, tile, lane);\n        __syncthreads();",
+            "add_values(carried, scores, tile, lane);",
+        ),
+        ("<= last_key[half] ? score", "< last_key[half] ? score"),
+        ("carried.total[half] *= rescale;", ""),
+        ("mma_m16n8k16(carried.sums[n + i], low,", "if (n < 0) mma_m16n8k16(carried.sums[n + i], low,"),
+        ("lane % 16][8 * n + lane / 16 * 8]", "lane % 16][8 * n]"),
+        (
+            "distance < 4; distance *= 2) {\n            largest",
+            "distance < 2; distance *= 2) {\n            largest",
+        ),
+        ("block -= blocks;", "block -= blocks - 1;"),
+        ("place.first_row + kRows - 1 : rows - 1", "place.first_row + kRows - 1 : rows - 2"),
+        ("queries.first_position + token - queries.first_token;", "queries.first_position;"),
+    ],
     "decode_attention": [
         ("= value[threadIdx.x];\n    __syncthreads();", "= value[threadIdx.x];"),
         ("newest >= first_key", "newest > first_key"),

@@ -14,9 +14,10 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
-from blip3o_rt.validate.case import Case, random, run_exact
+from blip3o_rt.validate.case import Case, int32, random, run_exact
 from blip3o_rt.validate.cases import decode_attention as decode_cases
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
+from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
 from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
@@ -227,6 +228,42 @@ def test_attention_may_be_written_over_its_queries(
     run = ops.paged_decode_attention.named("cuda").run
     assert run(*case.arguments, out=query) is query
     assert torch.equal(query, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
+def test_a_query_of_a_prompt_has_the_bits_it_has_in_any_piece_of_it(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Whole prompts together, and each alone in pieces of every kind of size."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
+    lengths = [140, 65, 1, 30]
+    case = prefill_cases.case("", dtype, lengths, lengths, 4, 2, head_dim, 16)
+    q, k, v, table, starts, _, scale = case.arguments
+    together = call("paged_prefill_attention", *case.arguments)
+    for b, length in enumerate(lengths):
+        own, first = together[starts[b] : starts[b + 1]], 0
+        for piece in (1, 2, 29, 33, 75):
+            end = min(first + piece, length)
+            part = q[starts[b] + first : starts[b] + end]
+            blocks = table[b : b + 1, : -(-length // 16)].contiguous()
+            places = int32([0, end - first]), int32([end])
+            found = call("paged_prefill_attention", part, k, v, blocks, *places, scale)
+            assert torch.equal(found, own[first:end])
+            first = end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompts_of_a_wrong_length_are_not_numbers(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
+    case = prefill_cases.case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
+    *_, context, _ = case.arguments
+    context[0], context[1] = 1000, 19
+    found = call("paged_prefill_attention", *case.arguments)
+    assert found[:30].isnan().all()
+    assert not found[30:].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import random
+from blip3o_rt.validate.case import int32, random, run_exact
+from blip3o_rt.validate.cases import decode_attention as decode_cases
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
+from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
+from blip3o_rt.validate.finding import compare
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -92,6 +95,55 @@ def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths
             caches.append(fresh)
         alone = ops.paged_decode_attention(q[b : b + 1], *caches, moved, context[b : b + 1], scale)
         assert torch.equal(alone, together[b : b + 1])
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    page_size=st.sampled_from([1, 4, 16]),
+    lengths=st.lists(st.sampled_from([1, 2, 15, 16, 17, 33, 63, 64, 65]), min_size=1, max_size=64),
+)
+@few
+def test_decode_attention(
+    data: st.DataObject, dtype: torch.dtype, page_size: int, lengths: list[int]
+) -> None:
+    """Of a ragged batch as of its sequences alone; and as of the two ops that it stands for."""
+    set_up(data)
+    case = decode_cases.case("", dtype, lengths, 2, 1, 16, page_size)
+    (*token, k, v), (table, context, eps, scale) = case.arguments[:8], case.arguments[8:]
+    caches = k.clone(), v.clone()
+    query = ops.qk_norm_rope_append(*(*token, *caches, eps))
+    expected = ops.paged_decode_attention(query, *caches, table, context, scale)
+    together = ops.decode_attention(*(*token, k.clone(), v.clone(), table, context, eps, scale))
+    assert torch.equal(together, expected)
+    b = data.draw(st.integers(0, len(lengths) - 1), "sequence")
+    one = slice(b, b + 1)
+    qkv, *weights, rope_table, positions, slots = token
+    alone = (qkv[one], *weights, rope_table, positions[one], slots[one], k, v, table[one], context[one])
+    assert torch.equal(ops.decode_attention(*alone, eps, scale), together[one])
+
+
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    page_size=st.sampled_from([1, 4, 16]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=64),
+)
+@settings(few, max_examples=8)
+def test_paged_prefill_attention(
+    data: st.DataObject, dtype: torch.dtype, page_size: int, lengths: list[int]
+) -> None:
+    """Any part of each of many ragged prompts, against the definition; a prompt does not depend on others."""
+    queries = [data.draw(st.integers(0, length)) for length in lengths]
+    case = prefill_cases.case("", dtype, lengths, queries, 2, 1, 16, page_size)
+    found = ops.paged_prefill_attention(*case.arguments)
+    exact = run_exact(ops.paged_prefill_attention, case)
+    assert all(f.passed for f in compare(ops.paged_prefill_attention, case, [found], exact))
+    q, k, v, table, starts, context, scale = case.arguments
+    b = data.draw(st.integers(0, len(lengths) - 1), "sequence")
+    first, end, one = int(starts[b]), int(starts[b + 1]), slice(b, b + 1)
+    own = (q[first:end], k, v, table[one], int32([0, end - first]), context[one])
+    assert torch.equal(ops.paged_prefill_attention(*own, scale), found[first:end])
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "silu_mul"])

@@ -289,6 +289,45 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
     return arguments;
 }
 
+inline PagedPrefillAttentionArguments check_paged_prefill_attention(
+    Device device, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+    const TensorView& block_table, const TensorView& query_starts, const TensorView& context_lengths,
+    double scale, const TensorView& out) {
+    Contract contract("paged_prefill_attention", device);
+    Dim tokens("T"), batch("B"), starts("B + 1"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
+    Dim pages("pages"), kv_heads("Hkv"), page_size("page_size");
+    contract(q, "q").dtype({DType::f32, DType::bf16}).shape({&tokens, &q_heads, &head_dim}).contiguous();
+    for (const auto& [cache, name] : {std::pair{&k_cache, "k_cache"}, std::pair{&v_cache, "v_cache"}}) {
+        contract(*cache, name)
+            .dtype({q.dtype})
+            .shape({&pages, &kv_heads, &page_size, &head_dim})
+            .contiguous();
+    }
+    contract(block_table, "block_table").dtype({DType::i32}).shape({&batch, &max_blocks}).contiguous();
+    contract(query_starts, "query_starts").dtype({DType::i32}).shape({&starts}).contiguous();
+    contract(context_lengths, "context_lengths").dtype({DType::i32}).shape({&batch}).contiguous();
+    contract(out, "out").dtype({q.dtype}).shape({&tokens, &q_heads, &head_dim}).contiguous();
+    contract.require(kv_heads.value() > 0 && q_heads.value() % kv_heads.value() == 0,
+                     "Hq (of q) must be a multiple of Hkv (of k_cache)");
+    contract.require(starts.value() == batch.value() + 1,
+                     "query_starts must have one element more than context_lengths");
+    PagedPrefillAttentionArguments arguments;
+    arguments.q = q.data;
+    arguments.cache = {k_cache.data,     v_cache.data,      pages.value(),
+                       kv_heads.value(), page_size.value(), head_dim.value()};
+    arguments.block_table = block_table.as<const int32_t>();
+    arguments.query_starts = query_starts.as<const int32_t>();
+    arguments.context_lengths = context_lengths.as<const int32_t>();
+    arguments.out = out.data;
+    arguments.tokens = tokens.value();
+    arguments.batch = batch.value();
+    arguments.q_heads = q_heads.value();
+    arguments.max_blocks = max_blocks.value();
+    arguments.dtype = q.dtype;
+    arguments.scale = static_cast<float>(scale);
+    return arguments;
+}
+
 // Beyond the contracts of the two ops that it stands for: sizes and places that one access of 16 bytes fits.
 inline DecodeAttentionArguments check_decode_attention(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,

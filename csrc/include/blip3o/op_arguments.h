@@ -110,6 +110,16 @@ struct PagedDecodeAttentionArguments {
     float scale;
 };
 
+struct PagedPrefillAttentionArguments {
+    const void* q;  // [tokens, q_heads, head_dim]
+    PagedCache cache;
+    const int32_t *block_table, *query_starts, *context_lengths;
+    void* out;
+    int64_t tokens, batch, q_heads, max_blocks;
+    DType dtype;
+    float scale;
+};
+
 // A new token of each sequence (token.out is not used) and its attention (attention.q is not used).
 struct DecodeAttentionArguments {
     QkNormRopeAppendArguments token;

@@ -89,6 +89,14 @@ class Library {
                                 places, kept, positions, slots, out));
     }
 
+    void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
+                                 const TensorView& block_table, const TensorView& query_starts,
+                                 const TensorView& context_lengths, double scale,
+                                 const TensorView& out) const {
+        call(check_paged_prefill_attention(Device::cpu, q, k_cache, v_cache, block_table, query_starts,
+                                           context_lengths, scale, out));
+    }
+
     void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                        const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
                        const TensorView& workspace, const TensorView& out) const {
@@ -130,6 +138,7 @@ PYBIND11_MODULE(simt_kernels, module) {
         .def("paged_decode_attention", &Library::paged_decode_attention)
         .def("decode_attention", &Library::decode_attention)
         .def("advance_rows", &Library::advance_rows)
+        .def("paged_prefill_attention", &Library::paged_prefill_attention)
         .def("sample_tokens", &Library::sample_tokens);
 }
 

@@ -273,6 +273,23 @@ inline float simt_bfloat16(uint32_t word, size_t half) {
     return value;
 }
 
+// Four matrices of 8 x 8 elements of 16 bits, transposed, as in csrc/cuda/mma.h: lane i names row i % 8 of
+// matrix i / 8.
+inline void load_transposed(uint32_t (&b)[4], const void* row) {
+    simt::Letter letter = {};
+    std::memcpy(letter.word, &row, sizeof row);
+    const simt::Letter* letters = simt::Block::current->exchange(0xffffffffu, letter);
+    const size_t lane = simt::Block::current->lane();
+    for (size_t matrix = 0; matrix < 4; ++matrix) {
+        b[matrix] = 0;
+        for (size_t half = 0; half < 2; ++half) {
+            const uint16_t* elements;
+            std::memcpy(&elements, letters[matrix * 8 + lane % 4 * 2 + half].word, sizeof elements);
+            b[matrix] |= static_cast<uint32_t>(elements[lane / 4]) << 16 * half;
+        }
+    }
+}
+
 // The tensor cores' product of csrc/cuda/mma.h; exact but for one rounding of each sum.
 inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     simt::Letter letter = {{a[0], a[1], a[2], a[3], b[0], b[1]}};
