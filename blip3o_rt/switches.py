@@ -92,7 +92,7 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
             accepted="int8",
             parse=one_of(INT8),
-            devices={INT8: ("cpu",)},
+            devices={INT8: ("cpu", "cuda")},
             weights=True,
             default=INT8,
         ),

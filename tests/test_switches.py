@@ -27,9 +27,10 @@ def test_tiers() -> None:
 
 def test_tier_fast_takes_by_itself_what_the_device_has() -> None:
     assert check_tier("fast", None, "cpu") == DEFAULTS
-    assert check_tier("fast", INT8, "cuda") == INT8  # named, so refused where it is loaded
-    with pytest.raises(ParameterError, match="turns on no switch by itself on device 'cuda': name one of"):
-        check_tier("fast", None, "cuda")
+    assert check_tier("fast", None, "cuda") == INT8
+    assert check_tier("fast", INT8, "xpu") == INT8  # named, so refused where it is loaded
+    with pytest.raises(ParameterError, match="turns on no switch by itself on device 'xpu': name one of"):
+        check_tier("fast", None, "xpu")
 
 
 def test_a_setting_stands_for_a_value() -> None:
@@ -108,10 +109,11 @@ def test_refusals(tier: str, switches: dict[str, str], message: str) -> None:
 def test_a_switch_is_refused_on_a_device_without_its_kernel() -> None:
     check_device({}, "cuda")
     check_device(INT8, "cpu")
+    check_device(INT8, "cuda")
     with pytest.raises(
-        ParameterError, match=r"switch ar_weights=int8 has no kernel for device 'cuda'.*device 'cpu'"
+        ParameterError, match=r"switch dit_weights=int8 has no kernel for device 'cuda'.*device 'cpu'"
     ):
-        check_device(INT8, "cuda")
+        check_device({"dit_weights": "int8"}, "cuda")
 
 
 def test_a_switch_without_a_setting_is_refused() -> None:

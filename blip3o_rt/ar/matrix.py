@@ -12,7 +12,6 @@ from blip3o_rt import ops
 from blip3o_rt.quantisation import SCALE
 
 FEW_ROWS = 8  # with more, a product is worth widening an int8 weight to the dtype of the rows
-BLOCK_ROWS = 1024  # of an int8 weight that exist widened at a time: they stay in the caches
 
 
 @dataclass(frozen=True)
