@@ -104,11 +104,16 @@ class Pipeline:
         tokens = config.image_tokens.tokens_per_image
         longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
         self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
-        self._engine = TokenEngine(
-            config.ar, config.image_tokens, weights["ar"], max_batch=max_batch, max_prompt_tokens=longest
-        )
-        self.device: torch.device = self._engine.decoder.device
+        self.device: torch.device = checkpoint.device
         self._recorder = recorder or Recorder.of(self.device)
+        self._engine = TokenEngine(
+            config.ar,
+            config.image_tokens,
+            weights["ar"],
+            max_batch=max_batch,
+            max_prompt_tokens=longest,
+            recorder=self._recorder,
+        )
         self._renderer = Renderer(checkpoint, self._recorder)
         self._tokenizer = (
             ImageTokenizer(config.ta_tok, weights["ta_tok"], self._recorder)
@@ -189,6 +194,7 @@ class Pipeline:
                     self._feature_connector.prepare(
                         torch.empty(shape, dtype=self._tokenizer.dtype, device=self.device)
                     )
+            self._engine.prepare()
 
     def plan(
         self,

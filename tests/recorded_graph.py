@@ -86,7 +86,7 @@ class RecordedGraphs:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
-        self._memory: list[torch.UntypedStorage] = []  # allocated by captures, in all graphs
+        self._written: list[_Capture] = []  # whose memory holds numbers since it was last filled
 
     def capture(self, work: Callable[[], R]) -> tuple[Callable[[], None], R]:
         for _ in range(WARM_UPS):
@@ -94,13 +94,14 @@ class RecordedGraphs:
         capture = _Capture()
         with capture.recording():
             result = work()
-        self._memory += capture.allocated.values()
+        self._written.append(capture)
         self.captured += 1
 
         def replay() -> None:
             self.replayed += 1
-            for storage in self._memory:
-                torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
+            for written in self._written:
+                written.forget()
+            self._written = [capture]
             for call in capture.calls:
                 call.replay()
 
@@ -132,6 +133,11 @@ class _Capture(TorchDispatchMode):
                 yield
         finally:
             _forget_candidates()
+
+    def forget(self) -> None:
+        """Fill all that the capture allocated."""
+        for storage in self.allocated.values():
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
 
     def _recorded(self, implementation: Implementation) -> Implementation:
         """The implementation, its runs recorded; a torch reference is recorded by the operators it calls."""
