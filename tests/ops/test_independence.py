@@ -77,6 +77,46 @@ def test_row_linear_int8(
     assert torch.equal(ops.row_linear_int8(x[:1], weight, scale), together[:1])
 
 
+@given(
+    data=st.data(),
+    dtype=DTYPES,
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 400),
+    int8=st.booleans(),
+)
+@few
+def test_fused_products(
+    data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int, int8: bool
+) -> None:
+    """Rows alone have the bits they have together, and those of the ops one after the other."""
+    set_up(data)
+    x, norm_weight = random(1, rows, inputs, dtype=dtype), random(3, inputs, dtype=dtype)
+    weight, scale = (
+        quantised(2, 2 * outputs, inputs) if int8 else (random(2, 2 * outputs, inputs, dtype=dtype), None)
+    )
+    residual = random(4, rows, 2 * outputs, dtype=dtype)
+
+    def fused(chosen: list[int]) -> list[Tensor]:
+        normed, gated = (
+            ops.norm_row_linear(x[chosen], norm_weight, 1e-6, weight, scale=scale, gated=gated)
+            for gated in (False, True)
+        )
+        return [normed, gated, ops.row_linear_add(x[chosen], weight, residual[chosen], scale=scale)]
+
+    def product(x: Tensor) -> Tensor:
+        return ops.row_linear(x, weight) if scale is None else ops.row_linear_int8(x, weight, scale)
+
+    together = fused(list(range(rows)))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    one = data.draw(st.integers(0, rows - 1), "row")
+    for alone, all_rows in zip(fused([one]), together, strict=True):
+        assert torch.equal(alone, all_rows[one : one + 1])
+    normed = product(ops.rms_norm(x, norm_weight, 1e-6))
+    expected = [normed, ops.silu_mul(normed), residual + product(x)]
+    assert all(torch.equal(*pair) for pair in zip(together, expected, strict=True))
+
+
 @given(data=st.data(), dtype=DTYPES, lengths=st.lists(st.integers(0, 90), min_size=1, max_size=6))
 @few
 def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths: list[int]) -> None:

@@ -70,6 +70,31 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear: out must not be the memory of x; give it memory of its own",
     ),
     (
+        lambda: ops.norm_row_linear(
+            torch.ones(2, 8), torch.ones(8), 1e-6, torch.ones(4, 8), gated=True, out=torch.ones(2, 4)
+        ),
+        "norm_row_linear: weight must have a gate row and an up row for each column of out",
+    ),
+    (
+        lambda: ops.norm_row_linear(torch.ones(2, 8), torch.ones(7), 1e-6, torch.ones(4, 8)),
+        "norm_row_linear: norm_weight has shape [7]; accepted: [K = 8] (K as in x)",
+    ),
+    (
+        lambda: ops.norm_row_linear(
+            same := torch.ones(2, 8), torch.ones(8), 1e-6, torch.ones(8, 8), out=same
+        ),
+        "norm_row_linear: out must not be the memory of x; give it memory of its own",
+    ),
+    (
+        lambda: ops.row_linear_add(torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 5)),
+        "row_linear_add: residual has shape [2, 5]; accepted: [M = 2, N = 4], leading dimensions flattened "
+        "(M as in x, N as in weight)",
+    ),
+    (
+        lambda: ops.row_linear_add(same := torch.ones(2, 8), torch.ones(8, 8), same),
+        "row_linear_add: residual must not be the memory of x; give it memory of its own",
+    ),
+    (
         lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)),
         "row_linear_int8: weight has dtype float32; accepted: int8",
     ),
