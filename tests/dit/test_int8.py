@@ -50,6 +50,17 @@ def test_product(rows: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.
         assert float(errors.max()) < PRODUCT_BOUND
 
 
+@pytest.mark.parametrize("integers", [True, False])
+def test_products_of_the_largest_values(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs of them exceed 16 bits, in which processors without VNNI add."""
+    if not integers:
+        monkeypatch.setattr(matrix, "torch_multiplies_integers", lambda: False)
+    x = torch.where(torch.arange(64)[:, None] % 3 == 0, -2.0, 2.0).repeat(1, 256)
+    weight = torch.where(torch.arange(48)[:, None] % 2 == 0, -1.0, 1.0).repeat(1, 256)
+    found = Matrix.of(in_8_bits("to_q.weight", weight), "to_q")(x)
+    torch.testing.assert_close(found, x @ weight.T, rtol=1e-6, atol=0)
+
+
 def test_no_bias_is_taken_where_none_is_wanted() -> None:
     x, weight = random(1, 3, 8), random(2, 5, 8)
     tensors = {"a.weight": weight, "a.bias": random(3, 5)}
