@@ -29,6 +29,7 @@ from benchmarks.targets import read_records
 from blip3o_rt.bench.samples import median
 from blip3o_rt.checkpoint.load import QUANTISERS, load_checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.cli.pictures import make_folder
 from blip3o_rt.cli.score import few_threads
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import ParameterError
@@ -265,6 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write the record and print its table."""
     device = resolve_device(arguments.device)
+    if arguments.out is not None:
+        make_folder("--out", arguments.out)
     words = ["python", "-m", "benchmarks.switches", *sys.argv[1:]]
     head = record_head(KIND, words)
     with few_threads():

@@ -95,8 +95,8 @@ def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on = {}, {"step_cache": "1"}, {"step_cache": "3"}
     chosen = [switches.Case(case, 4, "denoise") for case in on]
     monkeypatch.setattr(switches, "cases", lambda device: chosen)
-    assert switches.main(["--count", "1", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "switches.json").read_text())
+    assert switches.main(["--count", "1", "--out", str(tmp_path / "new" / "folder")]) == 0
+    found = json.loads((tmp_path / "new" / "folder" / "switches.json").read_text())
     assert found["complete"]
     exact, same, other = found["entries"]
     assert exact["n"] == same["n"] == other["n"] == len(same["seconds"]) == len(same["seconds_exact"]) == 4
