@@ -17,6 +17,8 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.validate.case import int32, random
 from blip3o_rt.validate.cases import paged_decode_attention, qk_norm_rope_append
+from blip3o_rt.validate.cases.row_linear_int8 import quantised
+from blip3o_rt.validate.finding import worst_error
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 
@@ -211,6 +213,19 @@ def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> 
     with pytest.raises(OpError) as error:
         call()
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(9, 128), (35, 2048), (20, 6144)])
+def test_linear_int8_rounds_once(rows: int, inputs: int) -> None:
+    """The op's tolerance leaves room for a rounding that this kernel does not make.
+
+    2e-5: a sum of thousands in float32, one after the other, and nothing else.
+    """
+    x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantised(2, 100, inputs)
+    found = torch.empty(rows, 100, dtype=torch.bfloat16)
+    native.cpu().linear_int8(x, weight, scale, found)
+    exact = x.double() @ (weight.double() * scale.double()[:, None]).T
+    assert worst_error(found, exact) < 2e-5
 
 
 def test_parameters_are_tensors_too() -> None:
