@@ -7,6 +7,7 @@ L = 2 layers of D = 64 channels (cross 64), 64 image tokens (128 of an edit), 65
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from blip3o_rt.bench.counts import Count, total
 from blip3o_rt.bench.step_launches import DIFFUSERS, StepCount
 from blip3o_rt.checkpoint.load import Checkpoint
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 L, D, N, M = 2, 64, 64, 65
 BF16, FP32 = 2, 4
 
@@ -138,6 +140,21 @@ def test_the_command_prints_and_writes_what_it_counts(
     ours = data["lines"][0]
     moved = total(Count(**count) for count in ours["passes"].values()).bytes
     assert step_launches.megabytes(moved) in printed
+
+
+@pytest.mark.parametrize("line", [STEP, EDIT, DECODER])
+def test_the_committed_counts_are_those_of_the_code(line: str) -> None:
+    """`python -m blip3o_rt.bench.step_launches --json benchmarks/results/step_launches.json` writes them.
+
+    Those of our ops: torch's own operators may be others in another version.
+    """
+    record = json.loads((RESULTS / "step_launches.json").read_text())
+    (kept,) = (entry for entry in record["lines"] if (entry["line"], entry["who"]) == (line, OURS))
+    published = step_launches.meta_checkpoint(record["size"], torch.bfloat16)
+    found = {name: asdict(count) for name, count in counted(published, line).passes.items()}
+    assert {n: c for n, c in kept["passes"].items() if n in ops.all_ops()} == {
+        n: c for n, c in found.items() if n in ops.all_ops()
+    }
 
 
 def test_without_diffusers_only_ours_is_counted(
