@@ -259,7 +259,7 @@ def test_a_prompt_that_cannot_be_read_ends_its_request_alone(monkeypatch: pytest
     assert_as_alone(first, last)
 
 
-@pytest.mark.parametrize("op", ["sample_tokens", "decode_attention", "silu_mul"])
+@pytest.mark.parametrize("op", ["sample_tokens", "decode_attention", "row_linear_add"])
 def test_a_step_that_is_interrupted_can_be_taken_again(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(4)
     requests = [engine.submit(make_prompt(LONG[:length], seed=length)) for length in (5, 10)]
