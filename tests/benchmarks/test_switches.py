@@ -21,8 +21,8 @@ def test_every_switch_is_measured_with_settings_that_it_takes() -> None:
             check_switches({name: setting})
     on_a_cpu, on_a_gpu = (list(switches.cases(device)) for device in ("cpu", "cuda"))
     assert on_a_cpu[0] == on_a_gpu[0] == switches.Case({})
-    assert {"ar_weights": "int8"} in [case.switches for case in on_a_cpu]
-    assert {"ar_weights": "int8"} not in [case.switches for case in on_a_gpu]
+    assert {"dit_weights": "int8"} in [case.switches for case in on_a_cpu]
+    assert {"dit_weights": "int8"} not in [case.switches for case in on_a_gpu]
     fp8 = {"dit_weights": "fp8"}
     assert [case.defined for case in on_a_cpu if case.switches == fp8] == [True]
     assert [case.defined for case in on_a_gpu if case.switches == fp8] == [False]
