@@ -201,6 +201,7 @@ class TokenBatch:
                 self._top_p[rows],
                 self._seeds[rows],
                 self._drawn[rows],
+                scratch=self._decoder.scratch,
                 out=self._draws[rows],
             )
         ops.advance_rows(

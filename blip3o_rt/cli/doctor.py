@@ -124,9 +124,13 @@ def op_choices(device: str) -> list[OpChoice]:
 
 def missing(found: Machine, extensions: list[Extension]) -> list[str]:
     """One line for everything that would make this faster, with how to get it."""
+    from blip3o_rt.graphs import graphs_wanted
+
     lines = [f"{extension.name}: {extension.detail}" for extension in extensions if not extension.usable]
     if not found.gpus:
         lines.append(f"GPU: {found.gpu_status}")
+    elif not graphs_wanted():
+        lines.append("CUDA graphs: turned off by BLIP3O_GRAPHS=off; unset it")
     if found.nvcc is None:
         lines.append("nvcc: not found; install the CUDA toolkit and build again to get _cuda")
     if found.compiler is None:

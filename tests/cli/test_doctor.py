@@ -76,6 +76,10 @@ def test_gpus_are_listed_with_their_memory(command: Command, monkeypatch: pytest
     command("doctor", "--json")
     devices = {choice["device"] for choice in json.loads(command.output)["ops"]}
     assert devices == {"cpu", "cuda"}
+    assert "CUDA graphs" not in command.output
+    monkeypatch.setenv("BLIP3O_GRAPHS", "off")
+    command("doctor")
+    assert "CUDA graphs: turned off by BLIP3O_GRAPHS=off; unset it" in command.output
 
 
 def test_rows_share_what_dtypes_have_in_common() -> None:
