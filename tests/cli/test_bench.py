@@ -72,6 +72,15 @@ def test_a_wrong_kernel_exits_with_1(command: Command, work: Path) -> None:
     assert record()["lines"] == []  # stages only where they are asked for
 
 
+def test_the_switches_of_one_line(command: Command, work: Path) -> None:
+    assert command(*quick(work, "--ablate", "ar.prefill", "--quiet")) == 0
+    assert {entry["line"] for entry in record()["ablations"]} == {"ar.prefill"}
+    assert "ar_weights=int8" in {entry["switch"] for entry in record()["ablations"]}
+    assert record()["lines"] == []
+    assert command(*quick(work, "--ablate", "connector")) == 2
+    assert "ablate has 'connector': accepted are all, ar, " in command.errors
+
+
 @pytest.mark.parametrize("place", ["ceilings", "line"])
 def test_interrupted(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Before anything is measured, and on the way: record and page are there, and say that it is not all."""
