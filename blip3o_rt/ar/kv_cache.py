@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from blip3o_rt.config import ARConfig
 from blip3o_rt.errors import InsufficientMemoryError
@@ -106,14 +105,3 @@ class PagedKVCache:
             sequence.block_table[position // self.page_size] * self.page_size + position % self.page_size
             for position in range(start, stop)
         ]
-
-    def gather(self, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `length` positions, contiguous: two [num_kv_heads, length,
-        head_dim]."""
-        table = sequence.block_table[: self.pages_for(length)]
-        pages = torch.tensor(table, dtype=torch.int64, device=self.keys[layer].device)
-
-        def contiguous(cache: Tensor) -> Tensor:
-            return cache[pages].transpose(0, 1).flatten(1, 2)[:, :length]
-
-        return contiguous(self.keys[layer]), contiguous(self.values[layer])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.ar.layout import layout
 from blip3o_rt.config import ARConfig, ImageTokenConfig
 
@@ -76,3 +77,10 @@ def runtime_weights(
         spec.name: spec.build([state[source.name] for source in spec.sources], dtype)
         for spec in layout(config)
     }
+
+
+def cached(cache: PagedKVCache, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a sequence's first positions: two [length, num_kv_heads, head_dim]."""
+    slots = torch.tensor(cache.slots(sequence, 0, length), dtype=torch.int64)
+    pages, offsets = slots // cache.page_size, slots % cache.page_size
+    return cache.keys[layer][pages, :, offsets], cache.values[layer][pages, :, offsets]

@@ -11,7 +11,7 @@ from torch import Tensor
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder, DecodeStep
 from blip3o_rt.config import ARConfig
-from tests.ar.oracle import oracle, runtime_weights, small_config
+from tests.ar.oracle import cached, oracle, runtime_weights, small_config
 
 # Both sides compute in float32 with sums in different order; over a few layers the relative L2 difference
 # stays under 2e-6 for these sizes, so 1e-5 leaves room for other matmul libraries and still catches a wrong
@@ -128,7 +128,7 @@ def test_a_prompt_behind_shared_pages_has_the_bits_of_one_read_alone(
     assert torch.equal(found, expected[shared:])
     for layer in range(config.num_layers):
         for mine, theirs in zip(
-            cache.gather(layer, behind, length), cache.gather(layer, alone, length), strict=True
+            cached(cache, layer, behind, length), cached(cache, layer, alone, length), strict=True
         ):
             assert torch.equal(mine, theirs)
 

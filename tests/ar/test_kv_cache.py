@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.errors import InsufficientMemoryError
-from tests.ar.oracle import small_config
+from tests.ar.oracle import cached, small_config
 
 
 def make_cache(num_pages: int = 8, page_size: int = 4) -> PagedKVCache:
@@ -56,7 +56,7 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(length: int) -> None:
     assert set(child.block_table[full:]).isdisjoint(parent.block_table)
     for layer in range(2):
         for mine, theirs in zip(
-            cache.gather(layer, child, length), cache.gather(layer, parent, length), strict=True
+            cached(cache, layer, child, length), cached(cache, layer, parent, length), strict=True
         ):
             assert torch.equal(mine, theirs)
 
@@ -169,9 +169,9 @@ class Pool(RuleBasedStateMachine):
     @invariant()
     def everyone_has_what_was_written(self) -> None:
         for sequence, contents in getattr(self, "live", []):
-            keys, _ = self.cache.gather(0, sequence, len(contents))
-            assert keys[0, :, 0].tolist() == contents
-            assert keys[-1, :, -1].tolist() == contents
+            keys, _ = cached(self.cache, 0, sequence, len(contents))
+            assert keys[:, 0, 0].tolist() == contents
+            assert keys[:, -1, -1].tolist() == contents
 
     @invariant()
     def every_page_is_free_or_held(self) -> None:
