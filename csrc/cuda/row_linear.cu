@@ -1,12 +1,12 @@
 // Products of few rows with a weight matrix: x weight^T, and what stands beside it in a decoding step.
 //
-// One kernel serves the ops row_linear, row_linear_int8, norm_row_linear and row_linear_add. Rows of x
-// may be normed first, a weight may be int8 with a scale for each row, rows may be gates and ups of a gated
+// One kernel serves the ops row_linear, row_linear_int8, norm_row_linear and row_linear_add. Rows of x may
+// be normed first, a weight may be int8 with a scale for each row, rows may be gates and ups of a gated
 // activation, and the result may be added to what is there: each rounded as the ops one by one round it, so
 // that the bits are theirs.
 //
 // Tiling   bfloat16: a tile is 16 rows of the weight (8 gates and their 8 ups), all channels, and up to 32
-//          rows of x. The warps of a block (up to 16) share its channels in slices of 128 (of 256 in int8) and
+//          rows of x. The warps of a block (up to 16) share its channels in slices of 128 (256 in int8) and
 //          multiply on the tensor cores; their sums are added up through shared memory, warp after warp.
 //          Blocks stay (one per multiprocessor, more if they are small) and walk over the tiles. A lane loads
 //          16 bytes of a row, eight loads at a time, and those of the next slice or tile before it multiplies:
@@ -14,8 +14,8 @@
 //          Normed rows, up to 8, are normed by every block as it loads them: the row lies in a cache, and the
 //          first weights are on their way meanwhile.
 //          float32: one warp per row of the weight and 8 rows of x; for tests, not for speed.
-// Bytes    the weight once per 32 rows of x (8 in float32, or if rows are not aligned to 16 bytes), 2 N K in
-//          bfloat16, N K in int8; x comes from a cache.
+// Bytes    the weight once per 32 rows of x (16 in int8; 8 in float32, or if rows are not aligned to 16 bytes),
+//          2 N K in bfloat16, N K in int8; x comes from a cache.
 // FLOPs    2 M N K; the tensor cores do them for 8 rows of x at least.
 // Bound    memory.
 // State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
