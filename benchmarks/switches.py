@@ -227,7 +227,7 @@ def _machine(record: Mapping[str, Any]) -> str:
     """Where, in what and how a record was made."""
     machine, model = record["machine"], record["model"]
     name = machine["gpu"] if str(model["device"]).startswith("cuda") else machine["cpu"]
-    return f"{name}, {model['dtype']}, {model['threads']} threads, {model['size']}, `{_command(record)}`"
+    return f"{name}, {model['dtype']}, threads: {model['threads']}, {model['size']}, `{_command(record)}`"
 
 
 def _command(record: Mapping[str, Any]) -> str:
