@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_rt import ops, trace
 from blip3o_rt.errors import DeviceError, ParameterError
-from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, graphs_wanted
+from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, RunAhead, graphs_wanted
 from tests.recorded_graph import RecordedGraphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -153,3 +153,27 @@ def test_the_environment_turns_graphs_off(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("BLIP3O_GRAPHS", "maybe")
     with pytest.raises(ParameterError, match="BLIP3O_GRAPHS is 'maybe': accepted are on and off"):
         graphs_wanted()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 16])
+def test_the_host_queues_no_more_than_it_may(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that does nothing until it is waited for."""
+    queued = done = 0
+
+    class Event:
+        def record(self, _: object) -> None:
+            self.after = queued
+
+        def synchronize(self) -> None:
+            nonlocal done
+            done = max(done, self.after)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    ahead = RunAhead(torch.device("cuda"), steps)
+    most = 0
+    for _ in range(100):
+        ahead.step()
+        queued += 1
+        most = max(most, queued - done)
+    assert steps / 2 <= most <= max(steps, 2)
