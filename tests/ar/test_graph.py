@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -138,6 +139,19 @@ def test_an_engine_that_did_not_prepare_runs_without_graphs() -> None:
         engine.step()
     assert graphs.replayed == graphs.captured == 0
     assert_as_alone([request])
+
+
+def test_where_no_kernels_are_built_the_definitions_are_recorded() -> None:
+    """As on a GPU for which nothing was compiled: the definitions read nothing back either."""
+    with ExitStack() as forced:
+        for name in ops.all_ops():
+            forced.enter_context(ops.force(name, "torch"))
+        engine, graphs = graphed()
+        request = engine.submit(make_prompt(LONG, n=3))
+        while engine.busy:
+            engine.step()
+        assert graphs.replayed == COUNT
+        assert_as_alone([request])
 
 
 def test_the_ops_of_replayed_tokens_are_reported() -> None:
