@@ -71,8 +71,9 @@ def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32)
             assert torch.equal(plan.hidden_states, alone.hidden_states)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("image_only", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "image_only"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+)
 def test_members_come_and_go_and_every_token_is_a_replay(
     dtype: torch.dtype, image_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
