@@ -102,8 +102,8 @@ def _cuda(
     return out
 
 
-@decode_attention.implementation("separate", dtypes=FLOATS)
-def _separate(
+@decode_attention.implementation("composed", dtypes=FLOATS)
+def _composed(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,

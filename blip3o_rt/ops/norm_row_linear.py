@@ -97,8 +97,8 @@ def _cpu(
     return out
 
 
-@norm_row_linear.implementation("ops", dtypes=FLOATS, supports=_supports)
-def _ops(
+@norm_row_linear.implementation("composed", dtypes=FLOATS, supports=_supports)
+def _composed(
     x: Tensor,
     norm_weight: Tensor,
     eps: float,

@@ -24,6 +24,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     written: tuple[int | str, ...] = ()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first argument, which counts as the case's; of `out` where that has 8-bit floats."""
+        first: torch.dtype = self.arguments[0].dtype
+        return self.options["out"].dtype if first == torch.float8_e4m3fn else first
+
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
     """Normal numbers, rounded to the dtype."""
