@@ -10,7 +10,7 @@ from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import errors, examples
 
-HEADERS = ("split_attention.h", "norm_and_rotate.h")  # with kernels in them
+HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h")  # with parts of kernels in them
 
 FAULTS = {
     "rms_norm": [
