@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,7 +60,21 @@ def onednn_unavailable() -> str | None:
     return "this PyTorch is built without oneDNN; install one from pytorch.org"
 
 
-@convolution_silu.implementation("onednn", device="cpu", dtypes=FLOATS, available=onednn_unavailable)
+def _onednn_supports(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if x.dtype == torch.bfloat16 and not _onednn_takes_bfloat16():
+        return "takes float32, got bfloat16: oneDNN has no convolution in it for this processor"
+    return None
+
+
+@functools.cache
+def _onednn_takes_bfloat16() -> bool:
+    """Whether oneDNN has convolutions in bfloat16 on this processor."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@convolution_silu.implementation(
+    "onednn", device="cpu", dtypes=FLOATS, supports=_onednn_supports, available=onednn_unavailable
+)
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The SiLU at the end of oneDNN's convolution, before its sums are rounded."""
     side, ones = weight.shape[1], (1, 1)
