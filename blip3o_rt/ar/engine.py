@@ -25,6 +25,7 @@ from blip3o_rt import trace
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
 from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder
 from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
+from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig, ImageTokenConfig
 from blip3o_rt.errors import GenerationError, ParameterError, PromptError
 from blip3o_rt.graphs import Recorder
@@ -306,8 +307,7 @@ class TokenEngine:
         return self._token_steps.lay_out([*by_vocabulary])
 
     def _embed_prompt(self, prompt: TokenPrompt) -> Tensor:
-        ids = torch.tensor(prompt.ids, dtype=torch.int64, device=self.decoder.device)
-        embeddings = self.decoder.embed(ids)
+        embeddings = self.decoder.embed(uploaded(prompt.ids, torch.int64, self.decoder.device))
         if prompt.features is not None:
             span = prompt.feature_positions
             embeddings[span.start : span.stop] = prompt.features.to(embeddings)

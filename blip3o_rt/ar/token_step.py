@@ -22,6 +22,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import Sequence
 from blip3o_rt.ar.model import Decoder, DecodeStep
+from blip3o_rt.ar.upload import upload
 from blip3o_rt.config import ImageTokenConfig
 from blip3o_rt.graphs import Recorder, RunAhead
 from blip3o_rt.params import SamplingParams
@@ -100,10 +101,12 @@ class TokenSteps:
         """The batch of these rows, which are ordered by vocabulary, image tokens first; its steps go on from
         their tokens so far, until another is laid out."""
         mixed = rows[0].params.image_tokens_only != rows[-1].params.image_tokens_only
-        if mixed and self._buckets:
-            self._recorder.not_recorded.add("tokens of pictures that draw from different vocabularies")
         buckets = [] if mixed else self._buckets
-        batch = self._batch(next((bucket for bucket in buckets if bucket >= len(rows)), len(rows)))
+        bucket = next((bucket for bucket in buckets if bucket >= len(rows)), None)
+        if bucket is None and self._recorder.captures:
+            which = "pictures that draw from different vocabularies" if mixed else f"{len(rows)} pictures"
+            self._recorder.not_recorded.add(f"tokens of {which}")
+        batch = self._batch(bucket or len(rows))
         batch.lay_out(rows)
         return batch
 
@@ -241,16 +244,10 @@ class TokenBatch:
             (self._context_lengths, [row.prompt_length + row.drawn for row in rows] + [0] * padding),
             (self._places, [results.place(row.lane, row.drawn) for row in rows] + [spare] * padding),
         ):
-            _upload(values, buffer)
+            upload(values, buffer)
 
     def _first_ids_of(self, params: list[SamplingParams]) -> list[int]:
         return [self._steps.vocabularies[p.image_tokens_only].start for p in params]
 
     def _padded(self, table: list[int]) -> list[int]:
         return table + [0] * (self._steps.max_blocks - len(table))
-
-
-def _upload(values: list[float] | list[int] | list[list[int]], buffer: Tensor) -> None:
-    """Numbers from the host into a buffer, without waiting for what the device still has to do."""
-    host = torch.tensor(values, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
-    buffer.copy_(host, non_blocking=True)

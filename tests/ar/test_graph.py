@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import CudaGraphs, Recorder
+from blip3o_rt.ops import native
 from blip3o_rt.params import SamplingParams
 from tests import recorded_graph
 from tests.ar import test_stress
@@ -19,7 +21,8 @@ from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 from tests.ar.test_stress import Traffic
 from tests.recorded_graph import RecordedGraphs
 
-CONFIG = small_config()
+R = TypeVar("R")
+CONFIG = small_config(head_dim=64)  # which a GPU has a kernel for
 TOKENS = image_tokens(CONFIG)
 WEIGHTS = {dtype: runtime_weights(CONFIG, oracle(CONFIG), dtype) for dtype in (torch.float32, torch.bfloat16)}
 COUNT = TOKENS.tokens_per_image
@@ -28,11 +31,33 @@ BUCKETS = (1, 2, 4, 5)
 LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
 
 
-def make_engine(recorder: Recorder | None, dtype: torch.dtype = torch.float32) -> TokenEngine:
+needs_gpu = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
+on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+
+
+class CountedCudaGraphs(CudaGraphs):
+    """CUDA graphs that count as RecordedGraphs do."""
+
+    captured = replayed = 0
+
+    def capture(self, work: Callable[[], R]) -> tuple[Callable[[], None], R]:
+        replay, result = super().capture(work)
+        self.captured += 1
+
+        def counted() -> None:
+            self.replayed += 1
+            replay()
+
+        return counted, result
+
+
+def make_engine(
+    recorder: Recorder | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> TokenEngine:
     return TokenEngine(
         CONFIG,
         TOKENS,
-        WEIGHTS[dtype],
+        {name: tensor.to(device) for name, tensor in WEIGHTS[dtype].items()},
         max_batch=MAX_BATCH,
         max_prompt_tokens=28,
         page_size=4,
@@ -41,10 +66,12 @@ def make_engine(recorder: Recorder | None, dtype: torch.dtype = torch.float32) -
     )
 
 
-def graphed(dtype: torch.dtype = torch.float32) -> tuple[TokenEngine, RecordedGraphs]:
+def graphed(
+    dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> tuple[TokenEngine, RecordedGraphs | CountedCudaGraphs]:
     """An engine that has recorded its steps and now runs nothing but replays."""
-    graphs = RecordedGraphs()
-    engine = make_engine(Recorder(graphs), dtype)
+    graphs = RecordedGraphs() if device == "cpu" else CountedCudaGraphs(torch.device(device))
+    engine = make_engine(Recorder(graphs), dtype, device)
     engine.prepare()
     return engine, graphs
 
@@ -60,9 +87,9 @@ def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: Any) -> To
     return TokenPrompt(ids, [SamplingParams(seed=seed + i, **{"top_k": 20, **changes}) for i in range(n)])
 
 
-def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32) -> None:
+def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """Each image is what an engine without graphs draws for it alone, bit for bit."""
-    engine = make_engine(None, dtype)
+    engine = make_engine(Recorder(None), dtype, device)
     for request in requests:
         for plan, params in zip(request.plans, request.prompt.samples, strict=True):
             alone = engine.generate([dataclasses.replace(request.prompt, samples=[params])])[0][0]
@@ -71,13 +98,14 @@ def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32)
             assert torch.equal(plan.hidden_states, alone.hidden_states)
 
 
+@on_every_device
 @pytest.mark.parametrize(
     ("dtype", "image_only"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
 )
 def test_members_come_and_go_and_every_token_is_a_replay(
-    dtype: torch.dtype, image_only: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, image_only: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, graphs = graphed(dtype)
+    engine, graphs = graphed(dtype, device)
     assert graphs.captured == 2 * len(BUCKETS)
     without_python(engine, monkeypatch)
     requests, sizes, steps = [], [], 0
@@ -93,7 +121,7 @@ def test_members_come_and_go_and_every_token_is_a_replay(
     assert set(sizes) == {1, 2, 3, 4, 5}  # 3 is padded
     assert graphs.replayed == steps
     assert graphs.captured == 2 * len(BUCKETS)
-    assert_as_alone(requests, dtype)
+    assert_as_alone(requests, dtype, device)
 
 
 def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,13 +160,15 @@ def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> N
     assert_as_alone(requests)
 
 
-def test_an_engine_that_did_not_prepare_runs_without_graphs() -> None:
+def test_an_engine_that_did_not_prepare_runs_without_graphs_and_the_report_is_told() -> None:
     graphs = RecordedGraphs()
-    engine = make_engine(Recorder(graphs))
+    recorder = Recorder(graphs)
+    engine = make_engine(recorder)
     request = engine.submit(make_prompt(LONG, n=3))
     while engine.busy:
         engine.step()
     assert graphs.replayed == graphs.captured == 0
+    assert recorder.not_recorded == {"tokens of 3 pictures"}
     assert_as_alone([request])
 
 
