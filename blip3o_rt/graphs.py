@@ -22,7 +22,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from blip3o_rt import trace
-from blip3o_rt.errors import DeviceError, ParameterError
+from blip3o_rt.errors import DeviceError, OpError, ParameterError
 from blip3o_rt.ops import registry
 
 R = TypeVar("R")
@@ -68,9 +68,14 @@ class CudaGraphs:
 
 
 class Recorded(Generic[R]):
-    """Captured work: a call replays it and returns the tensors that the captured run returned."""
+    """Captured work: a call replays it and returns the tensors that the captured run returned.
+
+    A replay runs the implementations of the capture. A call raises OpError where one of the work's ops is
+    forced to another by now.
+    """
 
     def __init__(self, name: str, work: Callable[[], R], graphs: Graphs) -> None:
+        self._name = name
         self._range = f"{name} [graph]"
         self._work = work  # holds what the graph's addresses belong to
         try:
@@ -84,10 +89,21 @@ class Recorded(Generic[R]):
             ) from error
 
     def __call__(self) -> R:
+        self._check_forced()
         with trace.span(self._range):
             self._replay()
         registry.mark_used(self._used)
         return self._result
+
+    def _check_forced(self) -> None:
+        for op_name, implementation in registry.forced().items():
+            recorded = self._used.get(op_name, {implementation})
+            if recorded != {implementation}:
+                raise OpError(
+                    f"op {op_name} is forced to '{implementation}', and {self._name} was recorded with "
+                    f"{' and '.join(map(repr, sorted(recorded)))}: force it before the pipeline is loaded, "
+                    f"or run with {ENVIRONMENT_VARIABLE}=off to do without graphs"
+                )
 
 
 class Recorder:

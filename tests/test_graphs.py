@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops, trace
-from blip3o_rt.errors import DeviceError, ParameterError
+from blip3o_rt.errors import DeviceError, OpError, ParameterError
 from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, RunAhead, graphs_wanted
 from tests.recorded_graph import RecordedGraphs
 
@@ -130,6 +130,24 @@ def test_a_forced_implementation_is_what_is_captured() -> None:
     x.copy_(torch.arange(16.0).view(2, 8))
     assert torch.equal(replay(), ops.rms_norm.reference(x, x[0], 0.0))
     assert ops.used() == {"rms_norm": ("torch",)}
+
+
+def test_what_is_forced_later_is_refused_and_not_ignored() -> None:
+    x = torch.ones(2, 8)
+    with ops.force("rms_norm", "torch"):
+        replay = Recorder(RecordedGraphs()).record("the step", lambda: ops.rms_norm(x, x[0], 0.0))
+        replay()
+    replay()  # nothing is forced, and the recording is as good as any
+    ops.reset_used()
+    with ops.force("silu_mul", "torch"), ops.force("rms_norm", "cpu"), pytest.raises(OpError) as error:
+        replay()
+    assert str(error.value) == (
+        "op rms_norm is forced to 'cpu', and the step was recorded with 'torch': force it before the "
+        "pipeline is loaded, or run with BLIP3O_GRAPHS=off to do without graphs"
+    )
+    assert ops.used() == {}
+    with ops.force("silu_mul", "torch"), ops.force("rms_norm", "torch"):
+        replay()
 
 
 def test_a_replay_is_one_range_of_a_trace() -> None:

@@ -270,6 +270,11 @@ def force(op_name: str, implementation_name: str) -> Iterator[None]:
         target.force(previous)
 
 
+def forced() -> dict[str, str]:
+    """The implementation that each op is forced to; ops that choose are absent."""
+    return {name: found._forced.name for name, found in _ops.items() if found._forced is not None}
+
+
 def read_environment() -> None:
     """Apply BLIP3O_OPS="op=implementation,..." once. Raises OpError for unknown names in it."""
     global _environment_read
