@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 
 from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
+from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import require_memory
+from blip3o_rt.params import MAX_STEPS
+from blip3o_rt.rendering import recorded_geometries
 from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.layout import GATED_EXPANSION
 
@@ -26,19 +30,21 @@ def require_room(
     kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
-    recorded = _recorded_elements(config) * dtype.itemsize if device.type == "cuda" else 0
+    recorded = _recorded_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
     needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture + recorded
     remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
     require_memory(needed, "the model", device, remedy)
 
 
-def _recorded_elements(config: ModelConfig) -> int:
-    """Elements of the cross-attention's keys and values that graphs of the diffusion stage keep room for: of
-    a picture from words, and of an edit of one reference picture where its condition is longer."""
-    words = config.image_tokens.tokens_per_image + 1
-    seen = (config.image_size // config.vae.compression) ** 2 if config.edit.use_und_image_vae else 0
-    tokens = words + (words + seen if config.ta_tok is not None else 0)
-    return 2 * config.dit.num_layers * config.dit.cross_width * tokens
+def _recorded_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What graphs of the diffusion stage keep room for, of every geometry that is recorded: keys and values
+    of the cross-attention, and in float32 what the longest schedule's steps are modulated with."""
+    dit, held = config.dit, 0
+    for geometry in recorded_geometries(config, edits=config.ta_tok is not None):
+        tokens = geometry.hidden_states[0] + (math.prod(geometry.seen[2:]) if geometry.seen else 0)
+        held += 2 * dit.num_layers * dit.cross_width * tokens * dtype.itemsize
+        held += MAX_STEPS * 7 * dit.width * torch.float32.itemsize  # six for the blocks, one for the end
+    return held
 
 
 def _picture_elements(config: ModelConfig, tiles: int) -> int:

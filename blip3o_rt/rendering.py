@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
@@ -21,6 +22,32 @@ from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.model import Autoencoder
+
+
+def sees_reference(config: ModelConfig) -> bool:
+    """Whether the transformer sees an edit's reference latent beside the noisy one."""
+    return config.edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
+
+
+def latent_shape(config: ModelConfig) -> tuple[int, int, int, int]:
+    """[1, C, h, w] of a picture's noise and latent."""
+    side = config.dit.sample_size
+    return (1, config.vae.latent_channels, side, side)
+
+
+def recorded_geometries(config: ModelConfig, *, edits: bool) -> list[Geometry]:
+    """Of the pictures that are recorded, the largest first: an edit of one reference, and from words."""
+    noise = latent_shape(config)
+    words = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
+    side = config.image_size // config.vae.compression
+    reference = (1, noise[1], side, side)
+    edit = dataclasses.replace(
+        words,
+        beside=reference if sees_reference(config) else None,
+        seen=reference if config.edit.use_und_image_vae else None,
+    )
+    draws_from_words = config.dit.in_channels == noise[1]
+    return [*([edit] if edits and edit != words else []), *([words] if draws_from_words else [])]
 
 
 class Renderer:
@@ -36,9 +63,7 @@ class Renderer:
         edit = config.edit
         self.config = config
         self.device = checkpoint.device
-        self.sees_reference = (
-            edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
-        )
+        self.sees_reference = sees_reference(config)
         self.takes_references = edit.use_und_image_vae or self.sees_reference
         self._hidden_dtype = checkpoint.dtype
         self._recorder = recorder
@@ -55,8 +80,7 @@ class Renderer:
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """[1, C, h, w] of a picture's noise and latent."""
-        side = self.config.dit.sample_size
-        return (1, self.config.vae.latent_channels, side, side)
+        return latent_shape(self.config)
 
     def prepare(self, *, edits: bool) -> None:
         """Record a picture from words and, with `edits`, an edit of one reference picture.
@@ -66,7 +90,7 @@ class Renderer:
         self._vae.prepare_decode(*self.latent_shape[2:])  # the largest first: all share its memory
         if edits and self.takes_references:
             self._vae.prepare_encode(self.config.image_size, self.config.image_size)
-        for geometry in self._geometries(edits and self.takes_references):
+        for geometry in recorded_geometries(self.config, edits=edits):
             recorded = RecordedPicture(
                 self._dit,
                 geometry,
@@ -79,20 +103,6 @@ class Renderer:
                 self._recorded[geometry] = recorded
             else:
                 recorded.run_once()
-
-    def _geometries(self, with_reference: bool) -> list[Geometry]:
-        """Of the pictures that are recorded, the largest first."""
-        config, noise = self.config, self.latent_shape
-        words = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
-        side = config.image_size // config.vae.compression
-        reference = (1, noise[1], side, side)
-        edit = dataclasses.replace(
-            words,
-            beside=reference if self.sees_reference else None,
-            seen=reference if self._reference_connector is not None else None,
-        )
-        draws_from_words = config.dit.in_channels == noise[1]
-        return [*([edit] if with_reference else []), *([words] if draws_from_words else [])]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """The latent [1, C, h, w] of a reference picture's pixels [1, 3, H, W] in -1..1."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from blip3o_rt import admission
@@ -15,16 +16,33 @@ from blip3o_rt.pipeline import Pipeline
 from tests.recorded_graph import RecordedGraphs
 
 
-def test_recorded_conditions_are_counted(tmp_path: Path) -> None:
-    model = preset("tiny", EditConfig(use_und_image_vae=True))
-    write_random_checkpoint(tmp_path / "tiny", model, seed=1)
-    checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("edit", "geometries"),
+    [
+        (EditConfig(use_und_image_vae=True), 2),
+        (EditConfig(use_und_image_vae_as_noise=True), 2),
+        (EditConfig(), 1),  # an edit sees its reference in the tokens alone, and is drawn as words are
+    ],
+)
+def test_recorded_pictures_are_counted(tmp_path: Path, edit: EditConfig, geometries: int) -> None:
+    write_random_checkpoint(tmp_path / "tiny", preset("tiny", edit), seed=1)
+    checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     pipeline = Pipeline(checkpoint, recorder=Recorder(RecordedGraphs()))
     pipeline.prepare()
-    conditions = [recorded._state.condition for recorded in pipeline._renderer._recorded.values()]
-    assert len(conditions) == 2
-    held = sum(condition.keys.numel() + condition.values.numel() for condition in conditions)
-    assert admission._recorded_elements(checkpoint.config) == held
+    states = [recorded._state for recorded in pipeline._renderer._recorded.values()]
+    assert len(states) == geometries
+    held = [state.condition.keys for state in states] + [state.condition.values for state in states]
+    held += [state.tables.blocks for state in states] + [state.tables.final for state in states]
+    assert admission._recorded_bytes(checkpoint.config, torch.bfloat16) == sum(t.nbytes for t in held)
+
+
+def test_without_graphs_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, needed = preset("published"), []
+    monkeypatch.setattr(admission, "require_memory", lambda found, *_: needed.append(found))
+    for graphs in ("on", "off"):
+        monkeypatch.setenv("BLIP3O_GRAPHS", graphs)
+        admission.require_room(model, torch.bfloat16, {}, torch.device("cuda"), 1, 1536)
+    assert needed[0] - needed[1] == admission._recorded_bytes(model, torch.bfloat16) > 0
 
 
 def test_tiles_take_less_until_attention_is_the_most() -> None:
