@@ -62,6 +62,7 @@ def _ours(subject: Subject, dtype: str) -> tuple[TokenPlan, TokenPlan, Tensor]:
         config.ar, config.image_tokens, checkpoint.weights["ar"], max_batch=1, max_prompt_tokens=len(ids)
     )
     with exact_arithmetic(subject.device):
+        engine.prepare()
         plan = engine.generate([TokenPrompt(ids, [GREEDY])])[0][0]
         replayed = engine.replay(TokenPrompt(ids, []), subject.tokens[0])
     if plan.error is not None:

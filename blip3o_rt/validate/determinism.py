@@ -1,4 +1,4 @@
-"""Same seed, same picture: twice, alone and in a batch, in another order. Every bit is compared."""
+"""Same seed, same picture: twice, in a batch, in another order, replayed and run. Every bit is compared."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Result
 from blip3o_rt.validate.bounds import equal_line
@@ -21,21 +22,25 @@ WHY = "every random number is a function of the seed and its place"
 
 def determinism_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]:
     """Sampled pictures (not greedy ones), and what the decoder made of them, against each other."""
+    recorder = Recorder.of(subject.device)
+    if not recorder.captures:
+        yield "determinism: nothing is replayed on this device, so there are no graphs to compare"
     for dtype in dtypes:
         if subject.scope.large and dtype == "fp32":
             yield "determinism: a large model's in bf16 only"
             continue
-        pipeline = Pipeline(subject.ours(dtype), max_batch=3)
+        checkpoint = subject.ours(dtype)
+        pipeline = Pipeline(checkpoint, max_batch=3, recorder=recorder)
+        pipeline.prepare()
+        eager = Pipeline(checkpoint, max_batch=3, recorder=Recorder(None)) if recorder.captures else None
         steps = 1 if subject.scope.large else STEPS
-        yield from _text_lines(pipeline, dtype, steps) if subject.draws_from_text else ()
+        yield from _text_lines(pipeline, eager, dtype, steps) if subject.draws_from_text else ()
         if subject.config.ta_tok is not None and not subject.scope.large:
-            first, second = (
-                pipeline.edit(INSTRUCTION, subject.picture, seed=SEED, steps=steps) for _ in range(2)
-            )
-            yield _line("edit: the same seed twice", dtype, first, 0, second, 0)
+            yield from _edit_lines(pipeline, eager, subject, dtype, steps)
 
 
-def _text_lines(pipeline: Pipeline, dtype: str, steps: int) -> Iterator[Line]:
+def _text_lines(pipeline: Pipeline, eager: Pipeline | None, dtype: str, steps: int) -> Iterator[Line]:
+    """`eager`: the same model without graphs, where the other replays them."""
     both = pipeline.generate(PROMPT, n=2, seed=SEED, steps=steps)
     again = pipeline.generate(PROMPT, n=2, seed=SEED, steps=steps)
     yield _line("the same seed twice", dtype, both, 0, again, 0)
@@ -45,6 +50,19 @@ def _text_lines(pipeline: Pipeline, dtype: str, steps: int) -> Iterator[Line]:
     yield _line("after another prompt and alone", dtype, both, 0, mixed, 1)
     turned = pipeline.generate([PROMPT, OTHER_PROMPT], seed=SEED, steps=steps)
     yield _line("two prompts in either order", dtype, mixed, 0, turned, 1)
+    if eager is not None:
+        run = eager.generate(PROMPT, seed=SEED + 1, steps=steps)
+        yield _line("replayed as graphs and run without", dtype, alone, 0, run, 0)
+
+
+def _edit_lines(
+    pipeline: Pipeline, eager: Pipeline | None, subject: Subject, dtype: str, steps: int
+) -> Iterator[Line]:
+    first, second = (pipeline.edit(INSTRUCTION, subject.picture, seed=SEED, steps=steps) for _ in range(2))
+    yield _line("edit: the same seed twice", dtype, first, 0, second, 0)
+    if eager is not None:
+        run = eager.edit(INSTRUCTION, subject.picture, seed=SEED, steps=steps)
+        yield _line("edit: replayed as graphs and run without", dtype, first, 0, run, 0)
 
 
 def _line(name: str, dtype: str, first: Result, i: int, second: Result, j: int) -> Line:

@@ -85,6 +85,7 @@ def golden_lines(recording: Recording, device: torch.device, compared: Compared)
     """Every recorded result against ours, in float32."""
     checkpoint = load_checkpoint(recording.checkpoint, dtype=torch.float32, device=device)
     pipeline = Pipeline(checkpoint, max_batch=1)
+    pipeline.prepare()
     prompt, tokens = recording.prompt, recording.tokens
     if _is_greedy(recording, checkpoint):
         plan = pipeline.plan(prompt, image=recording.picture, top_k=1)
