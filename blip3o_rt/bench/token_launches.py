@@ -24,6 +24,7 @@ from blip3o_rt.ar.model import Decoder
 from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
 from blip3o_rt.bench import work
 from blip3o_rt.bench.counts import AnyOp, Count, as_text, counted_ops
+from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import Recorder
@@ -31,8 +32,8 @@ from blip3o_rt.params import MAX_BATCH, SamplingParams
 
 PROMPT = 35  # positions of a prompt of a few words with its template
 SIZES = ("published", "tiny")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CUDA_LAUNCHES = {"sample_tokens": 2}  # of a call, in csrc/cuda; 1 of all others
+OF_FEW_ROWS = ("norm_row_linear",)  # ops whose CUDA kernel takes few rows; more are computed by other ops
 PARTLY_READ = ("k_cache", "v_cache", "rope_table")  # of which a call touches a few rows
 EMBEDDING = "torch: embedding"
 TORCH = "torch: the rest"
@@ -68,7 +69,7 @@ def _count_op(
 ) -> Tensor:
     """Count a call of an op, which gives back its `out` unwritten; one of several ops counts as those."""
     if not _is_one_kernel(op, given):
-        result: Tensor = op.named("ops").run(**given)
+        result: Tensor = op.named("composed").run(**given)
         return result
     moved = sum(
         tensor.nbytes * (2 if name == "residual" else 1)  # which is read and written
@@ -87,7 +88,7 @@ def _count_op(
 
 def _is_one_kernel(op: AnyOp, given: Mapping[str, Any]) -> bool:
     """Whether a CUDA kernel takes a call that several ops could compute as well."""
-    if "ops" not in op.implementation_names:
+    if op.name not in OF_FEW_ROWS:
         return True
     cuda = op.named("cuda")
     return not (cuda.takes("cuda", given["x"].dtype) or cuda.supports(**given))

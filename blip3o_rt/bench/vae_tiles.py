@@ -26,6 +26,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import VAEConfig
 from blip3o_rt.embedded import embedded_checkpoint
@@ -34,7 +35,6 @@ from blip3o_rt.vae.layout import layout
 from blip3o_rt.vae.model import Autoencoder
 
 SIZES, WAYS = ("published", "shapes", "tiny"), ("decode", "encode")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = "shapes"
 
 
