@@ -231,6 +231,12 @@ def bench(folder: str, minutes: float, *options: str) -> Callable[[Site], list[s
     return command
 
 
+def no_fp8(site: Site) -> str | None:
+    """Architectures before 8.9 multiply no 8-bit floats."""
+    number = int("".join(filter(str.isdigit, site.gpu.architecture)))
+    return None if number >= 89 else f"a GPU of architecture {number} has no products of 8-bit floats"
+
+
 def checkpoint(site: Site) -> list[str]:
     """The smallest bench of the published size, for the random checkpoint that it leaves."""
     options = ["--stages", "dit.tables", "--peers", "none", "--quick", "--quiet"]
@@ -266,6 +272,7 @@ def trace_stages(site: Site) -> list[str]:
 
 
 ALL_PEERS = ("--peers", "transformers,diffusers,published,compiled,graphed")
+FAST_SWITCHES = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
 MEASURES = ("packages", "build", "checkpoint")
 
 PIECES = (
@@ -365,6 +372,14 @@ PIECES = (
         300,
         bench("bench-batch", 3, "--stages", "ar.token,image", "--batch", "1,4,8,32", "--peers", "none"),
         needs=MEASURES,
+    ),
+    Piece(
+        "bench-fast",
+        "a picture end to end in the fast tier",
+        300,
+        bench("bench-fast", 3, "--stages", "image", "--peers", "none", "--tier", "fast", *FAST_SWITCHES),
+        needs=MEASURES,
+        left_out=no_fp8,
     ),
     Piece(
         "bench-ablate",

@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from benchmarks.targets import Standing, newest_rows, read_records, slower_than, standings
 from blip3o_rt.bench import step_launches
-from blip3o_rt.reports.reading import Record, Row, entries, notes, number, peers
+from blip3o_rt.reports.reading import Record, Row, entries, notes, number, peers, set_apart
 from blip3o_rt.units import (
     memory_text,
     number_text,
@@ -111,15 +111,17 @@ def machine_section(folder: Path, device: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def model_key(record: Record) -> tuple[str, str, str]:
+def model_key(record: Record) -> str:
+    """Model, dtype, tier and switches in words: records that differ in them do not stand in one table."""
     model = record.get("model") or {}
-    return str(model.get("size", "")), str(model.get("dtype", "")), str(model.get("tier", ""))
+    switches = ", ".join(f"{name}={setting}" for name, setting in set_apart(model).items())
+    words = f"{model.get('size', '')}, {model.get('dtype', '')}, tier {model.get('tier', '')}"
+    return f"{words}: {switches}" if switches else words
 
 
-def model_section(key: tuple[str, str, str], records: Sequence[Record]) -> str:
+def model_section(key: str, records: Sequence[Record]) -> str:
     """One model and dtype on one machine: provenance, stages, ceilings, switches, ops."""
-    size, dtype, tier = key
-    parts = [f"#### {size}, {dtype}, tier {tier}\n", provenance_lines(records)]
+    parts = [f"#### {key}\n", provenance_lines(records)]
     table = newest_rows(records)
     if table:
         parts.append(stage_table(table))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.reports.reading import Record, Row, peers, rows
+from blip3o_rt.reports.reading import Record, Row, peers, rows, set_apart
 from blip3o_rt.units import number_text, ratio_text, share_text, time_text
 
 FILE = Path(__file__).parent / "targets.json"
@@ -19,8 +19,8 @@ class Target:
     """One figure to reach.
 
     measure: "seconds" of a call, "rate" per second, "share" of the ceiling, "ratio" of `peer`'s time to ours,
-    or "memory", our peak to that of `peer`. least or most: the bound. gpu: what the GPU's name contains,
-    where the figure is one of that GPU only. lacks: what there must be before it can be measured.
+    or "memory", our peak to that of `peer`. least or most: the bound. switches: of the fast tier, all that
+    are on. gpu: what the GPU's name contains, where the figure is one of that GPU only.
     """
 
     name: str
@@ -33,9 +33,9 @@ class Target:
     size: str = "published"
     dtype: str = "bf16"
     tier: str = "exact"
+    switches: Mapping[str, str] = field(default_factory=dict)
     gpu: str | None = None
     peer: str | None = None
-    lacks: str | None = None
 
     def of_machine(self, machine: str | None, device: str) -> bool:
         """Whether it is a target of that GPU or processor (None: of any), on cuda or cpu."""
@@ -47,11 +47,12 @@ class Target:
         return self.name if self.gpu is None else f"{self.name}, {self.gpu}"
 
     def matches(self, record: Record) -> bool:
-        """Whether a bench record measures the model, dtype and tier that it is about."""
+        """Whether a bench record measures the model, dtype, tier and switches that it is about."""
         model = record.get("model") or {}
         wanted = {"size": self.size, "dtype": self.dtype, "tier": self.tier}
         on_device = str(model.get("device", "")).startswith(self.device)
-        return on_device and all(model.get(key) == value for key, value in wanted.items())
+        same = all(model.get(key) == value for key, value in wanted.items())
+        return on_device and same and set_apart(model) == self.switches
 
     def found(self, row: Row) -> float | None:
         """The figure that a row has."""
@@ -104,7 +105,7 @@ class Standing:
     @property
     def word(self) -> str:
         if self.value is None:
-            return f"not yet measurable: {self.target.lacks}" if self.target.lacks else "not measured"
+            return "not measured"
         verdict = "met" if self.target.met(self.value) else "falls short"
         return f"{verdict} ({self.remark})" if self.remark else verdict
 

@@ -20,6 +20,7 @@ from tabulate import tabulate
 from blip3o_rt.bench.compose import OURS
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.provenance import RECORD_VERSION
+from blip3o_rt.reports.reading import set_apart
 
 FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "same", "unsure"
 RESAMPLES = 4000
@@ -84,12 +85,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
         "machine": ("cpu", "cores", "gpu", "instruction_sets"),
         "model": ("size", "dtype", "tier", "device", "threads"),
     }
-    return [
-        f"{key} is {before[part].get(key)} in the first, {after[part].get(key)} in the second"
-        for part, keys in compared.items()
-        for key in keys
-        if before[part].get(key) != after[part].get(key)
+    pairs = [
+        (key, before[part].get(key), after[part].get(key)) for part, keys in compared.items() for key in keys
     ]
+    first, second = set_apart(before["model"]), set_apart(after["model"])
+    pairs += [(key, first.get(key), second.get(key)) for key in {**first, **second}]
+    return [f"{key} is {old} in the first, {new} in the second" for key, old, new in pairs if old != new]
 
 
 def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Verdict]:

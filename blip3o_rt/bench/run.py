@@ -25,6 +25,7 @@ from blip3o_rt.bench.subject import Subject
 from blip3o_rt.bench.timing import Plan, Timing, quiet, race
 from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
+from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import ENVIRONMENT_VARIABLE
@@ -71,6 +72,7 @@ def model_entry(subject: Subject, tier: str, kernels: Sequence[UserKernel]) -> d
         "switches": {
             "ops": chosen,
             ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
+            "graphs": "on" if graphs_wanted() else "off",
             native.ISA_VARIABLE: os.environ.get(native.ISA_VARIABLE),
             "kernels": [f"{kernel.op}={kernel.implementation}" for kernel in kernels],
             "image_tokens_only": True,

@@ -10,6 +10,7 @@ from typing import Any
 from blip3o_rt.bench.compose import COMPOSED, OURS, parts_of_ours, parts_of_published
 from blip3o_rt.bench.rate import rate_text
 from blip3o_rt.bench.samples import summary
+from blip3o_rt.switches import SWITCHES
 
 PEERS = ("transformers", "diffusers", "published", "published-compiled", "published-graphed")
 STAGES = (
@@ -130,6 +131,13 @@ class Row:
         if ours is None or peer is None or not ours.median or peer.median is None:
             return None
         return peer.median / ours.median
+
+
+def set_apart(model: Mapping[str, Any]) -> dict[str, str]:
+    """What sets a record's "model" apart from others: switches of the fast tier, and graphs left out."""
+    chosen = model.get("switches") or {}
+    found = {name: str(chosen[name]) for name in SWITCHES if chosen.get(name)}
+    return found | ({"graphs": "off"} if chosen.get("graphs") == "off" else {})
 
 
 def entries(record: Record, key: str) -> list[Mapping[str, Any]]:

@@ -141,6 +141,19 @@ def test_other_machines_and_models_are_refused_unless_forced(tmp_path: Path) -> 
     assert len(compare.compare_files(*paths, force=True)) == 1
 
 
+def test_other_switches_are_another_model() -> None:
+    before = record(("a", "ours", [1.0] * 5))
+    before["model"]["switches"] = {"BLIP3O_OPS": None, "ar_weights": "int8"}
+    after = copy.deepcopy(before)
+    after["model"]["switches"] |= {"BLIP3O_OPS": "rms_norm=torch", "graphs": "on"}  # not in older records
+    assert compare.differences(before, after) == []
+    after["model"]["switches"] |= {"step_cache": "2", "graphs": "off"}
+    assert compare.differences(before, after) == [
+        "step_cache is None in the first, 2 in the second",
+        "graphs is None in the first, off in the second",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -18,6 +18,7 @@ import pytest
 from benchmarks import dry_run, gpu, pieces
 from benchmarks.gpu import DONE, FAILED, LEFT_OUT, OVER_BUDGET, Runner, State
 from benchmarks.pieces import EXPECTED, LONGEST, PIECES, Gpu, Piece, Site
+from benchmarks.targets import targets
 from blip3o_rt.validate.checkpoint import converted_folder
 
 
@@ -145,6 +146,17 @@ def test_what_says_whether_the_code_is_right_is_a_check() -> None:
     checks = {piece.name for piece in PIECES if piece.checks}
     golden = {"validate-golden-t2i", "validate-golden-edit"}
     assert checks == {"suite", "memcheck", "racecheck", "validate-shapes", "validate-published", *golden}
+
+
+def test_the_fast_tier_is_measured_with_the_switches_of_its_target(site: Site) -> None:
+    piece = pieces.named("bench-fast")
+    words = piece.command(site)
+    given = {word for word, before in zip(words[1:], words, strict=False) if before == "--switch"}
+    (target,) = (found for found in targets() if found.tier == "fast" and found.device == "cuda")
+    assert given == {f"{name}={setting}" for name, setting in target.switches.items()}
+    assert piece.left_out(site) is None
+    older = dataclasses.replace(site, gpu=Gpu("A GPU", "80-real"))
+    assert piece.left_out(older) == "a GPU of architecture 80 has no products of 8-bit floats"
 
 
 def test_the_checkpoint_is_where_bench_leaves_it(site: Site) -> None:

@@ -49,8 +49,7 @@ def test_without_records_everything_is_blank(tmp_path: Path) -> None:
     assert "Not yet run on hardware" in page
     assert "There are no records of a processor yet." in page
     for target in targets():
-        word = f"not yet measurable: {target.lacks}" if target.lacks else "not measured"
-        assert row(page, target.label)[2:] == ["", word]
+        assert row(page, target.label)[2:] == ["", "not measured"]
 
 
 def test_memory_is_ours_beside_that_of_a_peer(tmp_path: Path) -> None:
@@ -125,6 +124,33 @@ def test_targets_are_judged_on_the_size_and_dtype_they_are_about() -> None:
     assert found["a decoded token beside transformers"].word == "met"
     other = {**record, "model": {**record["model"], "size": "shapes"}}
     assert {s.word for s in standings([other], "Imaginary 9000", "cpu")} == {"not measured"}
+
+
+def test_other_switches_are_another_table(tmp_path: Path) -> None:
+    """And no figure of a target that is about other switches, or about graphs."""
+    record = bench_record()
+    fast = {"ar_weights": "int8", "dit_weights": "fp8"}
+    for folder, tier, switches in (
+        ("exact", "exact", {"graphs": "on"}),
+        ("eager", "exact", {"graphs": "off"}),
+        ("fast", "fast", fast),
+        ("faster", "fast", fast | {"step_cache": "2"}),
+    ):
+        model = {**record["model"], "tier": tier, "switches": switches}
+        write(on_gpu({**record, "model": model}, "NVIDIA H200"), tmp_path / "h200" / folder)
+    page = render.page(tmp_path)
+    headings = [line for line in page.splitlines() if line.startswith("#### ")]
+    assert headings == [
+        "#### published, bf16, tier exact: graphs=off",
+        "#### published, bf16, tier exact",
+        "#### published, bf16, tier fast: ar_weights=int8, dit_weights=fp8",
+        "#### published, bf16, tier fast: ar_weights=int8, dit_weights=fp8, step_cache=2",
+    ]
+    (target,) = (found for found in targets() if found.tier == "fast")
+    records = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("bench.json")}
+    assert [name for name, found in records.items() if target.matches(found)] == ["faster"]
+    (exact,) = (found for found in targets() if found.name == "a picture")
+    assert [name for name, found in records.items() if exact.matches(found)] == ["exact"]
 
 
 def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path) -> None:
