@@ -25,7 +25,7 @@ from blip3o_rt.bench.stages import SEED, ArStage, DitStage, TatokStage, VaeStage
 from blip3o_rt.bench.subject import Subject
 from blip3o_rt.bench.timing import Contender, Plan, Timing, quiet, race
 from blip3o_rt.checkpoint.load import Checkpoint
-from blip3o_rt.errors import CheckpointError, ConfigError
+from blip3o_rt.errors import CheckpointError, ConfigError, ParameterError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import REFERENCE
 from blip3o_rt.params import SamplingParams
@@ -139,7 +139,7 @@ SWITCHES = (
     Switch(
         "channels last",
         (DECODER,),
-        Variant("convolutions channels first", options={"channels_first": True}),
+        Variant("plain convolutions channels first, copied to and fro", options={"channels_first": True}),
         Variant("everything channels last"),
     ),
     Switch(
@@ -199,7 +199,7 @@ def dit_step(
 
 def dit_denoise(checkpoint: Checkpoint) -> Contender:
     stage = DitStage(checkpoint)
-    return Contender("", stage.denoise, stage.prepare)
+    return Contender("", stage.denoise, stage.prepare_denoise)
 
 
 def dit_step_edit(checkpoint: Checkpoint, **options: Any) -> Contender:
@@ -273,7 +273,7 @@ def time_switches(subject: Subject, settings: Settings, record: Record, say: Cal
             plan = Plan(runs, seconds / len(found[line]))
             try:
                 entry, error = time_switch(switch, line, subject, checkpoint, plan)
-            except CheckpointError as reason:
+            except (CheckpointError, ParameterError) as reason:
                 record.note(f"switch {switch.name} of {line} left out: {reason}")
                 continue
             except Exception as failure:  # a side that cannot be built, and the other switches go on
@@ -347,19 +347,27 @@ def time_switch(
 
 
 def _under(variant: Variant, line: str, subject: Subject, checkpoint: Checkpoint) -> Contender:
-    """The line's contender with its variant's implementations and instruction set chosen before each call."""
+    """The line's contender, built and called with its variant's implementations and instruction set.
+
+    Built too: a stage may record its work when it is built.
+    """
     own = variant.of(subject)
     if own.switches != subject.switches:
         checkpoint = own.load(LINES[line].parts)
-    with _environment(variant.environment):
-        contender = LINES[line].build(checkpoint, **variant.options)
 
-    def prepare() -> None:
+    def choose() -> None:
         for op_name, op in ops.all_ops().items():
             wanted = variant.forced.get(op_name)
             op.force(op.named(wanted) if wanted is not None else None)
         if variant.isa is not None:
             native.cpu().set_isa(variant.isa)
+
+    with _restored([variant]), _environment(variant.environment):
+        choose()
+        contender = LINES[line].build(checkpoint, **variant.options)
+
+    def prepare() -> None:
+        choose()
         with _environment(variant.environment):
             contender.prepare()
 

@@ -185,7 +185,7 @@ def dit_lines(checkpoint: Checkpoint, choice: Choice) -> Iterator[Line]:
         yield line
     if "dit.condition" in choice.names:
         line = Line("dit.condition", "keys and values of all layers, once per picture", per=1)
-        line.add(OURS, stage.condition, stage.condition_work())
+        line.add(OURS, stage.condition, stage.condition_work(), prepare=stage.prepare_picture)
         yield line
     if "dit.step" in choice.names:
         line = Line("dit.step", "one denoising step with guidance", per=1)

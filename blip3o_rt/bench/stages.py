@@ -23,6 +23,7 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
@@ -31,7 +32,7 @@ from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.prompt import PromptEncoder
-from blip3o_rt.switches import VAE_TILES, setting
+from blip3o_rt.switches import DIT_WEIGHTS, VAE_TILES, setting
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
 
@@ -178,10 +179,12 @@ class ConnectorStage:
         self.connector = Connector(self.weights, "diffusion_connector")
         count = self.config.image_tokens.tokens_per_image + 1
         self.hidden = seeded(count, self.connector.in_features, device=checkpoint.device).to(checkpoint.dtype)
+        work = partial(condition_tokens, self.hidden, self.connector)
+        self._run = Recorder.of(checkpoint.device).record("connector", work)
 
     def run(self) -> ConditionTokens:
         """Both halves' tokens; the null half's are all the same, so one is computed."""
-        return condition_tokens(self.hidden, self.connector)
+        return self._run()
 
     def work(self) -> Work:
         return work.connector(self.config, self.hidden.dtype.itemsize, tokens=len(self.hidden) + 1)
@@ -212,6 +215,7 @@ class DitStage:
                 "edits only"
             )
         self.dit = DiT(self.config.dit, self.weights)
+        self.quantised = DIT_WEIGHTS in checkpoint.switches
         self.schedule = flow_schedule(self.config.scheduler, steps)
         self.noise, reference = seeded(2, channels, side, side, device=self.dit.device).split(1)
         self.reference = reference if edit and beside else None
@@ -220,24 +224,35 @@ class DitStage:
         null, conditional = captions.to(self.dit.dtype).tensor_split([len(counts)])
         self.tokens = ConditionTokens(conditional, null, counts)
         self.kind: StepKind = guided_step
-        self.kinds = Shortcuts.of(checkpoint.switches).steps(self.schedule)
+        self.shortcuts = Shortcuts.of(checkpoint.switches)
+        self.kinds = self.shortcuts.steps(self.schedule)
         self.state: StepState | None = None
         self._step: Callable[[], None] = nothing
+        self._recorder = Recorder.of(self.dit.device)
+        self._picture: RecordedPicture | None = None
 
     def tables(self) -> ScheduleTables:
         return self.dit.prepare_schedule(self.schedule)
 
+    def prepare_picture(self) -> None:
+        """Record the condition and every kind of step as a pipeline does, where there are graphs."""
+        if self._picture is None and self._recorder.captures:
+            tokens = self.tokens
+            geometry = Geometry.of(self.noise, tokens.conditional, self.reference, None)
+            given = geometry, lambda *_: tokens, self.dit.dtype, self._recorder, self.shortcuts.kinds
+            self._picture = RecordedPicture(self.dit, *given)
+
     def condition(self) -> Condition:
-        return self.dit.condition(self.tokens)
+        if self._picture is None:
+            return self.dit.condition(self.tokens)
+        return self._picture.condition(self.tokens.conditional)
 
     def prepare(self, index: int = 0) -> None:
         """What the step of that index takes as given, and the noise in the place of the latent."""
         if self.state is None:
-            given = self.tables(), self.condition(), GUIDANCE, self.reference
+            given = self.tables(), self.dit.condition(self.tokens), GUIDANCE, self.reference
             self.state = StepState.begin(self.dit, self.noise, *given)
-            self._step = Recorder.of(self.dit.device).record(
-                "dit.step", partial(self.kind, self.dit, self.state)
-            )
+            self._step = self._recorder.record("dit.step", partial(self.kind, self.dit, self.state))
         self.state.latent.copy_(self.noise)
         self.state.index.fill_(index)
 
@@ -247,12 +262,18 @@ class DitStage:
         assert self.state is not None
         return self.state.latent
 
+    def prepare_denoise(self) -> None:
+        """What all steps of the schedule take as given."""
+        self.prepare()
+        self.prepare_picture()
+
     def denoise(self) -> Tensor:
         """The latent after all steps of the schedule, as the checkpoint's switches make them."""
-        self.prepare()
         assert self.state is not None
         given = self.noise, self.state.tables, self.state.condition, GUIDANCE
-        return denoise(self.dit, *given, reference_latent=self.reference, kinds=self.kinds)
+        return denoise(
+            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, recorded=self._picture
+        )
 
     def tables_work(self) -> Work:
         return work.dit_tables(self.config.dit, self.dit.dtype.itemsize, steps=self.schedule.steps)
@@ -261,7 +282,10 @@ class DitStage:
         count = len(self.tokens.conditional) + 1
         return work.dit_condition(self.config.dit, self.dit.dtype.itemsize, tokens=count)
 
-    def step_work(self, *, shortened: bool) -> Work:
+    def step_work(self, *, shortened: bool) -> Work | None:
+        """shortened: ours. None where its products are of 8 bits: nothing measures their ceiling."""
+        if shortened and self.quantised:
+            return None
         return work.dit_step(self.config, self.dit.dtype.itemsize, shortened=shortened, edit=self.edit)
 
 

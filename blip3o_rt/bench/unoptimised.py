@@ -23,7 +23,6 @@ from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.vae.blocks import Convolution, NearestUpsampling, Weights, channels_first, channels_last
-from blip3o_rt.vae.tiles import REACH
 
 # Diffusion transformer
 
@@ -39,18 +38,19 @@ def condition_every_step(stage: DitStage) -> StepKind:
     """A step that computes the condition's keys and values first."""
 
     def step(dit: DiT, state: StepState) -> None:
-        guided_step(dit, replace(state, condition=stage.condition()))
+        dit.condition(stage.tokens, out=state.condition)
+        guided_step(dit, state)
 
     return step
 
 
 def tables_every_step(_: DitStage) -> StepKind:
-    """The first step of a schedule, which computes its time embedding and modulation first."""
+    """The first step of a schedule at every call, which computes its time embedding and modulation first."""
 
     def step(dit: DiT, state: StepState) -> None:
         whole = state.tables.schedule
         first = Schedule(whole.sigmas[:2], whole.timesteps[:1])
-        guided_step(dit, replace(state, tables=dit.prepare_schedule(first)))
+        guided_step(dit, replace(state, tables=dit.tables(first), index=torch.zeros_like(state.index)))
 
     return step
 
@@ -94,10 +94,6 @@ class ConvolvedChannelsFirst(Convolution):
         padding = self.weight.shape[-1] // 2
         x = channels_first(x).contiguous()
         return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups))
-
-
-# A decoder in tiles asks how far its blocks look: as far as those they stand for.
-REACH.update({DoubledThenConvolved: REACH[NearestUpsampling], ConvolvedChannelsFirst: REACH[Convolution]})
 
 
 @contextmanager

@@ -4,8 +4,8 @@ Bytes are the least that a call reads from memory: weights once, and the key/val
 FLOPs are two per multiply-add of the matrix products, convolutions and attentions; what is linear in the
 activations alone (norms, activations, sums) is not counted.
 
-Two counts where the runtime does less than the published way: `shortened` leaves out what no step changes
-(dit) and what nearest-neighbour upsampling repeats (vae).
+Two counts where the runtime does less than the published way: `shortened` leaves out what no step changes and
+what both halves share (dit), and what nearest-neighbour upsampling repeats (vae).
 """
 
 from __future__ import annotations
@@ -134,19 +134,22 @@ def dit_step(config: ModelConfig, itemsize: int, *, shortened: bool, edit: bool 
     """One step with classifier-free guidance: both halves through the transformer.
 
     shortened: time embedding and condition were computed before, and so was the null half's cross-attention
-    where its tokens are all the same, or it attends to each distinct one once.
+    where its tokens are all the same, or it attends to each distinct one once; the patch embedding and the
+    first self-attention, before which the halves are the same, are computed once.
     """
     dit, shape = config.dit, step_shape(config, edit=edit)
-    ends = shape.tokens * dit.width * dit.patch_size**2 * (dit.in_channels + dit.out_channels)
-    block = shape.tokens * _dit_block_products(dit)
+    patch = shape.tokens * dit.width * dit.patch_size**2  # of a channel
+    embedding, projection = patch * dit.in_channels, patch * dit.out_channels
+    attention = shape.tokens * _self_attention_products(dit)
+    block = attention + shape.tokens * _feed_forward_products(dit)
     cross = shape.tokens * _cross_attention_products(dit, shape.condition)
     if shortened:
         distinct = len(shape.counts)
         null = shape.tokens * _cross_attention_products(dit, distinct) if distinct > 1 else 0
-        products = 2 * ends + dit.num_layers * (2 * block + cross + null)
+        products = embedding + 2 * projection + dit.num_layers * (2 * block + cross + null) - attention
         skipped: tuple[str, ...] = (ONCE_PER_SCHEDULE, *ONCE_PER_IMAGE)
         return Work(_part_bytes(config, "dit", itemsize, skipped), FLOPS_PER_PRODUCT * products)
-    half = Work(0, FLOPS_PER_PRODUCT * (ends + dit.num_layers * (block + cross)))
+    half = Work(0, FLOPS_PER_PRODUCT * (embedding + projection + dit.num_layers * (block + cross)))
     half += dit_condition(dit, 0, tokens=shape.condition) + dit_tables(dit, 0, steps=1)
     return half * 2 + Work(_part_bytes(config, "dit", itemsize), 0)
 
@@ -156,11 +159,14 @@ def _cross_attention_products(config: DiTConfig, keys: int) -> int:
     return 2 * config.width * config.cross_width + 2 * keys * config.cross_width
 
 
-def _dit_block_products(config: DiTConfig) -> int:
-    """Products per image token of a block's self-attention and feed-forward layer."""
-    width, hidden = config.width, config.mlp_hidden
-    attention = 4 * width**2 + config.num_heads * _linear_attention_products(config.head_dim)
-    return attention + 3 * width * hidden + 9 * 2 * hidden
+def _self_attention_products(config: DiTConfig) -> int:
+    """Products per image token of a block's self-attention."""
+    return 4 * config.width**2 + config.num_heads * _linear_attention_products(config.head_dim)
+
+
+def _feed_forward_products(config: DiTConfig) -> int:
+    """Products per image token of a block's feed-forward layer."""
+    return 3 * config.width * config.mlp_hidden + 9 * 2 * config.mlp_hidden
 
 
 def _linear_attention_products(head_dim: int) -> int:

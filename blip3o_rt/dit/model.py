@@ -82,13 +82,17 @@ class DiT:
     @trace.spanned("dit.tables")
     def prepare_schedule(self, schedule: Schedule) -> ScheduleTables:
         """Time embedding and modulation of every step."""
-        timesteps = schedule.timesteps.to(self.device) * self.config.timestep_scale
+        return self.tables(Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device)))
+
+    def tables(self, schedule: Schedule) -> ScheduleTables:
+        """Those of a schedule that is on the model's device already: work that a graph can hold."""
+        timesteps = schedule.timesteps * self.config.timestep_scale
         features = timestep_features(timesteps).to(self.wide)
         hidden = F.silu(F.linear(features, *self._wide_linear("time_embed.emb.timestep_embedder.linear_1")))
         embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
         modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
         return ScheduleTables(
-            Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device)),
+            schedule,
             modulation.view(schedule.steps, 6, -1),
             embedding,
             self.block_tables,

@@ -59,8 +59,13 @@ def tiled_beginning(blocks: list[Block], tiles: int) -> list[Block]:
     return [TiledBlocks(blocks[:first], tiles), *blocks[first:]]
 
 
+def _reach(block: Block) -> int | None:
+    """REACH of a block's class, or of the one that it derives from."""
+    return next(REACH[kind] for kind in type(block).__mro__ if kind in REACH)
+
+
 def _sees_all(block: Block) -> bool:
-    return REACH[type(block)] is None
+    return _reach(block) is None
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,6 @@ def _margin(blocks: list[Block], cell_in: int, cell: int) -> int:
         doubles = isinstance(block, NearestUpsampling | ShuffleUpsampling)
         after = pixel // 2 if doubles else 2 * pixel if _halves(block) else pixel
         depth = -(-depth // pixel) * pixel  # a pixel is wrong as a whole
-        depth += (REACH[type(block)] or 0) * min(pixel, after)
+        depth += (_reach(block) or 0) * min(pixel, after)
         pixel = after
     return -(-depth // cell)

@@ -21,11 +21,15 @@ from blip3o_rt.bench.work import Work
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset
 from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.reference.measure import relative_l2
+from blip3o_rt.reports.reading import set_apart
 from blip3o_rt.units import time_text
 from blip3o_rt.vae import blocks as vae_blocks
 from blip3o_rt.vae import model as vae_model
+from blip3o_rt.vae.tiles import REACH
 from blip3o_rt.validate.checkpoint import EDITING
+from tests.recorded_graph import RecordedGraphs
 
 LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
 launches operator_calls note"""
@@ -313,6 +317,30 @@ def test_switches_of_the_fast_tier_are_those_of_weights_and_those_given(subject:
     assert fast("dit.denoise", given) == {"step_cache=3", "guidance_interval=0:0.9"}
 
 
+def test_a_record_says_its_switches_and_whether_there_were_graphs(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(subject, switches={"step_cache": "3"})
+    assert set_apart(model_entry(subject, "exact", [])) == {}
+    assert set_apart(model_entry(given, "fast", [])) == {"step_cache": "3"}
+    monkeypatch.setenv("BLIP3O_GRAPHS", "off")
+    assert set_apart(model_entry(given, "fast", [])) == {"step_cache": "3", "graphs": "off"}
+
+
+def test_a_step_of_8_bit_products_has_no_share_of_another_ceiling(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = replace(subject, switches={"dit_weights": "int8"})
+    record = Record(tmp_path, [], model_entry(given, "fast", []))
+    chosen = settings("dit.step", peers=("diffusers",), runs=1, tier="fast")
+    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+    Run(given, chosen, record, lambda _: None).everything()
+    found = by_name(record.data)
+    assert found["dit.step", "ours"]["n"] == 1
+    assert found["dit.step", "ours"]["share"] is None
+    assert found["dit.step", "diffusers"]["share"] is not None
+
+
 def test_switches_that_are_given_are_measured(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +365,22 @@ def test_a_fast_tiers_switch_is_off_on_the_one_side_and_on_on_the_other(subject:
         assert switch.on.of(own).switches == {"ar_weights": "int8"}
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
+    """Stages record as on a GPU."""
+    graphs = RecordedGraphs()
+    monkeypatch.setattr(Recorder, "of", lambda _: Recorder(graphs))
+    return graphs
+
+
+@pytest.fixture(params=["cpu", "recorded"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    """Stages as on a CPU, and recorded as on a GPU."""
+    if request.param == "recorded":
+        request.getfixturevalue("recorded")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("edit", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -362,6 +406,24 @@ def test_a_step_without_an_optimisation_is_the_same_step(
     assert relative_l2(results[1], results[0]) < 1e-5
 
 
+def test_what_a_request_replays_is_replayed(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps of each kind, the condition and the connector, to the numbers that they have without."""
+    given = replace(subject, switches={"step_cache": "2", "guidance_interval": "0:0.9"})
+    checkpoint, graphs, found = given.load(("connector", "dit")), RecordedGraphs(), []
+    for recorder in (Recorder(None), Recorder(graphs)):
+        monkeypatch.setattr(Recorder, "of", lambda _, recorder=recorder: recorder)
+        dit, connector = stages.DitStage(checkpoint, steps=4), stages.ConnectorStage(checkpoint)
+        with torch.no_grad():
+            dit.prepare_denoise()
+            before = graphs.replayed
+            latent = dit.denoise()
+            keys, tokens = dit.condition().keys.clone(), connector.run().conditional.clone()
+            found.append((latent, keys, tokens))
+    assert graphs.replayed - before == 4 + 1 + 1
+    for eager, replayed in zip(*found, strict=True):
+        assert relative_l2(replayed, eager) < 1e-6
+
+
 @pytest.mark.parametrize("tiles", ["1", "2"])
 @pytest.mark.parametrize("option", ["doubled", "channels_first"])
 def test_a_decoder_without_an_optimisation_is_the_same_decoder(
@@ -375,6 +437,7 @@ def test_a_decoder_without_an_optimisation_is_the_same_decoder(
     assert relative_l2(without.call(), whole.call()) < 1e-5
     assert vae_model.NearestUpsampling is vae_blocks.NearestUpsampling  # nothing stays changed
     assert vae_model.Convolution is vae_blocks.Convolution is unoptimised.Convolution
+    assert not {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst} & set(REACH)
 
 
 def test_a_switch_that_cannot_be_built_fails_alone(
@@ -393,6 +456,23 @@ def test_a_switch_that_cannot_be_built_fails_alone(
     assert "switch null tokens of dit.step.edit failed: RuntimeError: no such piece" in record.data["notes"]
 
 
+def test_a_switch_that_this_machine_cannot_take_is_left_out(
+    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Subject.load
+
+    def exact_alone(self: Subject, *parts: Any) -> Checkpoint:
+        if self.switches:
+            raise ParameterError("it has no kernel here")
+        return load(self, *parts)
+
+    monkeypatch.setattr(Subject, "load", exact_alone)
+    record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
+    assert record.data["ablations"] == []
+    assert "switch ar_weights=int8 of ar.prefill left out: it has no kernel here" in record.data["notes"]
+    assert not record.failed
+
+
 def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "MORE_RUNS", {})
     record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
@@ -403,6 +483,7 @@ def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pyt
         ablation.select(["connector"])
 
 
+@pytest.mark.usefixtures("either_way")
 def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = subject.load(stages.ArStage.parts)
     switches = {s.name: s for s in ablation.op_switches("ar.token", ablation.ar_token(checkpoint))}

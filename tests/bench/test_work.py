@@ -48,11 +48,12 @@ def test_a_batch_reads_the_weights_once_and_every_cache() -> None:
 
 
 def test_published_dit_step() -> None:
-    """6.45 TFLOP a step with guidance, 193 for 30 steps; 159 without what no step changes."""
+    """6.45 TFLOP a step with guidance, 193 for 30 steps; 158 without what is computed once for all steps or
+    for both halves."""
     full, shortened = (work.dit_step(PUBLISHED, BF16, shortened=s) for s in (False, True))
     assert full.flops == pytest.approx(6.45e12, rel=1e-3)
     assert 30 * full.flops == pytest.approx(193e12, rel=4e-3)
-    assert 30 * shortened.flops == pytest.approx(159e12, rel=2e-3)
+    assert 30 * shortened.flops == pytest.approx(157.5e12, rel=1e-3)
     assert full.bytes == pytest.approx(3.21e9, rel=1e-2)
     assert shortened.bytes < full.bytes
 
@@ -135,11 +136,10 @@ def test_counts_are_those_of_the_peers(checkpoint: Checkpoint) -> None:
 def test_counts_of_ours_are_what_ours_computes(checkpoint: Checkpoint) -> None:
     dit = stages.DitStage(checkpoint)
     dit.prepare()
-    # The first self-attention is computed once for both halves, which the count leaves out.
-    assert counted(dit.step) == pytest.approx(dit.step_work(shortened=True).flops, rel=0.25)
+    assert counted(dit.step) == pytest.approx(dit.step_work(shortened=True).flops, rel=0.02)
     edit = stages.DitStage(checkpoint, edit=True)
     edit.prepare()
-    assert counted(edit.step) == pytest.approx(edit.step_work(shortened=True).flops, rel=0.25)
+    assert counted(edit.step) == pytest.approx(edit.step_work(shortened=True).flops, rel=0.02)
     assert counted(dit.condition) == pytest.approx(dit.condition_work().flops, rel=0.02)
     assert counted(dit.tables) == dit.tables_work().flops
     vae = stages.VaeStage(checkpoint)
