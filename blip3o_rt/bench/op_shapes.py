@@ -311,12 +311,13 @@ def _dit(config: ModelConfig) -> Iterator[OpShape]:
         label,
         lambda dtype: Case("", (rows(1, dtype), rows(2, dtype), random(3, width)), written=(0,)),
     )
-    yield OpShape(
-        "quantise_rows",
-        label,
-        lambda dtype: Case("", (rows(1, dtype).view(-1, width), torch.zeros(2 * tokens)), written=(1,)),
-        moved=2 * tokens * width,
-    )
+    for name, values in (("int8", torch.int8), ("e4m3", E4M3)):
+        yield OpShape(
+            "quantise_rows",
+            f"{label} to {name}",
+            _quantised_rows(2 * tokens, width, values),
+            moved=2 * tokens * width,
+        )
     yield OpShape(
         "scale_product",
         label,
@@ -366,6 +367,13 @@ def _linear_attention(
     weights = [1 + random(seed, width, scale=0.3) for seed in (2, 3)]
     norms = tuple(weight.to(dtype) for weight in weights) if norm else (None, None)
     return Case("", (random(1, batch, tokens, 3 * width, dtype=dtype), *norms, heads, 1e-5))
+
+
+def _quantised_rows(rows: int, width: int, values: torch.dtype) -> Make:
+    def make(dtype: torch.dtype) -> Case:
+        return Case("", (random(1, rows, width, dtype=dtype), torch.zeros(rows)), {"dtype": values}, (1,))
+
+    return make
 
 
 def _scaled(rows: int, columns: int, dtype: torch.dtype) -> Case:

@@ -40,6 +40,16 @@ def test_every_op_has_a_shape_at_every_geometry() -> None:
     assert {shape.op for shape in op_shapes(preset("published"), (1,))} == set(ops.all_ops())
 
 
+@pytest.mark.parametrize("name", ["triton", "scaled_mm"])
+def test_every_kernel_takes_a_shape_to_be_timed_at(name: str) -> None:
+    kernels = {op: op.named(name) for op in ops.all_ops().values() if name in op.implementation_names}
+    assert kernels
+    for op, kernel in kernels.items():
+        shapes = [shape for shape in SHAPES.values() if shape.op == op.name]
+        cases = [shape.make(dtype) for shape in shapes for dtype in shape.dtypes]
+        assert any(kernel.supports(*case.arguments, **case.options) is None for case in cases), op
+
+
 @pytest.fixture(params=list(SHAPES))
 def shape(request: pytest.FixtureRequest) -> OpShape:
     return SHAPES[request.param]
