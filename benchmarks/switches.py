@@ -28,6 +28,7 @@ from benchmarks.targets import read_records
 from blip3o_rt.bench.samples import median
 from blip3o_rt.checkpoint.load import QUANTISERS, load_checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.cli import INTERRUPTED
 from blip3o_rt.cli.pictures import make_folder
 from blip3o_rt.cli.score import few_threads
 from blip3o_rt.embedded import embedded_checkpoint
@@ -144,7 +145,7 @@ def cases(device_type: str) -> Iterator[Case]:
 def measure(
     found: Sequence[Case], tasks: Sequence[Task], model: Path | None, device: str, dtype: str
 ) -> list[Measured]:
-    """Every task by every case in turns; what is there after an interrupt is whole rounds."""
+    """Every task by every case in turns; an interrupt ends it, and what is there are whole rounds."""
     pipelines = {}
     for case in found:
         key = tuple(case.switches.items())
@@ -152,17 +153,27 @@ def measure(
             pipelines[key] = load(case, model, device, dtype)
             check_model(pipelines[key])
     measured = [Measured(case) for case in found]
-    for task in tqdm(tasks, desc="switches", disable=None):
-        drawn = [
-            next(draw_and_judge(pipelines[tuple(case.switches.items())], [task], steps=case.steps))
-            for case in found
-        ]
-        expected = drawn[0].picture
-        for one, picture in zip(measured, drawn, strict=True):
-            one.drawn.append(picture)
-            if expected is not None and picture.picture is not None:
-                one.likeness.append(Likeness.of(np.asarray(picture.picture), np.asarray(expected)))
+    try:
+        for task in tqdm(tasks, desc="switches", disable=None):
+            drawn = [
+                next(draw_and_judge(pipelines[tuple(case.switches.items())], [task], steps=case.steps))
+                for case in found
+            ]
+            alike = [likeness(picture, drawn[0]) for picture in drawn]
+            for one, picture, likenesses in zip(measured, drawn, alike, strict=True):
+                one.drawn.append(picture)
+                one.likeness += likenesses
+    except KeyboardInterrupt:
+        if not measured[0].drawn:
+            raise
     return measured
+
+
+def likeness(picture: Drawn, expected: Drawn) -> list[Likeness]:
+    """How alike two pictures are; empty where one of them could not be drawn."""
+    if picture.picture is None or expected.picture is None:
+        return []
+    return [Likeness.of(np.asarray(picture.picture), np.asarray(expected.picture))]
 
 
 def load(case: Case, model: Path | None, device: str, dtype: str) -> Pipeline:
@@ -219,15 +230,17 @@ def rendered(text: str, results: Path = RESULTS) -> str:
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     newest = {_machine(record): record for record in read_records(results, KIND)}
-    sections = [f"{name}:\n\n{table(record)}" for name, record in sorted(newest.items())]
+    sections = [
+        f"{name}, `{_command(record)}`:\n\n{table(record)}" for name, record in sorted(newest.items())
+    ]
     return "\n".join([before + BEGIN, *sections, END + after])
 
 
 def _machine(record: Mapping[str, Any]) -> str:
-    """Where, in what and how a record was made."""
+    """Where and in what a record was made."""
     machine, model = record["machine"], record["model"]
     name = machine["gpu"] if str(model["device"]).startswith("cuda") else machine["cpu"]
-    return f"{name}, {model['dtype']}, threads: {model['threads']}, {model['size']}, `{_command(record)}`"
+    return f"{name}, {model['dtype']}, threads: {model['threads']}, {model['size']}"
 
 
 def _command(record: Mapping[str, Any]) -> str:
@@ -280,12 +293,13 @@ def run(arguments: argparse.Namespace) -> int:
         )
     entries = [one.entry(measured[0]) for one in measured]
     settings = {"count": arguments.count, "seed": arguments.seed}
-    record = head | {"complete": True, "model": model, "settings": settings, "entries": entries}
+    complete = len(measured[0].drawn) == len(tasks)
+    record = head | {"complete": complete, "model": model, "settings": settings, "entries": entries}
     print(table(record))
     if arguments.out is not None:
         write_record(arguments.out / f"{KIND}.json", record)
         print(arguments.out / f"{KIND}.json")
-    return 0
+    return 0 if complete else INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ def entry(label: str, **changes: Any) -> dict[str, Any]:
     return {**fields, **measured, **times, **changes}
 
 
-def record(created: str, *entries: dict[str, Any]) -> dict[str, Any]:
+def record(created: str, *entries: dict[str, Any], out: str = "") -> dict[str, Any]:
     model = {"size": "shapes", "dtype": "fp32", "device": "cpu", "threads": 1}
     machine = {"cpu": "a processor", "gpu": None}
-    head = {"kind": "switches", "created": created, "command": ["measure"]}
+    head = {"kind": "switches", "created": created, "command": ["measure", out]}
     return {**head, "machine": machine, "model": model, "entries": list(entries)}
 
 
@@ -73,7 +74,7 @@ def test_the_page_has_the_newest_record_between_its_marks(tmp_path: Path) -> Non
     for day in ("02", "01"):
         (tmp_path / day).mkdir()
         (tmp_path / day / "switches.json").write_text(
-            json.dumps(record(f"2026-01-{day}", entry(f"of {day}")))
+            json.dumps(record(f"2026-01-{day}", entry(f"of {day}"), out=f"--out {day}"))
         )
     text = f"before\n{switches.BEGIN}\nstale\n{switches.END}\nafter\n"
     found = switches.rendered(text, tmp_path)
@@ -104,3 +105,23 @@ def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert same["psnr"] == [None] * 4
     assert same["ssim"] == pytest.approx([1.0] * 4)
     assert all(psnr is not None and psnr > 20 for psnr in other["psnr"])
+
+
+def test_an_interrupt_leaves_whole_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [switches.Case({}, 2), switches.Case({"step_cache": "2"}, 2, "denoise")]
+    monkeypatch.setattr(switches, "cases", lambda device: chosen)
+    compared = switches.likeness
+    calls = itertools.count()
+
+    def interrupted(*pictures: Any) -> Any:
+        if next(calls) >= 3:  # two cases of a round, and one of the next
+            raise KeyboardInterrupt
+        return compared(*pictures)
+
+    monkeypatch.setattr(switches, "likeness", interrupted)
+    assert switches.main(["--count", "1", "--out", str(tmp_path)]) == 130
+    found = json.loads((tmp_path / "switches.json").read_text())
+    assert not found["complete"]
+    assert [(e["n"], len(e["psnr"]), len(e["seconds_exact"])) for e in found["entries"]] == [(1, 1, 1)] * 2
+    with pytest.raises(KeyboardInterrupt):  # nothing is there after less than a round
+        switches.main(["--count", "1"])
