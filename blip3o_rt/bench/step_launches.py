@@ -5,9 +5,9 @@
 Ours and diffusers' eager modules run on tensors that have no memory. A product is a matrix product, a
 convolution or torch's fused attention: what a library computes. Everything else is a pass, which only moves
 activations about and is what there is to save; bytes are those that every pass reads and writes if no cache
-holds anything from one launch to the next, an op's inputs and results once. Ours counts its own attention ops
-as passes too, so it is not favoured. Views launch nothing, every other operator of torch one kernel, and the
-bias of a convolution that is not depthwise one more.
+holds anything from one launch to the next, an op's inputs and results once, and twice what a kernel of its
+own normalises. Ours counts its own attention ops as passes too, so it is not favoured. Views launch nothing,
+every other operator of torch one kernel, and the bias of a convolution that is not depthwise one more.
 
 The last table takes one optimisation of ours out at a time (see `ablation`): what that adds is what it saves.
 """
@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from blip3o_rt import ops
 from blip3o_rt.bench import peers
 from blip3o_rt.bench.ablation import ALL_OPS, DECODER, EDIT, LINES, STEP, SWITCHES, Switch, Variant
 from blip3o_rt.bench.compose import OURS
@@ -122,7 +123,7 @@ def _counting(found: StepCount, references: frozenset[str]) -> Iterator[None]:
             found.products += 1
             found.add_pass(op.name, 1, 2 * result.nbytes)
         else:
-            found.add_pass(op.name, launches_of(op.name, given), moved_by(given, result))
+            found.add_pass(op.name, launches_of(op.name, given), moved_by(op.name, given, result))
         return result
 
     with ExitStack() as stack:
@@ -134,16 +135,24 @@ def _counting(found: StepCount, references: frozenset[str]) -> Iterator[None]:
 
 def launches_of(op: str, given: Mapping[str, Any]) -> int:
     """Kernels that a call of an op launches in triton_kernels: states and results of linear attention are
-    two, and the RMS of its keys one more."""
-    if op != "relu_linear_attention":
-        return 1
-    return 2 if given["k_weight"] is None else 3
+    two; the RMS of its keys, or of the queries of cross-attention, is one more."""
+    kernels = 2 if op == "relu_linear_attention" else 1
+    return kernels + (normed_ahead(op, given) > 0)
 
 
-def moved_by(given: Mapping[str, Any], result: Tensor) -> int:
-    """Bytes of an op's inputs and its result."""
+def moved_by(op: str, given: Mapping[str, Any], result: Tensor) -> int:
+    """Bytes of an op's inputs and its result, and again of what a kernel of its own reads for its RMS."""
     inputs = {id(t): t.nbytes for name, t in given.items() if isinstance(t, Tensor) and name != "out"}
-    return sum(inputs.values()) + result.nbytes
+    return sum(inputs.values()) + result.nbytes + normed_ahead(op, given)
+
+
+def normed_ahead(op: str, given: Mapping[str, Any]) -> int:
+    """Bytes of the queries or keys whose RMS over all heads an attention computes in a kernel of its own."""
+    if op == "relu_linear_attention" and given["k_weight"] is not None:
+        return int(given["qkv"].nbytes) // 3
+    if op == "cross_attention" and given["query_weight"] is not None:
+        return int(given["query"].nbytes)
+    return 0
 
 
 class _Pausable:
@@ -224,16 +233,10 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 def switches_of(line: str, whole: StepCount) -> Iterator[Switch]:
     """What can be taken out of a line and counted: the listed switches of its stage, and its fused ops."""
     yield from (switch for switch in SWITCHES if line in switch.lines and switch.off.options)
-    fused = [name for name in whole.passes if name in _op_names()]
+    fused = [name for name in whole.passes if name in ops.all_ops()]
     for name in fused:
         yield Switch(name, (line,), Variant(IN_TORCH, {name: REFERENCE}), Variant("one op"))
     yield Switch(ALL_OPS, (line,), Variant(IN_TORCH, dict.fromkeys(fused, REFERENCE)), Variant("fused"))
-
-
-def _op_names() -> frozenset[str]:
-    from blip3o_rt import ops
-
-    return frozenset(ops.all_ops())
 
 
 def without(checkpoint: Checkpoint, line: str, off: Variant) -> StepCount:

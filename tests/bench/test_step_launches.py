@@ -54,6 +54,9 @@ def test_a_step_of_ours(checkpoint: Checkpoint, line: str, tokens: int, halves: 
     assert calls["relu_linear_attention"] == calls["depthwise_glu"] == L
     assert calls["guided_euler_step"] == calls["repeat"] == 1
     assert found.passes["relu_linear_attention"].launches == 3 * L
+    assert found.passes["cross_attention"].launches == 2 * halves * L  # the RMS of the queries is one
+    if halves == 1:  # queries twice, once for their RMS, and their weight; keys and values; the result
+        assert found.passes["cross_attention"].bytes == L * (3 * tokens + 1 + 2 * M) * D * BF16
     # The first one is of one half; the last one writes float32.
     rows, vectors = tokens * D, 2 * D * FP32
     moved = 2 * rows * BF16 + (2 * L - 1) * 4 * rows * BF16 + 2 * rows * (BF16 + FP32)
