@@ -25,13 +25,12 @@ def _add_pixel_unshuffle(
     x,
     bias,
     elements,
-    height,
     width,
     channels: tl.constexpr,
     wanted: tl.constexpr,
     block: tl.constexpr,
 ):
-    """height and width are those of the result."""
+    """width is the result's."""
     index = tl.program_id(0) * block + tl.arange(0, block)
     inside = index < elements
     channel, pixel = index % wanted, index // wanted
@@ -52,13 +51,12 @@ def _add_pixel_unshuffle(
 
 def add_pixel_unshuffle(result: Tensor, x: Tensor, bias: Tensor | None) -> None:
     """result [B, H, W, D], x [B, 2 H, 2 W, C] of fewer than 2^31 elements, bias [D] or None, contiguous."""
-    _, height, width, wanted = result.shape
+    width, wanted = result.shape[2:]
     _add_pixel_unshuffle[(triton.cdiv(result.numel(), BLOCK),)](
         result,
         x,
         bias,
         result.numel(),
-        height,
         width,
         channels=x.shape[3],
         wanted=wanted,
