@@ -37,10 +37,19 @@ class Matrix:
         return ops.row_linear_int8(x, self.weight, self.scale, out=out)
 
     def norm_row_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, *, gated: bool = False, out: Tensor
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        *,
+        gated: bool = False,
+        scratch: ops.Scratch,
+        out: Tensor,
     ) -> Tensor:
         """RMSNorm of x [M, K] and its product -> out [M, N], or [M, N / 2] of gates and ups."""
-        return ops.norm_row_linear(x, norm_weight, eps, self.weight, scale=self.scale, gated=gated, out=out)
+        return ops.norm_row_linear(
+            x, norm_weight, eps, self.weight, scale=self.scale, gated=gated, scratch=scratch, out=out
+        )
 
     def row_linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual [M, N] += the product with x [M, K], in place."""

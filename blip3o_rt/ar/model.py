@@ -13,6 +13,7 @@ from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.ar.layout import EMBEDDING, HEAD
 from blip3o_rt.ar.matrix import Matrix
+from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig
 
 PREFILL_CHUNK = 256  # positions: enough that arithmetic hides the reading of the weights
@@ -143,7 +144,7 @@ class Decoder:
         positions = torch.arange(start, length, dtype=torch.int32, device=self.device)
 
         def int32(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=self.device)
+            return uploaded(values, torch.int32, self.device)
 
         slots = int32(self.cache.slots(sequence, start, length))
         table = int32(sequence.block_table[: self.cache.pages_for(length)])[None]
@@ -185,7 +186,9 @@ class Decoder:
         torch.index_select(self.embedding, 0, tokens, out=space.residual)
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
-            layer.qkv.norm_row_linear(space.residual, layer.input_norm, config.rms_norm_eps, out=space.qkv)
+            layer.qkv.norm_row_linear(
+                space.residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
+            )
             ops.decode_attention(
                 space.qkv,
                 layer.q_norm,
@@ -204,7 +207,12 @@ class Decoder:
             )
             layer.attention_out.row_linear_add(space.attended.flatten(1), space.residual)
             layer.gate_up.norm_row_linear(
-                space.residual, layer.mlp_norm, config.rms_norm_eps, gated=True, out=space.activated
+                space.residual,
+                layer.mlp_norm,
+                config.rms_norm_eps,
+                gated=True,
+                scratch=self.scratch,
+                out=space.activated,
             )
             layer.down.row_linear_add(space.activated, space.residual)
         return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=space.normed)

@@ -12,6 +12,7 @@ from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_product import product, reference_product, unknown_weight
+from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.silu_mul import silu_mul
 
 FUSED_ROWS = 8  # of x that one CUDA kernel norms and multiplies: those of one product of the tensor cores
@@ -26,6 +27,7 @@ def norm_row_linear(
     *,
     scale: Tensor | None = None,
     gated: bool = False,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """rms_norm(x, norm_weight, eps) weight^T for x [M, K], norm_weight [K], weight [N, K] -> [M, N].
@@ -33,8 +35,9 @@ def norm_row_linear(
     With `scale` float32 [N] the weight is int8, as in row_linear_int8. `gated`: the rows of the weight are
     N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates and ups are
     rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one after the
-    other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x does. Each
-    row has the same bits whatever the other rows are and however many.
+    other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x does.
+    scratch: memory that a call may use (else it makes its own). Each row has the same bits whatever the other
+    rows are and however many.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("norm_row_linear: out must not be the memory of x; give it memory of its own")
@@ -72,6 +75,7 @@ def _cuda(
     *,
     scale: Tensor | None = None,
     gated: bool = False,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = _allocate(x, weight, gated) if out is None else out
@@ -90,6 +94,7 @@ def _cpu(
     *,
     scale: Tensor | None = None,
     gated: bool = False,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = _allocate(x, weight, gated) if out is None else out
@@ -106,14 +111,19 @@ def _composed(
     *,
     scale: Tensor | None = None,
     gated: bool = False,
+    scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """The ops one after the other, each on the best implementation it has."""
     out = _allocate(x, weight, gated) if out is None else out
-    normed = rms_norm(x, norm_weight, eps, out=torch.empty(x.shape, dtype=x.dtype, device=x.device))
+    scratch = Scratch() if scratch is None else scratch
+    (rows, inputs), outputs = x.shape, len(weight) if gated else 0
+    memory = scratch.memory(rows * (outputs + inputs), x.dtype, x.device)
+    gate_up, normed = memory[: rows * (outputs + inputs)].split([rows * outputs, rows * inputs])
+    normed = rms_norm(x, norm_weight, eps, out=normed.view(rows, inputs))
     if not gated:
         return product(normed, weight, scale, out)
-    return silu_mul(product(normed, weight, scale, _allocate(x, weight, False)), out=out)
+    return silu_mul(product(normed, weight, scale, gate_up.view(rows, outputs)), out=out)
 
 
 def _allocate(x: Tensor, weight: Tensor, gated: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,18 +16,20 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._areas: dict[tuple[str, torch.dtype, torch.device], list[Tensor]] = {}
+        self._areas: dict[tuple[Callable[..., Tensor], torch.dtype, torch.device], list[Tensor]] = {}
 
     def memory(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """At least `count` elements of anything."""
-        return self._area("memory", count, dtype, device)
+        return self._area(torch.empty, count, dtype, device)
 
     def counters(self, count: int, device: torch.device) -> Tensor:
         """At least `count` zeros, int32, which the call must leave as zeros."""
-        return self._area("counters", count, torch.int32, device)
+        return self._area(torch.zeros, count, torch.int32, device)
 
-    def _area(self, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        areas = self._areas.setdefault((kind, dtype, device), [])
+    def _area(
+        self, make: Callable[..., Tensor], count: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        areas = self._areas.setdefault((make, dtype, device), [])
         if not areas or len(areas[-1]) < count:
-            areas.append(torch.zeros(count, dtype=dtype, device=device))
+            areas.append(make(count, dtype=dtype, device=device))
         return areas[-1]
