@@ -290,20 +290,48 @@ inline void load_transposed(uint32_t (&b)[4], const void* row) {
     }
 }
 
-// The tensor cores' product of csrc/cuda/mma.h; exact but for one rounding of each sum.
+namespace simt {
+
+// The largest float that is not farther from zero.
+inline float cut_off(double value) {
+    const float nearest = static_cast<float>(value);
+    return std::fabs(nearest) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// A sum as the coarsest tensor cores make it: its terms are cut off where the largest of them would end as a
+// float, and so is the sum.
+template <size_t count>
+float add_aligned(const double (&terms)[count]) {
+    double largest = 0.0, exact = 0.0;
+    for (double term : terms) {
+        largest = std::fmax(largest, std::fabs(term));
+        exact += term;
+    }
+    if (largest == 0.0 || !std::isfinite(exact)) return static_cast<float>(exact);
+    int exponent;
+    std::frexp(largest, &exponent);
+    const double units = std::ldexp(1.0, 24 - exponent);
+    int64_t sum = 0;
+    for (double term : terms) sum += static_cast<int64_t>(term * units);
+    return cut_off(static_cast<double>(sum) / units);
+}
+
+}  // namespace simt
+
+// The tensor cores' product of csrc/cuda/mma.h.
 inline void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     simt::Letter letter = {{a[0], a[1], a[2], a[3], b[0], b[1]}};
     const simt::Letter* letters = simt::Block::current->exchange(0xffffffffu, letter);
     const size_t lane = simt::Block::current->lane();
     for (size_t e = 0; e < 4; ++e) {
         const size_t row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-        double sum = sums[e];
+        double terms[17] = {sums[e]};
         for (size_t k = 0; k < 16; ++k) {
             const simt::Letter &row_letter = letters[row % 8 * 4 + k % 8 / 2],
                                &column_letter = letters[column * 4 + k % 8 / 2];
-            sum += double{simt_bfloat16(row_letter.word[k / 8 * 2 + row / 8], k % 2)} *
-                   simt_bfloat16(column_letter.word[4 + k / 8], k % 2);
+            terms[1 + k] = double{simt_bfloat16(row_letter.word[k / 8 * 2 + row / 8], k % 2)} *
+                           simt_bfloat16(column_letter.word[4 + k / 8], k % 2);
         }
-        sums[e] = static_cast<float>(sum);
+        sums[e] = simt::add_aligned(terms);
     }
 }
