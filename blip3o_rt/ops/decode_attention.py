@@ -48,14 +48,27 @@ def decode_attention(
     return deliver(attended, qkv.dtype, out)
 
 
-def _takes(qkv: Tensor, *arguments: object, **options: object) -> str | None:
-    """None for the sizes of heads that there are kernels for."""
-    k_cache = arguments[5]
-    assert isinstance(k_cache, Tensor)
+def _takes(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope_table: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *_: object,
+    **options: object,
+) -> str | None:
+    """None for the sizes of heads that there are kernels for, where 16 bytes are moved at a time."""
     _, kv_heads, _, head_dim = k_cache.shape
     q_heads = qkv.shape[-1] // head_dim - 2 * kv_heads
     if head_dim not in HEAD_DIMS or q_heads > MOST_HEADS_PER_KV_HEAD * kv_heads:
         return f"takes heads of 64 or 128, up to {MOST_HEADS_PER_KV_HEAD} for one KV head"
+    apart = len(qkv) <= 1 or qkv.stride(0) % 8 == 0
+    moved = (qkv, q_weight, k_weight, rope_table, k_cache, v_cache)
+    if not (apart and all(tensor.data_ptr() % 16 == 0 for tensor in moved)):
+        return "takes rows that begin at multiples of 16 bytes"
     return None
 
 

@@ -34,7 +34,8 @@ def paged_prefill_attention(
     positions up to its own. What is before them is in the cache already: of a prompt that is read in pieces,
     or a beginning that sequences share. k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV
     head h // (Hq / Hkv). Position p of sequence b is at page block_table[b, p // page_size] (int32 [B,
-    max_blocks]), offset p % page_size; entries past the context are not read.
+    max_blocks]), offset p % page_size; entries past the context are not read. A value of the context that is
+    not finite may show in every query of its sequence, also in those before it.
     -> [T, Hq, D] in the dtype of q. Implementation "cuda": a query's bits depend neither on other sequences
     nor on how its prompt was cut.
 

@@ -4,6 +4,9 @@
 // Bytes    about 100 a row.
 // Bound    launch latency: it is one launch in place of a dozen.
 // State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
+//
+// Places are on the device, so nobody can be told of a wrong one: a row whose place `kept` does not have stays
+// as it is.
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 
@@ -18,7 +21,9 @@ __global__ void __launch_bounds__(kThreads) advance_rows_kernel(AdvanceRowsArgum
     const int64_t draw = a.draws[row];
     const int position = a.context_lengths[row], page_size = static_cast<int>(a.page_size);
     a.out[row] = (draw < 0 ? 0 : draw) + a.first_ids[row];
-    const bool goes_on = position > 0 && position < a.max_blocks * page_size;
+    const int64_t place = a.places[row];
+    const bool has_place = place >= 0 && place < a.kept_places;
+    const bool goes_on = has_place && position > 0 && position < a.max_blocks * page_size;
     a.positions[row] = goes_on ? position : 0;
     if (!goes_on) {
         a.slots[row] = -1;
@@ -26,7 +31,6 @@ __global__ void __launch_bounds__(kThreads) advance_rows_kernel(AdvanceRowsArgum
     }
     const int page = a.block_table[row * a.max_blocks + position / page_size];
     a.slots[row] = page * page_size + position % page_size;
-    const int64_t place = a.places[row];
     a.kept[place] = draw;
     a.drawn[row] += 1;
     a.context_lengths[row] = position + 1;

@@ -16,7 +16,8 @@
 // as it is: a query's bits depend on nothing but itself and the keys and values up to it, whatever it is read
 // together with and wherever its prompt was cut. Lengths and tables are on the device, so nobody can be told
 // of a wrong one: a length that the table does not hold or that is less than the sequence's queries, and a
-// page that does not exist, give NaN. Tokens of no sequence are not written.
+// page that does not exist, give NaN. Tokens of no sequence are not written, nor those of one whose places in
+// q are wrong.
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
@@ -34,14 +35,15 @@ constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 constexpr int kWarpRows = 16, kRows = kWarps * kWarpRows;
 constexpr int kPadding = 8;  // elements after each key in shared memory, so that rows hit different banks
 
-// A sequence's queries, and where the first of them is in its context.
+// A sequence's queries, and where the first of them is in its context. None where q does not hold them.
 struct Queries {
     int sequence, first_token, count, first_position;  // first_position -1: the length is wrong
 };
 
 __device__ inline Queries queries_of(const PagedPrefillAttentionArguments& a, int sequence) {
-    const int first = a.query_starts[sequence], count = a.query_starts[sequence + 1] - first;
-    const int length = context_length(a, sequence);
+    const int first = a.query_starts[sequence], end = a.query_starts[sequence + 1];
+    if (first < 0 || end < first || end > a.tokens) return {sequence, 0, 0, -1};
+    const int count = end - first, length = context_length(a, sequence);
     return {sequence, first, count, length >= count ? length - count : -1};
 }
 
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_prompt_kernel(PagedPrefill
     }
 }
 
-constexpr int kMostLaneChannels = kMostAnyHeadDim / kWarp;
+constexpr int kMostLaneChannels = kMostPromptHeadDim / kWarp;
 
 // One warp per query and head, 32 keys at a time.
 template <class T>
@@ -252,6 +254,7 @@ __global__ void __launch_bounds__(kThreads) attend_prompt_any_kernel(PagedPrefil
     int sequence = 0;
     while (token >= a.query_starts[sequence + 1]) ++sequence;
     const Queries queries = queries_of(a, sequence);
+    if (queries.count == 0) return;
     const int last_key =
         queries.first_position < 0 ? -1 : queries.first_position + token - queries.first_token;
     const T* query = static_cast<const T*>(a.q) + warp * size;

@@ -9,12 +9,6 @@ namespace blip3o::cuda {
 // whatever the batch and the capacity of its table, so that a sequence's result is always the same sum.
 constexpr int kAttentionSplit = 64;
 
-// Query heads of one KV head that decode_attention takes at most.
-constexpr int kMostHeadsPerKvHead = 16;
-
-// Elements of a head that paged_prefill_attention takes at most.
-constexpr int kMostAnyHeadDim = 256;
-
 // What paged_decode_attention and decode_attention need beside their arguments. `arrived` is zero before the
 // first launch, and every launch leaves it so.
 struct AttentionScratch {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
-from tests.csrc.simt.cases import errors, examples
+from tests.csrc.simt.cases import PAGED, errors, examples, unseen_pages
 
 HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h")  # with parts of kernels in them
 
@@ -46,6 +48,10 @@ FAULTS = {
             "blockIdx.x == ticket",
         ),
         ("    __syncthreads();\n    if (!last) return;", "    if (!last) return;"),
+        ("page >= 0 && page < a.cache.pages;", "page < a.cache.pages;"),
+        ("page >= 0 && page < a.cache.pages;", "page >= 0;"),
+        ('score[s] = rows[s] < 0 ? nanf("") : dot;', "score[s] = dot;"),
+        ('dot = rows[p] < 0 ? nanf("") : 0.0f;', "dot = 0.0f;"),
     ],
     "paged_prefill_attention": [
         (
@@ -67,6 +73,8 @@ FAULTS = {
         ("block -= blocks;", "block -= blocks - 1;"),
         ("place.first_row + kRows - 1 : rows - 1", "place.first_row + kRows - 1 : rows - 2"),
         ("queries.first_position + token - queries.first_token;", "queries.first_position;"),
+        ('if (row < 0) k.element[0] = from_float<bfloat>(nanf(""));', ""),
+        ('inside ? row < 0 ? nanf("") : 0.0f : -INFINITY', "inside ? 0.0f : -INFINITY"),
     ],
     "decode_attention": [
         ("= value[threadIdx.x];\n    __syncthreads();", "= value[threadIdx.x];"),
@@ -140,11 +148,13 @@ def whole_source_of(op: str) -> str:
 
 def is_wrong(op: str, kernels: Any) -> bool:
     """Whether a case gives a wrong result, or never ends, in one of the two orders of threads."""
-    for case, exact in examples(op):
+    checks: list[Callable[[], object]] = [partial(unseen_pages, op)] if op in PAGED else []
+    checks += [partial(errors, op, case, exact) for case, exact in examples(op)]
+    for check in checks:
         for descending in (False, True):
             kernels.set_descending(descending)
             try:
-                if errors(op, case, exact):
+                if check():
                     return True
             except RuntimeError:
                 return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
 from blip3o_rt.validate.case import Case, int32, random, run_exact
+from blip3o_rt.validate.cases import advance_rows as advance_cases
 from blip3o_rt.validate.cases import decode_attention as decode_cases
 from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
@@ -23,7 +26,7 @@ from blip3o_rt.validate.cases import sample_tokens as sample_cases
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
 from blip3o_rt.validate.sweep import cases_of
 from tests.csrc.simt.build import SimtCompiler, ops_of
-from tests.csrc.simt.cases import FILES, OPS, errors
+from tests.csrc.simt.cases import FILES, OPS, PAGED, errors, unseen_pages
 
 
 @pytest.fixture(scope="module")
@@ -204,14 +207,15 @@ def test_a_token_without_a_place_is_not_a_number_and_written_nowhere(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
-    case = decode_cases.case("", torch.bfloat16, [9, 70, 5, 30, 40], 2, 1, 64, 16)
-    *_, positions, slots, k_cache, v_cache, _, context, _, _ = case.arguments
+    case = decode_cases.case("", torch.bfloat16, [9, 70, 5, 30, 20, 40], 2, 1, 64, 16)
+    *_, positions, slots, k_cache, v_cache, table, context, _, _ = case.arguments
     before = k_cache.clone(), v_cache.clone()
     positions[0], slots[1], slots[2], context[3] = 1000, 2**30, slots[2] - 1, 10**6
+    table[4, 1], slots[4] = len(k_cache), len(k_cache) * 16 + 3
     found = call("decode_attention", *case.arguments)
-    assert found[:4].isnan().all()
-    assert not found[4].isnan().any()
-    written = slots[4] // 16
+    assert found[:5].isnan().all()
+    assert not found[5].isnan().any()
+    written = slots[5] // 16
     for cache, other in zip((k_cache, v_cache), before, strict=True):
         cache[written] = other[written]
         assert torch.equal(cache.nan_to_num(7), other.nan_to_num(7))
@@ -264,6 +268,91 @@ def test_prompts_of_a_wrong_length_are_not_numbers(
     found = call("paged_prefill_attention", *case.arguments)
     assert found[:30].isnan().all()
     assert not found[30:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("place", "start", "unwritten"),
+    [(0, -3, slice(10)), (1, -5, slice(30)), (2, 70, slice(10, 63)), (3, 70, slice(30, 63))],
+)
+def test_queries_that_are_not_there_are_not_written(
+    kernels: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    place: int,
+    start: int,
+    unwritten: slice,
+) -> None:
+    """Nor is the memory before and after the results."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
+    case = prefill_cases.case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
+    q, *_, starts, _, _ = case.arguments
+    whole = torch.full((63 + 16, 2, 64), 7, dtype=dtype)
+    expected = whole.clone()
+    expected[8:-8] = call("paged_prefill_attention", *case.arguments)
+    expected[8:-8][unwritten] = 7
+    starts[place] = start
+    q = torch.cat([whole[:8], q, whole[:8]])[8:-8]
+    call("paged_prefill_attention", q, *case.arguments[1:], out=whole[8:-8])
+    assert torch.equal(whole, expected)
+
+
+def test_a_row_without_a_place_stays_as_it_is(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels["advance_rows"])
+    case = advance_cases.case("", 4, [3, 5, 9, 2], [1, 2, 3, 4], 3)
+    *token, drawn, context, places, kept, positions, slots = case.arguments
+    whole = torch.full((len(kept) + 2,), -7)
+    places[0], places[2] = -1, len(kept)
+    before = [count.clone() for count in (drawn, context, places)]
+    expected = whole.clone()
+    expected[places[[1, 3]] + 1] = torch.tensor([2, 4])
+    call("advance_rows", *token, drawn, context, places, whole[1:-1], positions, slots)
+    for count, was in zip((drawn, context, places), before, strict=True):
+        assert (count - was).tolist() == [0, 1, 0, 1]
+    assert positions.tolist() == [0, 5, 0, 2]
+    assert slots[[0, 2]].tolist() == [-1, -1]
+    assert torch.equal(whole, expected)
+
+
+def test_heads_that_no_kernel_holds_are_refused(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiled function too, for a caller who does not ask what it takes."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
+    many = decode_cases.case("", torch.float32, [9], 17, 1, 64, 16)
+    with pytest.raises(OpError, match="at most 16 query heads for each KV head"):
+        ops.decode_attention.named("cuda").run(*many.arguments)
+    monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
+    wide = prefill_cases.case("", torch.float32, [9], [9], 2, 1, 257, 16)
+    with pytest.raises(OpError, match="D must be at most 256"):
+        ops.paged_prefill_attention.named("cuda").run(*wide.arguments)
+
+
+def test_a_tokens_attention_tells_what_it_takes_however_it_is_called() -> None:
+    supports = ops.decode_attention.named("cuda").supports
+    case = decode_cases.case("", torch.bfloat16, [9, 3], 4, 2, 64, 16)
+    names = inspect.signature(ops.decode_attention.reference).parameters
+    by_name = dict(zip(names, case.arguments, strict=False))
+    assert supports(*case.arguments) is None
+    assert supports(**by_name) is None
+    for moved in ("qkv", "k_cache", "rope_table"):
+        tensor = by_name[moved]
+        shifted = tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape)
+        assert supports(**by_name | {moved: shifted}) == "takes rows that begin at multiples of 16 bytes"
+    apart = torch.nn.functional.pad(by_name["qkv"], (0, 4))[:, :-4]
+    assert supports(**by_name | {"qkv": apart}) == "takes rows that begin at multiples of 16 bytes"
+
+
+@pytest.mark.parametrize("op", PAGED)
+def test_pages_that_do_not_exist_are_not_numbers(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    monkeypatch.setattr(native, "cuda", lambda: kernels[op])
+    for descending in (False, True):
+        kernels[op].set_descending(descending)
+        assert unseen_pages(op) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

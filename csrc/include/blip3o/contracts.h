@@ -309,6 +309,7 @@ inline PagedPrefillAttentionArguments check_paged_prefill_attention(
     contract(out, "out").dtype({q.dtype}).shape({&tokens, &q_heads, &head_dim}).contiguous();
     contract.require(kv_heads.value() > 0 && q_heads.value() % kv_heads.value() == 0,
                      "Hq (of q) must be a multiple of Hkv (of k_cache)");
+    contract.require(head_dim.value() <= kMostPromptHeadDim, "D must be at most 256");
     contract.require(starts.value() == batch.value() + 1,
                      "query_starts must have one element more than context_lengths");
     PagedPrefillAttentionArguments arguments;
@@ -347,6 +348,8 @@ inline DecodeAttentionArguments check_decode_attention(
     }
     const Contract contract(op, device);
     contract.require(head_dim == 64 || head_dim == 128, "D must be 64 or 128");
+    contract.require(arguments.token.q_heads <= kMostHeadsPerKvHead * arguments.token.cache.kv_heads,
+                     "there must be at most 16 query heads for each KV head");
     contract.require(aligned, "rows must begin at multiples of 16 bytes (call .contiguous())");
     return arguments;
 }

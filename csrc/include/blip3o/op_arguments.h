@@ -110,6 +110,8 @@ struct PagedDecodeAttentionArguments {
     float scale;
 };
 
+constexpr int kMostPromptHeadDim = 256;  // that the GPU's kernels have registers for
+
 struct PagedPrefillAttentionArguments {
     const void* q;  // [tokens, q_heads, head_dim]
     PagedCache cache;
@@ -119,6 +121,8 @@ struct PagedPrefillAttentionArguments {
     DType dtype;
     float scale;
 };
+
+constexpr int kMostHeadsPerKvHead = 16;  // whose queries a block has shared memory for
 
 // A new token of each sequence (token.out is not used) and its attention (attention.q is not used).
 struct DecodeAttentionArguments {

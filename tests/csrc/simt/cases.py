@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import Case, copies, outputs, run_exact
+from blip3o_rt.validate.case import DTYPES, Case, copies, outputs, run_exact
 from blip3o_rt.validate.finding import Finding
 from blip3o_rt.validate.sweep import cases_of, check_of
 from tests.csrc.simt.build import CSRC, SimtCompiler, ops_of
@@ -45,6 +47,38 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
     result: Any = implementation.run(*arguments, **options)
     results = outputs(case, arguments, options, result)
     return [found for found in check_of(op_name)(op, case, results, exact) if not found.passed]
+
+
+PAGED = {"paged_decode_attention": 1, "paged_prefill_attention": 1, "decode_attention": 6}
+"""Ops that attend to pages, and the place of k_cache, v_cache and block_table among their arguments."""
+
+
+def unseen_pages(op_name: str) -> list[str]:
+    """Pages that do not exist and do not make NaN of what attends to them, and of that alone, in each of an
+    op's kernels on native.cuda()."""
+    implementation, place = ops.all_ops()[op_name].named("cuda"), PAGED[op_name]
+    prompts, found = op_name == "paged_prefill_attention", []
+    for dtype, head_dim in itertools.product(DTYPES, (24, 64, 128)):
+        lengths = [[10, 5]] * (2 if prompts else 1)
+        case = cases_of(op_name).case("", dtype, *lengths, 4, 2, head_dim, 4)
+        if implementation.supports(*case.arguments):
+            continue
+        expected = implementation.run(*copies(case)[0])
+        expected[4 if prompts else 0 : 10 if prompts else 1] = torch.nan  # from the second page on
+        for page in (-1, -(2**31), len(case.arguments[place])):
+            arguments, _ = copies(case)
+            arguments[place : place + 2] = (surrounded(cache) for cache in arguments[place : place + 2])
+            arguments[place + 2][0, 1] = page
+            result = implementation.run(*arguments)
+            if not torch.allclose(result, expected, rtol=0, atol=0, equal_nan=True):
+                found.append(f"page {page}, {dtype}, heads of {head_dim}")
+    return found
+
+
+def surrounded(cache: Tensor) -> Tensor:
+    """The cache, with memory before and after its pages."""
+    page = torch.ones_like(cache[:1])
+    return torch.cat([page, cache, page])[1:-1]
 
 
 def main(folder: str, *flags: str) -> None:
