@@ -57,7 +57,7 @@ def _takes(
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    *_: object,
+    *others: object,
     **options: object,
 ) -> str | None:
     """None for the sizes of heads that there are kernels for, where 16 bytes are moved at a time."""
