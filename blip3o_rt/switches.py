@@ -39,14 +39,16 @@ class Switch:
 
     gives_up: what it changes, in words. accepted: its settings in words, for the errors. parse: what a
     setting stands for; raises ValueError where it is none. devices: types of device by setting, where not
-    every device has it. weights: whether weights are made for it, at load or when converted; any other acts
-    while a picture is made. default: what tier "fast" takes where no switch is named, None to leave it off.
+    every device has it. kernels: implementations by op, by setting, without which it gains nothing. weights:
+    whether weights are made for it, at load or when converted; any other acts while a picture is made.
+    default: what tier "fast" takes where no switch is named, None to leave it off.
     """
 
     gives_up: str
     accepted: str
     parse: Callable[[str], Any]
     devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kernels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     weights: bool = False
     default: str | None = None
 
@@ -102,6 +104,7 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
             accepted="int8 or fp8",
             parse=one_of(INT8, FP8),
             devices={INT8: ("cpu",), FP8: ("cuda",)},
+            kernels={FP8: {"linear_fp8": "scaled_mm", "quantise_rows": "triton"}},
             weights=True,
             default=INT8,
         ),
@@ -167,6 +170,16 @@ def weight_switches(switches: Mapping[str, T]) -> dict[str, T]:
     return {name: value for name, value in switches.items() if SWITCHES[name].weights}
 
 
+def plan_switches(switches: Mapping[str, T]) -> dict[str, T]:
+    """Those of the switches, by name, that act while a plan is made."""
+    return {name: value for name, value in switches.items() if name.startswith("ar_")}
+
+
+def render_switches(switches: Mapping[str, T]) -> dict[str, T]:
+    """Those of the switches, by name, that act while a plan is rendered."""
+    return {name: value for name, value in switches.items() if name not in plan_switches(switches)}
+
+
 def check_tier(
     tier: str, switches: Mapping[str, str] | None = None, device_type: str | None = None
 ) -> dict[str, str]:
@@ -196,7 +209,9 @@ def check_tier(
 
 
 def check_device(switches: Mapping[str, str], device_type: str) -> None:
-    """Raise ParameterError where a switch gains nothing on a device: its op has no kernel there."""
+    """Raise ParameterError where a switch gains nothing on a device of this machine: no kernel runs there."""
+    from blip3o_rt import ops  # with torch, which nothing else here needs
+
     for name, text in switches.items():
         if not SWITCHES[name].runs_on(text, device_type):
             having = " or ".join(map(repr, SWITCHES[name].devices[text]))
@@ -204,6 +219,13 @@ def check_device(switches: Mapping[str, str], device_type: str) -> None:
                 f"switch {name}={text} has no kernel for device {device_type!r} and would be slower there "
                 f"than tier 'exact': accepted is device {having}, or tier 'exact'"
             )
+        for op_name, implementation in SWITCHES[name].kernels.get(text, {}).items():
+            reason = ops.all_ops()[op_name].named(implementation).available()
+            if reason is not None:
+                raise ParameterError(
+                    f"switch {name}={text} has no kernel of op {op_name} here and would be slower than tier "
+                    f"'exact': {reason}; or choose tier 'exact'"
+                )
 
 
 def parse_switches(texts: list[str] | None) -> dict[str, str]:
@@ -213,5 +235,8 @@ def parse_switches(texts: list[str] | None) -> dict[str, str]:
         name, equals, chosen = text.partition("=")
         if not equals:
             raise ParameterError(f"switch {text!r} is not of the form name=setting, as ar_weights=int8")
-        found[name.strip()] = chosen.strip()
+        name, chosen = name.strip(), chosen.strip()
+        if name in found:
+            raise ParameterError(f"switch {name} is given as {found[name]!r} and {chosen!r}: give it once")
+        found[name] = chosen
     return check_switches(found)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.ops import triton_backend
 from blip3o_rt.switches import (
+    SWITCHES,
     check_device,
     check_stored,
     check_switches,
     check_tier,
     parse_switches,
+    plan_switches,
+    render_switches,
     setting,
     weight_switches,
 )
@@ -112,6 +117,41 @@ def test_a_switch_is_refused_on_a_device_without_its_kernel() -> None:
         ParameterError, match=r"switch dit_weights=int8 has no kernel for device 'cuda'.*device 'cpu'"
     ):
         check_device({"dit_weights": "int8"}, "cuda")
+
+
+def test_a_switch_is_refused_where_this_machines_gpus_do_not_run_its_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not only the kind of device counts: 8-bit floating point came with compute capability 8.9."""
+    fp8, capability = {"dit_weights": "fp8"}, (9, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    check_device(fp8, "cuda")
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: "triton is not installed; pip install it")
+    with pytest.raises(ParameterError, match=r"no kernel of op quantise_rows here .*: triton is not inst"):
+        check_device(fp8, "cuda")
+    capability = (8, 0)
+    with pytest.raises(ParameterError) as error:
+        check_device(fp8, "cuda")
+    assert str(error.value) == (
+        "switch dit_weights=fp8 has no kernel of op linear_fp8 here and would be slower than tier 'exact': "
+        "NVIDIA A100 is older than compute capability 8.9; hide that GPU with CUDA_VISIBLE_DEVICES; or "
+        "choose tier 'exact'"
+    )
+
+
+def test_a_switch_that_is_given_twice_is_refused() -> None:
+    with pytest.raises(ParameterError) as error:
+        parse_switches(["step_cache=2", "solver=dpm++", "step_cache = 3"])
+    assert str(error.value) == "switch step_cache is given as '2' and '3': give it once"
+
+
+def test_every_switch_acts_on_the_plan_or_on_its_picture() -> None:
+    assert set(plan_switches(SWITCHES)) == {"ar_weights"}
+    assert {*plan_switches(SWITCHES), *render_switches(SWITCHES)} == {*SWITCHES}
 
 
 def test_a_switch_without_a_setting_is_refused() -> None:
