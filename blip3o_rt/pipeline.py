@@ -40,7 +40,7 @@ from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.rendering import Renderer
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
-from blip3o_rt.switches import EXACT, FAST, check_tier
+from blip3o_rt.switches import EXACT, FAST, check_tier, plan_switches, render_switches
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.pixels import reference_pixels
@@ -411,6 +411,7 @@ class Pipeline:
                 for position, token in enumerate(tokens.token_ids.tolist())
                 if token not in image_tokens
             ),
+            switches=plan_switches(self.switches),
             error=tokens.error,
         )
 
@@ -473,8 +474,9 @@ class Pipeline:
             drawn["token_seed"] = drawn.pop("seed")
         if noise_given:
             drawn["noise"] = "given"
-        if self.switches:
-            drawn |= {"tier": self.tier, "switches": dict(self.switches)}
+        switches = {**plan.switches, **render_switches(self.switches)}
+        if switches:
+            drawn |= {"tier": FAST, "switches": switches}
         return picture_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)})
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +23,8 @@ class Plan:
     the decoder's final states from `<S0>` to the last image token. reference_latents are the scaled VAE
     latents [1, C, h, w] of an edit's pictures. non_image_positions lists the tokens that are not image
     tokens, which only whole-vocabulary sampling and replayed tokens can contain. replayed: the tokens were
-    given, not drawn. error says why a plan cannot be rendered.
+    given, not drawn. switches are those of the fast tier that it was made with, whoever renders it. error
+    says why a plan cannot be rendered.
     """
 
     prompt: str
@@ -34,6 +35,7 @@ class Plan:
     reference_latents: tuple[Tensor, ...] = ()
     non_image_positions: tuple[int, ...] = ()
     replayed: bool = False
+    switches: Mapping[str, str] = field(default_factory=dict)
     error: GenerationError | None = None
 
 

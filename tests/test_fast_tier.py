@@ -47,6 +47,22 @@ def test_a_picture_of_the_fast_tier_says_so_and_depends_on_no_other(checkpoint: 
     assert (drawn["tier"], drawn["switches"]) == ("fast", SWITCHES)
 
 
+def test_a_picture_says_how_its_plan_was_made_whoever_renders_it(checkpoint: Path) -> None:
+    switches = {"ar_weights": "int8", "step_cache": "2"}
+    exact, fast = load(checkpoint), load(checkpoint, switches)
+
+    def said(planner: Pipeline, renderer: Pipeline) -> tuple[str, dict[str, str]] | None:
+        picture = renderer.render(planner.plan("a circle"), steps=1)
+        assert isinstance(picture, Image.Image)
+        drawn = picture.info["parameters"]
+        return (drawn["tier"], drawn["switches"]) if "tier" in drawn else None
+
+    assert said(exact, exact) is None
+    assert said(fast, exact) == ("fast", {"ar_weights": "int8"})
+    assert said(exact, fast) == ("fast", {"step_cache": "2"})
+    assert said(fast, fast) == ("fast", switches)
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_changes_the_picture_and_nothing_of_the_plan(checkpoint: Path, name: str) -> None:
     exact = load(checkpoint).generate("a circle", steps=STEPS)
