@@ -1,4 +1,4 @@
-"""Product of many rows with an int8 weight matrix, a prompt's work in the fast tier."""
+"""Product of many rows with a weight matrix in 8 bits, a prompt's work in the fast tier."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
+from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
 
 BLOCK_ROWS = 1024  # of the weight that exist as floating-point numbers at a time: they stay in the caches
 
@@ -16,9 +17,9 @@ BLOCK_ROWS = 1024  # of the weight that exist as floating-point numbers at a tim
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """x (weight scale)^T for x [M, K], weight int8 [N, K], scale float32 [N] -> [M, N] in the dtype of x.
 
-    As row_linear_int8, for rows so many that arithmetic is the limit: the weight is widened once for all of
-    them. A library's product rounds to bfloat16 before the scale is applied, so the tolerance there is that
-    of one more rounding. `out` must not overlap x.
+    As row_linear_int8, of e4m3 weights too, for rows so many that arithmetic is the limit: the weight is
+    widened once for all of them. A library's product rounds to bfloat16 before the scale is applied, so the
+    tolerance there is that of one more rounding. `out` must not overlap x.
     """
     out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device) if out is None else out
     for first in range(0, len(weight), BLOCK_ROWS):
@@ -35,12 +36,12 @@ def _unavailable() -> str | None:
     return reason
 
 
-def _even(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> str | None:
-    return None if x.shape[-1] % 2 == 0 else "takes an even K"
+def _supports(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> str | None:
+    return unknown_to_cpu(weight) if x.shape[-1] % 2 == 0 else "takes an even K"
 
 
 @linear_int8.implementation(
-    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_even, available=_unavailable
+    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_supports, available=_unavailable
 )
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty((len(x), len(weight)), dtype=x.dtype) if out is None else out

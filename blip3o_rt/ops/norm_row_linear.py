@@ -11,6 +11,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rms_norm import rms_norm
+from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
 from blip3o_rt.ops.row_product import product, reference_product, unknown_weight
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.silu_mul import silu_mul
@@ -32,12 +33,12 @@ def norm_row_linear(
 ) -> Tensor:
     """rms_norm(x, norm_weight, eps) weight^T for x [M, K], norm_weight [K], weight [N, K] -> [M, N].
 
-    With `scale` float32 [N] the weight is int8, as in row_linear_int8. `gated`: the rows of the weight are
-    N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates and ups are
-    rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one after the
-    other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x does.
-    scratch: memory that a call may use (else it makes its own). Each row has the same bits whatever the other
-    rows are and however many.
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_int8. `gated`: the rows of the
+    weight are N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates
+    and ups are rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one
+    after the other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x
+    does. scratch: memory that a call may use (else it makes its own). Each row has the same bits whatever the
+    other rows are and however many.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("norm_row_linear: out must not be the memory of x; give it memory of its own")
@@ -51,6 +52,12 @@ def _supports(
     x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, scale: Tensor | None = None, **_: Any
 ) -> str | None:
     return unknown_weight(x, weight, scale)
+
+
+def _supports_on_cpu(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, **options: Any
+) -> str | None:
+    return _supports(x, norm_weight, eps, weight, **options) or unknown_to_cpu(weight)
 
 
 def _supports_few(x: Tensor, *arguments: Any, **options: Any) -> str | None:
@@ -84,7 +91,7 @@ def _cuda(
 
 
 @norm_row_linear.implementation(
-    "cpu", device="cpu", dtypes=FLOATS, supports=_supports, available=native.cpu_unavailable
+    "cpu", device="cpu", dtypes=FLOATS, supports=_supports_on_cpu, available=native.cpu_unavailable
 )
 def _cpu(
     x: Tensor,

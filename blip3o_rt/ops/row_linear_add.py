@@ -9,6 +9,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
+from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
 from blip3o_rt.ops.row_product import reference_product, unknown_weight
 
 
@@ -16,10 +17,10 @@ from blip3o_rt.ops.row_product import reference_product, unknown_weight
 def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """residual += x weight^T in place for x [M, K], weight [N, K], residual [M, N]; returns residual.
 
-    With `scale` float32 [N] the weight is int8, as in row_linear_int8. The product is rounded to the dtype of
-    x before it is added, so that the bits are those of row_linear and an addition; hence the tolerance of
-    bfloat16. The residual must not overlap x; OpError if it begins where x does. Each row has the same bits
-    whatever the other rows are and however many.
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_int8. The product is rounded to the
+    dtype of x before it is added, so that the bits are those of row_linear and an addition; hence the
+    tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does. Each row has
+    the same bits whatever the other rows are and however many.
     """
     if x.numel() and residual.data_ptr() == x.data_ptr():
         raise OpError("row_linear_add: residual must not be the memory of x; give it memory of its own")
@@ -31,6 +32,12 @@ def _supports(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | No
     return unknown_weight(x, weight, scale)
 
 
+def _supports_on_cpu(
+    x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None
+) -> str | None:
+    return unknown_weight(x, weight, scale) or unknown_to_cpu(weight)
+
+
 @row_linear_add.implementation(
     "cuda", device="cuda", dtypes=FLOATS, supports=_supports, available=native.cuda_unavailable
 )
@@ -40,7 +47,7 @@ def _cuda(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None =
 
 
 @row_linear_add.implementation(
-    "cpu", device="cpu", dtypes=FLOATS, supports=_supports, available=native.cpu_unavailable
+    "cpu", device="cpu", dtypes=FLOATS, supports=_supports_on_cpu, available=native.cpu_unavailable
 )
 def _cpu(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
     native.cpu().row_linear_add(x, weight, scale, residual)

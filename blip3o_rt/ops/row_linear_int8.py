@@ -1,6 +1,8 @@
-"""Product of a few rows with an int8 weight matrix, a decoding step's work in the fast tier."""
+"""Product of a few rows with a weight matrix in 8 bits, a decoding step's work in the fast tier."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,14 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
+from blip3o_rt.quantisation import E4M3
 
-WIDENED_ROWS = 4096  # rows of the weight that exist as floating-point numbers at a time
+WIDENED_ROWS = 4096  # rows of the weight that exist as wide floating-point numbers at a time
+
+
+def unknown_to_cpu(weight: Tensor) -> str | None:
+    """None but for an e4m3 weight, of which the CPU has no kernels: then the reason."""
+    return "takes no e4m3 weight, which is for GPUs" if weight.dtype == E4M3 else None
 
 
 @op(tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-6})
@@ -20,10 +28,10 @@ def row_linear_int8(
 ) -> Tensor:
     """x (weight scale)^T + bias for x [M, K], weight int8 [N, K], scale float32 [N], bias [N] -> [M, N].
 
-    Row n of the matrix that is meant is scale[n] weight[n]: only the weight is quantised, x is not. `out` may
-    be float32 for a bfloat16 x (logits). It must not overlap x; OpError if it begins where x does. Meant for
-    one row or a few: with more, arithmetic is the limit and not memory, and less of it saves no time. Each
-    row has the same bits whatever the other rows are and however many.
+    The weight may be e4m3 as well. Row n of the matrix that is meant is scale[n] weight[n]: only the weight
+    is quantised, x is not. `out` may be float32 for a bfloat16 x (logits). It must not overlap x; OpError if
+    it begins where x does. Meant for one row or a few: with more, arithmetic is the limit and not memory, and
+    less of it saves no time. Each row has the same bits whatever the other rows are and however many.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("row_linear_int8: out must not be the memory of x; give it memory of its own")
@@ -47,7 +55,13 @@ def _cuda(
     return out
 
 
-@row_linear_int8.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
+def _supports(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str | None:
+    return unknown_to_cpu(weight)
+
+
+@row_linear_int8.implementation(
+    "cpu", device="cpu", dtypes=FLOATS, supports=_supports, available=native.cpu_unavailable
+)
 def _cpu(
     x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_int8 import row_linear_int8
+from blip3o_rt.quantisation import E4M3
 
 
 def unknown_weight(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:
-    """None where a weight is in the dtype of x, or int8 with a scale for each row; else what is accepted."""
-    if weight.dtype == (x.dtype if scale is None else torch.int8):
+    """None where a weight is in the dtype of x, or in 8 bits and its rows have scales; else what is taken."""
+    if weight.dtype in ((x.dtype,) if scale is None else (torch.int8, E4M3)):
         return None
-    return "takes x and weight of one dtype, or an int8 weight with a scale"
+    return "takes x and weight of one dtype, or an int8 or e4m3 weight with a scale"
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ inline DType dtype_of(dlpack::DataType type) {
     if (type.lanes != 1) return DType::other;
     if (type.code == 2 && type.bits == 32) return DType::f32;
     if (type.code == 4 && type.bits == 16) return DType::bf16;
+    if (type.code == 10 && type.bits == 8) return DType::e4m3;
     if (type.code == 0 && type.bits == 8) return DType::i8;
     if (type.code == 0 && type.bits == 32) return DType::i32;
     if (type.code == 0 && type.bits == 64) return DType::i64;

@@ -120,6 +120,8 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
 void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                      const OptionalView& bias, const TensorView& out) {
     const auto arguments = check_row_linear_int8(Device::cpu, x, weight, scale, bias, out);
+    Contract("row_linear_int8", Device::cpu)
+        .require(arguments.weight_dtype == DType::i8, "this kernel takes an int8 weight, not one of e4m3");
     const int64_t work = arguments.x.width * (arguments.x.count + 1);
     run(kernels().row_linear_int8, arguments, arguments.x.count > 0 ? arguments.weight.count : 0,
         grain(work));

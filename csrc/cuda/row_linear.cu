@@ -1,21 +1,21 @@
 // Products of few rows with a weight matrix: x weight^T, and what stands beside it in a decoding step.
 //
 // One kernel serves the ops row_linear, row_linear_int8, norm_row_linear and row_linear_add. Rows of x may
-// be normed first, a weight may be int8 with a scale for each row, rows may be gates and ups of a gated
-// activation, and the result may be added to what is there: each rounded as the ops one by one round it, so
-// that the bits are theirs.
+// be normed first, a weight may be int8 or e4m3 with a scale for each row, rows may be gates and ups of a
+// gated activation, and the result may be added to what is there: each rounded as the ops one by one round
+// it, so that the bits are theirs.
 //
 // Tiling   bfloat16: a tile is 16 rows of the weight (8 gates and their 8 ups), all channels, and up to 32
-//          rows of x. The warps of a block (up to 16) share its channels in slices of 128 (256 in int8) and
+//          rows of x. The warps of a block (up to 16) share its channels in slices of 128 (256 in 8 bits) and
 //          multiply on the tensor cores; their sums are added up through shared memory, warp after warp.
 //          Blocks stay (one per multiprocessor, more if they are small) and walk over the tiles. A lane loads
 //          16 bytes of a row, eight loads at a time, and those of the next slice or tile before it multiplies:
-//          a block of 16 warps has 64 to 128 KiB on the way. int8 becomes bfloat16 in registers, exactly.
+//          a block of 16 warps has 64 to 128 KiB on the way. 8 bits become bfloat16 in registers, exactly.
 //          Normed rows, up to 8, are normed by every block as it loads them: the row lies in a cache, and the
 //          first weights are on their way meanwhile.
 //          float32: one warp per row of the weight and 8 rows of x; for tests, not for speed.
-// Bytes    the weight once per 32 rows of x (16 in int8; 8 in float32, or if rows are not aligned to 16 bytes),
-//          2 N K in bfloat16, N K in int8; x comes from a cache.
+// Bytes    the weight once per 32 rows of x (16 in 8 bits; 8 in float32, or if rows are not aligned to 16
+//          bytes), 2 N K in bfloat16, N K in 8 bits; x comes from a cache.
 // FLOPs    2 M N K; the tensor cores do them for 8 rows of x at least.
 // Bound    memory.
 // State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
@@ -23,6 +23,7 @@
 // Which warp sums which channels in which order depends on K alone, and a column of the tensor cores' product
 // on that column alone: the bits of a row are the same whatever the other rows are and however many.
 #include "cuda/convert.h"
+#include "cuda/e4m3.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 #include "cuda/ops.h"
@@ -60,6 +61,14 @@ struct Int8 {
     static __device__ FourChannels widen(const Words& words, int four) {
         return {{int8_to_bf16x2(__byte_perm(words.element[four], 0, 0x4140)),
                  int8_to_bf16x2(__byte_perm(words.element[four], 0, 0x4342))}};
+    }
+};
+
+struct E4m3 {
+    using Bits = uint8_t;
+    static __device__ FourChannels widen(const Words& words, int four) {
+        return {{e4m3_to_bf16x2(__byte_perm(words.element[four], 0, 0x1404)),
+                 e4m3_to_bf16x2(__byte_perm(words.element[four], 0, 0x3424))}};
     }
 };
 
@@ -368,6 +377,7 @@ void launch_f32(const RowProductArguments& a, cudaStream_t stream) {
 
 void launch_f32(const RowProductArguments& a, cudaStream_t stream) {
     if (a.weight_dtype == DType::i8) return launch_f32<int8_t, 1>(a, stream);
+    if (a.weight_dtype == DType::e4m3) return launch_f32<E4m3Bits, 1>(a, stream);
     const bool packed = rows_allow_packs<float>(a.x) && rows_allow_packs<float>(a.weight);
     packed ? launch_f32<float, kWidestPack<float>>(a, stream) : launch_f32<float, 1>(a, stream);
 }
@@ -378,7 +388,9 @@ void row_linear(const RowProductArguments& arguments, cudaStream_t stream) {
     const RowProductArguments& a = arguments;
     if (a.x.count == 0 || a.weight.count == 0) return;
     if (a.dtype == DType::f32) return launch_f32(a, stream);
-    a.weight_dtype == DType::i8 ? launch_bf16<Int8>(a, stream) : launch_bf16<Bfloat16>(a, stream);
+    if (a.weight_dtype == DType::i8) return launch_bf16<Int8>(a, stream);
+    if (a.weight_dtype == DType::e4m3) return launch_bf16<E4m3>(a, stream);
+    launch_bf16<Bfloat16>(a, stream);
 }
 
 }  // namespace blip3o::cuda

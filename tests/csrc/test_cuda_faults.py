@@ -12,7 +12,8 @@ from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import PAGED, errors, examples, unseen_pages
 
-HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h")  # with parts of kernels in them
+# With parts of kernels in them.
+HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h")
 
 FAULTS = {
     "rms_norm": [
@@ -100,6 +101,11 @@ FAULTS = {
         ("a.scale[column]", "a.scale[0]"),
         ("piece * 8;", "piece * 0;"),  # the lane's first channels of x for all of its weight
         ("chunk = (2 * first + i) /", "chunk = i /"),
+        ("words.element[four], 0, 0x3424", "words.element[four], 0, 0x1404"),
+        ("bytes >> 4 & 0x07f007f0u", "bytes >> 4 & 0x078007f0u"),  # a bit of the fraction of every other one
+        ("(bytes & 0x80008000u) | ", ""),
+        ("0x7b807b80u", "0x7b007b80u"),
+        ("return launch_f32<E4m3Bits, 1>(a, stream);", "return launch_f32<int8_t, 1>(a, stream);"),
     ],
     "norm_row_linear": [
         ("__syncthreads();\n    return row", "return row"),

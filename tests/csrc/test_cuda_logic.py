@@ -16,6 +16,7 @@ from blip3o_rt import ops
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.validate.case import Case, int32, random, run_exact
 from blip3o_rt.validate.cases import advance_rows as advance_cases
 from blip3o_rt.validate.cases import decode_attention as decode_cases
@@ -23,7 +24,7 @@ from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
 from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
 from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
 from blip3o_rt.validate.cases import sample_tokens as sample_cases
-from blip3o_rt.validate.cases.row_linear_int8 import quantised
+from blip3o_rt.validate.cases.row_linear_int8 import e4m3_numbers, quantised
 from blip3o_rt.validate.sweep import cases_of
 from tests.csrc.simt.build import SimtCompiler, ops_of
 from tests.csrc.simt.cases import FILES, OPS, PAGED, errors, unseen_pages
@@ -64,6 +65,13 @@ def call(op: str, *arguments: Any, **options: Any) -> Tensor:
     return result
 
 
+def matrix(outputs: int, inputs: int, values: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """A weight and its scale; in bfloat16 without one where no values are named."""
+    if values is None:
+        return random(2, outputs, inputs, dtype=torch.bfloat16), None
+    return quantised(2, outputs, inputs, values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [72, 2056, 2200 * 3])  # one warp, all 16, several slices for each
 def test_rows_of_a_product_are_independent(
@@ -78,15 +86,15 @@ def test_rows_of_a_product_are_independent(
         assert torch.equal(call("row_linear", x[-rows:], weight), alone[-rows:])
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("values", [None, torch.int8, E4M3])
 @pytest.mark.parametrize("channels", [72, 2064, 4400])
 def test_rows_of_fused_products_are_independent(
-    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, int8: bool, channels: int
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, values: torch.dtype | None, channels: int
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
     dtype = torch.bfloat16
     x, norm_weight = random(1, 33, channels, dtype=dtype), random(3, channels, dtype=dtype)
-    weight, scale = quantised(2, 24, channels) if int8 else (random(2, 24, channels, dtype=dtype), None)
+    weight, scale = matrix(24, channels, values)
     residual = random(4, 33, 24, dtype=dtype)
 
     def added(rows: slice) -> Tensor:
@@ -102,13 +110,13 @@ def test_rows_of_fused_products_are_independent(
             assert torch.equal(call_norm(x[rows], norm_weight, 1e-6, weight), together[rows])
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("channels", [37, 72, 264, 2064, 4400])  # rows of int8 need 16 of them for a pack
+@pytest.mark.parametrize("values", [None, torch.int8, E4M3])
+@pytest.mark.parametrize("channels", [37, 72, 264, 2064, 4400])  # rows in 8 bits need 16 of them for a pack
 @pytest.mark.parametrize("multiprocessors", [1, 3])
 def test_fused_products_have_the_bits_of_their_parts(
     kernels: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
-    int8: bool,
+    values: torch.dtype | None,
     channels: int,
     multiprocessors: int,
 ) -> None:
@@ -116,7 +124,7 @@ def test_fused_products_have_the_bits_of_their_parts(
     monkeypatch.setattr(native, "cuda", lambda: every)
     kernels["row_linear"].set_multiprocessors(multiprocessors)
     dtype = torch.bfloat16
-    weight, scale = quantised(2, 70, channels) if int8 else (random(2, 70, channels, dtype=dtype), None)
+    weight, scale = matrix(70, channels, values)
     norm_weight = random(3, channels, dtype=dtype)
 
     def product(x: Tensor) -> Tensor:
@@ -138,6 +146,22 @@ def test_every_int8_is_widened_exactly(kernels: dict[str, Any], monkeypatch: pyt
     values = torch.arange(-128, 128, dtype=torch.int8).reshape(16, 16)
     x, scale = torch.eye(16, dtype=torch.bfloat16), torch.ones(16)
     assert torch.equal(call("row_linear_int8", x, values, scale).T, values.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_e4m3_is_widened_exactly(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Zeros and subnormal numbers too; and what is no number leaves none in its row, and other rows alone."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    bits = torch.arange(256).reshape(16, 16)
+    x, scale = torch.eye(16, dtype=dtype), torch.ones(16)
+    values = e4m3_numbers(bits)
+    assert torch.equal(call("row_linear_int8", x, values, scale).T, values.to(dtype))
+    found = call("row_linear_int8", x, bits.to(torch.uint8).view(E4M3), scale).T
+    assert found[[7, 15]].isnan().all()
+    others = [row for row in range(16) if row not in (7, 15)]
+    assert torch.equal(found[others], values.to(dtype)[others])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -98,7 +98,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)),
-        "row_linear_int8: weight has dtype float32; accepted: int8",
+        "row_linear_int8: weight has dtype float32; accepted: int8 or float8_e4m3fn",
     ),
     (
         lambda: ops.row_linear_int8(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.validate.case import DTYPES, Case, random
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
 
@@ -24,5 +25,6 @@ def cases() -> Iterator[Case]:
         yield Case("rows with gaps", (random(4, 12, 2, 150, dtype=dtype)[:, 0], weight, scale))
         yield Case("part of a wider weight", (random(5, 12, 70, dtype=dtype), weight[:, 10:80], scale))
         yield Case("one large activation", (x.index_fill(1, torch.tensor([3]), 3e3), weight, scale))
+        yield Case("e4m3", (x, *quantised(2, 90, 150, E4M3)))
         out = torch.zeros(12, 90, dtype=dtype)
         yield Case("given out", (x, weight, scale), {"out": out}, written=("out",))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.validate.case import DTYPES, Case, random
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
 
@@ -23,13 +24,14 @@ def cases() -> Iterator[Case]:
             (0, 4, 8),
         ):
             x, norm_weight = random(1, m, k, dtype=dtype), 1 + random(3, k, dtype=dtype, scale=0.3)
-            weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
-            int8, scale = quantised(2, n, k)
             for gated in (False, True):
                 label = f"{m} x {k} x {n}{', gated' if gated else ''}"
-                arguments = (x, norm_weight, EPS)
-                yield Case(label, (*arguments, weight), {"gated": gated})
-                yield Case(f"{label}, int8", (*arguments, int8), {"gated": gated, "scale": scale})
+                weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
+                yield Case(label, (x, norm_weight, EPS, weight), {"gated": gated})
+                for kind, values in (("int8", torch.int8), ("e4m3", E4M3)):
+                    weight, scale = quantised(2, n, k, values)
+                    options = {"gated": gated, "scale": scale}
+                    yield Case(f"{label}, {kind}", (x, norm_weight, EPS, weight), options)
         x, norm_weight = random(1, 3, 2, 50, dtype=dtype)[:, 0], random(3, 50, dtype=dtype)
         weight = random(2, 9, 60, dtype=dtype, scale=0.1)
         yield Case("rows with gaps, part of a wider weight", (x, norm_weight, EPS, weight[:, 10:]))

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+import torch
+
+from blip3o_rt.quantisation import E4M3
 from blip3o_rt.validate.case import DTYPES, Case, random
 from blip3o_rt.validate.cases.row_linear_int8 import quantised
 
@@ -18,9 +21,11 @@ def cases() -> Iterator[Case]:
         ):
             x, residual = random(1, m, k, dtype=dtype), random(3, m, n, dtype=dtype)
             weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
-            int8, scale = quantised(2, n, k)
-            yield Case(f"{m} x {k} x {n}", (x, weight, residual), written=(2,))
-            yield Case(f"{m} x {k} x {n}, int8", (x, int8, residual), {"scale": scale}, written=(2,))
+            label = f"{m} x {k} x {n}"
+            yield Case(label, (x, weight, residual), written=(2,))
+            for kind, values in (("int8", torch.int8), ("e4m3", E4M3)):
+                weight, scale = quantised(2, n, k, values)
+                yield Case(f"{label}, {kind}", (x, weight, residual), {"scale": scale}, written=(2,))
         x, residual = random(1, 3, 2, 50, dtype=dtype)[:, 0], random(3, 3, 2, 9, dtype=dtype)[:, 1]
         weight = random(2, 9, 60, dtype=dtype, scale=0.1)[:, 10:]
         yield Case("rows with gaps, part of a wider weight", (x, weight, residual), written=(2,))

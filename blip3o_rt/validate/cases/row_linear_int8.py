@@ -5,16 +5,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from blip3o_rt.quantisation import E4M3, largest_value
 from blip3o_rt.validate.case import DTYPES, Case, random
 
+E4M3_NO_NUMBER = 0x7F  # but for its sign
 
-def quantised(seed: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """int8 values over their whole range, -127 and 127 in every row, and scales of different sizes."""
+
+def quantised(seed: int, outputs: int, inputs: int, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Values over their whole range, both ends of it in every row, and scales of different sizes."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
-    values[:, 0] = 127
-    values[:, -1] = -127
-    return values, (1 + torch.rand(outputs, generator=generator)) / (128 * max(inputs, 1) ** 0.5)
+    if dtype == torch.int8:
+        values = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    else:
+        values = e4m3_numbers(torch.randint(0, 256, (outputs, inputs), generator=generator))
+    largest = largest_value(dtype)
+    values[:, 0] = largest
+    values[:, -1] = -largest
+    return values, (1 + torch.rand(outputs, generator=generator)) / ((largest + 1) * max(inputs, 1) ** 0.5)
+
+
+def e4m3_numbers(bits: Tensor) -> Tensor:
+    """The e4m3 numbers of these bits, 0 to 255; zero for the two that are no number."""
+    return bits.where(bits % 128 != E4M3_NO_NUMBER, 0).to(torch.uint8).view(E4M3)
 
 
 def cases() -> Iterator[Case]:
@@ -29,8 +41,9 @@ def cases() -> Iterator[Case]:
             (2, 4400, 192),
             (0, 4, 8),
         ):
-            weight, scale = quantised(2, n, k)
-            yield Case(f"{m} x {k} x {n}", (random(1, m, k, dtype=dtype), weight, scale))
+            x = random(1, m, k, dtype=dtype)
+            yield Case(f"{m} x {k} x {n}", (x, *quantised(2, n, k)))
+            yield Case(f"{m} x {k} x {n}, e4m3", (x, *quantised(2, n, k, E4M3)))
         weight, scale = quantised(2, 9, 150)
         bias = random(3, 9, dtype=dtype)
         x = random(1, 3, 150, dtype=dtype)
@@ -43,5 +56,7 @@ def cases() -> Iterator[Case]:
         )
         out = torch.zeros(3, 9)
         yield Case("float32 out", (x, weight, scale), {"bias": bias, "out": out}, written=("out",))
+        options = {"bias": bias, "out": out}
+        yield Case("float32 out, e4m3", (x, *quantised(2, 9, 150, E4M3)), options, written=("out",))
         weight, scale = quantised(2, 4099, 8)
         yield Case("more rows than are widened at once", (random(1, 2, 8, dtype=dtype), weight, scale))

@@ -76,7 +76,7 @@ inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorV
     Dim rows("M"), inputs("K"), outputs("N");
     RowLinearInt8Arguments arguments;
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
-    arguments.weight = contract(weight, "weight").dtype({DType::i8}).rows(outputs, inputs);
+    arguments.weight = contract(weight, "weight").dtype({DType::i8, DType::e4m3}).rows(outputs, inputs);
     contract(scale, "scale").dtype({DType::f32}).shape({&outputs}).contiguous();
     contract(bias, "bias").dtype({x.dtype}).shape({&outputs}).contiguous();
     arguments.out = contract(out, "out").dtype({x.dtype, DType::f32}).rows(rows, outputs);
@@ -85,6 +85,7 @@ inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorV
     arguments.scale = scale.as<const float>();
     arguments.bias = data_or_null(bias);
     arguments.dtype = x.dtype;
+    arguments.weight_dtype = weight.dtype;
     arguments.out_dtype = out.dtype;
     return arguments;
 }
@@ -151,8 +152,8 @@ inline RowProductArguments row_product(const RowLinearArguments& a) {
 }
 
 inline RowProductArguments row_product(const RowLinearInt8Arguments& a) {
-    return {a.x,  a.weight, a.out, a.scale, a.bias,    nullptr,
-            0.0f, false,    false, a.dtype, DType::i8, a.out_dtype};
+    return {a.x,  a.weight, a.out, a.scale, a.bias,         nullptr,
+            0.0f, false,    false, a.dtype, a.weight_dtype, a.out_dtype};
 }
 
 // x, and a weight of its dtype, or of 8 bits with a scale for each row.
@@ -162,7 +163,11 @@ inline RowProductArguments check_row_product(Contract& contract, const TensorVie
     RowProductArguments arguments = {};
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
     arguments.weight = contract(weight, "weight").rows(weight_rows, inputs);
-    contract(weight, "weight").dtype({scale ? DType::i8 : x.dtype});
+    if (scale) {
+        contract(weight, "weight").dtype({DType::i8, DType::e4m3});
+    } else {
+        contract(weight, "weight").dtype({x.dtype});
+    }
     contract(scale, "scale").dtype({DType::f32}).shape({&weight_rows}).contiguous();
     arguments.scale = static_cast<const float*>(data_or_null(scale));
     arguments.dtype = arguments.out_dtype = x.dtype;

@@ -13,7 +13,7 @@ struct Device {
 };
 
 struct DataType {
-    uint8_t code;  // 0: int, 2: float, 4: bfloat
+    uint8_t code;  // 0: int, 2: float, 4: bfloat, 10: float8_e4m3fn
     uint8_t bits;
     uint16_t lanes;
 };

@@ -8,7 +8,7 @@
 
 namespace blip3o {
 
-enum class DType : uint8_t { f32, bf16, i8, i32, i64, other };
+enum class DType : uint8_t { f32, bf16, e4m3, i8, i32, i64, other };
 
 // bfloat16 as it lies in memory: the upper half of a float.
 struct bf16 {
@@ -48,13 +48,13 @@ struct RowLinearInt8Arguments {
     Rows x, weight, out;
     const float* scale;  // one for each row of weight
     const void* bias;    // may be null
-    DType dtype, out_dtype;
+    DType dtype, weight_dtype, out_dtype;
 };
 
 struct LinearInt8Arguments {
     Rows x, weight, out;
     const float* scale;  // one for each row of weight
-    bool bf16_products;  // whether this machine has the instruction
+    bool bf16_products;  // whether the machine has the instruction, and may use it
 };
 
 struct QuantiseRowsArguments {

@@ -29,6 +29,8 @@ inline const char* name_of(DType dtype) {
             return "float32";
         case DType::bf16:
             return "bfloat16";
+        case DType::e4m3:
+            return "float8_e4m3fn";
         case DType::i8:
             return "int8";
         case DType::i32:
