@@ -32,7 +32,7 @@ def _unavailable() -> str | None:
     """The kernel gains something where the processor multiplies bfloat16."""
     reason = native.cpu_unavailable()
     if reason is None and not native.cpu().has_bf16_products():
-        reason = "this processor has no AVX512_BF16; torch is as fast"
+        reason = f"no AVX512_BF16 in the kernels in use ({native.cpu().isa()}); torch is as fast"
     return reason
 
 

@@ -88,7 +88,7 @@ PYBIND11_MODULE(_cpu, module) {
         "isa", [] { return cpu::name_of(cpu::current_isa()); }, "Instruction set of the kernels in use.");
     module.def("isas", &isas_here, "Instruction sets that this build has and this machine runs.");
     module.def("has_bf16_products", &cpu::has_bf16_products,
-               "Whether this machine multiplies pairs of bfloat16 in one instruction (AVX512_BF16).");
+               "Whether the kernels in use multiply pairs of bfloat16 in one instruction (AVX512_BF16).");
     module.def("set_isa", &set_isa, "name"_a);
     module.def("philox", &philox, "seed"_a, "stream"_a, "position"_a, "count"_a,
                "The first `count` numbers of a stream, as blip3o_rt.random.philox_uint32.");

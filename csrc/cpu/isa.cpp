@@ -48,7 +48,7 @@ bool runs_here(Isa isa) {
 
 bool has_bf16_products() {
 #if defined(BLIP3O_X86_KERNELS)
-    return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+    return current_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif

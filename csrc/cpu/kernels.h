@@ -51,7 +51,7 @@ const char* name_of(Isa isa);
 // Whether this build has the kernels of `isa` and this machine runs them.
 bool runs_here(Isa isa);
 
-// Whether this machine multiplies pairs of bfloat16 in one instruction (AVX512_BF16).
+// Whether the kernels in use multiply pairs of bfloat16 in one instruction (AVX512_BF16).
 bool has_bf16_products();
 
 // The instruction set in use: the best that runs here, until set_isa says otherwise.

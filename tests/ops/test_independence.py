@@ -78,6 +78,23 @@ def test_row_linear_int8(
 
 
 @given(
+    data=st.data(), rows=st.integers(1, 70), outputs=st.integers(1, 40), pairs_of_inputs=st.integers(1, 200)
+)
+@few
+def test_linear_int8(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: int) -> None:
+    """Of the kernel also where torch is chosen, because it is no faster there."""
+    set_up(data)
+    inputs = 2 * pairs_of_inputs
+    x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantised(2, outputs * 7, inputs)
+    run = ops.linear_int8.named("cpu").run
+    together = run(x, weight, scale)
+    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
+    assert torch.equal(run(x[chosen], weight, scale), together[chosen])
+    assert torch.equal(run(x[:1], weight, scale), together[:1])
+
+
+@given(
     data=st.data(),
     dtype=DTYPES,
     rows=st.integers(1, 70),

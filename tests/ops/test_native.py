@@ -228,6 +228,15 @@ def test_linear_int8_rounds_once(rows: int, inputs: int) -> None:
     assert worst_error(found, exact) < 2e-5
 
 
+@pytest.mark.parametrize("isa", native.cpu().isas() if native.cpu_module() else [])
+def test_products_of_bfloat16_are_those_of_the_kernels_in_use(isa: str) -> None:
+    """A machine that has the instruction is kept from it by BLIP3O_CPU_ISA."""
+    code = "from blip3o_rt.ops import native; print(native.cpu().isa(), native.cpu().has_bf16_products())"
+    name, has_products = run_python(code, BLIP3O_CPU_ISA=isa).stdout.split()
+    assert name == isa
+    assert isa == "avx512" or has_products == "False"
+
+
 def test_parameters_are_tensors_too() -> None:
     weight = torch.nn.Parameter(random(1, 5, 8))
     x = random(2, 2, 8)
