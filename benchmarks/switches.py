@@ -71,7 +71,7 @@ STAGES = {
     VAE_TILES: "decode",
 }
 SETTINGS: Mapping[str, Sequence[tuple[str, int]]] = {
-    AR_WEIGHTS: [("int8", STEPS)],
+    AR_WEIGHTS: [("int8", STEPS), ("fp8", STEPS)],
     DIT_WEIGHTS: [("int8", STEPS), ("fp8", STEPS)],
     GUIDANCE_INTERVAL: [("0.1:0.9", STEPS), ("0.2:0.8", STEPS)],
     STEP_CACHE: [("2", STEPS), ("3", STEPS), ("4", STEPS)],

@@ -92,9 +92,10 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
     {
         AR_WEIGHTS: Switch(
             gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
-            accepted="int8",
-            parse=one_of(INT8),
-            devices={INT8: ("cpu", "cuda")},
+            accepted="int8 or fp8",
+            parse=one_of(INT8, FP8),
+            devices={INT8: ("cpu", "cuda"), FP8: ("cuda",)},
+            kernels={FP8: {"row_linear_int8": "cuda"}},
             weights=True,
             default=INT8,
         ),

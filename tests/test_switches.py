@@ -100,7 +100,7 @@ def test_switches_as_text() -> None:
         ("fats", {}, "tier is 'fats': accepted is 'exact', the published mathematics, or 'fast', whose "),
         ("exact", INT8, "switch ar_weights is lossy and tier is 'exact': choose tier 'fast', or no switch"),
         ("fast", {"weights": "int8"}, "there is no switch 'weights': accepted are ar_weights"),
-        ("fast", {"ar_weights": "int4"}, "switch ar_weights is 'int4': accepted is int8, or no such switch"),
+        ("fast", {"ar_weights": "int4"}, "switch ar_weights is 'int4': accepted is int8 or fp8, or no "),
     ],
 )
 def test_refusals(tier: str, switches: dict[str, str], message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from blip3o_rt import quantisation
@@ -19,25 +20,25 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 QUANTISED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
 
 
-def layout(config: ARConfig, *, int8: bool = False) -> list[TensorSpec]:
+def layout(config: ARConfig, *, values: torch.dtype | None = None) -> list[TensorSpec]:
     """All runtime tensors of the decoder, in the order they are used; no lm_head where it is tied.
 
-    int8: the matrices of the layers and the head, which then is there in any case, are int8 values with a
-    float32 scale for each row; embeddings and norms stay as they are.
+    values: where given, the matrices of the layers and the head, which then is there in any case, are values
+    of that dtype, int8 or e4m3, with a float32 scale for each row; embeddings and norms stay as they are.
     """
     specs = _layout(config)
-    if not int8:
+    if values is None:
         return specs
     if config.tie_word_embeddings:
         specs.append(replace(specs[0], name=HEAD))
-    return list(quantised_specs(specs, QUANTISED))
+    return list(quantised_specs(specs, QUANTISED, values))
 
 
-def quantised(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The runtime tensors of `layout(config, int8=True)` from the names and tensors of `layout(config)`."""
-    found = quantisation.quantised(tensors, QUANTISED)
+def quantised(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
+    found = quantisation.quantised(tensors, QUANTISED, values)
     if HEAD not in found:  # tied
-        found.update(in_8_bits(HEAD, found[EMBEDDING]))
+        found.update(in_8_bits(HEAD, found[EMBEDDING], values))
     return found
 
 

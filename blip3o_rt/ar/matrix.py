@@ -11,12 +11,12 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.quantisation import SCALE
 
-FEW_ROWS = 8  # with more, a product is worth widening an int8 weight to the dtype of the rows
+FEW_ROWS = 8  # with more, a product is worth widening an 8-bit weight to the dtype of the rows
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """[N, K]: floating-point `weight`, or int8 `weight` with a `scale` float32 [N] for its rows."""
+    """[N, K]: `weight` in the dtype of x, or int8 or e4m3 with a `scale` float32 [N] for its rows."""
 
     weight: Tensor
     scale: Tensor | None = None

@@ -91,7 +91,7 @@ def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tens
 class Decoder:
     """Qwen3 decoder over a paged cache.
 
-    `weights` are the runtime tensors of part "ar" on one device, all of one dtype but for matrices in int8.
+    `weights` are the runtime tensors of part "ar" on one device, all of one dtype but for 8-bit matrices.
     Hidden states returned are after the final norm, as the diffusion stage and the head want them. A prompt
     is read in chunks that begin at multiples of `prefill_chunk` positions, which is rounded up to whole
     pages.

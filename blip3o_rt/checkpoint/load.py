@@ -48,6 +48,7 @@ Quantiser = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
 # What makes the tensors of a part for a setting of a switch from those without it.
 QUANTISERS: dict[tuple[str, str], tuple[str, Quantiser]] = {
     (AR_WEIGHTS, INT8): ("ar", quantised_ar),
+    (AR_WEIGHTS, FP8): ("ar", partial(quantised_ar, values=E4M3)),
     (DIT_WEIGHTS, INT8): ("dit", quantised_dit),
     (DIT_WEIGHTS, FP8): ("dit", partial(quantised_dit, values=E4M3)),
 }

@@ -39,7 +39,7 @@ def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> d
     "ta_tok" is absent where the model has no vision tower.
     """
     parts = {
-        "ar": ar_layout(config.ar, int8=switches.get(AR_WEIGHTS) == INT8),
+        "ar": ar_layout(config.ar, values=VALUES.get(switches.get(AR_WEIGHTS, ""))),
         "connector": connector_layout(config),
         "dit": dit_layout(config.dit, values=VALUES.get(switches.get(DIT_WEIGHTS, ""))),
         "vae": vae_layout(config.vae),

@@ -150,10 +150,10 @@ def test_another_arrangement_of_the_same_shapes_is_refused(
 ) -> None:
     cached = load_checkpoint(checkpoint, cache_dir=tmp_path / "cache").source
 
-    def interleaved(config: ARConfig, *, int8: bool) -> list[TensorSpec]:
+    def interleaved(config: ARConfig, *, values: torch.dtype | None) -> list[TensorSpec]:
         return [
             replace(spec, sources=spec.sources[::-1]) if spec.name.endswith("gate_up_proj.weight") else spec
-            for spec in ar_layout(config, int8=int8)
+            for spec in ar_layout(config, values=values)
         ]
 
     monkeypatch.setattr(parts, "ar_layout", interleaved)
