@@ -19,8 +19,8 @@ def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Te
     """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
 
     `out` may be float32 for bfloat16 operands (logits). It must not overlap x; OpError if it begins where x
-    does. Meant for the rows of a batch, not for those of a prompt. Each row has the same bits whatever the
-    other rows are and however many; the reference takes rows one at a time for that.
+    does. Meant for the rows of a batch, not for those of a prompt. Each row of a contiguous x has the same
+    bits whatever the other rows are and however many; the reference takes rows one at a time for that.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("row_linear: out must not be the memory of x; give it memory of its own")
