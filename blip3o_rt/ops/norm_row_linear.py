@@ -37,8 +37,8 @@ def norm_row_linear(
     weight are N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates
     and ups are rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one
     after the other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x
-    does. scratch: memory that a call may use (else it makes its own). Each row has the same bits whatever the
-    other rows are and however many.
+    does. scratch: memory that a call may use (else it makes its own). Each row of a contiguous x has the
+    same bits whatever the other rows are and however many.
     """
     if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
         raise OpError("norm_row_linear: out must not be the memory of x; give it memory of its own")

@@ -19,8 +19,8 @@ def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor
 
     With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_int8. The product is rounded to the
     dtype of x before it is added, so that the bits are those of row_linear and an addition; hence the
-    tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does. Each row has
-    the same bits whatever the other rows are and however many.
+    tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does. Each row of
+    a contiguous x has the same bits whatever the other rows are and however many.
     """
     if x.numel() and residual.data_ptr() == x.data_ptr():
         raise OpError("row_linear_add: residual must not be the memory of x; give it memory of its own")
