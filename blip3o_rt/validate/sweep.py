@@ -150,7 +150,8 @@ def _variant_lines(
     A note where it takes none of the cases; nothing where the op has none in the dtype.
     """
     cases = [c for c in cases_of(op.name).cases() if DTYPE_NAMES.get(c.dtype) == dtype]
-    refusals = {case.label: refusal(op, implementation, case, device) for case in cases}
+    with selected(variant):  # what it can take, an instruction set may decide
+        refusals = {case.label: refusal(op, implementation, case, device) for case in cases}
     taken = [case for case in cases if refusals[case.label] is None]
     if not taken:
         if cases:

@@ -34,8 +34,8 @@ def test_matches_reference(op_name: str, variant: str, case: Case) -> None:
     op = ops.all_ops()[op_name]
     with selected(variant) as name:
         implementation = op.named(name)
-    device = implementation.device or "cpu"
-    reason = refusal(op, implementation, case, device)
+        device = implementation.device or "cpu"
+        reason = refusal(op, implementation, case, device)
     if reason:
         pytest.skip(reason)
     assert not [found for found in findings(op, variant, case, device) if not found.passed]
