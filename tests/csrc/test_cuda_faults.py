@@ -13,7 +13,7 @@ from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import PAGED, errors, examples, unseen_pages
 
 # With parts of kernels in them.
-HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h")
+HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h", "silu.h")
 
 FAULTS = {
     "rms_norm": [
