@@ -169,10 +169,23 @@ def build(site: Site) -> list[str]:
 # Checks
 
 
-def suite(site: Site) -> list[str]:
-    """The whole suite, on several processes where that is installed."""
+WITHOUT_A_GPU = ("tests/csrc", "tests/triton_kernels")  # kernels compiled and interpreted on the CPU
+
+
+def pytest(site: Site, *options: str) -> list[str]:
+    """pytest, on several processes where that is installed."""
     parallel = ["-n", "8"] if find_spec("xdist") else []
-    return [site.python, "-m", "pytest", "-p", "no:cacheprovider", *parallel, "tests"]
+    return [site.python, "-m", "pytest", "-p", "no:cacheprovider", *parallel, *options]
+
+
+def suite(site: Site) -> list[str]:
+    """The suite but for what runs the same without a GPU."""
+    return pytest(site, *(f"--ignore={folder}" for folder in WITHOUT_A_GPU), "tests")
+
+
+def suite_without_a_gpu(site: Site) -> list[str]:
+    """The rest of the suite."""
+    return pytest(site, *WITHOUT_A_GPU)
 
 
 def sanitized(tool: str) -> Callable[[Site], list[str]]:
@@ -294,7 +307,7 @@ PIECES = (
         tools=("nvcc", "cmake", "ninja", "c++"),
         ready=built,
     ),
-    Piece("suite", "the whole test suite on this machine", 420, suite, checks=True),
+    Piece("suite", "the tests on this machine", 420, suite, checks=True),
     Piece(
         "memcheck",
         "the op table under compute-sanitizer: no access out of bounds",
@@ -390,6 +403,7 @@ PIECES = (
     ),
     Piece("trace", "a request with all its ranges and kernels", 120, trace, needs=MEASURES),
     Piece("trace-stages", "a call of every stage with all its kernels", 120, trace_stages, needs=MEASURES),
+    Piece("suite-without-gpu", "the tests of kernels on the CPU", 540, suite_without_a_gpu, checks=True),
 )
 
 

@@ -145,7 +145,8 @@ def test_a_check_is_done_at_its_commit_only(
 def test_what_says_whether_the_code_is_right_is_a_check() -> None:
     checks = {piece.name for piece in PIECES if piece.checks}
     golden = {"validate-golden-t2i", "validate-golden-edit"}
-    assert checks == {"suite", "memcheck", "racecheck", "validate-shapes", "validate-published", *golden}
+    suites = {"suite", "suite-without-gpu"}
+    assert checks == {*suites, "memcheck", "racecheck", "validate-shapes", "validate-published", *golden}
 
 
 def test_the_fast_tier_is_measured_with_the_switches_of_its_target(site: Site) -> None:
