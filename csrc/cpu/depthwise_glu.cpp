@@ -2,10 +2,11 @@
 //
 // Blocking  channels in blocks whose three activated rows, of value and gate, stay in the second-level cache:
 //           each element of the input is read and activated once, into a ring of three rows of vectors, and
-//           each output row is one pass along the ring with the eighteen taps of a vector in registers.
+//           each output row is two passes along the ring, of value and of gate, with the nine taps of a vector
+//           in registers. The next row of the input is fetched meanwhile.
 // Bytes     the input once and the result once: 3 x 2 C B H W in bfloat16.
-// FLOPs     36 for the taps and three exponentials per element of the result: bound by the units at
-//           one core, by memory at many.
+// FLOPs     36 for the taps and three exponentials and divisions per element of the result: bound by the
+//           multiply-add units at one core, by memory at many.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
@@ -26,6 +27,7 @@ struct Block {
     float* ring;                              // [2 * vectors][3 rows][width] vectors
     float* zeros;                             // [width] vectors, the rows above and below the image
     float* parameters;                        // [2 * vectors] [input bias, nine taps, bias] vectors
+    float* sums;                              // [width] vectors, the convolved values of a row
 };
 
 constexpr int64_t kParameters = (kTaps + 2) * kLanes;  // floats of a vector's parameters
@@ -41,9 +43,10 @@ Block make_block(const DepthwiseGluArguments& a) {
     Block block;
     block.pitch = (3 * a.width + 1) * kLanes;  // odd, since rows at a power of two would share cache sets
     const int64_t vectors = 2 * block_channels(a.width) / kLanes;
-    block.ring = thread_scratch(vectors * (block.pitch + kParameters) + a.width * kLanes);
+    block.ring = thread_scratch(vectors * (block.pitch + kParameters) + 2 * a.width * kLanes);
     block.parameters = block.ring + vectors * block.pitch;
     block.zeros = block.parameters + vectors * kParameters;
+    block.sums = block.zeros + a.width * kLanes;
     for (int64_t x = 0; x < a.width; ++x) store(block.zeros + x * kLanes, Vec{});
     return block;
 }
@@ -66,16 +69,20 @@ void load_parameters(const DepthwiseGluArguments& a, const Block& block) {
         float* to = block.parameters + v * kParameters;
         store(to, load(static_cast<const T*>(a.input_bias) + channel, lanes));
         store(to + (kTaps + 1) * kLanes, load(static_cast<const T*>(a.bias) + channel, lanes));
-        const T* taps = static_cast<const T*>(a.weight) + channel * kTaps;
+        float taps[kLanes * kTaps] = {};
+        widen_row(taps, static_cast<const T*>(a.weight) + channel * kTaps, lanes * kTaps);
         for (int64_t tap = 0; tap < kTaps; ++tap) {
-            float lane[kLanes] = {};
-            for (int64_t i = 0; i < lanes; ++i) lane[i] = load(taps + i * kTaps + tap, 1)[0];
-            store(to + (1 + tap) * kLanes, load(lane));
+            for (int64_t i = 0; i < kLanes; ++i) to[(1 + tap) * kLanes + i] = taps[i * kTaps + tap];
         }
     }
 }
 
-BLIP3O_INLINE Vec silu(Vec x) { return x / (1.0f + exponential(-x)); }
+// Into the second-level cache; the hardware foresees too little of pixels that lie pages apart.
+template <class T>
+BLIP3O_INLINE void prefetch(const T* from, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+}
 
 // silu(x + input bias) of image row y into its place in the ring.
 template <class T>
@@ -86,6 +93,7 @@ void activate_row(const DepthwiseGluArguments& a, const Block& block, int64_t y)
         const T* pixel = a.x.row<T>(first_row + x);
         for (int64_t half = 0; half < 2; ++half) {
             const T* from = pixel + half * a.channels + block.first;
+            if (y + 1 < a.height) prefetch(from + a.width * a.x.stride, block.channels);
             float* to = ring + half * block.vectors * block.pitch + x * kLanes;
             const float* bias = block.parameters + half * block.vectors * kParameters;
             for_each_vector(block.channels, [&](int64_t i, int64_t lanes) {
@@ -110,10 +118,10 @@ struct Taps {
         before = bias;
     }
 
-    BLIP3O_INLINE void read(const float* const rows[3], int64_t offset) {
+    BLIP3O_INLINE void read(const float* const rows[3], int64_t x) {
         after = bias;
         for (int row = 0; row < 3; ++row) {
-            const Vec pixel = load(rows[row] + offset);
+            const Vec pixel = load(rows[row] + x * kLanes);
             before += pixel * tap[3 * row + 2];
             at += pixel * tap[3 * row + 1];
             after += pixel * tap[3 * row];
@@ -126,32 +134,44 @@ struct Taps {
     }
 };
 
-// Row y of the result for vector v of the block.
-template <class T>
-void convolve_row(const DepthwiseGluArguments& a, const Block& block, int64_t y, int64_t v) {
-    const float *value_rows[3], *gate_rows[3];
+// emit(x, sum) for vector v of every pixel of row y.
+template <class Emit>
+BLIP3O_INLINE void convolve_vector(const DepthwiseGluArguments& a, const Block& block, int64_t y, int64_t v,
+                                   const Emit& emit) {
+    const float* rows[3];
     for (int64_t row = 0; row < 3; ++row) {
         const bool inside = y + row >= 1 && y + row <= a.height;
-        const float* value = block.ring + v * block.pitch + (y + row + 2) % 3 * a.width * kLanes;
-        value_rows[row] = inside ? value : block.zeros;
-        gate_rows[row] = inside ? value + block.vectors * block.pitch : block.zeros;
+        const float* activated = block.ring + v * block.pitch + (y + row + 2) % 3 * a.width * kLanes;
+        rows[row] = inside ? activated : block.zeros;
     }
-    Taps value(block.parameters + v * kParameters),
-        gate(block.parameters + (block.vectors + v) * kParameters);
-    const int64_t lanes = lanes_of(block, v);
-    const int64_t first_row = (block.batch * a.height + y) * a.width;
-    T* out = a.out.row<T>(first_row) + block.first + v * kLanes;
-    value.read(value_rows, 0);
-    gate.read(gate_rows, 0);
-    for (int64_t x = 1; x < a.width; ++x) {
-        value.advance();
-        gate.advance();
-        value.read(value_rows, x * kLanes);
-        gate.read(gate_rows, x * kLanes);
-        store(out, value.before * silu(gate.before), lanes);
-        out += a.out.stride;
+    const int64_t width = a.width;
+    Taps taps(block.parameters + v * kParameters);
+    taps.read(rows, 0);
+    for (int64_t x = 1; x < width; ++x) {
+        taps.advance();
+        taps.read(rows, x);
+        emit(x - 1, taps.before);
     }
-    store(out, value.at * silu(gate.at), lanes);
+    emit(width - 1, taps.at);
+}
+
+// Row y of the result for vector v of the block: values first, then gates, since the taps of both would leave
+// too few registers for the SiLU.
+template <class T>
+void convolve_row(const DepthwiseGluArguments& a, const Block& block, int64_t y, int64_t v) {
+    float* const sums = block.sums;
+    convolve_vector(a, block, y, v, [=](int64_t x, Vec value) { store(sums + x * kLanes, value); });
+
+    const int64_t lanes = lanes_of(block, v), stride = a.out.stride, gate = block.vectors + v;
+    T* const out = a.out.row<T>((block.batch * a.height + y) * a.width) + block.first + v * kLanes;
+    const auto gated = [=](int64_t x, Vec sum) { return load(sums + x * kLanes) * silu(sum); };
+    if (lanes == kLanes) {
+        convolve_vector(a, block, y, gate,
+                        [=](int64_t x, Vec sum) { store(out + x * stride, gated(x, sum)); });
+    } else {
+        convolve_vector(a, block, y, gate,
+                        [=](int64_t x, Vec sum) { store(out + x * stride, gated(x, sum), lanes); });
+    }
 }
 
 template <class T>

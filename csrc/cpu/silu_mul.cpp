@@ -12,8 +12,7 @@ void gate_rows(const SiluMulArguments& a, int64_t begin, int64_t end) {
         const T* gate = a.gate_up.row<T>(row);
         T* out = a.out.row<T>(row);
         for_each_vector(width, [&](int64_t i, int64_t count) {
-            const Vec x = load(gate + i, count);
-            store(out + i, x / (1.0f + exponential(-x)) * load(gate + width + i, count), count);
+            store(out + i, silu(load(gate + i, count)) * load(gate + width + i, count), count);
         });
     }
 }
