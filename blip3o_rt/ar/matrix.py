@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_rt import ops
@@ -58,6 +57,6 @@ class Matrix:
     def linear(self, x: Tensor) -> Tensor:
         """x [M, K] -> [M, N] for the many rows of a prompt."""
         if self.scale is None:
-            return F.linear(x, self.weight)
+            return ops.linear(x, self.weight)
         product = ops.row_linear_int8 if len(x) <= FEW_ROWS else ops.linear_int8
         return product(x, self.weight, self.scale)

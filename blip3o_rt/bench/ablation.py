@@ -131,6 +131,13 @@ SWITCHES = (
         Variant("of one, they are the same"),
     ),
     Switch(
+        "activations",
+        STEPS,
+        Variant("memory of their own", options={"own_memory": True}),
+        Variant("the same memory in every block"),
+        available=lambda device: device.type == "cpu",
+    ),
+    Switch(
         "upsampling",
         (DECODER,),
         Variant("doubled, then convolved", options={"doubled": True}),
@@ -185,6 +192,7 @@ def dit_step(
     null_written_out: bool = False,
     kind: Callable[[DitStage], Any] | None = None,
     both_halves: bool = False,
+    own_memory: bool = False,
 ) -> Contender:
     """A denoising step, without one of its optimisations or with all (see `unoptimised`)."""
     stage = DitStage(checkpoint, edit=edit)
@@ -194,7 +202,7 @@ def dit_step(
         stage.kind = kind(stage)
     if both_halves:
         stage.dit.blocks[0] = unoptimised.OnBothHalves(stage.dit.blocks[0])  # type: ignore[call-overload]
-    return Contender("", stage.step, stage.prepare)
+    return Contender("", unoptimised.with_own_memory(stage.step) if own_memory else stage.step, stage.prepare)
 
 
 def dit_denoise(checkpoint: Checkpoint) -> Contender:

@@ -147,6 +147,13 @@ def _prefill(ar: ARConfig) -> Iterator[OpShape]:
     yield from _ar_rows(ar, PREFILL, f"prompt of {PREFILL}")
     for name, (rows, columns) in _ar_matrices(ar).items():
         yield OpShape(
+            "linear",
+            f"prompt of {PREFILL}: {name} {rows} x {columns}",
+            _linear(PREFILL, rows, columns),
+            products=PREFILL * rows * columns,
+            check=_linear(PREFILL, min(rows, 1200), columns),
+        )
+        yield OpShape(
             "linear_int8",
             f"prompt of {PREFILL}: {name} {rows} x {columns}",
             _row_linear_int8(PREFILL, rows, columns, False),
@@ -203,6 +210,17 @@ def _row_linear(batch: int, rows: int, columns: int, logits: bool) -> Make:
         return Case("", (random(1, batch, columns, dtype=dtype), weight), out, written=tuple(out))
 
     return make
+
+
+def _linear(tokens: int, rows: int, columns: int) -> Make:
+    return lambda dtype: Case(
+        "",
+        (
+            random(1, tokens, columns, dtype=dtype),
+            random(2, rows, columns, dtype=dtype, scale=columns**-0.5),
+            random(3, rows, dtype=dtype),
+        ),
+    )
 
 
 def _row_linear_int8(batch: int, rows: int, columns: int, logits: bool) -> Make:
@@ -324,6 +342,19 @@ def _dit(config: ModelConfig) -> Iterator[OpShape]:
         lambda dtype: _scaled(2 * tokens, width, dtype),
         check=lambda dtype: _scaled(min(2 * tokens, 64), width, dtype),
     )
+    for name, outputs, inputs in (
+        ("q|k|v", 3 * width, width),
+        ("attention out", width, width),
+        ("feed-forward in", 2 * dit.mlp_hidden, width),
+        ("feed-forward out", width, dit.mlp_hidden),
+    ):
+        yield OpShape(
+            "linear",
+            f"dit: 2 x {tokens} tokens, {name} {outputs} x {inputs}",
+            _linear(2 * tokens, outputs, inputs),
+            products=2 * tokens * outputs * inputs,
+            check=_linear(min(2 * tokens, 64), min(outputs, 1200), inputs),
+        )
     yield OpShape(
         "linear_fp8",
         f"dit: 2 x {tokens} x {width} to {3 * width}",

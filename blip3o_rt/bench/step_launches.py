@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 from blip3o_rt import ops
 from blip3o_rt.bench import peers
-from blip3o_rt.bench.ablation import ALL_OPS, DECODER, EDIT, LINES, STEP, SWITCHES, Switch, Variant
+from blip3o_rt.bench.ablation import ALL_OPS, DECODER, EDIT, LINES, STEP, Switch, Variant, listed
 from blip3o_rt.bench.compose import OURS
 from blip3o_rt.bench.counts import AnyOp, Count, as_text, counted_ops, total
 from blip3o_rt.bench.peer_modules import missing_package
@@ -49,6 +49,7 @@ KIND = "step_launches"
 SIZES = ("published", "tiny")
 COUNTED = (STEP, EDIT, DECODER)
 DIFFUSERS = "diffusers"
+PRODUCTS = ("linear",)  # ops whose GPU kernels are a library's product
 WITH_A_PRODUCT = ("convolution_silu",)  # ops whose GPU kernels are a library's product and a pass behind it
 CONVOLUTION_BIAS = "convolution bias"  # cuDNN has none: torch adds it in a pass, but to depthwise ones
 IN_TORCH = "its definition in torch"
@@ -115,7 +116,7 @@ def _counting(found: StepCount, references: frozenset[str]) -> Iterator[None]:
     operators, attention = _Operators(found), _Attention(found)
 
     def run(op: AnyOp, given: Mapping[str, Any]) -> Any:
-        if op.name in references:
+        if op.name in references or op.name in PRODUCTS:
             return op.reference(**given)
         with operators.paused(), attention.paused():
             result = op.reference(**given)
@@ -232,7 +233,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
 
 def switches_of(line: str, whole: StepCount) -> Iterator[Switch]:
     """What can be taken out of a line and counted: the listed switches of its stage, and its fused ops."""
-    yield from (switch for switch in SWITCHES if line in switch.lines and switch.off.options)
+    yield from (switch for switch in listed(line, torch.device("cuda")) if switch.off.options)
     fused = [name for name in whole.passes if name in ops.all_ops()]
     for name in fused:
         yield Switch(name, (line,), Variant(IN_TORCH, {name: REFERENCE}), Variant("one op"))

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.bench.stages import DitStage
+from blip3o_rt.dit import model as dit_model
 from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
+from blip3o_rt.dit.workspace import Area, Workspace
 from blip3o_rt.vae.blocks import Convolution, NearestUpsampling, Weights, channels_first, channels_last
 
 # Diffusion transformer
@@ -66,6 +68,23 @@ class OnBothHalves:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
+
+
+class OwnMemory(Workspace):
+    """Memory that is allocated each time it is taken."""
+
+    def take(self, area: Area, *shape: int) -> Tensor:
+        return self._memory[area].new_empty(shape)
+
+
+def with_own_memory(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step whose activations are each allocated."""
+
+    def call() -> Tensor:
+        with pieces([(dit_model, "Workspace")], OwnMemory):
+            return step()
+
+    return call
 
 
 # Autoencoder

@@ -32,31 +32,31 @@ class Matrix:
             weights[weight], weights.get(name + ".bias") if bias else None, weights.get(weight + SCALE)
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
+    def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N], contiguous. `out` must not overlap x."""
+        if out is None:
+            out = x.new_empty(*x.shape[:-1], len(self.weight))
         if self.scale is None:
-            return F.linear(x, self.weight, self.bias)
+            return ops.linear(x, self.weight, self.bias, out=out)
         product = self._int8 if self.weight.dtype == torch.int8 else self._fp8
-        return product(x.reshape(-1, x.shape[-1]), self.scale).view(*x.shape[:-1], -1)
+        product(x.reshape(-1, x.shape[-1]), self.scale, out.view(-1, len(self.weight)))
+        return out
 
-    def _int8(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _int8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
         values = ops.quantise_rows(x, row_scale)
-        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
         for first in range(0, len(self.weight), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             product = integer_product(values, self.weight[block])
             bias = None if self.bias is None else self.bias[block]
             ops.scale_product(product, scale[block], row_scale=row_scale, bias=bias, out=out[:, block])
-        return out
 
-    def _fp8(self, x: Tensor, scale: Tensor) -> Tensor:
+    def _fp8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """The product of e4m3 numbers, each row of x [M, K] rounded to multiples of its own scale."""
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
         values = ops.quantise_rows(x, row_scale, dtype=self.weight.dtype)
-        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
-        return ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)
+        ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)
 
 
 def integer_product(values: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull,
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.dit.workspace import Area, Workspace
 from blip3o_rt.errors import ParameterError
 
 QK_NORM_EPS = 1e-5
@@ -136,8 +137,9 @@ class DiT:
         patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(1, height * width, -1)
         x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D]
+        workspace = self._workspace(halves * height * width)
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation.blocks[layer], condition, layer, height, width)
+            x = block(x, modulation.blocks[layer], condition, layer, height, width, workspace)
         shift, scale = modulation.final
         normed = ops.layer_norm_modulate(
             x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
@@ -146,11 +148,21 @@ class DiT:
         patches = patches.view(halves, height, width, patch, patch, -1)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(halves, -1, height * patch, width * patch)
 
+    def _workspace(self, tokens: int) -> Workspace:
+        width, expanded = self.config.width, self.config.mlp_hidden
+        widths = {
+            Area.WIDE: max(3 * width, 2 * expanded),
+            Area.MIDDLE: max(self.config.cross_width, width, expanded),
+            Area.NARROW: max(self.config.cross_width, width),
+        }
+        sizes = {area: tokens * elements for area, elements in widths.items()}
+        return Workspace(self.dtype, self.device, sizes)
+
     def _wide_linear(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"].to(self.wide), self.weights[f"{name}.bias"].to(self.wide)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+        return ops.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def _captions(self, tokens: Tensor) -> Tensor:
         hidden = self._linear("caption_projection.linear_1", tokens.to(self.dtype))
@@ -211,20 +223,29 @@ class _Block:
         self.feed_forward = _FeedForward(weights, prefix + "ff.")
 
     def __call__(
-        self, x: Tensor, modulation: Tensor, condition: Condition, layer: int, height: int, width: int
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        condition: Condition,
+        layer: int,
+        height: int,
+        width: int,
+        workspace: Workspace,
     ) -> Tensor:
         """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D].
 
         Without a null half [1, N, D] -> [1, N, D].
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        normed = ops.layer_norm_modulate(x, shift_msa, scale_msa, self.norm_eps)
-        ops.gated_add(x, self.self_attention(normed), gate_msa)
+        normed = workspace.take(Area.NARROW, *x.shape)
+        ops.layer_norm_modulate(x, shift_msa, scale_msa, self.norm_eps, out=normed)
+        ops.gated_add(x, self.self_attention(normed, workspace), gate_msa)
         if len(x) == 1 and condition.null is not None:
             x = x.repeat(2, 1, 1)
-        self.cross_attention.add(x, condition, layer)
-        normed = ops.layer_norm_modulate(x, shift_mlp, scale_mlp, self.norm_eps)
-        return ops.gated_add(x, self.feed_forward(normed, height, width), gate_mlp)
+        self.cross_attention.add(x, condition, layer, workspace)
+        normed = workspace.take(Area.NARROW, *x.shape)
+        ops.layer_norm_modulate(x, shift_mlp, scale_mlp, self.norm_eps, out=normed)
+        return ops.gated_add(x, self.feed_forward(normed, height, width, workspace), gate_mlp)
 
 
 class _SelfAttention:
@@ -239,10 +260,11 @@ class _SelfAttention:
             weights.get(prefix + "norm_k.weight"),
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        qkv = self.to_qkv(x)
-        attended = ops.relu_linear_attention(qkv, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS)
-        return self.to_out(attended)
+    def __call__(self, x: Tensor, workspace: Workspace) -> Tensor:
+        qkv = self.to_qkv(x, out=workspace.take(Area.WIDE, *x.shape[:-1], 3 * x.shape[-1]))
+        attended = workspace.take(Area.MIDDLE, *x.shape)
+        ops.relu_linear_attention(qkv, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=attended)
+        return self.to_out(attended, out=workspace.take(Area.NARROW, *x.shape))
 
 
 class _CrossAttention:
@@ -271,32 +293,25 @@ class _CrossAttention:
         _, value = self.to_kv(caption).chunk(2, dim=-1)
         return self.to_out(value)
 
-    def add(self, x: Tensor, condition: Condition, layer: int) -> None:
+    def add(self, x: Tensor, condition: Condition, layer: int, workspace: Workspace) -> None:
         """x [2, N, D] += attention, in place: x[0] to the null half (where there is one), x[-1] to the
         condition."""
         null = condition.null
-        if null is None or isinstance(null, ConstantNull):
-            query = self.to_q(x[-1])
-            attended = self._attend(query, condition.keys[layer], condition.values[layer])
-            x[-1] += self.to_out(attended)
-            if null is not None:
-                x[0] += null.outputs[layer]
-            return
-        query = self.to_q(x)
-        attended = torch.empty_like(query)
-        self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, attended[0])
-        self._attend(query[1], condition.keys[layer], condition.values[layer], None, attended[1])
-        x += self.to_out(attended)
+        attending = x if isinstance(null, WeightedNull) else x[-1:]
+        shape = (*attending.shape[:-1], condition.keys[layer].shape[0] * condition.keys[layer].shape[-1])
+        query = self.to_q(attending, out=workspace.take(Area.NARROW, *shape))
+        attended = workspace.take(Area.MIDDLE, *shape)
+        self._attend(query[-1], condition.keys[layer], condition.values[layer], None, attended[-1])
+        if isinstance(null, WeightedNull):
+            self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, attended[0])
+        attending += self.to_out(attended, out=workspace.take(Area.NARROW, *attending.shape))
+        if isinstance(null, ConstantNull):
+            x[0] += null.outputs[layer]
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_multiplicity: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        return ops.cross_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, log_multiplicity: Tensor | None, out: Tensor
+    ) -> None:
+        ops.cross_attention(
             query, key, value, self.q_norm, QK_NORM_EPS, log_multiplicity=log_multiplicity, out=out
         )
 
@@ -313,7 +328,10 @@ class _FeedForward:
         )
         self.point = Matrix.of(weights, prefix + "conv_point")
 
-    def __call__(self, x: Tensor, height: int, width: int) -> Tensor:
-        hidden = self.inverted(x).unflatten(1, (height, width))
-        gated = ops.depthwise_glu(hidden, self.inverted_bias, self.depth_weight, self.depth_bias)
-        return self.point(gated.flatten(1, 2))
+    def __call__(self, x: Tensor, height: int, width: int, workspace: Workspace) -> Tensor:
+        grid, expanded = (len(x), height, width), len(self.inverted_bias)
+        hidden = workspace.take(Area.WIDE, *grid, expanded)
+        self.inverted(x, out=hidden.flatten(1, 2))
+        gated = workspace.take(Area.MIDDLE, *grid, expanded // 2)
+        ops.depthwise_glu(hidden, self.inverted_bias, self.depth_weight, self.depth_bias, out=gated)
+        return self.point(gated.flatten(1, 2), out=workspace.take(Area.NARROW, *x.shape))

@@ -11,6 +11,7 @@ from blip3o_rt.ops.depthwise_glu import depthwise_glu
 from blip3o_rt.ops.gated_add import gated_add
 from blip3o_rt.ops.guided_euler_step import guided_euler_step
 from blip3o_rt.ops.layer_norm_modulate import layer_norm_modulate
+from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.linear_fp8 import linear_fp8
 from blip3o_rt.ops.linear_int8 import linear_int8
 from blip3o_rt.ops.nearest_code import nearest_code
@@ -46,6 +47,7 @@ __all__ = [
     "gated_add",
     "guided_euler_step",
     "layer_norm_modulate",
+    "linear",
     "linear_fp8",
     "linear_int8",
     "nearest_code",

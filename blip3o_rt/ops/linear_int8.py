@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.ops import native
+from blip3o_rt.ops.linear import unavailable
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
 
@@ -28,20 +29,12 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None 
     return out
 
 
-def _unavailable() -> str | None:
-    """The kernel gains something where the processor multiplies bfloat16."""
-    reason = native.cpu_unavailable()
-    if reason is None and not native.cpu().has_bf16_products():
-        reason = f"no AVX512_BF16 in the kernels in use ({native.cpu().isa()}); torch is as fast"
-    return reason
-
-
 def _supports(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> str | None:
     return unknown_to_cpu(weight) if x.shape[-1] % 2 == 0 else "takes an even K"
 
 
 @linear_int8.implementation(
-    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_supports, available=_unavailable
+    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_supports, available=unavailable
 )
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty((len(x), len(weight)), dtype=x.dtype) if out is None else out

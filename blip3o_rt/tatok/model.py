@@ -11,6 +11,7 @@ from torch import Tensor
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ConfigError, ImageError
 from blip3o_rt.graphs import Recorder
+from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.recorded_function import RecordedFunction
 
@@ -72,15 +73,15 @@ class ImageTokenizer:
     def _encode_picture(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [1, N, hidden] and codes [N] of one picture."""
         features = self._features(pixels)
-        projected = F.linear(features[0].to(self.codebook.dtype), *self.bottleneck)
+        projected = linear(features[0].to(self.codebook.dtype), *self.bottleneck)
         return features, nearest_code(projected, self.codebook)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        x = F.linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
+        x = linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
         x += self.position_embedding
         for layer in self.layers:
             x = layer(x)
-        return torch.tanh(F.linear(x, *self.task))
+        return torch.tanh(linear(x, *self.task))
 
 
 def patches(pixels: Tensor, side: int) -> Tensor:
@@ -108,14 +109,14 @@ class EncoderLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x + self._attention(F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps))
-        hidden = F.linear(F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps), *self.fc1)
-        return x + F.linear(F.gelu(hidden, approximate="tanh"), *self.fc2)
+        hidden = linear(F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps), *self.fc1)
+        return x + linear(F.gelu(hidden, approximate="tanh"), *self.fc2)
 
     def _attention(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
+        qkv = linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
         attended = F.scaled_dot_product_attention(q, k, v)
-        return F.linear(attended.transpose(1, 2).flatten(2), *self.attention_out)
+        return linear(attended.transpose(1, 2).flatten(2), *self.attention_out)
 
 
 def check_geometry(config: TATokConfig) -> None:

@@ -13,6 +13,7 @@ from blip3o_rt.ops.add_pixel_unshuffle import add_pixel_unshuffle
 from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
 from blip3o_rt.ops.convolution_silu import convolution_silu
 from blip3o_rt.ops.depthwise_glu import depthwise_glu
+from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rounding import arithmetic_dtype
 
@@ -117,12 +118,12 @@ class MultiscaleAttention:
         self.norm = ChannelNorm(weights, prefix + "norm_out")
 
     def __call__(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.to_qkv)
+        qkv = linear(x, self.to_qkv)
         scales = [qkv, *(project(depthwise(qkv)) for depthwise, project in self.scales)]
         attended = x.new_empty(*x.shape[:-1], self.to_out.shape[1])
         for scale, out in zip(scales, attended.flatten(1, 2).chunk(len(scales), dim=-1), strict=True):
             relu_linear_attention(scale.flatten(1, 2), None, None, self.num_heads, 0.0, out=out)
-        return self.norm(F.linear(attended, self.to_out), residual=x)
+        return self.norm(linear(attended, self.to_out), residual=x)
 
 
 class GatedConvolution:
@@ -137,8 +138,8 @@ class GatedConvolution:
         self.norm = ChannelNorm(weights, prefix + "norm")
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = depthwise_glu(F.linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias)
-        return self.norm(F.linear(hidden, self.point), residual=x)
+        hidden = depthwise_glu(linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias)
+        return self.norm(linear(hidden, self.point), residual=x)
 
 
 class NearestUpsampling:

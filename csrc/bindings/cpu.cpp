@@ -54,6 +54,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("norm_row_linear", &cpu::norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a,
                "scale"_a, "gated"_a, "out"_a, no_gil);
     module.def("row_linear_add", &cpu::row_linear_add, "x"_a, "weight"_a, "scale"_a, "residual"_a, no_gil);
+    module.def("linear", &cpu::linear, "x"_a, "weight"_a, "bias"_a, "out"_a, no_gil);
     module.def("linear_int8", &cpu::linear_int8, "x"_a, "weight"_a, "scale"_a, "out"_a, no_gil);
     module.def("quantise_rows", &cpu::quantise_rows, "x"_a, "scale"_a, "out"_a, no_gil);
     module.def("scale_product", &cpu::scale_product, "product"_a, "scale"_a, "row_scale"_a, "bias"_a, "out"_a,

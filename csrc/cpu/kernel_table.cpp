@@ -7,7 +7,7 @@ void rms_norm(const RmsNormArguments&, int64_t begin, int64_t end);
 void silu_mul(const SiluMulArguments&, int64_t begin, int64_t end);
 void row_linear(const RowLinearArguments&, int64_t begin, int64_t end);
 void row_linear_int8(const RowLinearInt8Arguments&, int64_t begin, int64_t end);
-void linear_int8(const LinearInt8Arguments&, int64_t begin, int64_t end);
+void linear(const LinearArguments&, int64_t begin, int64_t end);
 void quantise_rows(const QuantiseRowsArguments&, int64_t begin, int64_t end);
 void scale_product(const ScaleProductArguments&, int64_t begin, int64_t end);
 void qk_norm_rope_append(const QkNormRopeAppendArguments&, int64_t begin, int64_t end);
@@ -30,7 +30,7 @@ const Kernels kKernels = {rms_norm,
                           silu_mul,
                           row_linear,
                           row_linear_int8,
-                          linear_int8,
+                          linear,
                           quantise_rows,
                           scale_product,
                           qk_norm_rope_append,

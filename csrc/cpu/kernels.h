@@ -20,7 +20,7 @@ struct Kernels {
     Kernel<SiluMulArguments> silu_mul;                                 // rows
     Kernel<RowLinearArguments> row_linear;                             // columns of the result
     Kernel<RowLinearInt8Arguments> row_linear_int8;                    // columns of the result
-    Kernel<LinearInt8Arguments> linear_int8;                           // kLinearInt8Columns columns
+    Kernel<LinearArguments> linear;                                    // kLinearColumns columns
     Kernel<QuantiseRowsArguments> quantise_rows;                       // rows
     Kernel<ScaleProductArguments> scale_product;                       // rows
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
@@ -41,7 +41,7 @@ struct Kernels {
 
 constexpr int64_t kCrossAttentionQueries = 64;
 constexpr int64_t kDepthwiseGluChannels = 16;
-constexpr int64_t kLinearInt8Columns = 48;
+constexpr int64_t kLinearColumns = 16;
 
 enum class Isa { portable, avx2, avx512 };
 constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512};

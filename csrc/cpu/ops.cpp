@@ -91,6 +91,13 @@ void product(const TensorView& x, const TensorView& weight, const OptionalView& 
     scale ? row_linear_int8(x, weight, *scale, {}, out) : row_linear(x, weight, {}, out);
 }
 
+void multiply(LinearArguments arguments) {
+    arguments.pair_products = has_bf16_products();
+    const int64_t units = (arguments.weight.count + kLinearColumns - 1) / kLinearColumns;
+    run(kernels().linear, arguments, arguments.x.count > 0 ? units : 0,
+        grain(arguments.x.width * arguments.x.count * kLinearColumns));
+}
+
 // By rows of the coarse images.
 void run_image(Kernel<PixelShuffleArguments> kernel, const PixelShuffleArguments& arguments) {
     run(kernel, arguments, arguments.width > 0 ? arguments.batch * arguments.height : 0,
@@ -150,13 +157,13 @@ void row_linear_add(const TensorView& x, const TensorView& weight, const Optiona
         grain(a.out.width));
 }
 
+void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out) {
+    multiply(check_linear("linear", Device::cpu, x, weight, DType::bf16, {}, bias, out));
+}
+
 void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                  const TensorView& out) {
-    auto arguments = check_linear_int8(Device::cpu, x, weight, scale, out);
-    arguments.bf16_products = has_bf16_products();
-    const int64_t panels = (arguments.weight.count + kLinearInt8Columns - 1) / kLinearInt8Columns;
-    run(kernels().linear_int8, arguments, arguments.x.count > 0 ? panels : 0,
-        grain(arguments.x.width * arguments.x.count * kLinearInt8Columns));
+    multiply(check_linear("linear_int8", Device::cpu, x, weight, DType::i8, scale, {}, out));
 }
 
 void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {

@@ -24,6 +24,8 @@ void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double 
 void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
                     const TensorView& residual);
 
+void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out);
+
 void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                  const TensorView& out);
 

@@ -389,6 +389,7 @@ def either_way(request: pytest.FixtureRequest) -> None:
         {"kind": unoptimised.condition_every_step},
         {"kind": unoptimised.tables_every_step},
         {"both_halves": True},
+        {"own_memory": True},
     ],
 )
 def test_a_step_without_an_optimisation_is_the_same_step(

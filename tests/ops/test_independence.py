@@ -78,20 +78,28 @@ def test_row_linear_int8(
 
 
 @given(
-    data=st.data(), rows=st.integers(1, 70), outputs=st.integers(1, 40), pairs_of_inputs=st.integers(1, 200)
+    data=st.data(),
+    rows=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    pairs_of_inputs=st.integers(1, 200),
+    int8=st.booleans(),
 )
 @few
-def test_linear_int8(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: int) -> None:
+def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: int, int8: bool) -> None:
     """Of the kernel also where torch is chosen, because it is no faster there."""
     set_up(data)
     inputs = 2 * pairs_of_inputs
-    x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantised(2, outputs * 7, inputs)
-    run = ops.linear_int8.named("cpu").run
-    together = run(x, weight, scale)
+    x = random(1, rows, inputs, dtype=torch.bfloat16)
+    if int8:
+        run, weights = ops.linear_int8.named("cpu").run, quantised(2, outputs * 7, inputs)
+    else:
+        weight, bias = (random(2, outputs * 7, *rest, dtype=torch.bfloat16) for rest in ((inputs,), ()))
+        run, weights = ops.linear.named("cpu").run, (weight, bias)
+    together = run(x, *weights)
     native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
-    assert torch.equal(run(x[chosen], weight, scale), together[chosen])
-    assert torch.equal(run(x[:1], weight, scale), together[:1])
+    assert torch.equal(run(x[chosen], *weights), together[chosen])
+    assert torch.equal(run(x[:1], *weights), together[:1])
 
 
 @given(

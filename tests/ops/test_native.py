@@ -120,6 +120,21 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "linear_int8: K must be even: steps are multiplied in pairs",
     ),
     (
+        lambda: native.cpu().linear(
+            torch.ones(2, 8).bfloat16(),
+            torch.ones(4, 8).bfloat16(),
+            torch.ones(4),
+            torch.ones(2, 4).bfloat16(),
+        ),
+        "linear: bias has dtype float32; accepted: bfloat16",
+    ),
+    (
+        lambda: native.cpu().linear(
+            same := torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None, same
+        ),
+        "linear: out must not be the memory of x; give it memory of its own",
+    ),
+    (
         lambda: ops.quantise_rows(torch.ones(2, 8), torch.ones(3)),
         "quantise_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
     ),

@@ -90,20 +90,24 @@ inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorV
     return arguments;
 }
 
-inline LinearInt8Arguments check_linear_int8(Device device, const TensorView& x, const TensorView& weight,
-                                             const TensorView& scale, const TensorView& out) {
-    Contract contract("linear_int8", device);
+inline LinearArguments check_linear(const char* op, Device device, const TensorView& x,
+                                    const TensorView& weight, DType weight_dtype, const OptionalView& scale,
+                                    const OptionalView& bias, const TensorView& out) {
+    Contract contract(op, device);
     Dim rows("M"), inputs("K"), outputs("N");
-    LinearInt8Arguments arguments;
+    LinearArguments arguments;
     arguments.x = contract(x, "x").dtype({DType::bf16}).rows(rows, inputs);
-    arguments.weight = contract(weight, "weight").dtype({DType::i8}).rows(outputs, inputs);
+    arguments.weight = contract(weight, "weight").dtype({weight_dtype}).rows(outputs, inputs);
     contract(scale, "scale").dtype({DType::f32}).shape({&outputs}).contiguous();
+    contract(bias, "bias").dtype({DType::bf16}).shape({&outputs}).contiguous();
     arguments.out = contract(out, "out").dtype({DType::bf16}).rows(rows, outputs);
     contract.require(inputs.value() % 2 == 0, "K must be even: steps are multiplied in pairs");
     contract.require(rows.value() == 0 || inputs.value() == 0 || out.data != x.data,
                      "out must not be the memory of x; give it memory of its own");
-    arguments.scale = scale.as<const float>();
-    arguments.bf16_products = false;
+    arguments.scale = static_cast<const float*>(data_or_null(scale));
+    arguments.bias = data_or_null(bias);
+    arguments.weight_dtype = weight_dtype;
+    arguments.pair_products = false;
     return arguments;
 }
 

@@ -51,10 +51,12 @@ struct RowLinearInt8Arguments {
     DType dtype, weight_dtype, out_dtype;
 };
 
-struct LinearInt8Arguments {
+struct LinearArguments {
     Rows x, weight, out;
-    const float* scale;  // one for each row of weight
-    bool bf16_products;  // whether the machine has the instruction, and may use it
+    const float* scale;  // one for each row of weight; may be null
+    const void* bias;    // may be null
+    DType weight_dtype;
+    bool pair_products;  // whether the machine has the instruction, and may use it
 };
 
 struct QuantiseRowsArguments {

@@ -1,0 +1,51 @@
+"""Product of many rows with a weight matrix, the work of a prompt and of a picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import op
+
+
+@op(tolerance={torch.float32: 4e-6, torch.bfloat16: 1e-5})
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias for x [..., K], weight [N, K], bias [N], all of one dtype -> [..., N] in it.
+
+    Summed in float32, rounded once. `out` must not overlap x; leading dimensions of it lie without gaps.
+    """
+    if out is None:
+        return F.linear(x, weight, bias)
+    rows, result = x.flatten(0, -2), out.flatten(0, -2)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=result)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=result)
+    return out
+
+
+def unavailable() -> str | None:
+    """The kernel gains something where the processor multiplies bfloat16."""
+    reason = native.cpu_unavailable()
+    if reason is None and not native.cpu().has_bf16_products():
+        reason = f"no AVX512_BF16 in the kernels in use ({native.cpu().isa()}); torch is as fast"
+    return reason
+
+
+def _supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
+) -> str | None:
+    if any(other is not None and other.dtype != x.dtype for other in (weight, bias, out)):
+        return "takes x, weight, bias and out of one dtype"
+    return None if x.shape[-1] % 2 == 0 else "takes an even K"
+
+
+@linear.implementation(
+    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_supports, available=unavailable
+)
+def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype) if out is None else out
+    native.cpu().linear(x, weight, bias, out)
+    return out
