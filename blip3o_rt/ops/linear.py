@@ -39,6 +39,11 @@ def _supports(
 ) -> str | None:
     if any(other is not None and other.dtype != x.dtype for other in (weight, bias, out)):
         return "takes x, weight, bias and out of one dtype"
+    for tensor in (x, weight, out):
+        if tensor is not None and not (
+            tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1)
+        ):
+            return "takes contiguous tensors, or matrices with contiguous rows"
     return None if x.shape[-1] % 2 == 0 else "takes an even K"
 
 

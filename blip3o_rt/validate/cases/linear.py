@@ -24,6 +24,7 @@ def cases() -> Iterator[Case]:
         yield Case("bias", (x, weight, bias))
         yield Case("leading dimensions", (x.view(2, 3, 2, 150), weight, bias))
         yield Case("rows with gaps", (random(4, 12, 2, 150, dtype=dtype)[:, 0], weight))
+        yield Case("columns one by one in memory", (random(6, 150, 12, dtype=dtype).t(), weight, bias))
         yield Case("part of a wider weight", (random(5, 12, 70, dtype=dtype), weight[:, 10:80], bias))
         yield Case("one large activation", (x.index_fill(1, torch.tensor([3]), 3e3), weight, bias))
         out = torch.zeros(12, 90, dtype=dtype)
