@@ -15,7 +15,7 @@ from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 TRITON_HEAD = 128  # channels of the widest head that a program holds
 
 
-@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5})  # logits are sums over the head's channels
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2})  # logits are sums over the head's channels
 def cross_attention(
     query: Tensor,
     key: Tensor,
@@ -31,6 +31,9 @@ def cross_attention(
     query [N, H d], key and value [H, M, d] -> [N, H d] in the dtype of query. The norm is over all H d
     channels of a token, with query_weight [H d] and `eps`; without a weight there is none (keys come normed).
     log_multiplicity fp32 [M]: a key that stands for n identical ones adds log(n) to its logits.
+
+    In bfloat16 the normed query and the weights may be rounded to it before they are multiplied, as those of
+    the published code are; hence the tolerance of bfloat16.
     """
     wide = arithmetic_dtype(query)
     q = query.to(wide)

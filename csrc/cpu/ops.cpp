@@ -242,6 +242,7 @@ void cross_attention(const TensorView& query, const TensorView& key, const Tenso
     const int64_t queries = arguments.query.count;
     std::vector<float> inverse_rms(query_weight ? queries : 0);
     arguments.inverse_rms = inverse_rms.data();
+    arguments.pair_products = has_bf16_products();
     if (query_weight) {
         run(kernels().cross_attention_norms, arguments, queries, grain(arguments.query.width));
     }

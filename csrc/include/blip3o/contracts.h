@@ -423,6 +423,7 @@ inline CrossAttentionArguments check_cross_attention(Device device, const Tensor
     arguments.head_dim = head_dim.value();
     arguments.dtype = query.dtype;
     arguments.eps = static_cast<float>(eps);
+    arguments.pair_products = false;
     return arguments;
 }
 

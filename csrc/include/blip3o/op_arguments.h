@@ -156,6 +156,7 @@ struct CrossAttentionArguments {
     int64_t heads, keys, head_dim;
     DType dtype;
     float eps;
+    bool pair_products;  // as in LinearArguments
 };
 
 struct DepthwiseGluArguments {
