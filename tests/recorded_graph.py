@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from blip3o_rt.dit import workspace
 from blip3o_rt.graphs import WARM_UPS
 from blip3o_rt.ops.registry import REFERENCE, Implementation, Op
 
@@ -129,7 +130,12 @@ class _Capture(TorchDispatchMode):
 
         _forget_candidates()
         try:
-            with mock.patch.object(Op, "_find_candidates", recorded_candidates), _NoHostMethods(), self:
+            with (
+                mock.patch.object(Op, "_find_candidates", recorded_candidates),
+                mock.patch.object(workspace, "_large_pages", torch.empty),  # as on a GPU
+                _NoHostMethods(),
+                self,
+            ):
                 yield
         finally:
             _forget_candidates()
