@@ -17,7 +17,8 @@ def workspace(elements: int) -> Workspace:
 def test_an_area_is_the_same_memory_each_time() -> None:
     memory = workspace(3 << 20)
     wide, narrow = memory.take(Area.WIDE, 2, 3, 7), memory.take(Area.NARROW, 3 << 20)
-    assert wide.shape == (2, 3, 7) and wide.is_contiguous()
+    assert wide.shape == (2, 3, 7)
+    assert wide.is_contiguous()
     assert wide.dtype == torch.bfloat16
     wide.fill_(1)
     narrow.fill_(2)
