@@ -49,6 +49,7 @@ FAULTS = [
     ("relu_linear_attention", "relu_linear_attention", "tl.where(k < 0, 0.0, k)", "tl.maximum(k, 0.0)"),
     ("relu_linear_attention", "inverse_rms", "/ width + eps", "/ width"),
     ("relu_linear_attention", "products", "total = tl.dot(a_high, b_middle, total)", "total = total"),
+    ("relu_linear_attention", "products", "total = tl.dot(middle, b, total)", "total = total"),
     ("depthwise_glu", "depthwise_glu", "tl.where(c_inside, ", "tl.where(True, "),
     ("depthwise_glu", "depthwise_glu", "inverse * (a_below * c_below)", "inverse * (a_below * b_below)"),
     ("depthwise_glu", "depthwise_glu", "tl.minimum(-x, 28.0)", "-x"),
@@ -56,11 +57,15 @@ FAULTS = [
     ("depthwise_glu", "depthwise_glu", "value_above + left * v20", "value_above + left * v22"),
     ("depthwise_glu", "depthwise_glu", "range(band - 1,", "range(band,"),
     ("cross_attention", "cross_attention", "total * kept + ", "total + "),
-    ("cross_attention", "cross_attention", "attended * kept[:, None]", "attended"),
+    ("cross_attention", "cross_attention", "attended *= kept[:, None]", "attended *= 1.0"),
     ("cross_attention", "cross_attention", "tl.where(present[None, :], logits, ", "tl.where(True, logits, "),
     ("cross_attention", "cross_attention", "if log_multiplicity is not None:", "if False:"),
     ("cross_attention", "cross_attention", "-3.4028234663852886e38", "float('-inf')"),
-    ("cross_attention", "products", "total = tl.dot(middle, b, total)", "total = total"),
+    ("cross_attention", "cross_attention", "v, attended,", "v, 0.0 * attended,"),
+    ("cross_attention", "cross_attention", "p.to(v.dtype)", "(tl.floor(p * 32) / 32).to(v.dtype)"),
+    ("cross_attention", "cross_attention", "q = q.to(", "q = (tl.floor(q * 32) / 32).to("),
+    ("cross_attention", "cross_attention", "LOG2_E * tl.load(", "tl.load("),
+    ("cross_attention", "inverse_rms", "/ width + eps", "/ width"),
 ]
 
 
