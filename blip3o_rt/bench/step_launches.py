@@ -192,7 +192,8 @@ class _Operators(_Pausable, TorchDispatchMode):
             if name == "convolution" and args[2] is not None and args[8] == 1:
                 self._found.add_pass(CONVOLUTION_BIAS, 1, 2 * result.nbytes)
         else:
-            inputs = _tensors([*args, *(v for k, v in (kwargs or {}).items() if k != "out")])
+            given = args[1:] if name == "copy_" else args  # what it writes it does not read
+            inputs = _tensors([*given, *(v for k, v in (kwargs or {}).items() if k != "out")])
             self._found.add_pass(name, 1, sum(t.nbytes for t in (*inputs, *_tensors([result]))))
         return result
 

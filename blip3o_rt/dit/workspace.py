@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 from enum import Enum, auto
@@ -41,8 +40,9 @@ def _large_pages(size: int, *, dtype: torch.dtype, device: torch.device) -> Tens
     The rows that a product passes over again and again lie on more pages of 4 KiB than the processor keeps
     addresses of.
     """
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, max(size, 1) * dtype.itemsize, flags=private)
-    with contextlib.suppress(AttributeError, OSError):  # not of this system, or of this kernel
+    try:
+        memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype, count=size) if size else torch.empty(0, dtype=dtype)
+    except (AttributeError, OSError, ValueError):  # not of this system, no memory left, or none asked for
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.frombuffer(memory, dtype=dtype)

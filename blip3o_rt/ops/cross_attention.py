@@ -15,7 +15,7 @@ from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
 TRITON_HEAD = 128  # channels of the widest head that a program holds
 
 
-@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2})  # logits are sums over the head's channels
+@op(tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2})
 def cross_attention(
     query: Tensor,
     key: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import op
 
@@ -14,11 +15,17 @@ from blip3o_rt.ops.registry import op
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [..., K], weight [N, K], bias [N], all of one dtype -> [..., N] in it.
 
-    Summed in float32, rounded once. `out` must not overlap x; leading dimensions of it lie without gaps.
+    Summed in float32, rounded once. `out` must not overlap x, and be contiguous if it is no matrix. Raises
+    OpError for another `out`.
     """
     if out is None:
         return F.linear(x, weight, bias)
-    rows, result = x.flatten(0, -2), out.flatten(0, -2)
+    shape = (*x.shape[:-1], len(weight))
+    if out.shape != shape:
+        raise OpError(f"linear: out has shape {list(out.shape)}; accepted: {list(shape)}")
+    if out.ndim != 2 and not out.is_contiguous():
+        raise OpError("linear: out must be contiguous, or a matrix; give it memory of its own")
+    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:
@@ -39,6 +46,8 @@ def _supports(
 ) -> str | None:
     if any(other is not None and other.dtype != x.dtype for other in (weight, bias, out)):
         return "takes x, weight, bias and out of one dtype"
+    if bias is not None and not (bias.is_contiguous() and bias.shape == weight.shape[:1]):
+        return "takes a bias of one contiguous number for each row of the weight"
     for tensor in (x, weight, out):
         if tensor is not None and not (
             tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1)

@@ -41,7 +41,7 @@ int64_t block_channels(int64_t width) {
 
 Block make_block(const DepthwiseGluArguments& a) {
     Block block;
-    block.pitch = (3 * a.width + 1) * kLanes;  // odd, since rows at a power of two would share cache sets
+    block.pitch = (3 * a.width | 1) * kLanes;  // odd, since rows at a power of two would share cache sets
     const int64_t vectors = 2 * block_channels(a.width) / kLanes;
     block.ring = thread_scratch(vectors * (block.pitch + kParameters) + 2 * a.width * kLanes);
     block.parameters = block.ring + vectors * block.pitch;

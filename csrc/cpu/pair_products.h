@@ -5,7 +5,7 @@
 // them, are put into a panel first: for each pair of steps one pair of every column, zero where there is none.
 //
 // An element of the result is one chain over the pairs in order: its bits depend on its row and its column
-// alone, not on the tile it was computed in.
+// alone, not on the tile it was computed in. Numbers below 2^-126 count as zero: the instruction has no others.
 #pragma once
 
 #include "cpu/simd.h"

@@ -189,7 +189,7 @@ BLIP3O_INLINE Vec minimum(Vec a, Vec b) {
 }
 
 // e^x of x brought within -87 and 88; a NaN stays one. x = n log 2 + r, and e^r = 1 + r + r^2 p(r) with the cubic
-// p whose largest relative error over |r| < 0.35 is least, 2^-23. To that comes the rounding of n log 2, 2^-24 |x|
+// p whose largest relative error over |r| < 0.347 is least, 2^-23. To that comes the rounding of n log 2, 2^-24 |x|
 // without a fused multiply-add and a twentieth of it with one: for x < 0 that is nothing beside e^0.
 BLIP3O_INLINE Vec bounded_exponential(Vec x) {
     constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f;
@@ -209,7 +209,7 @@ BLIP3O_INLINE Vec bounded_exponential(Vec x) {
 // e^x, exactly 0 below -87 and e^88 above 88; a NaN stays one.
 BLIP3O_INLINE Vec exponential(Vec x) { return x < -87.0f ? Vec{} : bounded_exponential(x); }
 
-// x / (1 + e^-x). Beyond the bounds e^-x vanishes beside 1, or x beside it.
+// x / (1 + e^-x). Beyond the bounds e^-x vanishes beside 1, or x beside it, for |x| up to some 1e30.
 BLIP3O_INLINE Vec silu(Vec x) { return x / (1.0f + bounded_exponential(-x)); }
 
 }  // namespace blip3o::cpu::BLIP3O_ISA

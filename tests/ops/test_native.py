@@ -129,6 +129,14 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "linear: bias has dtype float32; accepted: bfloat16",
     ),
     (
+        lambda: ops.linear(torch.ones(2, 8), torch.ones(4, 8), out=torch.ones(2, 5)),
+        "linear: out has shape [2, 5]; accepted: [2, 4]",
+    ),
+    (
+        lambda: ops.linear(torch.ones(2, 3, 8), torch.ones(4, 8), out=torch.ones(2, 5, 4)[:, :3]),
+        "linear: out must be contiguous, or a matrix; give it memory of its own",
+    ),
+    (
         lambda: native.cpu().linear(
             same := torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None, same
         ),

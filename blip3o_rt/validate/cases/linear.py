@@ -15,6 +15,7 @@ def cases() -> Iterator[Case]:
             *((9, 20, k) for k in (1, 2, 3, 30, 31, 32, 34, 62, 64, 66, 190)),
             (11, 60, 6144),
             (70, 300, 96),
+            (700, 17, 6144),  # more than a slice
             (0, 4, 8),
         ):
             weight = random(2, n, k, dtype=dtype, scale=k**-0.5)

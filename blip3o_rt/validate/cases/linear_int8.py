@@ -17,6 +17,7 @@ def cases() -> Iterator[Case]:
             *((9, 20, k) for k in (1, 2, 3, 62, 63, 64, 66, 126, 128, 190)),
             (11, 60, 6144),
             (9, 1100, 32),
+            (700, 17, 6144),  # more than a slice
             (0, 4, 8),
         ):
             yield Case(f"{m} x {k} x {n}", (random(1, m, k, dtype=dtype), *quantised(2, n, k)))
