@@ -6,7 +6,7 @@
 //           may end with a narrower panel. More than 8 MiB of x go in slices, each with all panels.
 // Bytes     the weight once per slice, the result once; x once per panel, from the last-level cache. While a
 //           tile is computed the rows of the next one are fetched, and the weight of the next panel.
-// FLOPs     2 K per element: bound by the multipliers, which it keeps busy for 96% of the time from some 500
+// FLOPs     2 K per element: bound by the multipliers, which it keeps busy for about 95% of the time from some 500
 //           rows on.
 //
 // An element of the result is one chain over pairs of steps in order: its bits depend on its row and column
