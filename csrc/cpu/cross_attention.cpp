@@ -21,8 +21,6 @@ constexpr int64_t kPanelKeys =
     384;  // a multiple of what a tile of scores has columns, for every vector width
 constexpr float kNone = -__builtin_inff();
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Some of the keys of a head.
 struct KeyRange {
     int64_t head, first, count;

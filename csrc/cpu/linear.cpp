@@ -18,8 +18,6 @@
 namespace blip3o::cpu::BLIP3O_ISA {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 #if defined(__AVX512F__)
 
 constexpr int64_t kSliceBytes = 8 << 20;

@@ -251,6 +251,27 @@ def test_linear_int8_rounds_once(rows: int, inputs: int) -> None:
     assert worst_error(found, exact) < 2e-5
 
 
+@pytest.mark.parametrize("keys", [2, 49, 383, 384])
+def test_cross_attention_rounds_queries_and_weights_alone(keys: int) -> None:
+    """The op's tolerance in bfloat16 leaves room for two roundings; against the same made in float64, 1e-3.
+
+    What is left is a number between two of bfloat16 that float32 and float64 round to different sides. Keys of
+    one panel: with more, weights are rounded beside the largest so far.
+    """
+    if not native.cpu().has_bf16_products():
+        pytest.skip("the kernels in use multiply floats")
+    tokens, heads, head_dim = 70, 3, 112
+    query = random(1, tokens, heads * head_dim, dtype=torch.bfloat16)
+    key, value = (random(seed, heads, keys, head_dim, dtype=torch.bfloat16) for seed in (2, 3))
+    found = torch.empty_like(query)
+    native.cpu().cross_attention(query, key, value, None, 0.0, None, found)
+    scaled = (query.float() / head_dim**0.5).bfloat16().double()
+    logits = scaled.unflatten(-1, (heads, -1)).transpose(0, 1) @ key.double().mT
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    exact = weights.float().bfloat16().double() @ value.double() / weights.sum(-1, keepdim=True)
+    assert worst_error(found, exact.transpose(0, 1).flatten(1)) < 1e-3
+
+
 @pytest.mark.parametrize("isa", native.cpu().isas() if native.cpu_module() else [])
 def test_products_of_bfloat16_are_those_of_the_kernels_in_use(isa: str) -> None:
     """A machine that has the instruction is kept from it by BLIP3O_CPU_ISA."""
