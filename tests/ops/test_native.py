@@ -255,8 +255,8 @@ def test_linear_int8_rounds_once(rows: int, inputs: int) -> None:
 def test_cross_attention_rounds_queries_and_weights_alone(keys: int) -> None:
     """The op's tolerance in bfloat16 leaves room for two roundings; against the same made in float64, 1e-3.
 
-    What is left is a number between two of bfloat16 that float32 and float64 round to different sides. Keys of
-    one panel: with more, weights are rounded beside the largest so far.
+    What is left is a number between two of bfloat16 that float32 and float64 round to different sides. Keys
+    of one panel: with more, weights are rounded beside the largest so far.
     """
     if not native.cpu().has_bf16_products():
         pytest.skip("the kernels in use multiply floats")
