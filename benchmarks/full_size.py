@@ -21,7 +21,7 @@ TOKENS = 8
 
 def write(work: Path) -> None:
     """A seeded random checkpoint in the published layout."""
-    from blip3o_rt.checkpoint.random_checkpoint import write_random_checkpoint
+    from blip3o_rt.measure.random_checkpoint import write_random_checkpoint
 
     if not (work / "published").exists():
         write_random_checkpoint(work / "published", "published", seed=0, shards=3)

@@ -33,7 +33,7 @@ from benchmarks import pieces
 from benchmarks.dry_run import check
 from benchmarks.pieces import EXPECTED, PIECES, Piece, Site, find_gpu
 from benchmarks.targets import newest_rows, read_records, slower_than, standings
-from blip3o_rt.provenance import commit
+from blip3o_rt.measure.provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

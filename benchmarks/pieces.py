@@ -88,7 +88,7 @@ class Site:
     @property
     def checkpoint(self) -> Path:
         """The random checkpoint of the published size, as bench leaves it in its work folder."""
-        from blip3o_rt.validate.checkpoint import converted_folder  # PyTorch takes seconds to import
+        from blip3o_rt.measure.validate.checkpoint import converted_folder  # PyTorch takes seconds to import
 
         return converted_folder("published", "bf16", self.work)
 

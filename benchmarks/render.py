@@ -16,9 +16,9 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.targets import Standing, newest_rows, read_records, slower_than, standings
-from blip3o_rt.bench import step_launches
-from blip3o_rt.reports.reading import Record, Row, entries, notes, number, peers, set_apart
-from blip3o_rt.units import (
+from blip3o_rt.measure.bench import step_launches
+from blip3o_rt.measure.reports.reading import Record, Row, entries, notes, number, peers, set_apart
+from blip3o_rt.measure.units import (
     memory_text,
     number_text,
     ratio_text,
@@ -43,7 +43,7 @@ made, [benchmarks/README.md](../benchmarks/README.md) how this page is.
 A peer's column is its median over ours on the same weights in the same run: above 1 we are faster. *Share* is
 that of the ceiling (memory or matrix products) which bounds the work, measured in the same run.
 """
-COUNTS = "step_launches.json"  # written by `python -m blip3o_rt.bench.step_launches --json`
+COUNTS = "step_launches.json"  # written by `python -m blip3o_rt.measure.bench.step_launches --json`
 COUNTS_INTRODUCTION = """\
 ## Counted: launches, and what passes move
 

@@ -5,7 +5,7 @@
     python -m benchmarks.switches --check      fail where it is not what would be written
 
 Every request is drawn by tier exact and by every case in turns, with the same seed, so that all are timed
-under the same load. In float32, where two pictures differ by nothing but the switch. Quantised weights that
+under the same load. In float32, where two pictures differ by nothing but the switch. Quantized weights that
 only a GPU has kernels for are computed by their definition on a CPU: their likeness, and no time.
 """
 
@@ -25,19 +25,21 @@ from tqdm import tqdm
 
 from benchmarks.render import RESULTS, ROOT, markdown
 from benchmarks.targets import read_records
-from blip3o_rt.bench.samples import median
-from blip3o_rt.checkpoint.load import QUANTISERS, load_checkpoint
+from blip3o_rt.checkpoint.load import QUANTIZERS, load_checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.cli import INTERRUPTED
 from blip3o_rt.cli.pictures import make_folder
 from blip3o_rt.cli.score import few_threads
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.machine import resolve_device
+from blip3o_rt.measure.bench.samples import median
+from blip3o_rt.measure.provenance import record_head, write_record
+from blip3o_rt.measure.shapes.score import Drawn, check_model, draw_and_judge, wilson_interval
+from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
+from blip3o_rt.measure.units import ratio_text
+from blip3o_rt.measure.validate.pictures import Likeness
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.provenance import record_head, write_record
-from blip3o_rt.shapes.score import Drawn, check_model, draw_and_judge, wilson_interval
-from blip3o_rt.shapes.tasks import Task, draw_tasks
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,
@@ -50,8 +52,6 @@ from blip3o_rt.switches import (
     VAE_TILES,
     check_tier,
 )
-from blip3o_rt.units import ratio_text
-from blip3o_rt.validate.pictures import Likeness
 
 PAGE = ROOT / "docs" / "fast-tier.md"
 KIND = "switches"
@@ -137,7 +137,7 @@ def cases(device_type: str) -> Iterator[Case]:
     for name, settings in SETTINGS.items():
         for setting, steps in settings:
             runs = SWITCHES[name].runs_on(setting, device_type)
-            if runs or (device_type == "cpu" and (name, setting) in QUANTISERS):
+            if runs or (device_type == "cpu" and (name, setting) in QUANTIZERS):
                 yield Case({name: setting}, steps, STAGES[name], defined=not runs)
     yield Case(check_tier(FAST, None, device_type))
 
@@ -186,8 +186,8 @@ def load(case: Case, model: Path | None, device: str, dtype: str) -> Pipeline:
     exact = load_checkpoint(model or embedded_checkpoint(), device=device, dtype=DTYPES[dtype])
     weights = dict(exact.weights)
     for switch in case.switches.items():
-        part, quantised = QUANTISERS[switch]
-        weights[part] = quantised(weights[part].items())
+        part, quantized = QUANTIZERS[switch]
+        weights[part] = quantized(weights[part].items())
     return Pipeline(replace(exact, weights=weights, switches=case.switches), max_batch=1)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.reports.reading import Record, Row, peers, rows, set_apart
-from blip3o_rt.units import number_text, ratio_text, share_text, time_text
+from blip3o_rt.measure.reports.reading import Record, Row, peers, rows, set_apart
+from blip3o_rt.measure.units import number_text, ratio_text, share_text, time_text
 
 FILE = Path(__file__).parent / "targets.json"
 

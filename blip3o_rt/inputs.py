@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import ImageError, ParameterError, PromptError
-from blip3o_rt.image_input import ReferenceImage
+from blip3o_rt.images import ReferenceImage
 
 
 def prompt_list(prompt: str | Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
-from blip3o_rt.image_input import ReferenceImage, load_reference
+from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
 from blip3o_rt.machine import exact_arithmetic, resolve_device, resolve_dtype
 from blip3o_rt.metadata import picture_fields

@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig, ModelConfig
+from blip3o_rt.measure.baselines.measure import relative_l2
+from blip3o_rt.measure.baselines.published import PublishedModel, Reference, levels
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.reference.measure import relative_l2
-from blip3o_rt.reference.published import PublishedModel, Reference, levels
 from blip3o_rt.result import Plan
-from tests.reference.geometries import large_patches, tied_head
+from tests.measure.baselines.geometries import large_patches, tied_head
 
 PROMPT = "a red circle, 2 boxes"
 BOUND = 1e-5

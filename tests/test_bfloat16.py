@@ -26,9 +26,9 @@ from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.measure.baselines.measure import relative_l2
+from blip3o_rt.measure.baselines.published import PublishedModel, Reference
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.reference.measure import relative_l2
-from blip3o_rt.reference.published import PublishedModel, Reference
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from blip3o_rt.checkpoint.random_checkpoint import folder_name, preset
 from blip3o_rt.config import EditConfig
 from blip3o_rt.embedded import embedded_checkpoint
+from blip3o_rt.measure.random_checkpoint import folder_name, preset
+from blip3o_rt.measure.shapes.judge import judge, read_picture
+from blip3o_rt.measure.shapes.scene import Scene, Shape
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.shapes.judge import judge, read_picture
-from blip3o_rt.shapes.scene import Scene, Shape
 
 
 def test_it_lies_in_the_package() -> None:

@@ -11,8 +11,8 @@ from PIL import Image
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.manifest import Manifest
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.pipeline import Pipeline
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import (
     Cancelled,
@@ -24,6 +23,7 @@ from blip3o_rt.errors import (
     ParameterError,
     PromptError,
 )
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.params import Progress
 from blip3o_rt.pipeline import Pipeline

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig
 from blip3o_rt.graphs import Recorder
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from tests.recorded_graph import RecordedGraphs
 

@@ -131,7 +131,7 @@ def test_a_switch_is_refused_where_this_machines_gpus_do_not_run_its_kernels(
     monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
     check_device(fp8, "cuda")
     monkeypatch.setattr(triton_backend, "unavailable", lambda: "triton is not installed; pip install it")
-    with pytest.raises(ParameterError, match=r"no kernel of op quantise_rows here .*: triton is not inst"):
+    with pytest.raises(ParameterError, match=r"no kernel of op quantize_rows here .*: triton is not inst"):
         check_device(fp8, "cuda")
     capability = (8, 0)
     with pytest.raises(ParameterError) as error:

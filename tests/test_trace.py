@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from blip3o_rt import ops, trace
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.cli import main
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import DeviceError, ParameterError
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 
 STEPS = 2

@@ -16,7 +16,7 @@ DEFAULT_PAGE_SIZE = 16
 class Sequence:
     """One sequence's place in the cache: its pages in order, and how many positions are taken."""
 
-    block_table: list[int] = field(default_factory=list)
+    page_table: list[int] = field(default_factory=list)
     length: int = 0
 
 
@@ -58,7 +58,7 @@ class PagedKVCache:
 
         Raises InsufficientMemoryError, and takes none, when too few are free.
         """
-        missing = self.pages_for(positions) - len(sequence.block_table)
+        missing = self.pages_for(positions) - len(sequence.page_table)
         if missing > len(self._free):
             raise InsufficientMemoryError(
                 f"the key/value cache needs {missing} more pages and has {len(self._free)} free "
@@ -68,7 +68,7 @@ class PagedKVCache:
         for _ in range(missing):
             page = self._free.pop()
             self._owners[page] = 1
-            sequence.block_table.append(page)
+            sequence.page_table.append(page)
 
     def fork(self, parent: Sequence, length: int | None = None) -> Sequence:
         """A sequence with the parent's first `length` positions (all that are taken): full pages shared, a
@@ -81,27 +81,27 @@ class PagedKVCache:
         child = Sequence()
         if rest:
             self.reserve(child, rest)
-            source, target = parent.block_table[full], child.block_table[0]
+            source, target = parent.page_table[full], child.page_table[0]
             for cache in (*self.keys, *self.values):
                 cache[target].copy_(cache[source])
-        for page in parent.block_table[:full]:
+        for page in parent.page_table[:full]:
             self._owners[page] += 1
-        child.block_table[:0] = parent.block_table[:full]
+        child.page_table[:0] = parent.page_table[:full]
         child.length = length
         return child
 
     def release(self, sequence: Sequence) -> None:
         """Return the sequence's pages; a shared page stays until its last owner lets go."""
-        for page in sequence.block_table:
+        for page in sequence.page_table:
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 self._free.append(page)
-        sequence.block_table = []
+        sequence.page_table = []
         sequence.length = 0
 
-    def slots(self, sequence: Sequence, start: int, stop: int) -> list[int]:
-        """Flat cache slots (page * page_size + offset) of positions start..stop-1."""
+    def slot_mapping(self, sequence: Sequence, start: int, stop: int) -> list[int]:
+        """Flat cache slot_mapping (page * page_size + offset) of positions start..stop-1."""
         return [
-            sequence.block_table[position // self.page_size] * self.page_size + position % self.page_size
+            sequence.page_table[position // self.page_size] * self.page_size + position % self.page_size
             for position in range(start, stop)
         ]

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blip3o_rt import quantisation
+from blip3o_rt import quantization
 from blip3o_rt.config import ARConfig
-from blip3o_rt.quantisation import in_8_bits, quantised_specs
+from blip3o_rt.quantization import in_8_bits, quantized_specs
 from blip3o_rt.weights import TensorSpec, direct, packed
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
-QUANTISED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
+QUANTIZED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
 
 
 def layout(config: ARConfig, *, values: torch.dtype | None = None) -> list[TensorSpec]:
@@ -31,12 +31,12 @@ def layout(config: ARConfig, *, values: torch.dtype | None = None) -> list[Tenso
         return specs
     if config.tie_word_embeddings:
         specs.append(replace(specs[0], name=HEAD))
-    return list(quantised_specs(specs, QUANTISED, values))
+    return list(quantized_specs(specs, QUANTIZED, values))
 
 
-def quantised(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
+def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
     """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
-    found = quantisation.quantised(tensors, QUANTISED, values)
+    found = quantization.quantized(tensors, QUANTIZED, values)
     if HEAD not in found:  # tied
         found.update(in_8_bits(HEAD, found[EMBEDDING], values))
     return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.quantisation import SCALE
+from blip3o_rt.quantization import SCALE
 
 FEW_ROWS = 8  # with more, a product is worth widening an 8-bit weight to the dtype of the rows
 
@@ -33,7 +33,7 @@ class Matrix:
         """x [M, K] -> out [M, N] for the few rows of a decoding step, each as if it were alone."""
         if self.scale is None:
             return ops.row_linear(x, self.weight, out=out)
-        return ops.row_linear_int8(x, self.weight, self.scale, out=out)
+        return ops.row_linear_w8(x, self.weight, self.scale, out=out)
 
     def norm_row_linear(
         self,
@@ -58,5 +58,5 @@ class Matrix:
         """x [M, K] -> [M, N] for the many rows of a prompt."""
         if self.scale is None:
             return ops.linear(x, self.weight)
-        product = ops.row_linear_int8 if len(x) <= FEW_ROWS else ops.linear_int8
+        product = ops.row_linear_w8 if len(x) <= FEW_ROWS else ops.linear_w8a16
         return product(x, self.weight, self.scale)

@@ -35,13 +35,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Where one token of each of B sequences goes: all int32, `block_table` [B, max_blocks], the others
+    """Where one token of each of B sequences goes: all int32, `page_table` [B, max_blocks], the others
     [B]."""
 
     positions: Tensor
-    slots: Tensor
-    context_lengths: Tensor
-    block_table: Tensor
+    slot_mapping: Tensor
+    context_lens: Tensor
+    page_table: Tensor
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Decoder:
         def int32(values: list[int]) -> Tensor:
             return uploaded(values, torch.int32, self.device)
 
-        slots = int32(self.cache.slots(sequence, start, length))
-        table = int32(sequence.block_table[: self.cache.pages_for(length)])[None]
-        query_starts, context_lengths = int32([0, count]), int32([length])
+        slot_mapping = int32(self.cache.slot_mapping(sequence, start, length))
+        table = int32(sequence.page_table[: self.cache.pages_for(length)])[None]
+        cu_seqlens_q, context_lens = int32([0, count]), int32([length])
         sequence.length = length
         residual = embeddings.clone()
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
@@ -161,13 +161,13 @@ class Decoder:
                 layer.k_norm,
                 self._rope,
                 positions,
-                slots,
+                slot_mapping,
                 keys,
                 values,
                 config.rms_norm_eps,
             )
             attended = ops.paged_prefill_attention(
-                query, keys, values, table, query_starts, context_lengths, config.head_dim**-0.5
+                query, keys, values, table, cu_seqlens_q, context_lens, config.head_dim**-0.5
             )
             output = layer.attention_out.linear(attended.flatten(1))
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
@@ -195,11 +195,11 @@ class Decoder:
                 layer.k_norm,
                 self._rope,
                 step.positions,
-                step.slots,
+                step.slot_mapping,
                 keys,
                 values,
-                step.block_table,
-                step.context_lengths,
+                step.page_table,
+                step.context_lens,
                 config.rms_norm_eps,
                 config.head_dim**-0.5,
                 scratch=self.scratch,

@@ -142,9 +142,9 @@ class TokenBatch:
         self._top_k = column(torch.int32)
         self._seeds = column(torch.int64)
         self._first_ids = column(torch.int64)
-        self._block_table = column(torch.int32, steps.max_blocks)
+        self._page_table = column(torch.int32, steps.max_blocks)
         self._drawn = column(torch.int32)  # tokens so far; the three that every step counts up
-        self._context_lengths = column(torch.int32)
+        self._context_lens = column(torch.int32)
         self._places = column(torch.int64)  # of the newest hidden state
         self._positions, self._slots = column(torch.int32), column(torch.int32)
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
@@ -210,17 +210,17 @@ class TokenBatch:
         ops.advance_rows(
             self._draws,
             self._first_ids,
-            self._block_table,
+            self._page_table,
             self._decoder.cache.page_size,
             self._drawn,
-            self._context_lengths,
+            self._context_lens,
             self._places,
             self._kept_tokens,
             self._positions,
             self._slots,
             out=self._token_ids,
         )
-        step = DecodeStep(self._positions, self._slots, self._context_lengths, self._block_table)
+        step = DecodeStep(self._positions, self._slots, self._context_lens, self._page_table)
         hidden = self._decoder.decode(self._token_ids, step)
         self._kept_hidden.index_copy_(0, self._places, hidden)
         return self._token_ids
@@ -231,7 +231,7 @@ class TokenBatch:
         padding = self._size - len(rows)
         params = [row.params for row in rows]
         codes, words = len(vocabularies[True]), len(vocabularies[False])
-        tables = [row.sequence.block_table for row in rows]
+        tables = [row.sequence.page_table for row in rows]
         spare = results.place(results.spare_lane, 0)
         for buffer, values in (
             (self._temperature, [p.temperature for p in params] + [1.0] * padding),
@@ -239,9 +239,9 @@ class TokenBatch:
             (self._top_p, [p.top_p for p in params] + [1.0] * padding),
             (self._seeds, [p.seed for p in params] + [0] * padding),
             (self._first_ids, self._first_ids_of(params) + [vocabularies[image_only].start] * padding),
-            (self._block_table, [self._padded(table) for table in [*tables, *[[]] * padding]]),
+            (self._page_table, [self._padded(table) for table in [*tables, *[[]] * padding]]),
             (self._drawn, [row.drawn for row in rows] + [0] * padding),
-            (self._context_lengths, [row.prompt_length + row.drawn for row in rows] + [0] * padding),
+            (self._context_lens, [row.prompt_length + row.drawn for row in rows] + [0] * padding),
             (self._places, [results.place(row.lane, row.drawn) for row in rows] + [spare] * padding),
         ):
             upload(values, buffer)

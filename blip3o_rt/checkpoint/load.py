@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip3o_rt.ar.layout import quantised as quantised_ar
+from blip3o_rt.ar.layout import quantized as quantized_ar
 from blip3o_rt.checkpoint.assemble import assemble, check_tensors
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.manifest import (
@@ -27,9 +27,9 @@ from blip3o_rt.checkpoint.manifest import (
 from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
 from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.dit.layout import quantised as quantised_dit
+from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.quantisation import E4M3
+from blip3o_rt.quantization import E4M3
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,
@@ -43,14 +43,14 @@ from blip3o_rt.switches import (
 from blip3o_rt.weights import TensorSpec
 
 Admission = Callable[[ModelConfig, torch.dtype], None]
-Quantiser = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
+Quantizer = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
 
 # What makes the tensors of a part for a setting of a switch from those without it.
-QUANTISERS: dict[tuple[str, str], tuple[str, Quantiser]] = {
-    (AR_WEIGHTS, INT8): ("ar", quantised_ar),
-    (AR_WEIGHTS, FP8): ("ar", partial(quantised_ar, values=E4M3)),
-    (DIT_WEIGHTS, INT8): ("dit", quantised_dit),
-    (DIT_WEIGHTS, FP8): ("dit", partial(quantised_dit, values=E4M3)),
+QUANTIZERS: dict[tuple[str, str], tuple[str, Quantizer]] = {
+    (AR_WEIGHTS, INT8): ("ar", quantized_ar),
+    (AR_WEIGHTS, FP8): ("ar", partial(quantized_ar, values=E4M3)),
+    (DIT_WEIGHTS, INT8): ("dit", quantized_dit),
+    (DIT_WEIGHTS, FP8): ("dit", partial(quantized_dit, values=E4M3)),
 }
 
 
@@ -157,8 +157,8 @@ def _load_converted(
     if admit is not None:
         admit(manifest.config, dtype)
     _warn(manifest.warnings)
-    quantisers = dict(
-        QUANTISERS[name, text]
+    quantizers = dict(
+        QUANTIZERS[name, text]
         for name, text in weight_switches(switches).items()
         if name not in manifest.switches
     )
@@ -166,7 +166,7 @@ def _load_converted(
     for part, specs in layouts(manifest.config, manifest.switches).items():
         if parts is None or part in parts:
             tensors = _mapped(root / f"{part}.safetensors", specs, dtype, device)
-            weights[part] = quantisers.get(part, dict)(tensors)
+            weights[part] = quantizers.get(part, dict)(tensors)
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
 
 

@@ -15,7 +15,7 @@ from blip3o_rt.errors import ParameterError
 from blip3o_rt.switches import check_tier, parse_switches
 
 if TYPE_CHECKING:
-    from blip3o_rt.bench.record import Record
+    from blip3o_rt.measure.bench.record import Record
 
 DESCRIPTION = (
     "Time every stage of the model beside its peers: on the same weights and inputs, in turns, in one "
@@ -126,14 +126,14 @@ def run(arguments: argparse.Namespace) -> int:
     # PyTorch takes seconds to import: not for --help
     from transformers.utils import logging
 
-    from blip3o_rt.bench import ablation, lines
-    from blip3o_rt.bench.record import Record
-    from blip3o_rt.bench.run import Run, Settings, model_entry
-    from blip3o_rt.bench.subject import prepare
-    from blip3o_rt.bench.traced import trace_stages
     from blip3o_rt.machine import resolve_device, resolve_dtype
+    from blip3o_rt.measure.bench import ablation, lines
+    from blip3o_rt.measure.bench.record import Record
+    from blip3o_rt.measure.bench.run import Run, Settings, model_entry
+    from blip3o_rt.measure.bench.subject import prepare
+    from blip3o_rt.measure.bench.traced import trace_stages
+    from blip3o_rt.measure.validate.checkpoint import default_work_folder
     from blip3o_rt.ops.user_kernels import load_kernels
-    from blip3o_rt.validate.checkpoint import default_work_folder
 
     logging.set_verbosity_error()
     device = resolve_device(arguments.device)
@@ -220,7 +220,7 @@ def parse_ops(text: str | None) -> tuple[str, ...] | None:
 
 def choose_peers(text: str | None, stages: frozenset[str], device: Any) -> tuple[tuple[str, ...], list[str]]:
     """Peers that can run here, and why others cannot. Raises ParameterError for an unknown one."""
-    from blip3o_rt.bench import peers
+    from blip3o_rt.measure.bench import peers
 
     if text == "none" or not stages:
         return (), []
@@ -234,7 +234,7 @@ def command_line() -> list[str]:
 
 def finish(record: Record, *, quiet: bool) -> None:
     """Print the table and the paths, whether the run came to its end or not."""
-    from blip3o_rt.bench.table import as_text
+    from blip3o_rt.measure.bench.table import as_text
 
     if not quiet:
         print(as_text(record.data))
@@ -248,7 +248,7 @@ def write_page(record: Record) -> Path | None:
     """The record as a page beside it; None where it cannot be made, which is said and no failure."""
     path = record.path.with_suffix(".html")
     try:
-        from blip3o_rt.reports import bench_html
+        from blip3o_rt.measure.reports import bench_html
 
         bench_html(record.data, path)
     except ImportError as error:
@@ -263,7 +263,7 @@ def _say(text: str) -> None:
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Print the verdicts; 1 where --fail-slower says so."""
-    from blip3o_rt.bench import compare
+    from blip3o_rt.measure.bench import compare
 
     verdicts = compare.compare_files(arguments.before, arguments.after, force=arguments.force)
     if arguments.json:

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = pictures.picture_paths(arguments.out, [arguments.prompt], seeds)
     pictures.check_output_files(arguments, paths)
     # NumPy and PyTorch take seconds to import: not for --help
-    from blip3o_rt.image_input import load_reference
+    from blip3o_rt.images import load_reference
 
     # before the model: a bad file costs no waiting
     references = [load_reference(path) for path in arguments.image]

@@ -16,8 +16,8 @@ from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import MAX_SEED, SamplingParams
 
 if TYPE_CHECKING:
+    from blip3o_rt.measure.shapes.score import Drawn
     from blip3o_rt.pipeline import Pipeline
-    from blip3o_rt.shapes.score import Drawn
 
 DEFAULT_OUT = Path("out/score")
 DEFAULT_COUNT = 25
@@ -73,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     # PyTorch takes seconds to import: not for --help
     from tqdm import tqdm
 
-    from blip3o_rt.shapes.score import check_model, draw_and_judge, share_right, table
-    from blip3o_rt.shapes.tasks import draw_tasks
+    from blip3o_rt.measure.shapes.score import check_model, draw_and_judge, share_right, table
+    from blip3o_rt.measure.shapes.tasks import draw_tasks
 
     tasks = draw_tasks(arguments.count, arguments.seed)
     drawn: list[Drawn] = []
@@ -153,10 +153,10 @@ def write(
     """Write the record and, where anything was drawn, the contact sheet; prints their paths."""
     import torch
 
+    from blip3o_rt.measure.provenance import record_head, write_record
+    from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
+    from blip3o_rt.measure.shapes.score import record
     from blip3o_rt.metadata import save_png
-    from blip3o_rt.provenance import record_head, write_record
-    from blip3o_rt.shapes.contact_sheet import contact_sheet
-    from blip3o_rt.shapes.score import record
 
     head = record_head("score", ["blip3o-rt", *sys.argv[1:]])
     settings = {"count": arguments.count, "seed": arguments.seed, **options}

@@ -9,7 +9,7 @@ from typing import Any
 
 from blip3o_rt.cli.pictures import add_published_options
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.validate.line import GROUPS
+from blip3o_rt.measure.validate.line import GROUPS
 
 DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     # PyTorch takes seconds to import: not for --help
     from transformers.utils import logging
 
-    from blip3o_rt.validate.run import Options, validate
+    from blip3o_rt.measure.validate.run import Options, validate
 
     logging.set_verbosity_error()
     options = Options(

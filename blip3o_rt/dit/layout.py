@@ -10,15 +10,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from blip3o_rt import quantisation
+from blip3o_rt import quantization
 from blip3o_rt.config import DiTConfig
-from blip3o_rt.quantisation import quantised_specs
+from blip3o_rt.quantization import quantized_specs
 from blip3o_rt.weights import TensorSpec, direct, packed, reshaped
 
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
 # How the names of the matrices end that every step multiplies with, kept in 8 bits where asked.
-QUANTISED = (
+QUANTIZED = (
     "to_qkv.weight",
     "to_q.weight",
     "to_out.0.weight",
@@ -34,12 +34,12 @@ def layout(config: DiTConfig, *, values: torch.dtype | None = None) -> list[Tens
     int8 or e4m3, with a float32 scale for each row.
     """
     specs = _layout(config)
-    return specs if values is None else list(quantised_specs(specs, QUANTISED, values))
+    return specs if values is None else list(quantized_specs(specs, QUANTIZED, values))
 
 
-def quantised(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
+def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
     """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
-    return quantisation.quantised(tensors, QUANTISED, values)
+    return quantization.quantized(tensors, QUANTIZED, values)
 
 
 def _layout(config: DiTConfig) -> list[TensorSpec]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt import ops
-from blip3o_rt.quantisation import LARGEST, SCALE
+from blip3o_rt.quantization import LARGEST, SCALE
 
 BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
 
@@ -45,7 +45,7 @@ class Matrix:
     def _int8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        values = ops.quantise_rows(x, row_scale)
+        values = ops.quantize_rows(x, row_scale)
         for first in range(0, len(self.weight), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             product = integer_product(values, self.weight[block])
@@ -55,7 +55,7 @@ class Matrix:
     def _fp8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """The product of e4m3 numbers, each row of x [M, K] rounded to multiples of its own scale."""
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        values = ops.quantise_rows(x, row_scale, dtype=self.weight.dtype)
+        values = ops.quantize_rows(x, row_scale, dtype=self.weight.dtype)
         ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)
 
 

@@ -41,22 +41,22 @@ class ScheduleTables:
     """A schedule and what the modulation of each of its steps is the sum of, fp32.
 
     Of every step blocks [steps, 6, D] and final [steps, D]; of the model, the same at all of them,
-    block_tables [layers, 6, D] and final_table [2, D].
+    page_tables [layers, 6, D] and final_table [2, D].
     """
 
     schedule: Schedule
     blocks: Tensor
     final: Tensor
-    block_tables: Tensor
+    page_tables: Tensor
     final_table: Tensor
 
     def step(self, index: int) -> StepModulation:
         """The modulation of one step."""
-        return StepModulation(self.blocks[index] + self.block_tables, self.final[index] + self.final_table)
+        return StepModulation(self.blocks[index] + self.page_tables, self.final[index] + self.final_table)
 
     def at(self, index: Tensor) -> StepModulation:
         """The modulation of the step that index, int64 [1] on the device of the tables, says at run time."""
-        blocks = self.blocks.index_select(0, index) + self.block_tables
+        blocks = self.blocks.index_select(0, index) + self.page_tables
         return StepModulation(blocks, self.final.index_select(0, index) + self.final_table)
 
 
@@ -75,7 +75,7 @@ class DiT:
         self.device = weights["proj_out.weight"].device
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
-        self.block_tables = torch.stack([block.table for block in self.blocks]).to(self.wide)
+        self.page_tables = torch.stack([block.table for block in self.blocks]).to(self.wide)
         self.final_table = weights["scale_shift_table"].to(self.wide)
         self.patch_weight, self.patch_bias = self._wide_linear("patch_embed.proj")
         self.out_weight, self.out_bias = self._wide_linear("proj_out")
@@ -96,7 +96,7 @@ class DiT:
             schedule,
             modulation.view(schedule.steps, 6, -1),
             embedding,
-            self.block_tables,
+            self.page_tables,
             self.final_table,
         )
 

@@ -13,19 +13,19 @@ from blip3o_rt.ops.guided_euler_step import guided_euler_step
 from blip3o_rt.ops.layer_norm_modulate import layer_norm_modulate
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.linear_fp8 import linear_fp8
-from blip3o_rt.ops.linear_int8 import linear_int8
+from blip3o_rt.ops.linear_w8a16 import linear_w8a16
 from blip3o_rt.ops.nearest_code import nearest_code
 from blip3o_rt.ops.norm_row_linear import norm_row_linear
 from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.paged_prefill_attention import paged_prefill_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
-from blip3o_rt.ops.quantise_rows import quantise_rows
+from blip3o_rt.ops.quantize_rows import quantize_rows
 from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_add import row_linear_add
-from blip3o_rt.ops.row_linear_int8 import row_linear_int8
+from blip3o_rt.ops.row_linear_w8 import row_linear_w8
 from blip3o_rt.ops.sample_tokens import sample_tokens
 from blip3o_rt.ops.scale_product import scale_product
 from blip3o_rt.ops.scratch import Scratch
@@ -49,19 +49,19 @@ __all__ = [
     "layer_norm_modulate",
     "linear",
     "linear_fp8",
-    "linear_int8",
+    "linear_w8a16",
     "nearest_code",
     "norm_row_linear",
     "paged_decode_attention",
     "paged_prefill_attention",
     "qk_norm_rope_append",
-    "quantise_rows",
+    "quantize_rows",
     "relu_linear_attention",
     "reset_used",
     "rms_norm",
     "row_linear",
     "row_linear_add",
-    "row_linear_int8",
+    "row_linear_w8",
     "sample_tokens",
     "scale_product",
     "silu_mul",

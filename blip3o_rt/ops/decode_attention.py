@@ -22,13 +22,13 @@ def decode_attention(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     eps: float,
     scale: float,
     *,
@@ -37,14 +37,14 @@ def decode_attention(
 ) -> Tensor:
     """qk_norm_rope_append of one token per sequence, then paged_decode_attention of the query that it gives.
 
-    The arguments are those of the two ops, T = B. slots[b] is the place of position context_lengths[b] - 1,
-    the token's own, or -1: nothing is written. scratch: memory that a call may use (else it makes its own).
+    The arguments are those of the two ops, T = B. slot_mapping[b] is the slot of position
+    context_lens[b] - 1, the token's own, or -1: nothing is written. scratch: memory that a call may use (else it makes its own).
     -> [B, Hq, D] in the dtype of qkv. A sequence's result does not depend on the others of the batch.
     """
     query = qk_norm_rope_append.reference(
-        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps
     )
-    attended = paged_decode_attention.reference(query, k_cache, v_cache, block_table, context_lengths, scale)
+    attended = paged_decode_attention.reference(query, k_cache, v_cache, page_table, context_lens, scale)
     return deliver(attended, qkv.dtype, out)
 
 
@@ -52,9 +52,9 @@ def _takes(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     *others: object,
@@ -66,7 +66,7 @@ def _takes(
     if head_dim not in HEAD_DIMS or q_heads > MOST_HEADS_PER_KV_HEAD * kv_heads:
         return f"takes heads of 64 or 128, up to {MOST_HEADS_PER_KV_HEAD} for one KV head"
     apart = len(qkv) <= 1 or qkv.stride(0) % 8 == 0
-    moved = (qkv, q_weight, k_weight, rope_table, k_cache, v_cache)
+    moved = (qkv, q_weight, k_weight, cos_sin_cache, k_cache, v_cache)
     if not (apart and all(tensor.data_ptr() % 16 == 0 for tensor in moved)):
         return "takes rows that begin at multiples of 16 bytes"
     return None
@@ -79,13 +79,13 @@ def _cuda(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     eps: float,
     scale: float,
     *,
@@ -94,18 +94,18 @@ def _cuda(
 ) -> Tensor:
     out = new_query(qkv, k_cache) if out is None else out
     scratch = Scratch() if scratch is None else scratch
-    size = native.cuda().attention_workspace(*out.shape, block_table.shape[1] * k_cache.shape[2])
+    size = native.cuda().attention_workspace(*out.shape, page_table.shape[1] * k_cache.shape[2])
     native.cuda().decode_attention(
         qkv,
         q_weight,
         k_weight,
-        rope_table,
+        cos_sin_cache,
         positions,
-        slots,
+        slot_mapping,
         k_cache,
         v_cache,
-        block_table,
-        context_lengths,
+        page_table,
+        context_lens,
         eps,
         scale,
         scratch.memory(size, torch.float32, qkv.device),
@@ -120,13 +120,13 @@ def _composed(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     eps: float,
     scale: float,
     *,
@@ -135,8 +135,8 @@ def _composed(
 ) -> Tensor:
     """The two ops, each on its own best implementation; the query is where the result will be."""
     query = qk_norm_rope_append(
-        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out=out
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out=out
     )
     return paged_decode_attention(
-        query, k_cache, v_cache, block_table, context_lengths, scale, scratch=scratch, out=query
+        query, k_cache, v_cache, page_table, context_lens, scale, scratch=scratch, out=query
     )

@@ -1,4 +1,4 @@
-"""Nearest codebook entry by cosine, the quantiser of TA-Tok."""
+"""Nearest codebook entry by cosine, the quantizer of TA-Tok."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rms_norm import rms_norm
-from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
+from blip3o_rt.ops.row_linear_w8 import unknown_to_cpu
 from blip3o_rt.ops.row_product import product, reference_product, unknown_weight
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.silu_mul import silu_mul
@@ -33,7 +33,7 @@ def norm_row_linear(
 ) -> Tensor:
     """rms_norm(x, norm_weight, eps) weight^T for x [M, K], norm_weight [K], weight [N, K] -> [M, N].
 
-    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_int8. `gated`: the rows of the
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_w8. `gated`: the rows of the
     weight are N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates
     and ups are rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one
     after the other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x

@@ -16,18 +16,18 @@ def paged_decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v of each sequence's one query over its first context_lengths[b] positions.
+    """softmax(scale q k^T) v of each sequence's one query over its first context_lens[b] positions.
 
     q [B, Hq, D]; k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV head h // (Hq / Hkv).
-    Position p of sequence b is at page block_table[b, p // page_size] (int32 [B, max_blocks]), offset
-    p % page_size; entries past the context are not read. context_lengths int32 [B]; length 0 gives zeros.
+    Position p of sequence b is at page page_table[b, p // page_size] (int32 [B, max_blocks]), offset
+    p % page_size; entries past the context are not read. context_lens int32 [B]; length 0 gives zeros.
     scratch: memory that a call may use (its own if there is none). out may be the memory of q.
     -> [B, Hq, D] in the dtype of q. A sequence's result does not depend on the others of the batch.
 
@@ -38,9 +38,9 @@ def paged_decode_attention(
     _, kv_heads, page_size, head_dim = k_cache.shape
     grouped = q.to(wide).reshape(q.shape[0], kv_heads, -1, head_dim)
     result = torch.zeros_like(grouped)
-    position = torch.arange(block_table.shape[1] * page_size, device=q.device)
-    inside = position < context_lengths[:, None]  # [B, max_blocks page_size]
-    pages = torch.where(inside[:, ::page_size], block_table, 0).long()
+    position = torch.arange(page_table.shape[1] * page_size, device=q.device)
+    inside = position < context_lens[:, None]  # [B, max_blocks page_size]
+    pages = torch.where(inside[:, ::page_size], page_table, 0).long()
     for b in range(q.shape[0]):  # one at a time: a product over the batch may sum in another order
         k, v = (
             cache[pages[b]].transpose(0, 1).reshape(kv_heads, -1, head_dim).to(wide)
@@ -59,8 +59,8 @@ def _cuda(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     scratch: Scratch | None = None,
@@ -68,11 +68,11 @@ def _cuda(
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
     scratch = Scratch() if scratch is None else scratch
-    size = native.cuda().attention_workspace(*q.shape, block_table.shape[1] * k_cache.shape[2])
+    size = native.cuda().attention_workspace(*q.shape, page_table.shape[1] * k_cache.shape[2])
     memory = scratch.memory(size, torch.float32, q.device)
     counters = scratch.counters(len(q) * k_cache.shape[1], q.device)
     native.cuda().paged_decode_attention(
-        q, k_cache, v_cache, block_table, context_lengths, scale, memory, counters, out
+        q, k_cache, v_cache, page_table, context_lens, scale, memory, counters, out
     )
     return out
 
@@ -82,13 +82,13 @@ def _cpu(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     scratch: Scratch | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
-    native.cpu().paged_decode_attention(q, k_cache, v_cache, block_table, context_lengths, scale, out)
+    native.cpu().paged_decode_attention(q, k_cache, v_cache, page_table, context_lens, scale, out)
     return out

@@ -19,21 +19,21 @@ def paged_prefill_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    query_starts: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v, causal, of each sequence's last queries over its first context_lengths[b]
+    """softmax(scale q k^T) v, causal, of each sequence's last queries over its first context_lens[b]
     positions.
 
-    q [T, Hq, D]: sequence b has the tokens query_starts[b] .. query_starts[b + 1] - 1 (int32 [B + 1], from 0
+    q [T, Hq, D]: sequence b has the tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 (int32 [B + 1], from 0
     to T), which are at the last positions of its context (int32 [B], at least as many); each attends to the
     positions up to its own. What is before them is in the cache already: of a prompt that is read in pieces,
     or a beginning that sequences share. k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV
-    head h // (Hq / Hkv). Position p of sequence b is at page block_table[b, p // page_size] (int32 [B,
+    head h // (Hq / Hkv). Position p of sequence b is at page page_table[b, p // page_size] (int32 [B,
     max_blocks]), offset p % page_size; entries past the context are not read. A value of the context that is
     not finite may show in every query of its sequence, also in those before it.
     -> [T, Hq, D] in the dtype of q. Implementation "cuda": a query's bits depend neither on other sequences
@@ -45,18 +45,18 @@ def paged_prefill_attention(
     wide = arithmetic_dtype(q)
     tokens, (_, kv_heads, page_size, head_dim) = q.shape[0], k_cache.shape
     token = torch.arange(tokens, dtype=torch.int32, device=q.device)
-    key = torch.arange(block_table.shape[1] * page_size, device=q.device)
+    key = torch.arange(page_table.shape[1] * page_size, device=q.device)
     grouped = q.to(wide).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
     result = torch.zeros_like(grouped)
-    for b, length in enumerate(context_lengths):
+    for b, length in enumerate(context_lens):
         inside = key < length
-        pages = torch.where(inside[::page_size], block_table[b], 0).long()
+        pages = torch.where(inside[::page_size], page_table[b], 0).long()
         k, v = (
             cache[pages].transpose(0, 1).reshape(kv_heads, 1, -1, head_dim).to(wide)
             for cache in (k_cache, v_cache)
         )
-        own = (token >= query_starts[b]) & (token < query_starts[b + 1])
-        seen = own[:, None] & (key <= (length - query_starts[b + 1] + token)[:, None])  # [T, keys]
+        own = (token >= cu_seqlens_q[b]) & (token < cu_seqlens_q[b + 1])
+        seen = own[:, None] & (key <= (length - cu_seqlens_q[b + 1] + token)[:, None])  # [T, keys]
         scores = torch.where(seen, scale * grouped @ k.transpose(-1, -2), -torch.inf)
         weights = torch.where(seen, torch.softmax(scores, dim=-1), 0)  # NaN where nothing is seen
         result += weights @ torch.where(inside[:, None], v, 0)
@@ -74,16 +74,16 @@ def _cuda(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    query_starts: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
     native.cuda().paged_prefill_attention(
-        q, k_cache, v_cache, block_table, query_starts, context_lengths, scale, out
+        q, k_cache, v_cache, page_table, cu_seqlens_q, context_lens, scale, out
     )
     return out
 
@@ -93,9 +93,9 @@ def _gathered(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    block_table: Tensor,
-    query_starts: Tensor,
-    context_lengths: Tensor,
+    page_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
     scale: float,
     *,
     out: Tensor | None = None,
@@ -103,16 +103,16 @@ def _gathered(
     """torch's own attention, sequence by sequence, on keys and values copied out of their pages; in float32,
     because bfloat16 is far slower on a CPU."""
     out = torch.empty_like(q) if out is None else out
-    starts, lengths = query_starts.tolist(), context_lengths.tolist()
-    positions = block_table.shape[1] * k_cache.shape[2]
+    starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
+    positions = page_table.shape[1] * k_cache.shape[2]
     for b, length in enumerate(lengths):
         first, end = starts[b], starts[b + 1]
         if not end - first <= length <= positions:
             raise OpError(
-                f"paged_prefill_attention: context_lengths[{b}] is {length}; accepted: {end - first}, the "
-                f"sequence's queries, to {positions}, what block_table holds"
+                f"paged_prefill_attention: context_lens[{b}] is {length}; accepted: {end - first}, the "
+                f"sequence's queries, to {positions}, what page_table holds"
             )
-        pages = block_table[b, : -(-length // k_cache.shape[2])].long()
+        pages = page_table[b, : -(-length // k_cache.shape[2])].long()
         k, v = (
             cache[pages].transpose(0, 1).flatten(1, 2)[:, :length].float() for cache in (k_cache, v_cache)
         )

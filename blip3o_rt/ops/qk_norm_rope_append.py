@@ -15,9 +15,9 @@ def qk_norm_rope_append(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float,
@@ -27,16 +27,16 @@ def qk_norm_rope_append(
     """Normalise and rotate q and k of each token, write k and v to the cache, return q.
 
     qkv [T, (Hq + 2 Hkv) D] = (q heads | k heads | v heads); q_weight, k_weight [D]: RMSNorm over each head.
-    rope_table float32 [max_positions, D] = (cos | sin), D / 2 columns each; positions int32 [T] index it, and
+    cos_sin_cache float32 [max_positions, D] = (cos | sin), D / 2 columns each, indexed by positions int32 [T]:
     the two halves (a, b) of a head become (a cos - b sin, b cos + a sin).
     k_cache, v_cache [pages, Hkv, page_size, D] (the dtype of qkv): token t goes to page
-    slots[t] // page_size, offset slots[t] % page_size (slots int32 [T]); a slot of -1 is not written.
+    slot // page_size, offset slot % page_size, of slot = slot_mapping[t] (int32 [T]); -1 is not written.
     -> q [T, Hq, D] in the dtype of qkv.
     """
     tokens, (_, kv_heads, _, head_dim) = qkv.shape[0], k_cache.shape
     heads = qkv.reshape(tokens, qkv.shape[1] // head_dim, head_dim).to(arithmetic_dtype(qkv))
     q, k, v = heads.split([heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    cos, sin = rope_table[positions.long()].to(heads.dtype)[:, None].chunk(2, dim=-1)
+    cos, sin = cos_sin_cache[positions.long()].to(heads.dtype)[:, None].chunk(2, dim=-1)
 
     def norm_and_rotate(x: Tensor, weight: Tensor) -> Tensor:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
@@ -44,19 +44,21 @@ def qk_norm_rope_append(
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
     if tokens:
-        _append(k_cache, norm_and_rotate(k, k_weight), slots)
-        _append(v_cache, v, slots)
+        _append(k_cache, norm_and_rotate(k, k_weight), slot_mapping)
+        _append(v_cache, v, slot_mapping)
     return deliver(norm_and_rotate(q, q_weight), qkv.dtype, out)
 
 
-def _append(cache: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write values [T, Hkv, D] to their slots without reading the slots back from the device.
+def _append(cache: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
+    """Write values [T, Hkv, D] to their slot_mapping without reading the slot_mapping back from the device.
 
     A token that is not written repeats one that is; if none is, all write what slot 0 already holds.
     """
     page_size = cache.shape[2]
-    source = torch.where(slots >= 0, torch.arange(len(slots), device=slots.device), slots.argmax())
-    slot = slots.long()[source]
+    source = torch.where(
+        slot_mapping >= 0, torch.arange(len(slot_mapping), device=slot_mapping.device), slot_mapping.argmax()
+    )
+    slot = slot_mapping.long()[source]
     written, slot = (slot >= 0)[:, None, None], slot.clamp(min=0)
     page, offset = slot // page_size, slot % page_size
     cache[page, :, offset] = torch.where(written, values[source].to(cache.dtype), cache[page, :, offset])
@@ -74,9 +76,9 @@ def _cuda(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float,
@@ -85,7 +87,7 @@ def _cuda(
 ) -> Tensor:
     out = new_query(qkv, k_cache) if out is None else out
     native.cuda().qk_norm_rope_append(
-        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out
     )
     return out
 
@@ -95,9 +97,9 @@ def _cpu(
     qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
-    rope_table: Tensor,
+    cos_sin_cache: Tensor,
     positions: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     eps: float,
@@ -106,6 +108,6 @@ def _cpu(
 ) -> Tensor:
     out = new_query(qkv, k_cache) if out is None else out
     native.cpu().qk_norm_rope_append(
-        qkv, q_weight, k_weight, rope_table, positions, slots, k_cache, v_cache, eps, out
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out
     )
     return out

@@ -9,7 +9,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
-from blip3o_rt.ops.row_linear_int8 import unknown_to_cpu
+from blip3o_rt.ops.row_linear_w8 import unknown_to_cpu
 from blip3o_rt.ops.row_product import reference_product, unknown_weight
 
 
@@ -17,7 +17,7 @@ from blip3o_rt.ops.row_product import reference_product, unknown_weight
 def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
     """residual += x weight^T in place for x [M, K], weight [N, K], residual [M, N]; returns residual.
 
-    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_int8. The product is rounded to the
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_w8. The product is rounded to the
     dtype of x before it is added, so that the bits are those of row_linear and an addition; hence the
     tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does. Each row of
     a contiguous x has the same bits whatever the other rows are and however many.

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ops.row_linear import row_linear
-from blip3o_rt.ops.row_linear_int8 import row_linear_int8
-from blip3o_rt.quantisation import E4M3
+from blip3o_rt.ops.row_linear_w8 import row_linear_w8
+from blip3o_rt.quantization import E4M3
 
 
 def unknown_weight(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:
@@ -21,11 +21,11 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> Ten
     """x weight^T -> out by the op for the weight."""
     if scale is None:
         return row_linear(x, weight, out=out)
-    return row_linear_int8(x, weight, scale, out=out)
+    return row_linear_w8(x, weight, scale, out=out)
 
 
 def reference_product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
     """x weight^T by the definition of that op."""
     if scale is None:
         return row_linear.reference(x, weight, out=out)
-    return row_linear_int8.reference(x, weight, scale, out=out)
+    return row_linear_w8.reference(x, weight, scale, out=out)

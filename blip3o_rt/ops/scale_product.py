@@ -1,4 +1,4 @@
-"""A product of quantised matrices times the scales of its rows and columns, which is what it stands for."""
+"""A product of quantized matrices times the scales of its rows and columns, which is what it stands for."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from torch import Tensor
 
-from blip3o_rt.image_input import normalised_pixels
+from blip3o_rt.images import normalised_pixels
 
 
 def reference_pixels(image: Image.Image, size: int) -> Tensor:

@@ -49,22 +49,22 @@ PYBIND11_MODULE(_cpu, module) {
                no_gil);
     module.def("silu_mul", &cpu::silu_mul, "gate_up"_a, "out"_a, no_gil);
     module.def("row_linear", &cpu::row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a, no_gil);
-    module.def("row_linear_int8", &cpu::row_linear_int8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a,
-               no_gil);
+    module.def("row_linear_w8", &cpu::row_linear_w8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a, no_gil);
     module.def("norm_row_linear", &cpu::norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a,
                "scale"_a, "gated"_a, "out"_a, no_gil);
     module.def("row_linear_add", &cpu::row_linear_add, "x"_a, "weight"_a, "scale"_a, "residual"_a, no_gil);
     module.def("linear", &cpu::linear, "x"_a, "weight"_a, "bias"_a, "out"_a, no_gil);
-    module.def("linear_int8", &cpu::linear_int8, "x"_a, "weight"_a, "scale"_a, "out"_a, no_gil);
-    module.def("quantise_rows", &cpu::quantise_rows, "x"_a, "scale"_a, "out"_a, no_gil);
+    module.def("linear_w8a16", &cpu::linear_w8a16, "x"_a, "weight"_a, "scale"_a, "out"_a, no_gil);
+    module.def("quantize_rows", &cpu::quantize_rows, "x"_a, "scale"_a, "out"_a, no_gil);
     module.def("scale_product", &cpu::scale_product, "product"_a, "scale"_a, "row_scale"_a, "bias"_a, "out"_a,
                no_gil);
     module.def("qk_norm_rope_append", &cpu::qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
-               "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a, no_gil);
+               "cos_sin_cache"_a, "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a,
+               no_gil);
     module.def("paged_decode_attention", &cpu::paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "block_table"_a, "context_lengths"_a, "scale"_a, "out"_a, no_gil);
-    module.def("advance_rows", &cpu::advance_rows, "draws"_a, "first_ids"_a, "block_table"_a, "page_size"_a,
-               "drawn"_a, "context_lengths"_a, "places"_a, "kept"_a, "positions"_a, "slots"_a, "out"_a,
+               "page_table"_a, "context_lens"_a, "scale"_a, "out"_a, no_gil);
+    module.def("advance_rows", &cpu::advance_rows, "draws"_a, "first_ids"_a, "page_table"_a, "page_size"_a,
+               "drawn"_a, "context_lens"_a, "places"_a, "kept"_a, "positions"_a, "slot_mapping"_a, "out"_a,
                no_gil);
     module.def("sample_tokens", &cpu::sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a,
                "seeds"_a, "positions"_a, "out"_a, no_gil);

@@ -67,9 +67,9 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
     run(cuda::row_linear, x, row_product(check_row_linear(Device::cuda, x, weight, bias, out)));
 }
 
-void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
-                     const OptionalView& bias, const TensorView& out) {
-    run(cuda::row_linear, x, row_product(check_row_linear_int8(Device::cuda, x, weight, scale, bias, out)));
+void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                   const OptionalView& bias, const TensorView& out) {
+    run(cuda::row_linear, x, row_product(check_row_linear_w8(Device::cuda, x, weight, scale, bias, out)));
 }
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
@@ -84,12 +84,12 @@ void row_linear_add(const TensorView& x, const TensorView& weight, const Optiona
 }
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-                         const TensorView& k_cache, const TensorView& v_cache, double eps,
-                         const TensorView& out) {
+                         const TensorView& cos_sin_cache, const TensorView& positions,
+                         const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
+                         double eps, const TensorView& out) {
     run(cuda::qk_norm_rope_append, qkv,
-        check_qk_norm_rope_append(Device::cuda, qkv, q_weight, k_weight, rope_table, positions, slots,
-                                  k_cache, v_cache, eps, out));
+        check_qk_norm_rope_append(Device::cuda, qkv, q_weight, k_weight, cos_sin_cache, positions,
+                                  slot_mapping, k_cache, v_cache, eps, out));
 }
 
 // The scratch memory of an attention whose first argument is `beside`, checked.
@@ -104,41 +104,41 @@ cuda::AttentionScratch attention_scratch(const char* op, const PagedDecodeAttent
 }
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& page_table, const TensorView& context_lens, double scale,
                             const TensorView& workspace, const TensorView& counters, const TensorView& out) {
-    const auto arguments = check_paged_decode_attention(Device::cuda, q, k_cache, v_cache, block_table,
-                                                        context_lengths, scale, out);
+    const auto arguments =
+        check_paged_decode_attention(Device::cuda, q, k_cache, v_cache, page_table, context_lens, scale, out);
     run(cuda::paged_decode_attention, q, arguments,
         attention_scratch("paged_decode_attention", arguments, workspace, counters, q));
 }
 
 void decode_attention(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                      const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-                      const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
-                      const TensorView& context_lengths, double eps, double scale,
+                      const TensorView& cos_sin_cache, const TensorView& positions,
+                      const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
+                      const TensorView& page_table, const TensorView& context_lens, double eps, double scale,
                       const TensorView& workspace, const TensorView& counters, const TensorView& out) {
     const auto arguments =
-        check_decode_attention(Device::cuda, qkv, q_weight, k_weight, rope_table, positions, slots, k_cache,
-                               v_cache, block_table, context_lengths, eps, scale, out);
+        check_decode_attention(Device::cuda, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping,
+                               k_cache, v_cache, page_table, context_lens, eps, scale, out);
     run(cuda::decode_attention, qkv, arguments,
         attention_scratch("decode_attention", arguments.attention, workspace, counters, qkv));
 }
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
                   const TensorView& places, const TensorView& kept, const TensorView& positions,
-                  const TensorView& slots, const TensorView& out) {
+                  const TensorView& slot_mapping, const TensorView& out) {
     run(cuda::advance_rows, draws,
-        check_advance_rows(Device::cuda, draws, first_ids, block_table, page_size, drawn, context_lengths,
-                           places, kept, positions, slots, out));
+        check_advance_rows(Device::cuda, draws, first_ids, page_table, page_size, drawn, context_lens, places,
+                           kept, positions, slot_mapping, out));
 }
 
 void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                             const TensorView& block_table, const TensorView& query_starts,
-                             const TensorView& context_lengths, double scale, const TensorView& out) {
+                             const TensorView& page_table, const TensorView& cu_seqlens_q,
+                             const TensorView& context_lens, double scale, const TensorView& out) {
     run(cuda::paged_prefill_attention, q,
-        check_paged_prefill_attention(Device::cuda, q, k_cache, v_cache, block_table, query_starts,
-                                      context_lengths, scale, out));
+        check_paged_prefill_attention(Device::cuda, q, k_cache, v_cache, page_table, cu_seqlens_q,
+                                      context_lens, scale, out));
 }
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
@@ -159,24 +159,25 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "bias"_a, "residual"_a, "out"_a);
     module.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a);
     module.def("row_linear", &row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a);
-    module.def("row_linear_int8", &row_linear_int8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a);
+    module.def("row_linear_w8", &row_linear_w8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a);
     module.def("norm_row_linear", &norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a, "scale"_a,
                "gated"_a, "out"_a);
     module.def("row_linear_add", &row_linear_add, "x"_a, "weight"_a, "scale"_a, "residual"_a);
     module.def("qk_norm_rope_append", &qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
-               "rope_table"_a, "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "eps"_a, "out"_a);
+               "cos_sin_cache"_a, "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "eps"_a,
+               "out"_a);
     module.def("paged_decode_attention", &paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "block_table"_a, "context_lengths"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
-    module.def("decode_attention", &decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "rope_table"_a,
-               "positions"_a, "slots"_a, "k_cache"_a, "v_cache"_a, "block_table"_a, "context_lengths"_a,
+               "page_table"_a, "context_lens"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+    module.def("decode_attention", &decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "cos_sin_cache"_a,
+               "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "page_table"_a, "context_lens"_a,
                "eps"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
     module.def("paged_prefill_attention", &paged_prefill_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "block_table"_a, "query_starts"_a, "context_lengths"_a, "scale"_a, "out"_a);
+               "page_table"_a, "cu_seqlens_q"_a, "context_lens"_a, "scale"_a, "out"_a);
     module.def("attention_workspace", &cuda::attention_workspace, "batch"_a, "q_heads"_a, "head_dim"_a,
                "positions"_a,
                "float32 elements of scratch memory for a block table that holds so many positions.");
-    module.def("advance_rows", &advance_rows, "draws"_a, "first_ids"_a, "block_table"_a, "page_size"_a,
-               "drawn"_a, "context_lengths"_a, "places"_a, "kept"_a, "positions"_a, "slots"_a, "out"_a);
+    module.def("advance_rows", &advance_rows, "draws"_a, "first_ids"_a, "page_table"_a, "page_size"_a,
+               "drawn"_a, "context_lens"_a, "places"_a, "kept"_a, "positions"_a, "slot_mapping"_a, "out"_a);
     module.def("sample_tokens", &sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
                "positions"_a, "workspace"_a, "out"_a);
     module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace, "batch"_a, "vocabulary"_a,

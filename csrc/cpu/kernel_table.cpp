@@ -6,9 +6,9 @@ namespace blip3o::cpu::BLIP3O_ISA {
 void rms_norm(const RmsNormArguments&, int64_t begin, int64_t end);
 void silu_mul(const SiluMulArguments&, int64_t begin, int64_t end);
 void row_linear(const RowLinearArguments&, int64_t begin, int64_t end);
-void row_linear_int8(const RowLinearInt8Arguments&, int64_t begin, int64_t end);
+void row_linear_w8(const RowLinearInt8Arguments&, int64_t begin, int64_t end);
 void linear(const LinearArguments&, int64_t begin, int64_t end);
-void quantise_rows(const QuantiseRowsArguments&, int64_t begin, int64_t end);
+void quantize_rows(const QuantizeRowsArguments&, int64_t begin, int64_t end);
 void scale_product(const ScaleProductArguments&, int64_t begin, int64_t end);
 void qk_norm_rope_append(const QkNormRopeAppendArguments&, int64_t begin, int64_t end);
 void paged_decode_attention(const PagedDecodeAttentionArguments&, int64_t begin, int64_t end);
@@ -29,9 +29,9 @@ extern const Kernels kKernels;
 const Kernels kKernels = {rms_norm,
                           silu_mul,
                           row_linear,
-                          row_linear_int8,
+                          row_linear_w8,
                           linear,
-                          quantise_rows,
+                          quantize_rows,
                           scale_product,
                           qk_norm_rope_append,
                           paged_decode_attention,

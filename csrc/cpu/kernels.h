@@ -19,9 +19,9 @@ struct Kernels {
     Kernel<RmsNormArguments> rms_norm;                                 // rows
     Kernel<SiluMulArguments> silu_mul;                                 // rows
     Kernel<RowLinearArguments> row_linear;                             // columns of the result
-    Kernel<RowLinearInt8Arguments> row_linear_int8;                    // columns of the result
+    Kernel<RowLinearInt8Arguments> row_linear_w8;                      // columns of the result
     Kernel<LinearArguments> linear;                                    // kLinearColumns columns
-    Kernel<QuantiseRowsArguments> quantise_rows;                       // rows
+    Kernel<QuantizeRowsArguments> quantize_rows;                       // rows
     Kernel<ScaleProductArguments> scale_product;                       // rows
     Kernel<QkNormRopeAppendArguments> qk_norm_rope_append;             // tokens
     Kernel<PagedDecodeAttentionArguments> paged_decode_attention;      // (sequence, KV head) pairs

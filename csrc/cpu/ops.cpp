@@ -17,34 +17,33 @@ int64_t grain(int64_t elements_per_unit) {
 }
 
 void check_slots(const QkNormRopeAppendArguments& a) {
-    const int64_t slots = a.cache.pages * a.cache.page_size;
+    const int64_t slot_mapping = a.cache.pages * a.cache.page_size;
     for (int64_t token = 0; token < a.tokens; ++token) {
         if (a.positions[token] < 0 || a.positions[token] >= a.max_positions) {
             throw ArgumentError("qk_norm_rope_append: positions[" + std::to_string(token) + "] is " +
                                 std::to_string(a.positions[token]) + "; accepted: 0 to " +
-                                std::to_string(a.max_positions - 1) + ", the rows of rope_table");
+                                std::to_string(a.max_positions - 1) + ", the rows of cos_sin_cache");
         }
-        if (a.slots[token] < -1 || a.slots[token] >= slots) {
-            throw ArgumentError("qk_norm_rope_append: slots[" + std::to_string(token) + "] is " +
-                                std::to_string(a.slots[token]) + "; accepted: -1 (not written) to " +
-                                std::to_string(slots - 1) + ", the last of the cache");
+        if (a.slot_mapping[token] < -1 || a.slot_mapping[token] >= slot_mapping) {
+            throw ArgumentError("qk_norm_rope_append: slot_mapping[" + std::to_string(token) + "] is " +
+                                std::to_string(a.slot_mapping[token]) + "; accepted: -1 (not written) to " +
+                                std::to_string(slot_mapping - 1) + ", the last of the cache");
         }
     }
 }
 
 void check_pages(const PagedDecodeAttentionArguments& a) {
     for (int64_t b = 0; b < a.batch; ++b) {
-        const int64_t length = a.context_lengths[b];
+        const int64_t length = a.context_lens[b];
         if (length < 0 || length > a.max_blocks * a.cache.page_size) {
-            throw ArgumentError("paged_decode_attention: context_lengths[" + std::to_string(b) + "] is " +
+            throw ArgumentError("paged_decode_attention: context_lens[" + std::to_string(b) + "] is " +
                                 std::to_string(length) + "; accepted: 0 to " +
-                                std::to_string(a.max_blocks * a.cache.page_size) +
-                                ", what block_table holds");
+                                std::to_string(a.max_blocks * a.cache.page_size) + ", what page_table holds");
         }
         for (int64_t block = 0; block * a.cache.page_size < length; ++block) {
-            const int64_t page = a.block_table[b * a.max_blocks + block];
+            const int64_t page = a.page_table[b * a.max_blocks + block];
             if (page < 0 || page >= a.cache.pages) {
-                throw ArgumentError("paged_decode_attention: block_table[" + std::to_string(b) + ", " +
+                throw ArgumentError("paged_decode_attention: page_table[" + std::to_string(b) + ", " +
                                     std::to_string(block) + "] is " + std::to_string(page) +
                                     "; accepted: 0 to " + std::to_string(a.cache.pages - 1) +
                                     ", the pages of k_cache");
@@ -88,7 +87,7 @@ TensorView between(DType dtype, int64_t rows, int64_t columns) {
 
 void product(const TensorView& x, const TensorView& weight, const OptionalView& scale,
              const TensorView& out) {
-    scale ? row_linear_int8(x, weight, *scale, {}, out) : row_linear(x, weight, {}, out);
+    scale ? row_linear_w8(x, weight, *scale, {}, out) : row_linear(x, weight, {}, out);
 }
 
 void multiply(LinearArguments arguments) {
@@ -124,14 +123,13 @@ void row_linear(const TensorView& x, const TensorView& weight, const OptionalVie
     run(kernels().row_linear, arguments, arguments.x.count > 0 ? arguments.weight.count : 0, grain(work));
 }
 
-void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
-                     const OptionalView& bias, const TensorView& out) {
-    const auto arguments = check_row_linear_int8(Device::cpu, x, weight, scale, bias, out);
-    Contract("row_linear_int8", Device::cpu)
+void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                   const OptionalView& bias, const TensorView& out) {
+    const auto arguments = check_row_linear_w8(Device::cpu, x, weight, scale, bias, out);
+    Contract("row_linear_w8", Device::cpu)
         .require(arguments.weight_dtype == DType::i8, "this kernel takes an int8 weight, not one of e4m3");
     const int64_t work = arguments.x.width * (arguments.x.count + 1);
-    run(kernels().row_linear_int8, arguments, arguments.x.count > 0 ? arguments.weight.count : 0,
-        grain(work));
+    run(kernels().row_linear_w8, arguments, arguments.x.count > 0 ? arguments.weight.count : 0, grain(work));
 }
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
@@ -161,14 +159,14 @@ void linear(const TensorView& x, const TensorView& weight, const OptionalView& b
     multiply(check_linear("linear", Device::cpu, x, weight, DType::bf16, {}, bias, out));
 }
 
-void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
-                 const TensorView& out) {
-    multiply(check_linear("linear_int8", Device::cpu, x, weight, DType::i8, scale, {}, out));
+void linear_w8a16(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                  const TensorView& out) {
+    multiply(check_linear("linear_w8a16", Device::cpu, x, weight, DType::i8, scale, {}, out));
 }
 
-void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {
-    const auto arguments = check_quantise_rows(Device::cpu, x, scale, out);
-    run(kernels().quantise_rows, arguments, arguments.x.count, grain(arguments.x.width));
+void quantize_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {
+    const auto arguments = check_quantize_rows(Device::cpu, x, scale, out);
+    run(kernels().quantize_rows, arguments, arguments.x.count, grain(arguments.x.width));
 }
 
 void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
@@ -178,32 +176,32 @@ void scale_product(const TensorView& product, const TensorView& scale, const Opt
 }
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-                         const TensorView& k_cache, const TensorView& v_cache, double eps,
-                         const TensorView& out) {
-    const auto arguments = check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, rope_table,
-                                                     positions, slots, k_cache, v_cache, eps, out);
+                         const TensorView& cos_sin_cache, const TensorView& positions,
+                         const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
+                         double eps, const TensorView& out) {
+    const auto arguments = check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, cos_sin_cache,
+                                                     positions, slot_mapping, k_cache, v_cache, eps, out);
     check_slots(arguments);
     run(kernels().qk_norm_rope_append, arguments, arguments.tokens, grain(2 * arguments.qkv.width));
 }
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& page_table, const TensorView& context_lens, double scale,
                             const TensorView& out) {
-    const auto arguments = check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, block_table,
-                                                        context_lengths, scale, out);
+    const auto arguments =
+        check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, page_table, context_lens, scale, out);
     check_pages(arguments);
     const int64_t largest_work = arguments.max_blocks * arguments.cache.page_size * arguments.cache.head_dim;
     run(kernels().paged_decode_attention, arguments, arguments.batch * arguments.cache.kv_heads,
         grain(largest_work));
 }
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
                   const TensorView& places, const TensorView& kept, const TensorView& positions,
-                  const TensorView& slots, const TensorView& out) {
-    const auto arguments = check_advance_rows(Device::cpu, draws, first_ids, block_table, page_size, drawn,
-                                              context_lengths, places, kept, positions, slots, out);
+                  const TensorView& slot_mapping, const TensorView& out) {
+    const auto arguments = check_advance_rows(Device::cpu, draws, first_ids, page_table, page_size, drawn,
+                                              context_lens, places, kept, positions, slot_mapping, out);
     check_places(arguments);
     run(kernels().advance_rows, arguments, arguments.rows, arguments.rows);
 }

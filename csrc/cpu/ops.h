@@ -15,8 +15,8 @@ void silu_mul(const TensorView& gate_up, const TensorView& out);
 void row_linear(const TensorView& x, const TensorView& weight, const OptionalView& bias,
                 const TensorView& out);
 
-void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
-                     const OptionalView& bias, const TensorView& out);
+void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                   const OptionalView& bias, const TensorView& out);
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
                      const OptionalView& scale, bool gated, const TensorView& out);
@@ -26,27 +26,27 @@ void row_linear_add(const TensorView& x, const TensorView& weight, const Optiona
 
 void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out);
 
-void linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
-                 const TensorView& out);
+void linear_w8a16(const TensorView& x, const TensorView& weight, const TensorView& scale,
+                  const TensorView& out);
 
-void quantise_rows(const TensorView& x, const TensorView& scale, const TensorView& out);
+void quantize_rows(const TensorView& x, const TensorView& scale, const TensorView& out);
 
 void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
                    const OptionalView& bias, const TensorView& out);
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                         const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-                         const TensorView& k_cache, const TensorView& v_cache, double eps,
-                         const TensorView& out);
+                         const TensorView& cos_sin_cache, const TensorView& positions,
+                         const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
+                         double eps, const TensorView& out);
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                            const TensorView& block_table, const TensorView& context_lengths, double scale,
+                            const TensorView& page_table, const TensorView& context_lens, double scale,
                             const TensorView& out);
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
                   const TensorView& places, const TensorView& kept, const TensorView& positions,
-                  const TensorView& slots, const TensorView& out);
+                  const TensorView& slot_mapping, const TensorView& out);
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                    const TensorView& top_p, const TensorView& seeds, const TensorView& positions,

@@ -108,7 +108,7 @@ void finish(const Group& group, T* out) {
 template <class T>
 const T* page_rows(const PagedDecodeAttentionArguments& a, const void* cache, int64_t b, int64_t h,
                    int64_t position) {
-    const int64_t page = a.block_table[b * a.max_blocks + position / a.cache.page_size];
+    const int64_t page = a.page_table[b * a.max_blocks + position / a.cache.page_size];
     const int64_t row = (page * a.cache.kv_heads + h) * a.cache.page_size;
     return static_cast<const T*>(cache) + row * a.cache.head_dim;
 }
@@ -127,7 +127,7 @@ void attend(const PagedDecodeAttentionArguments& a, int64_t begin, int64_t end) 
         const int64_t b = unit / a.cache.kv_heads, h = unit % a.cache.kv_heads;
         const int64_t first_row = (b * a.q_heads + h * group.heads) * a.cache.head_dim;
         start(group, static_cast<const T*>(a.q) + first_row, a.scale);
-        const int64_t length = a.context_lengths[b];
+        const int64_t length = a.context_lens[b];
         for (int64_t position = 0; position < length; position += page_size) {
             if (position + page_size < length) {
                 fetch(page_rows<T>(a, a.cache.k, b, h, position + page_size), page_elements);

@@ -1,5 +1,5 @@
 // RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their cache
-// slots.
+// slot_mapping.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
@@ -37,12 +37,12 @@ void append_tokens(const QkNormRopeAppendArguments& a, int64_t begin, int64_t en
         const T* q = a.qkv.row<T>(token);
         const T* k = q + a.q_heads * size;
         const T* v = k + a.cache.kv_heads * size;
-        const float* rotation = a.rope_table + a.positions[token] * size;
+        const float* rotation = a.cos_sin_cache + a.positions[token] * size;
         for (int64_t h = 0; h < a.q_heads; ++h) {
             norm_and_rotate(static_cast<T*>(a.out) + (token * a.q_heads + h) * size, q + h * size,
                             static_cast<const T*>(a.q_weight), rotation, size, a.eps, head);
         }
-        const int64_t slot = a.slots[token];
+        const int64_t slot = a.slot_mapping[token];
         if (slot < 0) continue;
         for (int64_t h = 0; h < a.cache.kv_heads; ++h) {
             const int64_t row = (slot / page_size * a.cache.kv_heads + h) * page_size + slot % page_size;

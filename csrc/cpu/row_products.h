@@ -1,4 +1,4 @@
-// Products of few rows of x with the rows of a weight, the core of row_linear and row_linear_int8.
+// Products of few rows of x with the rows of a weight, the core of row_linear and row_linear_w8.
 //
 // The weight is read from memory once per panel of rows of x, in blocks of four of its rows that stay in the
 // cache while all rows of the panel pass. With many rows a block is widened to floats first, so that its

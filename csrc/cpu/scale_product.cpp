@@ -1,4 +1,4 @@
-// A product with quantised matrices times the scales of its columns and rows, plus a bias. Memory bound.
+// A product with quantized matrices times the scales of its columns and rows, plus a bias. Memory bound.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 

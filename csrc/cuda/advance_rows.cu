@@ -1,4 +1,4 @@
-// Rows of a batch take their draws as the next token: ids, positions and slots for the decoder, counters.
+// Rows of a batch take their draws as the next token: ids, positions and slot_mapping for the decoder, counters.
 //
 // Tiling   a thread for each row.
 // Bytes    about 100 a row.
@@ -19,21 +19,21 @@ __global__ void __launch_bounds__(kThreads) advance_rows_kernel(AdvanceRowsArgum
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= a.rows) return;
     const int64_t draw = a.draws[row];
-    const int position = a.context_lengths[row], page_size = static_cast<int>(a.page_size);
+    const int position = a.context_lens[row], page_size = static_cast<int>(a.page_size);
     a.out[row] = (draw < 0 ? 0 : draw) + a.first_ids[row];
     const int64_t place = a.places[row];
     const bool has_place = place >= 0 && place < a.kept_places;
     const bool goes_on = has_place && position > 0 && position < a.max_blocks * page_size;
     a.positions[row] = goes_on ? position : 0;
     if (!goes_on) {
-        a.slots[row] = -1;
+        a.slot_mapping[row] = -1;
         return;
     }
-    const int page = a.block_table[row * a.max_blocks + position / page_size];
-    a.slots[row] = page * page_size + position % page_size;
+    const int page = a.page_table[row * a.max_blocks + position / page_size];
+    a.slot_mapping[row] = page * page_size + position % page_size;
     a.kept[place] = draw;
     a.drawn[row] += 1;
-    a.context_lengths[row] = position + 1;
+    a.context_lens[row] = position + 1;
     a.places[row] = place + 1;
 }
 

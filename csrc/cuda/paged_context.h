@@ -8,7 +8,7 @@ namespace blip3o::cuda {
 // A length that the table does not hold reads as -1.
 template <class Arguments>
 __device__ int context_length(const Arguments& a, int64_t sequence) {
-    const int64_t length = a.context_lengths[sequence];
+    const int64_t length = a.context_lens[sequence];
     return length >= 0 && length <= a.max_blocks * a.cache.page_size ? static_cast<int>(length) : -1;
 }
 
@@ -22,7 +22,7 @@ __device__ int heads_per_kv_head(const Arguments& a) {
 template <class Arguments>
 __device__ int cache_row(const Arguments& a, int64_t sequence, int kv_head, int position) {
     const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(position);
-    const int page = a.block_table[sequence * a.max_blocks + key / page_size];
+    const int page = a.page_table[sequence * a.max_blocks + key / page_size];
     const uint32_t first = page * static_cast<uint32_t>(a.cache.kv_heads) + kv_head;
     const bool exists = page >= 0 && page < a.cache.pages;
     return exists ? static_cast<int>(first * page_size + key % page_size) : -1;

@@ -41,7 +41,7 @@ struct Queries {
 };
 
 __device__ inline Queries queries_of(const PagedPrefillAttentionArguments& a, int sequence) {
-    const int first = a.query_starts[sequence], end = a.query_starts[sequence + 1];
+    const int first = a.cu_seqlens_q[sequence], end = a.cu_seqlens_q[sequence + 1];
     if (first < 0 || end < first || end > a.tokens) return {sequence, 0, 0, -1};
     const int count = end - first, length = context_length(a, sequence);
     return {sequence, first, count, length >= count ? length - count : -1};
@@ -250,9 +250,9 @@ __global__ void __launch_bounds__(kThreads) attend_prompt_any_kernel(PagedPrefil
     const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, size = a.cache.head_dim;
     const int token = static_cast<int>(warp / a.q_heads), head = static_cast<int>(warp % a.q_heads);
     const int kv_head = head / heads_per_kv_head(a), lane = threadIdx.x % kWarp;
-    if (token >= a.tokens || token < a.query_starts[0] || token >= a.query_starts[a.batch]) return;
+    if (token >= a.tokens || token < a.cu_seqlens_q[0] || token >= a.cu_seqlens_q[a.batch]) return;
     int sequence = 0;
-    while (token >= a.query_starts[sequence + 1]) ++sequence;
+    while (token >= a.cu_seqlens_q[sequence + 1]) ++sequence;
     const Queries queries = queries_of(a, sequence);
     if (queries.count == 0) return;
     const int last_key =

@@ -1,5 +1,5 @@
 // RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their cache
-// slots.
+// slot_mapping.
 //
 // Tiling   one warp per head (query, key or value), four warps to a block, blocks over heads and tokens. A
 //          lane holds the same channels of both halves of a head, which rotation turns into each other.
@@ -9,7 +9,7 @@
 // Bound    launch latency in a decoding step; memory for a long prompt.
 // State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
-// Positions and slots are on the device, so nobody can be told of a wrong one: a token whose position or slot
+// Positions and slot_mapping are on the device, so nobody can be told of a wrong one: a token whose position or slot
 // is out of range gets a query of NaN and is not written.
 #include "cuda/convert.h"
 #include "cuda/launch.h"
@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_append_kernel(QkNormRop
     const int64_t head = int64_t{blockIdx.y} * kHeadsPerBlock + threadIdx.x / kWarp;
     if (head >= q_heads + 2 * kv_heads) return;
     const T* from = static_cast<const T*>(a.qkv.data) + token * a.qkv.stride + head * size;
-    const int64_t position = a.positions[token], slot = a.slots[token], page_size = a.cache.page_size;
+    const int64_t position = a.positions[token], slot = a.slot_mapping[token], page_size = a.cache.page_size;
     const bool valid =
         position >= 0 && position < a.max_positions && slot >= -1 && slot < a.cache.pages * page_size;
-    const float* rotation = a.rope_table + position * size;
+    const float* rotation = a.cos_sin_cache + position * size;
 
     if (head < q_heads) {
         T* to = static_cast<T*>(a.out) + (token * q_heads + head) * size;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_append_kernel(QkNormRop
 template <class T>
 void launch_heads(const QkNormRopeAppendArguments& a, cudaStream_t stream) {
     bool packed = a.cache.head_dim / 2 % kRotatedPack == 0 && a.qkv.stride % kRotatedPack == 0 &&
-                  is_aligned(a.rope_table, kRotatedPack * sizeof(float));
+                  is_aligned(a.cos_sin_cache, kRotatedPack * sizeof(float));
     for (const void* pointer :
          {static_cast<const void*>(a.qkv.data), a.q_weight, a.k_weight, static_cast<const void*>(a.cache.k),
           static_cast<const void*>(a.cache.v), static_cast<const void*>(a.out)}) {

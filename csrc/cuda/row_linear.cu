@@ -1,6 +1,6 @@
 // Products of few rows with a weight matrix: x weight^T, and what stands beside it in a decoding step.
 //
-// One kernel serves the ops row_linear, row_linear_int8, norm_row_linear and row_linear_add. Rows of x may
+// One kernel serves the ops row_linear, row_linear_w8, norm_row_linear and row_linear_add. Rows of x may
 // be normed first, a weight may be int8 or e4m3 with a scale for each row, rows may be gates and ups of a
 // gated activation, and the result may be added to what is there: each rounded as the ops one by one round
 // it, so that the bits are theirs.

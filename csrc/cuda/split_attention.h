@@ -123,11 +123,11 @@ __device__ void merge_warps(const HeadParts<kWarps, kHeadDim>& parts, const Part
 __device__ inline bool has_place(const PagedDecodeAttentionArguments& a,
                                  const QkNormRopeAppendArguments& token, int64_t sequence, int length) {
     const int64_t position = token.positions[sequence];
-    const int32_t slot = token.slots[sequence];
+    const int32_t slot = token.slot_mapping[sequence];
     if (position < 0 || position >= token.max_positions) return false;
     if (slot < 0 || length <= 0) return slot == -1;
     const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(length - 1);
-    const int64_t page = a.block_table[sequence * a.max_blocks + key / page_size];
+    const int64_t page = a.page_table[sequence * a.max_blocks + key / page_size];
     return page >= 0 && page < a.cache.pages && slot == page * page_size + key % page_size;
 }
 
@@ -147,7 +147,7 @@ __device__ void make_heads(TokenHeads<T, kHeadDim>& heads, const QkNormRopeAppen
     const T* queries = packed + kv_head * group * kHeadDim;
     const T* key = packed + (token.q_heads + kv_head) * kHeadDim;
     const T* value = key + token.cache.kv_heads * kHeadDim;
-    const float* rotation = token.rope_table + int64_t{token.positions[sequence]} * kHeadDim;
+    const float* rotation = token.cos_sin_cache + int64_t{token.positions[sequence]} * kHeadDim;
     const int warps = blockDim.x / kWarp;
     for (int head = threadIdx.x / kWarp; head < group + has_newest; head += warps) {
         const bool is_key = head == group;
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(Division<T, kHeadDim>::kThreads, Division<T, k
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = heads_per_kv_head(a);
     const int channel = lane % D::kLanesPerKey * D::kPack;
     const int own_key = first_key + warp * D::kKeysPerWarp + lane / D::kLanesPerKey;  // of the first step
-    const int newest = kMakesHeads && token.slots[sequence] >= 0 ? length - 1 : -1;   // not in the cache yet
+    const int newest =
+        kMakesHeads && token.slot_mapping[sequence] >= 0 ? length - 1 : -1;  // not in the cache yet
 
     Pack<T, D::kPack> k[D::kSteps], v[D::kSteps];
     int rows[D::kSteps];

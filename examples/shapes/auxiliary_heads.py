@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blip3o_rt.shapes.codes import GRID, TOKENS_PER_IMAGE
+from blip3o_rt.measure.shapes.codes import GRID, TOKENS_PER_IMAGE
 
 from .embedded_model import EmbeddedModel
 from .model_config import CAPTION_CHANNELS, CODEBOOK_SIZE, LATENT_SIDE, TRANSFORMER

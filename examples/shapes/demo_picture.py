@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from blip3o_rt.measure.shapes.contact_sheet import INK, PAPER, wrapped
 from blip3o_rt.metadata import read_metadata, save_png
-from blip3o_rt.shapes.contact_sheet import INK, PAPER, wrapped
 
 SIDE = 320  # pixels of a picture, five times its own
 MARGIN = 16

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
+from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
+from blip3o_rt.measure.shapes.judge import Verdict, judge, read_picture
+from blip3o_rt.measure.shapes.render import render_batch, to_image
+from blip3o_rt.measure.shapes.scene import random_scene
+from blip3o_rt.measure.shapes.score import Drawn, judge_task, table
+from blip3o_rt.measure.shapes.tasks import CATEGORIES, Task, draw_tasks
 from blip3o_rt.metadata import save_png
-from blip3o_rt.shapes.contact_sheet import contact_sheet
-from blip3o_rt.shapes.judge import Verdict, judge, read_picture
-from blip3o_rt.shapes.render import render_batch, to_image
-from blip3o_rt.shapes.scene import random_scene
-from blip3o_rt.shapes.score import Drawn, judge_task, table
-from blip3o_rt.shapes.tasks import CATEGORIES, Task, draw_tasks
 
 from .reference_pipeline import ReferencePipeline
 from .train_autoencoder import build_autoencoder

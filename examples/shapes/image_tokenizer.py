@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from blip3o_rt.shapes.codes import code_properties
+from blip3o_rt.measure.shapes.codes import code_properties
 
 from .model_config import CODE_WIDTH, CODEBOOK_SIZE, VISION_SELECT_LAYER, VISION_TOWER
 

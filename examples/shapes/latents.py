@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from blip3o_rt.shapes.render import render_batch
-from blip3o_rt.shapes.scene import training_scene
+from blip3o_rt.measure.shapes.render import render_batch
+from blip3o_rt.measure.shapes.scene import training_scene
 
 from .train_autoencoder import build_autoencoder
 from .training import finished_module, load_state

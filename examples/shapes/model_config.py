@@ -7,7 +7,7 @@ from typing import Any
 LATENT_CHANNELS = 32
 LATENT_SIDE = 4
 CAPTION_CHANNELS = 256
-CODEBOOK_SIZE = 128  # of which blip3o_rt.shapes.codes uses 105
+CODEBOOK_SIZE = 128  # of which blip3o_rt.measure.shapes.codes uses 105
 CODE_WIDTH = 32
 
 AUTOENCODER: dict[str, Any] = {

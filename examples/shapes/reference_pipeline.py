@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from blip3o_rt.shapes.codes import TOKENS_PER_IMAGE
+from blip3o_rt.measure.shapes.codes import TOKENS_PER_IMAGE
 
 from .embedded_model import EmbeddedModel
 from .image_tokenizer import ImageTokenizer

@@ -14,9 +14,9 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from blip3o_rt.shapes.captions import caption
-from blip3o_rt.shapes.edits import random_edit
-from blip3o_rt.shapes.scene import random_scene
+from blip3o_rt.measure.shapes.captions import caption
+from blip3o_rt.measure.shapes.edits import random_edit
+from blip3o_rt.measure.shapes.scene import random_scene
 
 from .model_config import CODEBOOK_SIZE
 

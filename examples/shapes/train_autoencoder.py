@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 
-from blip3o_rt.shapes.render import render_batch
-from blip3o_rt.shapes.scene import PICTURE_SIZE, PLACES, Scene, training_scene
+from blip3o_rt.measure.shapes.render import render_batch
+from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, PLACES, Scene, training_scene
 
 from .model_config import AUTOENCODER
 from .training import SAVE_EVERY, Log, WeightAverage, learning_rate, load_state, save_atomically

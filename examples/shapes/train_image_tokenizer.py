@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blip3o_rt.shapes.codes import CELL, FIRST_SHAPE_CODE, describe_codes, scene_codes
-from blip3o_rt.shapes.render import render_batch
-from blip3o_rt.shapes.scene import Scene, random_scene, training_scene
+from blip3o_rt.measure.shapes.codes import CELL, FIRST_SHAPE_CODE, describe_codes, scene_codes
+from blip3o_rt.measure.shapes.render import render_batch
+from blip3o_rt.measure.shapes.scene import Scene, random_scene, training_scene
 
 from .image_tokenizer import ImageTokenizer
 from .model_config import VISION_TOWER

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from blip3o_rt.shapes.captions import caption
-from blip3o_rt.shapes.codes import TOKENS_PER_IMAGE, scene_codes
-from blip3o_rt.shapes.edits import random_edit
-from blip3o_rt.shapes.render import render_batch
-from blip3o_rt.shapes.scene import Scene, training_scene
+from blip3o_rt.measure.shapes.captions import caption
+from blip3o_rt.measure.shapes.codes import TOKENS_PER_IMAGE, scene_codes
+from blip3o_rt.measure.shapes.edits import random_edit
+from blip3o_rt.measure.shapes.render import render_batch
+from blip3o_rt.measure.shapes.scene import Scene, training_scene
 
 from .auxiliary_heads import AuxiliaryHeads
 from .embedded_model import EmbeddedModel

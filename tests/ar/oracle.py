@@ -81,6 +81,6 @@ def runtime_weights(
 
 def cached(cache: PagedKVCache, layer: int, sequence: Sequence, length: int) -> tuple[Tensor, Tensor]:
     """Keys and values of a sequence's first positions: two [length, num_kv_heads, head_dim]."""
-    slots = torch.tensor(cache.slots(sequence, 0, length), dtype=torch.int64)
-    pages, offsets = slots // cache.page_size, slots % cache.page_size
+    slot_mapping = torch.tensor(cache.slot_mapping(sequence, 0, length), dtype=torch.int64)
+    pages, offsets = slot_mapping // cache.page_size, slot_mapping % cache.page_size
     return cache.keys[layer][pages, :, offsets], cache.values[layer][pages, :, offsets]

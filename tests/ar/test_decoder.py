@@ -45,19 +45,19 @@ def run_ragged(decoder: Decoder, streams: list[Tensor], prompt_lengths: list[int
     for stream, length, sequence in zip(streams, prompt_lengths, sequences, strict=True):
         cache.reserve(sequence, len(stream))
         states.append(list(decoder.prefill(decoder.embed(stream[:length]), sequence)))
-    blocks = max(len(sequence.block_table) for sequence in sequences)
+    blocks = max(len(sequence.page_table) for sequence in sequences)
     table = torch.tensor(
-        [s.block_table + [0] * (blocks - len(s.block_table)) for s in sequences], dtype=torch.int32
+        [s.page_table + [0] * (blocks - len(s.page_table)) for s in sequences], dtype=torch.int32
     )
     steps = len(streams[0]) - prompt_lengths[0]
     for step in range(steps):
         positions = [length + step for length in prompt_lengths]
-        slots = [
-            cache.slots(s, position, position + 1)[0]
+        slot_mapping = [
+            cache.slot_mapping(s, position, position + 1)[0]
             for s, position in zip(sequences, positions, strict=True)
         ]
         tokens = torch.stack([stream[position] for stream, position in zip(streams, positions, strict=True)])
-        as_int32 = torch.tensor([positions, slots], dtype=torch.int32)
+        as_int32 = torch.tensor([positions, slot_mapping], dtype=torch.int32)
         hidden = decoder.decode(tokens, DecodeStep(as_int32[0], as_int32[1], as_int32[0] + 1, table))
         for row, state in enumerate(hidden):
             states[row].append(state.clone())

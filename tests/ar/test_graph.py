@@ -136,7 +136,7 @@ def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) ->
     running = list(engine._running)
     for _ in range(COUNT - 2):
         engine.step()
-    owned = {page for image in running for page in image.sequence.block_table}
+    owned = {page for image in running for page in image.sequence.page_table}
     lanes = [image.lane for image in running]
     others = [page for page in range(cache.num_pages) if page not in owned]
     assert others

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
-from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantised
+from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantized
 from blip3o_rt.ar.matrix import Matrix
+from blip3o_rt.measure.cases.row_linear_w8 import quantized as random_matrix
+from blip3o_rt.measure.validate.case import random
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.quantisation import E4M3, dequantised
-from blip3o_rt.validate.case import random
-from blip3o_rt.validate.cases.row_linear_int8 import quantised as random_matrix
+from blip3o_rt.quantization import E4M3, dequantized
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
@@ -30,7 +30,7 @@ def engine(weights: dict[str, Tensor], *, tied: bool, batch: int = 1) -> TokenEn
 
 def weights_in_8_bits(values: torch.dtype, *, tied: bool) -> dict[str, Tensor]:
     config = small_config(tie_word_embeddings=tied)
-    return quantised(runtime_weights(config, oracle(config)).items(), values)
+    return quantized(runtime_weights(config, oracle(config)).items(), values)
 
 
 @pytest.mark.parametrize("values", [torch.int8, E4M3])
@@ -47,11 +47,11 @@ def test_names_and_dtypes_are_those_of_the_layout(tied: bool, values: torch.dtyp
 @pytest.mark.parametrize("tied", [False, True])
 def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool, values: torch.dtype) -> None:
     weights = weights_in_8_bits(values, tied=tied)
-    untied = {**dequantised(weights), EMBEDDING: weights[EMBEDDING]}
+    untied = {**dequantized(weights), EMBEDDING: weights[EMBEDDING]}
     prompt = TokenPrompt(PROMPT, [SamplingParams(top_k=1)])
     ops.reset_used()
     found = engine(weights, tied=tied).generate([prompt])[0][0]
-    assert "row_linear_int8" in ops.used()
+    assert "row_linear_w8" in ops.used()
     assert "row_linear" not in ops.used()
     expected = engine(untied, tied=False).generate([prompt])[0][0]
     assert torch.equal(found.token_ids, expected.token_ids)

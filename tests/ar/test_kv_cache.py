@@ -23,17 +23,17 @@ def make_cache(num_pages: int = 8, page_size: int = 4) -> PagedKVCache:
 def test_reserves_whole_pages(positions: int, pages: int) -> None:
     cache, sequence = make_cache(), Sequence()
     cache.reserve(sequence, positions)
-    assert len(sequence.block_table) == pages
+    assert len(sequence.page_table) == pages
     assert cache.free_pages == 8 - pages
 
 
 def test_reserving_again_only_adds_what_is_missing() -> None:
     cache, sequence = make_cache(), Sequence()
     cache.reserve(sequence, 4)
-    first = list(sequence.block_table)
+    first = list(sequence.page_table)
     cache.reserve(sequence, 9)
-    assert sequence.block_table[:1] == first
-    assert len(set(sequence.block_table)) == 3
+    assert sequence.page_table[:1] == first
+    assert len(set(sequence.page_table)) == 3
 
 
 def test_exhaustion_names_the_pages_and_takes_none() -> None:
@@ -52,8 +52,8 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(length: int) -> None:
         layer.copy_(torch.randn(layer.shape, generator=torch.Generator().manual_seed(length)))
     child = cache.fork(parent)
     full = length // cache.page_size
-    assert child.block_table[:full] == parent.block_table[:full]
-    assert set(child.block_table[full:]).isdisjoint(parent.block_table)
+    assert child.page_table[:full] == parent.page_table[:full]
+    assert set(child.page_table[full:]).isdisjoint(parent.page_table)
     for layer in range(2):
         for mine, theirs in zip(
             cached(cache, layer, child, length), cached(cache, layer, parent, length), strict=True
@@ -83,10 +83,10 @@ def test_a_fork_that_does_not_fit_leaves_nothing_taken() -> None:
     assert cache.free_pages == 2
 
 
-def test_slots_follow_the_block_table() -> None:
+def test_slots_follow_the_page_table() -> None:
     cache = make_cache()
-    sequence = Sequence(block_table=[5, 2], length=0)
-    assert cache.slots(sequence, 2, 6) == [22, 23, 8, 9]
+    sequence = Sequence(page_table=[5, 2], length=0)
+    assert cache.slot_mapping(sequence, 2, 6) == [22, 23, 8, 9]
 
 
 @pytest.mark.parametrize("length", [1, 4, 6, 8])
@@ -96,9 +96,9 @@ def test_a_fork_may_take_less_than_its_parent_has(length: int) -> None:
     parent.length = 9
     child = cache.fork(parent, length)
     assert child.length == length
-    assert len(child.block_table) == cache.pages_for(length)
-    assert child.block_table[: length // 4] == parent.block_table[: length // 4]
-    assert set(child.block_table[length // 4 :]).isdisjoint(parent.block_table)
+    assert len(child.page_table) == cache.pages_for(length)
+    assert child.page_table[: length // 4] == parent.page_table[: length // 4]
+    assert set(child.page_table[length // 4 :]).isdisjoint(parent.page_table)
 
 
 class Pool(RuleBasedStateMachine):
@@ -112,7 +112,7 @@ class Pool(RuleBasedStateMachine):
         self.written = 0
 
     def write(self, sequence: Sequence, contents: list[float], count: int) -> None:
-        for slot in self.cache.slots(sequence, len(contents), len(contents) + count):
+        for slot in self.cache.slot_mapping(sequence, len(contents), len(contents) + count):
             self.written += 1
             self.cache.keys[0][slot // self.cache.page_size, :, slot % self.cache.page_size] = self.written
             contents.append(self.written)
@@ -127,12 +127,12 @@ class Pool(RuleBasedStateMachine):
             self.live.append((sequence, contents))
 
     def grow_one(self, sequence: Sequence, contents: list[float], count: int) -> None:
-        free, held = self.cache.free_pages, list(sequence.block_table)
+        free, held = self.cache.free_pages, list(sequence.page_table)
         missing = self.cache.pages_for(len(contents) + count) - len(held)
         if missing > free:
             with pytest.raises(InsufficientMemoryError):
                 self.cache.reserve(sequence, len(contents) + count)
-            assert (self.cache.free_pages, sequence.block_table) == (free, held)
+            assert (self.cache.free_pages, sequence.page_table) == (free, held)
         else:
             self.cache.reserve(sequence, len(contents) + count)
             assert self.cache.free_pages == free - max(missing, 0)
@@ -176,7 +176,7 @@ class Pool(RuleBasedStateMachine):
     @invariant()
     def every_page_is_free_or_held(self) -> None:
         if hasattr(self, "live"):
-            held = {page for sequence, _ in self.live for page in sequence.block_table}
+            held = {page for sequence, _ in self.live for page in sequence.page_table}
             assert self.cache.free_pages == self.cache.num_pages - len(held)
 
     def teardown(self) -> None:

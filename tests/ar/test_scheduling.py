@@ -233,7 +233,7 @@ def test_an_image_that_fails_midway_fails_alone() -> None:
     broken, healthy = engine.submit(make_prompt(LONG, seed=1)), engine.submit(make_prompt(LONG[::-1], seed=2))
     for _ in range(3):
         engine.step()
-    page = next(image for image in engine._running if image.request is broken).sequence.block_table[0]
+    page = next(image for image in engine._running if image.request is broken).sequence.page_table[0]
     engine.cache.values[0][page] = float("nan")
     late = [engine.submit(make_prompt(LONG, seed=seed)) for seed in (3, 4)]
     finish(engine)

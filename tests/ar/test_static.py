@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
-from blip3o_rt.ar.layout import quantised
+from blip3o_rt.ar.layout import quantized
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops import native
 from blip3o_rt.params import SamplingParams
@@ -68,7 +68,7 @@ def make_prompt(length: int, n: int) -> TokenPrompt:
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("weights", [WEIGHTS, quantised(WEIGHTS.items())], ids=["float32", "int8"])
+@pytest.mark.parametrize("weights", [WEIGHTS, quantized(WEIGHTS.items())], ids=["float32", "int8"])
 @pytest.mark.parametrize("composed", [False, True])
 def test_a_token_allocates_nothing(weights: dict[str, Tensor], composed: bool) -> None:
     """`composed` is what more than 8 rows take on a GPU."""

@@ -86,10 +86,10 @@ class Traffic:
     def check_pages(self) -> None:
         """Every page is free or held by who runs; the page a token is written to has one holder."""
         engine, cache = self.engine, self.engine.cache
-        holders = Counter(page for image in engine._running for page in image.sequence.block_table)
+        holders = Counter(page for image in engine._running for page in image.sequence.page_table)
         assert cache.free_pages == cache.num_pages - len(holders)
         for image in engine._running:
-            written = image.sequence.block_table[image.prompt_length // cache.page_size :]
+            written = image.sequence.page_table[image.prompt_length // cache.page_size :]
             assert all(holders[page] == 1 for page in written)
 
     def check_order(self) -> None:

@@ -19,7 +19,7 @@ from benchmarks import dry_run, gpu, pieces
 from benchmarks.gpu import DONE, FAILED, LEFT_OUT, OVER_BUDGET, Runner, State
 from benchmarks.pieces import EXPECTED, LONGEST, PIECES, Gpu, Piece, Site
 from benchmarks.targets import targets
-from blip3o_rt.validate.checkpoint import converted_folder
+from blip3o_rt.measure.validate.checkpoint import converted_folder
 
 
 @pytest.fixture

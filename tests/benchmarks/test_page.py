@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import render
 from benchmarks.targets import newest_rows, slower_than, standings, targets
-from tests.reports.records import bench_record, validate_record
+from tests.measure.reports.records import bench_record, validate_record
 
 
 def write(record: dict[str, Any], folder: Path) -> None:

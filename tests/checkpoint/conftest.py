@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 
 ALL_FLAGS = EditConfig(True, True, True)
 

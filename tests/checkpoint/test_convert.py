@@ -22,9 +22,9 @@ from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST, Manifest, check_files
 from blip3o_rt.checkpoint.parts import layouts
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, file_sha256
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 
 from .conftest import edit_tensors
 

@@ -13,11 +13,11 @@ from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.manifest import Manifest
 from blip3o_rt.checkpoint.parts import layouts, weight_bytes
-from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.quantisation import SCALE, row_scales, row_values
+from blip3o_rt.quantization import SCALE, row_scales, row_values
 
 INT8 = {"ar_weights": "int8"}
 BOTH = {"ar_weights": "int8", "dit_weights": "int8"}
@@ -89,7 +89,7 @@ def test_int8_weights_of_the_transformer_are_refused_on_a_gpu(
         load_checkpoint(checkpoint, device="cuda", switches=switches)
 
 
-def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantised(
+def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantized(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(checkpoint, tmp_path / "exact", dtype="fp32", progress=False)
@@ -101,7 +101,7 @@ def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantised(
         held.append(sum(reference() is not None for reference in seen))
         return row_values(matrix, dtype)
 
-    monkeypatch.setattr("blip3o_rt.quantisation.row_values", values)
+    monkeypatch.setattr("blip3o_rt.quantization.row_values", values)
     load_checkpoint(tmp_path / "exact", dtype=torch.bfloat16, switches=INT8)
     assert len(held) > 6
     assert max(held) <= 2  # this one and the one before it
@@ -117,7 +117,7 @@ def test_the_pipeline_says_what_it_ran(checkpoint: Path, tmp_path: Path) -> None
     assert (report.tier, dict(report.switches)) == ("fast", BOTH)
     assert report.to_dict()["switches"] == BOTH
     assert "tier fast (ar_weights=int8, dit_weights=int8)" in str(report)
-    assert {"row_linear_int8", "quantise_rows", "scale_product"} <= set(report.implementations)
+    assert {"row_linear_w8", "quantize_rows", "scale_product"} <= set(report.implementations)
 
 
 def test_published_size() -> None:

@@ -16,9 +16,9 @@ from blip3o_rt.checkpoint.config_file import ConfigFile
 from blip3o_rt.checkpoint.original_config import parse_dit, parse_vae
 from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.checkpoint.published import DC_AE, SANA_TRANSFORMER
-from blip3o_rt.checkpoint.random_checkpoint import preset
 from blip3o_rt.config import ARConfig, TATokConfig
 from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec

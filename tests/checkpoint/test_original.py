@@ -16,9 +16,9 @@ from blip3o_rt.checkpoint import published
 from blip3o_rt.checkpoint.assemble import check_tensors
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.original import read_original
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig, ModelConfig, SchedulerConfig
 from blip3o_rt.errors import CheckpointError, ConfigError
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 
 from .conftest import ALL_FLAGS, edit_json, edit_tensors
 

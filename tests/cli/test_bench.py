@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from blip3o_rt.bench import peer_modules, peers, stages
-from blip3o_rt.bench import run as bench_run
+from blip3o_rt.measure.bench import peer_modules, peers, stages
+from blip3o_rt.measure.bench import run as bench_run
 from tests.cli.conftest import Command
 
 WRONG = """

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.checkpoint.random_checkpoint import write_random_checkpoint
 from blip3o_rt.cli import main
+from blip3o_rt.measure.random_checkpoint import write_random_checkpoint
 
 
 @pytest.fixture

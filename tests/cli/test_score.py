@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from blip3o_rt.cli import pictures
-from blip3o_rt.shapes.scene import Scene
-from blip3o_rt.shapes.tasks import Task, draw_tasks
+from blip3o_rt.measure.shapes.scene import Scene
+from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
 from tests.cli.conftest import Command
-from tests.shapes.stand_in import StandIn, something_else, what_is_asked
+from tests.measure.shapes.stand_in import StandIn, something_else, what_is_asked
 
 COUNT, SEED = 2, 9
 OPTIONS = ("--count", str(COUNT), "--seed", str(SEED))

@@ -17,10 +17,10 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.published import SANA_NAME
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.provenance import record_head
-from blip3o_rt.validate import run as validate_run
-from blip3o_rt.validate.checkpoint import EDITING
+from blip3o_rt.measure.provenance import record_head
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
+from blip3o_rt.measure.validate import run as validate_run
+from blip3o_rt.measure.validate.checkpoint import EDITING
 from tests.cli.conftest import Command
 
 LINE = {
@@ -204,7 +204,7 @@ def test_an_error_in_a_group_is_a_line_that_failed(
         raise RuntimeError("it broke\nin two lines")
         yield
 
-    monkeypatch.setattr("blip3o_rt.validate.ar.ar_lines", broken)
+    monkeypatch.setattr("blip3o_rt.measure.validate.ar.ar_lines", broken)
     assert command("validate", "--checkpoint", tiny, "--only", "ar,tatok", "--dtype", "fp32") == 1
     found = record()
     check_record(found)
@@ -217,13 +217,13 @@ def test_an_error_in_a_group_is_a_line_that_failed(
 
 def test_interrupted_between_two_lines(command: Command, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What there was is kept: record, page and summary; the record says that it is not all."""
-    from blip3o_rt.validate.vae import vae_lines
+    from blip3o_rt.measure.validate.vae import vae_lines
 
     def interrupted(*arguments: Any) -> Iterator[object]:
         yield next(vae_lines(*arguments))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("blip3o_rt.validate.vae.vae_lines", interrupted)
+    monkeypatch.setattr("blip3o_rt.measure.validate.vae.vae_lines", interrupted)
     options = ("--only", "vae,tatok", "--dtype", "fp32")
     assert command("validate", "--checkpoint", tiny, *options) == 130
     assert command.errors == "blip3o-rt: interrupted\n"
@@ -291,7 +291,7 @@ def test_without_the_published_packages(command: Command, monkeypatch: pytest.Mo
 
 def test_ops_and_runtime_load_nothing_of_the_published_packages() -> None:
     code = (
-        "import sys, blip3o_rt.pipeline, blip3o_rt.cli.validate, blip3o_rt.validate.run\n"
+        "import sys, blip3o_rt.pipeline, blip3o_rt.cli.validate, blip3o_rt.measure.validate.run\n"
         "print([name for name in ('diffusers', 'skimage', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -43,7 +43,7 @@ FAULTS = {
         ),
         ("const float scale = expf(parts.largest[w] - largest);", "const float scale = 1.0f;"),
         ("(length + kSplit - 1) / kSplit", "(length + kSplit) / kSplit"),
-        ("a.block_table[sequence * a.max_blocks + key / page_size]", "a.block_table[key / page_size]"),
+        ("a.page_table[sequence * a.max_blocks + key / page_size]", "a.page_table[key / page_size]"),
         (  # the last split instead of the last block to arrive
             "atomicInc(&partials.arrived[sequence * a.cache.kv_heads + kv_head], ticket) == ticket",
             "blockIdx.x == ticket",
@@ -95,7 +95,7 @@ FAULTS = {
         ("{low.word[0], high.word[0],", "{high.word[0], low.word[0],"),
         ("a, first_row + g * kGroupRows,", "a, first_row,"),
     ],
-    "row_linear_int8": [
+    "row_linear_w8": [
         ("words.element[four], 0, 0x4342", "words.element[four], 0, 0x4140"),
         ("if (a.scale) sum *= a.scale[column];", ""),
         ("a.scale[column]", "a.scale[0]"),

@@ -14,18 +14,18 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
+from blip3o_rt.measure.cases import advance_rows as advance_cases
+from blip3o_rt.measure.cases import decode_attention as decode_cases
+from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
+from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
+from blip3o_rt.measure.cases import qk_norm_rope_append as append_cases
+from blip3o_rt.measure.cases import sample_tokens as sample_cases
+from blip3o_rt.measure.cases.row_linear_w8 import e4m3_numbers, quantized
+from blip3o_rt.measure.validate.case import Case, int32, random, run_exact
+from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
-from blip3o_rt.quantisation import E4M3
-from blip3o_rt.validate.case import Case, int32, random, run_exact
-from blip3o_rt.validate.cases import advance_rows as advance_cases
-from blip3o_rt.validate.cases import decode_attention as decode_cases
-from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
-from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
-from blip3o_rt.validate.cases import qk_norm_rope_append as append_cases
-from blip3o_rt.validate.cases import sample_tokens as sample_cases
-from blip3o_rt.validate.cases.row_linear_int8 import e4m3_numbers, quantised
-from blip3o_rt.validate.sweep import cases_of
+from blip3o_rt.quantization import E4M3
 from tests.csrc.simt.build import SimtCompiler, ops_of
 from tests.csrc.simt.cases import FILES, OPS, PAGED, errors, unseen_pages
 
@@ -69,7 +69,7 @@ def matrix(outputs: int, inputs: int, values: torch.dtype | None) -> tuple[Tenso
     """A weight and its scale; in bfloat16 without one where no values are named."""
     if values is None:
         return random(2, outputs, inputs, dtype=torch.bfloat16), None
-    return quantised(2, outputs, inputs, values)
+    return quantized(2, outputs, inputs, values)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,7 +128,7 @@ def test_fused_products_have_the_bits_of_their_parts(
     norm_weight = random(3, channels, dtype=dtype)
 
     def product(x: Tensor) -> Tensor:
-        return call("row_linear", x, weight) if scale is None else call("row_linear_int8", x, weight, scale)
+        return call("row_linear", x, weight) if scale is None else call("row_linear_w8", x, weight, scale)
 
     for rows in (1, 3, 8):
         x, residual = random(1, rows, channels, dtype=dtype), random(4, rows, 70, dtype=dtype)
@@ -145,7 +145,7 @@ def test_every_int8_is_widened_exactly(kernels: dict[str, Any], monkeypatch: pyt
     monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
     values = torch.arange(-128, 128, dtype=torch.int8).reshape(16, 16)
     x, scale = torch.eye(16, dtype=torch.bfloat16), torch.ones(16)
-    assert torch.equal(call("row_linear_int8", x, values, scale).T, values.to(torch.bfloat16))
+    assert torch.equal(call("row_linear_w8", x, values, scale).T, values.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,8 +157,8 @@ def test_every_e4m3_is_widened_exactly(
     bits = torch.arange(256).reshape(16, 16)
     x, scale = torch.eye(16, dtype=dtype), torch.ones(16)
     values = e4m3_numbers(bits)
-    assert torch.equal(call("row_linear_int8", x, values, scale).T, values.to(dtype))
-    found = call("row_linear_int8", x, bits.to(torch.uint8).view(E4M3), scale).T
+    assert torch.equal(call("row_linear_w8", x, values, scale).T, values.to(dtype))
+    found = call("row_linear_w8", x, bits.to(torch.uint8).view(E4M3), scale).T
     assert found[[7, 15]].isnan().all()
     others = [row for row in range(16) if row not in (7, 15)]
     assert torch.equal(found[others], values.to(dtype)[others])
@@ -221,9 +221,17 @@ def test_a_tokens_attention_has_the_bits_of_its_two_ops(
             assert not scratch.counters(1, found.device).any()
         for cache, other in zip(written, caches, strict=True):
             assert torch.equal(cache.nan_to_num(7), other.nan_to_num(7))
-    qkv, *weights, rope_table, positions, slots = token
+    qkv, *weights, cos_sin_cache, positions, slot_mapping = token
     for one in (slice(b, b + 1) for b in range(len(expected))):
-        own = (qkv[one], *weights, rope_table, positions[one], slots[one], k_cache.clone(), v_cache.clone())
+        own = (
+            qkv[one],
+            *weights,
+            cos_sin_cache,
+            positions[one],
+            slot_mapping[one],
+            k_cache.clone(),
+            v_cache.clone(),
+        )
         assert torch.equal(run(*own, table[one], context[one], eps, scale), expected[one])
 
 
@@ -232,14 +240,14 @@ def test_a_token_without_a_place_is_not_a_number_and_written_nowhere(
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
     case = decode_cases.case("", torch.bfloat16, [9, 70, 5, 30, 20, 40], 2, 1, 64, 16)
-    *_, positions, slots, k_cache, v_cache, table, context, _, _ = case.arguments
+    *_, positions, slot_mapping, k_cache, v_cache, table, context, _, _ = case.arguments
     before = k_cache.clone(), v_cache.clone()
-    positions[0], slots[1], slots[2], context[3] = 1000, 2**30, slots[2] - 1, 10**6
-    table[4, 1], slots[4] = len(k_cache), len(k_cache) * 16 + 3
+    positions[0], slot_mapping[1], slot_mapping[2], context[3] = 1000, 2**30, slot_mapping[2] - 1, 10**6
+    table[4, 1], slot_mapping[4] = len(k_cache), len(k_cache) * 16 + 3
     found = call("decode_attention", *case.arguments)
     assert found[:5].isnan().all()
     assert not found[5].isnan().any()
-    written = slots[5] // 16
+    written = slot_mapping[5] // 16
     for cache, other in zip((k_cache, v_cache), before, strict=True):
         cache[written] = other[written]
         assert torch.equal(cache.nan_to_num(7), other.nan_to_num(7))
@@ -326,17 +334,17 @@ def test_a_row_without_a_place_stays_as_it_is(
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["advance_rows"])
     case = advance_cases.case("", 4, [3, 5, 9, 2], [1, 2, 3, 4], 3)
-    *token, drawn, context, places, kept, positions, slots = case.arguments
+    *token, drawn, context, places, kept, positions, slot_mapping = case.arguments
     whole = torch.full((len(kept) + 2,), -7)
     places[0], places[2] = -1, len(kept)
     before = [count.clone() for count in (drawn, context, places)]
     expected = whole.clone()
     expected[places[[1, 3]] + 1] = torch.tensor([2, 4])
-    call("advance_rows", *token, drawn, context, places, whole[1:-1], positions, slots)
+    call("advance_rows", *token, drawn, context, places, whole[1:-1], positions, slot_mapping)
     for count, was in zip((drawn, context, places), before, strict=True):
         assert (count - was).tolist() == [0, 1, 0, 1]
     assert positions.tolist() == [0, 5, 0, 2]
-    assert slots[[0, 2]].tolist() == [-1, -1]
+    assert slot_mapping[[0, 2]].tolist() == [-1, -1]
     assert torch.equal(whole, expected)
 
 
@@ -361,7 +369,7 @@ def test_a_tokens_attention_tells_what_it_takes_however_it_is_called() -> None:
     by_name = dict(zip(names, case.arguments, strict=False))
     assert supports(*case.arguments) is None
     assert supports(**by_name) is None
-    for moved in ("qkv", "k_cache", "rope_table"):
+    for moved in ("qkv", "k_cache", "cos_sin_cache"):
         tensor = by_name[moved]
         shifted = tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape)
         assert supports(**by_name | {moved: shifted}) == "takes rows that begin at multiples of 16 bytes"
@@ -388,8 +396,10 @@ def test_rows_and_tokens_are_independent(
     )
     x, weight = random(1, 9, 130, dtype=dtype), random(2, 130, dtype=dtype)
     case = append_cases.case("", dtype, 4, 2, 64, 4, list(range(3, 12)))
-    qkv, *weights, rope_table, positions, slots, k_cache, v_cache, eps = case.arguments
-    q = call("qk_norm_rope_append", qkv, *weights, rope_table, positions, slots, k_cache, v_cache, eps)
+    qkv, *weights, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps = case.arguments
+    q = call(
+        "qk_norm_rope_append", qkv, *weights, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps
+    )
     silu, norm = call("silu_mul", x), call("rms_norm", x, weight, 1e-6)
     for i in range(9):
         one = slice(i, i + 1)
@@ -397,7 +407,14 @@ def test_rows_and_tokens_are_independent(
         assert torch.equal(call("rms_norm", x[one].clone(), weight, 1e-6), norm[one])
         caches = k_cache.clone(), v_cache.clone()
         own = call(
-            "qk_norm_rope_append", qkv[one], *weights, rope_table, positions[one], slots[one], *caches, eps
+            "qk_norm_rope_append",
+            qkv[one],
+            *weights,
+            cos_sin_cache,
+            positions[one],
+            slot_mapping[one],
+            *caches,
+            eps,
         )
         assert torch.equal(own, q[one])
         assert torch.equal(caches[0], k_cache)  # written again with the same bits

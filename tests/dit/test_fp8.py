@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.dit.layout import layout, quantised
+from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.errors import OpError
+from blip3o_rt.measure.validate.case import random
+from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops.linear_fp8 import scaled_mm, scaled_mm_arguments
-from blip3o_rt.quantisation import E4M3, SCALE, dequantised, in_8_bits, row_scales, row_values
-from blip3o_rt.validate.case import random
-from blip3o_rt.validate.sweep import cases_of
+from blip3o_rt.quantization import E4M3, SCALE, dequantized, in_8_bits, row_scales, row_values
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 
@@ -27,7 +27,7 @@ PRODUCT_BOUND, PREDICTION_BOUND = 0.05, 0.08
 
 def test_the_layout_is_that_of_the_tensors() -> None:
     config = small_config()
-    weights = quantised(runtime_weights(config, oracle(config).state_dict(), torch.float32).items(), E4M3)
+    weights = quantized(runtime_weights(config, oracle(config).state_dict(), torch.float32).items(), E4M3)
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     assert found == {
         spec.name: (spec.shape, spec.dtype or torch.float32) for spec in layout(config, values=E4M3)
@@ -56,13 +56,13 @@ def test_product(rows: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_prediction(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     config = small_config(num_layers=3, attention_bias=True)
     weights = runtime_weights(config, oracle(config).state_dict(), dtype)
-    fp8 = quantised(weights.items(), E4M3)
+    fp8 = quantized(weights.items(), E4M3)
     latent, tokens = random_latent(config, 5, 6), random_tokens(config, 9, counts)
     exact = run(DiT(config, weights), latent, 600.0, tokens)
     ops.reset_used()
     found = run(DiT(config, fp8), latent, 600.0, tokens)
-    assert {"quantise_rows", "linear_fp8"} <= ops.used().keys()
-    meant = run(DiT(config, dequantised(fp8)), latent, 600.0, tokens)
+    assert {"quantize_rows", "linear_fp8"} <= ops.used().keys()
+    meant = run(DiT(config, dequantized(fp8)), latent, 600.0, tokens)
     assert relative_l2(meant, exact) < PREDICTION_BOUND
     assert 0 < relative_l2(found, exact) < PREDICTION_BOUND
 

@@ -12,11 +12,11 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.dit import matrix
-from blip3o_rt.dit.layout import layout, quantised
+from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.quantisation import SCALE, dequantised, in_8_bits
-from blip3o_rt.validate.case import random
+from blip3o_rt.measure.validate.case import random
+from blip3o_rt.quantization import SCALE, dequantized, in_8_bits
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 
@@ -25,7 +25,7 @@ PRODUCT_BOUND, PREDICTION_BOUND = 0.015, 0.02
 
 def test_the_layout_is_that_of_the_tensors() -> None:
     config = small_config()
-    weights = quantised(runtime_weights(config, oracle(config).state_dict(), torch.float32).items())
+    weights = quantized(runtime_weights(config, oracle(config).state_dict(), torch.float32).items())
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
     assert found == {
         spec.name: (spec.shape, spec.dtype or torch.float32) for spec in layout(config, values=torch.int8)
@@ -72,13 +72,13 @@ def test_no_bias_is_taken_where_none_is_wanted() -> None:
 def test_prediction(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     config = small_config(num_layers=3, attention_bias=True)
     weights = runtime_weights(config, oracle(config).state_dict(), dtype)
-    int8 = quantised(weights.items())
+    int8 = quantized(weights.items())
     latent, tokens = random_latent(config, 5, 6), random_tokens(config, 9, counts)
     exact = run(DiT(config, weights), latent, 600.0, tokens)
     ops.reset_used()
     found = run(DiT(config, int8), latent, 600.0, tokens)
-    assert {"quantise_rows", "scale_product"} <= ops.used().keys()
-    meant = run(DiT(config, dequantised(int8)), latent, 600.0, tokens)
+    assert {"quantize_rows", "scale_product"} <= ops.used().keys()
+    meant = run(DiT(config, dequantized(int8)), latent, 600.0, tokens)
     assert relative_l2(meant, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) > 0

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from blip3o_rt.measure.shapes.render import render
+from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.shapes.render import render
-from blip3o_rt.shapes.scene import PICTURE_SIZE, Scene, Shape
 from examples.shapes import train_autoencoder, train_image_tokenizer, train_joint, training
 from examples.shapes.export import export
 

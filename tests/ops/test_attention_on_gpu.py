@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from blip3o_rt import ops
+from blip3o_rt.measure.validate.case import copies, run_exact
+from blip3o_rt.measure.validate.sweep import cases_of, check_of
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS
-from blip3o_rt.validate.case import copies, run_exact
-from blip3o_rt.validate.sweep import cases_of, check_of
 
 pytestmark = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
 

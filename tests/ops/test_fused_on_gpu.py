@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops import native
 from blip3o_rt.ops.norm_row_linear import FUSED_ROWS
-from blip3o_rt.quantisation import E4M3
-from blip3o_rt.validate.case import random
-from blip3o_rt.validate.cases.row_linear_int8 import quantised
+from blip3o_rt.quantization import E4M3
 
 pytestmark = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
 SIZES = [(4096, 2048), (2048, 6144), (70, 264), (70, 37)]  # outputs and inputs
@@ -29,12 +29,12 @@ class Products:
         self.residual = normal(4, rows, outputs)
         self.weight, self.scale = normal(2, outputs, inputs), None
         if values is not None:
-            self.weight, self.scale = (tensor.cuda() for tensor in quantised(2, outputs, inputs, values))
+            self.weight, self.scale = (tensor.cuda() for tensor in quantized(2, outputs, inputs, values))
 
     def product(self, x: Tensor) -> Tensor:
         if self.scale is None:
             return ops.row_linear(x, self.weight)
-        return ops.row_linear_int8(x, self.weight, self.scale)
+        return ops.row_linear_w8(x, self.weight, self.scale)
 
     def folded(self, rows: slice) -> list[Tensor]:
         """Normed, normed and gated, added: of some rows."""

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases import decode_attention as decode_cases
+from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
+from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
+from blip3o_rt.measure.cases import sample_tokens as sample_cases
+from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.validate.case import int32, random, run_exact
+from blip3o_rt.measure.validate.finding import compare
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import int32, random, run_exact
-from blip3o_rt.validate.cases import decode_attention as decode_cases
-from blip3o_rt.validate.cases import paged_decode_attention as attention_cases
-from blip3o_rt.validate.cases import paged_prefill_attention as prefill_cases
-from blip3o_rt.validate.cases import sample_tokens as sample_cases
-from blip3o_rt.validate.cases.row_linear_int8 import quantised
-from blip3o_rt.validate.finding import compare
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -65,16 +65,14 @@ def test_row_linear(data: st.DataObject, dtype: torch.dtype, rows: int, outputs:
     inputs=st.integers(1, 400),
 )
 @few
-def test_row_linear_int8(
-    data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int
-) -> None:
+def test_row_linear_w8(data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
     set_up(data)
-    x, (weight, scale) = random(1, rows, inputs, dtype=dtype), quantised(2, outputs * 7, inputs)
-    together = ops.row_linear_int8(x, weight, scale)
+    x, (weight, scale) = random(1, rows, inputs, dtype=dtype), quantized(2, outputs * 7, inputs)
+    together = ops.row_linear_w8(x, weight, scale)
     native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
-    assert torch.equal(ops.row_linear_int8(x[chosen], weight, scale), together[chosen])
-    assert torch.equal(ops.row_linear_int8(x[:1], weight, scale), together[:1])
+    assert torch.equal(ops.row_linear_w8(x[chosen], weight, scale), together[chosen])
+    assert torch.equal(ops.row_linear_w8(x[:1], weight, scale), together[:1])
 
 
 @given(
@@ -91,7 +89,7 @@ def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: i
     inputs = 2 * pairs_of_inputs
     x = random(1, rows, inputs, dtype=torch.bfloat16)
     if int8:
-        run, weights = ops.linear_int8.named("cpu").run, quantised(2, outputs * 7, inputs)
+        run, weights = ops.linear_w8a16.named("cpu").run, quantized(2, outputs * 7, inputs)
     else:
         weight, bias = (random(2, outputs * 7, *rest, dtype=torch.bfloat16) for rest in ((inputs,), ()))
         run, weights = ops.linear.named("cpu").run, (weight, bias)
@@ -118,7 +116,7 @@ def test_fused_products(
     set_up(data)
     x, norm_weight = random(1, rows, inputs, dtype=dtype), random(3, inputs, dtype=dtype)
     weight, scale = (
-        quantised(2, 2 * outputs, inputs) if int8 else (random(2, 2 * outputs, inputs, dtype=dtype), None)
+        quantized(2, 2 * outputs, inputs) if int8 else (random(2, 2 * outputs, inputs, dtype=dtype), None)
     )
     residual = random(4, rows, 2 * outputs, dtype=dtype)
 
@@ -130,7 +128,7 @@ def test_fused_products(
         return [normed, gated, ops.row_linear_add(x[chosen], weight, residual[chosen], scale=scale)]
 
     def product(x: Tensor) -> Tensor:
-        return ops.row_linear(x, weight) if scale is None else ops.row_linear_int8(x, weight, scale)
+        return ops.row_linear(x, weight) if scale is None else ops.row_linear_w8(x, weight, scale)
 
     together = fused(list(range(rows)))
     native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
@@ -146,8 +144,8 @@ def test_fused_products(
 @few
 def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths: list[int]) -> None:
     set_up(data)
-    q, k, v, block_table, context, scale = attention_cases.case("", dtype, lengths, 6, 2, 24, 16).arguments
-    together = ops.paged_decode_attention(q, k, v, block_table, context, scale)
+    q, k, v, page_table, context, scale = attention_cases.case("", dtype, lengths, 6, 2, 24, 16).arguments
+    together = ops.paged_decode_attention(q, k, v, page_table, context, scale)
     native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
     for b in range(len(lengths)):
         blocks = max(1, -(-lengths[b] // 16))  # a table of its own size, and the pages elsewhere
@@ -155,7 +153,7 @@ def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths
         caches = []
         for cache in (k, v):
             fresh = torch.full((blocks + 1, *cache.shape[1:]), torch.nan, dtype=dtype)
-            pages = block_table[b, : -(-lengths[b] // 16)].long()
+            pages = page_table[b, : -(-lengths[b] // 16)].long()
             fresh[1 : 1 + len(pages)] = cache[pages]
             caches.append(fresh)
         alone = ops.paged_decode_attention(q[b : b + 1], *caches, moved, context[b : b + 1], scale)
@@ -183,8 +181,18 @@ def test_decode_attention(
     assert torch.equal(together, expected)
     b = data.draw(st.integers(0, len(lengths) - 1), "sequence")
     one = slice(b, b + 1)
-    qkv, *weights, rope_table, positions, slots = token
-    alone = (qkv[one], *weights, rope_table, positions[one], slots[one], k, v, table[one], context[one])
+    qkv, *weights, cos_sin_cache, positions, slot_mapping = token
+    alone = (
+        qkv[one],
+        *weights,
+        cos_sin_cache,
+        positions[one],
+        slot_mapping[one],
+        k,
+        v,
+        table[one],
+        context[one],
+    )
     assert torch.equal(ops.decode_attention(*alone, eps, scale), together[one])
 
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.validate.case import Case, copies, outputs
+from blip3o_rt.measure.validate.sweep import cases_of, refusal, selected
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import Op
-from blip3o_rt.validate.case import Case, copies, outputs
-from blip3o_rt.validate.sweep import cases_of, refusal, selected
 
 pytestmark = [
     pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable())),
@@ -40,10 +40,10 @@ OPS = (
     "gated_add",
     "layer_norm_modulate",
     "linear",
-    "linear_int8",
+    "linear_w8a16",
     "relu_linear_attention",
     "row_linear",
-    "row_linear_int8",
+    "row_linear_w8",
     "silu_mul",
 )
 PROT_NONE = 0  # of mprotect: neither read nor written

@@ -14,17 +14,17 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
+from blip3o_rt.measure.cases import paged_decode_attention, qk_norm_rope_append
+from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.validate.case import int32, random
+from blip3o_rt.measure.validate.finding import worst_error
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import int32, random
-from blip3o_rt.validate.cases import paged_decode_attention, qk_norm_rope_append
-from blip3o_rt.validate.cases.row_linear_int8 import quantised
-from blip3o_rt.validate.finding import worst_error
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 
 
 def attention(**changes: object) -> None:
-    names = ("q", "k_cache", "v_cache", "block_table", "context_lengths", "scale")
+    names = ("q", "k_cache", "v_cache", "page_table", "context_lens", "scale")
     case = paged_decode_attention.case("", torch.float32, [9, 3], 4, 2, 16, 4)
     ops.paged_decode_attention(**(dict(zip(names, case.arguments, strict=True)) | changes))
 
@@ -97,27 +97,27 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "row_linear_add: residual must not be the memory of x; give it memory of its own",
     ),
     (
-        lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)),
-        "row_linear_int8: weight has dtype float32; accepted: int8 or float8_e4m3fn",
+        lambda: ops.row_linear_w8(torch.ones(2, 8), torch.ones(4, 8), torch.ones(4)),
+        "row_linear_w8: weight has dtype float32; accepted: int8 or float8_e4m3fn",
     ),
     (
-        lambda: ops.row_linear_int8(
+        lambda: ops.row_linear_w8(
             torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(4, dtype=torch.bfloat16)
         ),
-        "row_linear_int8: scale has dtype bfloat16; accepted: float32",
+        "row_linear_w8: scale has dtype bfloat16; accepted: float32",
     ),
     (
-        lambda: ops.row_linear_int8(torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(3)),
-        "row_linear_int8: scale has shape [3]; accepted: [N = 4] (N as in weight)",
+        lambda: ops.row_linear_w8(torch.ones(2, 8), torch.ones(4, 8, dtype=torch.int8), torch.ones(3)),
+        "row_linear_w8: scale has shape [3]; accepted: [N = 4] (N as in weight)",
     ),
     (
-        lambda: native.cpu().linear_int8(
+        lambda: native.cpu().linear_w8a16(
             torch.ones(2, 7).bfloat16(),
             torch.ones(4, 7).to(torch.int8),
             torch.ones(4),
             torch.ones(2, 4).bfloat16(),
         ),
-        "linear_int8: K must be even: steps are multiplied in pairs",
+        "linear_w8a16: K must be even: steps are multiplied in pairs",
     ),
     (
         lambda: native.cpu().linear(
@@ -143,8 +143,8 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "linear: out must not be the memory of x; give it memory of its own",
     ),
     (
-        lambda: ops.quantise_rows(torch.ones(2, 8), torch.ones(3)),
-        "quantise_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
+        lambda: ops.quantize_rows(torch.ones(2, 8), torch.ones(3)),
+        "quantize_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
     ),
     (
         lambda: ops.scale_product(
@@ -166,20 +166,20 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "contiguous (call .contiguous())",
     ),
     (
-        lambda: attention(block_table=torch.ones(2, 3)),
-        "paged_decode_attention: block_table has dtype float32; accepted: int32",
+        lambda: attention(page_table=torch.ones(2, 3)),
+        "paged_decode_attention: page_table has dtype float32; accepted: int32",
     ),
     (
         lambda: attention(q=torch.ones(2, 5, 16)),
         "paged_decode_attention: Hq (of q) must be a multiple of Hkv (of k_cache)",
     ),
     (
-        lambda: attention(context_lengths=int32([9, 13])),
-        "paged_decode_attention: context_lengths[1] is 13; accepted: 0 to 12, what block_table holds",
+        lambda: attention(context_lens=int32([9, 13])),
+        "paged_decode_attention: context_lens[1] is 13; accepted: 0 to 12, what page_table holds",
     ),
     (
-        lambda: attention(block_table=int32([1, 2, 3, 4, 5, 7]).reshape(2, 3), context_lengths=int32([9, 9])),
-        "paged_decode_attention: block_table[1, 2] is 7; accepted: 0 to 6, the pages of k_cache",
+        lambda: attention(page_table=int32([1, 2, 3, 4, 5, 7]).reshape(2, 3), context_lens=int32([9, 9])),
+        "paged_decode_attention: page_table[1, 2] is 7; accepted: 0 to 6, the pages of k_cache",
     ),
     (
         lambda: ops.relu_linear_attention(torch.ones(1, 4, 18), None, None, 4, 1e-5),
@@ -222,11 +222,11 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: append(4, 50),
-        "qk_norm_rope_append: positions[1] is 50; accepted: 0 to 49, the rows of rope_table",
+        "qk_norm_rope_append: positions[1] is 50; accepted: 0 to 49, the rows of cos_sin_cache",
     ),
     (
         lambda: append(5, 16),
-        "qk_norm_rope_append: slots[1] is 16; accepted: -1 (not written) to 15, the last of the cache",
+        "qk_norm_rope_append: slot_mapping[1] is 16; accepted: -1 (not written) to 15, the last of the cache",
     ),
 ]
 
@@ -239,14 +239,14 @@ def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> 
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(9, 128), (35, 2048), (20, 6144)])
-def test_linear_int8_rounds_once(rows: int, inputs: int) -> None:
+def test_linear_w8a16_rounds_once(rows: int, inputs: int) -> None:
     """The op's tolerance leaves room for a rounding that this kernel does not make.
 
     2e-5: a sum of thousands in float32, one after the other, and nothing else.
     """
-    x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantised(2, 100, inputs)
+    x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantized(2, 100, inputs)
     found = torch.empty(rows, 100, dtype=torch.bfloat16)
-    native.cpu().linear_int8(x, weight, scale, found)
+    native.cpu().linear_w8a16(x, weight, scale, found)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     assert worst_error(found, exact) < 2e-5
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.validate.case import Case
-from blip3o_rt.validate.sweep import cases_of, findings, ops_with_cases, refusal, selected, variants
+from blip3o_rt.measure.validate.case import Case
+from blip3o_rt.measure.validate.sweep import cases_of, findings, ops_with_cases, refusal, selected, variants
 
 
 def test_every_op_has_cases() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from blip3o_rt import ops
-from blip3o_rt.validate.case import int32, random
+from blip3o_rt.measure.validate.case import int32, random
 
 IMPLEMENTATIONS = [
     i.name for i in ops.sample_tokens.implementations if not i.available() and i.device != "cuda"

@@ -59,7 +59,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "gated_add": ((ones(2, 5), ones(2, 5), ones(5)), {}),
     "guided_euler_step": ((ones(1, 2, 3, 4), ones(2, 2, 3, 4), ones(), ones()), {"out": ones(1, 2, 3, 4)}),
     "layer_norm_modulate": ((ones(2, 5), ones(5), ones(5), 1e-6), {"out": ones(2, 5)}),
-    "quantise_rows": ((ones(2, 5), ones(2)), {"dtype": torch.float8_e4m3fn, "out": ones(2, 5)}),
+    "quantize_rows": ((ones(2, 5), ones(2)), {"dtype": torch.float8_e4m3fn, "out": ones(2, 5)}),
     "relu_linear_attention": ((ones(1, 7, 18), ones(6), ones(6), 2, 1e-5), {"out": ones(1, 7, 6)}),
 }
 

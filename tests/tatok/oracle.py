@@ -1,4 +1,4 @@
-"""The oracle of the image tokenizer: transformers' SigLIP tower, and a cosine quantiser in float64."""
+"""The oracle of the image tokenizer: transformers' SigLIP tower, and a cosine quantizer in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def small_config(**changes: object) -> TATokConfig:
 
 
 class Oracle(nn.Module):
-    """SiglipVisionModel, Linear and Tanh, and the parts of the quantiser, under the names of a ta_tok.pth."""
+    """SiglipVisionModel, Linear and Tanh, and the parts of the quantizer, under the names of a ta_tok.pth."""
 
     def __init__(self, config: TATokConfig) -> None:
         super().__init__()
@@ -65,10 +65,10 @@ class Oracle(nn.Module):
     @torch.inference_mode()
     def similarities(self, features: Tensor) -> Tensor:
         """[B, N, codes] cosines of the projected features with every code, in float64."""
-        projection, quantiser = self.bottleneck.in_linear, self.bottleneck.regularizer
+        projection, quantizer = self.bottleneck.in_linear, self.bottleneck.regularizer
         projected = features.double() @ projection.weight.double().T + projection.bias.double()
-        codes = quantiser.embedding.weight.double() @ quantiser.embedding_proj.weight.double().T
-        codes = codes + quantiser.embedding_proj.bias.double()
+        codes = quantizer.embedding.weight.double() @ quantizer.embedding_proj.weight.double().T
+        codes = codes + quantizer.embedding_proj.bias.double()
         cosines = projected @ codes.T
         return cosines / projected.norm(dim=-1)[..., None] / codes.norm(dim=-1)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.image_input import load_reference
+from blip3o_rt.images import load_reference
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
 from tests.tatok.oracle import Oracle

@@ -1,4 +1,4 @@
-"""The image tokenizer against SigLIP in transformers and a cosine quantiser, on random geometries."""
+"""The image tokenizer against SigLIP in transformers and a cosine quantizer, on random geometries."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_bfloat16_errs_no_more_than_the_oracle_in_bfloat16() -> None:
 
     assert features.dtype == torch.bfloat16
     assert relative_l2(features, expected) < 1.5 * relative_l2(theirs, expected)
-    # The quantiser works in float32 on the features it is given, whatever the tower's dtype.
+    # The quantizer works in float32 on the features it is given, whatever the tower's dtype.
     assert_nearest(codes, model.similarities(features), COSINE)
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.validate.case import Case, copies, outputs, run_exact
-from blip3o_rt.validate.sweep import cases_of, check_of
+from blip3o_rt.measure.validate.case import Case, copies, outputs, run_exact
+from blip3o_rt.measure.validate.sweep import cases_of, check_of
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)

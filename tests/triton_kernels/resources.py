@@ -162,7 +162,7 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "dit", "depthwise_glu", glu(2, side, hidden, dtype), {}
     for inputs in (width, hidden):
         rows = empty(2 * tokens, inputs, dtype=dtype), empty(2 * tokens)
-        yield f"dit {inputs} channels", "quantise_rows", rows, {"dtype": torch.float8_e4m3fn}
+        yield f"dit {inputs} channels", "quantize_rows", rows, {"dtype": torch.float8_e4m3fn}
     latent, scalar = empty(1, config["in_channels"], side, side), empty()
     prediction = empty(2, config["out_channels"], side, side)
     yield "dit", "guided_euler_step", (latent, prediction, scalar, scalar), {"out": latent}

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blip3o_rt.checkpoint.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.config import EditConfig, VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import Recorder
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.switches import check_tier
 from blip3o_rt.vae import tiles as tiling

@@ -69,10 +69,10 @@ inline RowLinearArguments check_row_linear(Device device, const TensorView& x, c
     return arguments;
 }
 
-inline RowLinearInt8Arguments check_row_linear_int8(Device device, const TensorView& x,
-                                                    const TensorView& weight, const TensorView& scale,
-                                                    const OptionalView& bias, const TensorView& out) {
-    Contract contract("row_linear_int8", device);
+inline RowLinearInt8Arguments check_row_linear_w8(Device device, const TensorView& x,
+                                                  const TensorView& weight, const TensorView& scale,
+                                                  const OptionalView& bias, const TensorView& out) {
+    Contract contract("row_linear_w8", device);
     Dim rows("M"), inputs("K"), outputs("N");
     RowLinearInt8Arguments arguments;
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, inputs);
@@ -111,11 +111,11 @@ inline LinearArguments check_linear(const char* op, Device device, const TensorV
     return arguments;
 }
 
-inline QuantiseRowsArguments check_quantise_rows(Device device, const TensorView& x, const TensorView& scale,
+inline QuantizeRowsArguments check_quantize_rows(Device device, const TensorView& x, const TensorView& scale,
                                                  const TensorView& out) {
-    Contract contract("quantise_rows", device);
+    Contract contract("quantize_rows", device);
     Dim rows("M"), width("K");
-    QuantiseRowsArguments arguments;
+    QuantizeRowsArguments arguments;
     arguments.x = contract(x, "x").dtype({DType::f32, DType::bf16}).rows(rows, width);
     contract(scale, "scale").dtype({DType::f32}).shape({&rows}).contiguous();
     arguments.out = contract(out, "out").dtype({DType::i8}).rows(rows, width);
@@ -225,7 +225,7 @@ inline RowProductArguments check_row_linear_add(Device device, const TensorView&
 
 inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-    const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
+    const TensorView& cos_sin_cache, const TensorView& positions, const TensorView& slot_mapping,
     const TensorView& k_cache, const TensorView& v_cache, double eps, const TensorView& out,
     const char* op = "qk_norm_rope_append") {
     Contract contract(op, device);
@@ -235,9 +235,12 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
     arguments.qkv = contract(qkv, "qkv").dtype({DType::f32, DType::bf16}).rows(tokens, packed);
     contract(q_weight, "q_weight").dtype({qkv.dtype}).shape({&head_dim}).contiguous();
     contract(k_weight, "k_weight").dtype({qkv.dtype}).shape({&head_dim}).contiguous();
-    contract(rope_table, "rope_table").dtype({DType::f32}).shape({&max_positions, &head_dim}).contiguous();
+    contract(cos_sin_cache, "cos_sin_cache")
+        .dtype({DType::f32})
+        .shape({&max_positions, &head_dim})
+        .contiguous();
     contract(positions, "positions").dtype({DType::i32}).shape({&tokens}).contiguous();
-    contract(slots, "slots").dtype({DType::i32}).shape({&tokens}).contiguous();
+    contract(slot_mapping, "slot_mapping").dtype({DType::i32}).shape({&tokens}).contiguous();
     for (const auto& [cache, name] : {std::pair{&k_cache, "k_cache"}, std::pair{&v_cache, "v_cache"}}) {
         contract(*cache, name)
             .dtype({qkv.dtype})
@@ -250,9 +253,9 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
                      "qkv must be (Hq + 2 Hkv) D wide, Hq and D as in out, Hkv as in k_cache");
     arguments.q_weight = q_weight.data;
     arguments.k_weight = k_weight.data;
-    arguments.rope_table = rope_table.as<const float>();
+    arguments.cos_sin_cache = cos_sin_cache.as<const float>();
     arguments.positions = positions.as<const int32_t>();
-    arguments.slots = slots.as<const int32_t>();
+    arguments.slot_mapping = slot_mapping.as<const int32_t>();
     arguments.cache = {k_cache.data,     v_cache.data,      pages.value(),
                        kv_heads.value(), page_size.value(), head_dim.value()};
     arguments.out = out.data;
@@ -266,7 +269,7 @@ inline QkNormRopeAppendArguments check_qk_norm_rope_append(
 
 inline PagedDecodeAttentionArguments check_paged_decode_attention(
     Device device, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-    const TensorView& block_table, const TensorView& context_lengths, double scale, const TensorView& out,
+    const TensorView& page_table, const TensorView& context_lens, double scale, const TensorView& out,
     const char* op = "paged_decode_attention") {
     Contract contract(op, device);
     Dim batch("B"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
@@ -278,8 +281,8 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
             .shape({&pages, &kv_heads, &page_size, &head_dim})
             .contiguous();
     }
-    contract(block_table, "block_table").dtype({DType::i32}).shape({&batch, &max_blocks}).contiguous();
-    contract(context_lengths, "context_lengths").dtype({DType::i32}).shape({&batch}).contiguous();
+    contract(page_table, "page_table").dtype({DType::i32}).shape({&batch, &max_blocks}).contiguous();
+    contract(context_lens, "context_lens").dtype({DType::i32}).shape({&batch}).contiguous();
     contract(out, "out").dtype({q.dtype}).shape({&batch, &q_heads, &head_dim}).contiguous();
     contract.require(kv_heads.value() > 0 && q_heads.value() % kv_heads.value() == 0,
                      "Hq (of q) must be a multiple of Hkv (of k_cache)");
@@ -287,8 +290,8 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
     arguments.q = q.data;
     arguments.cache = {k_cache.data,     v_cache.data,      pages.value(),
                        kv_heads.value(), page_size.value(), head_dim.value()};
-    arguments.block_table = block_table.as<const int32_t>();
-    arguments.context_lengths = context_lengths.as<const int32_t>();
+    arguments.page_table = page_table.as<const int32_t>();
+    arguments.context_lens = context_lens.as<const int32_t>();
     arguments.out = out.data;
     arguments.batch = batch.value();
     arguments.q_heads = q_heads.value();
@@ -300,7 +303,7 @@ inline PagedDecodeAttentionArguments check_paged_decode_attention(
 
 inline PagedPrefillAttentionArguments check_paged_prefill_attention(
     Device device, const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-    const TensorView& block_table, const TensorView& query_starts, const TensorView& context_lengths,
+    const TensorView& page_table, const TensorView& cu_seqlens_q, const TensorView& context_lens,
     double scale, const TensorView& out) {
     Contract contract("paged_prefill_attention", device);
     Dim tokens("T"), batch("B"), starts("B + 1"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
@@ -312,22 +315,22 @@ inline PagedPrefillAttentionArguments check_paged_prefill_attention(
             .shape({&pages, &kv_heads, &page_size, &head_dim})
             .contiguous();
     }
-    contract(block_table, "block_table").dtype({DType::i32}).shape({&batch, &max_blocks}).contiguous();
-    contract(query_starts, "query_starts").dtype({DType::i32}).shape({&starts}).contiguous();
-    contract(context_lengths, "context_lengths").dtype({DType::i32}).shape({&batch}).contiguous();
+    contract(page_table, "page_table").dtype({DType::i32}).shape({&batch, &max_blocks}).contiguous();
+    contract(cu_seqlens_q, "cu_seqlens_q").dtype({DType::i32}).shape({&starts}).contiguous();
+    contract(context_lens, "context_lens").dtype({DType::i32}).shape({&batch}).contiguous();
     contract(out, "out").dtype({q.dtype}).shape({&tokens, &q_heads, &head_dim}).contiguous();
     contract.require(kv_heads.value() > 0 && q_heads.value() % kv_heads.value() == 0,
                      "Hq (of q) must be a multiple of Hkv (of k_cache)");
     contract.require(head_dim.value() <= kMostPromptHeadDim, "D must be at most 256");
     contract.require(starts.value() == batch.value() + 1,
-                     "query_starts must have one element more than context_lengths");
+                     "cu_seqlens_q must have one element more than context_lens");
     PagedPrefillAttentionArguments arguments;
     arguments.q = q.data;
     arguments.cache = {k_cache.data,     v_cache.data,      pages.value(),
                        kv_heads.value(), page_size.value(), head_dim.value()};
-    arguments.block_table = block_table.as<const int32_t>();
-    arguments.query_starts = query_starts.as<const int32_t>();
-    arguments.context_lengths = context_lengths.as<const int32_t>();
+    arguments.page_table = page_table.as<const int32_t>();
+    arguments.cu_seqlens_q = cu_seqlens_q.as<const int32_t>();
+    arguments.context_lens = context_lens.as<const int32_t>();
     arguments.out = out.data;
     arguments.tokens = tokens.value();
     arguments.batch = batch.value();
@@ -341,18 +344,18 @@ inline PagedPrefillAttentionArguments check_paged_prefill_attention(
 // Beyond the contracts of the two ops that it stands for: sizes and places that one access of 16 bytes fits.
 inline DecodeAttentionArguments check_decode_attention(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-    const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-    const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
-    const TensorView& context_lengths, double eps, double scale, const TensorView& out) {
+    const TensorView& cos_sin_cache, const TensorView& positions, const TensorView& slot_mapping,
+    const TensorView& k_cache, const TensorView& v_cache, const TensorView& page_table,
+    const TensorView& context_lens, double eps, double scale, const TensorView& out) {
     const char* op = "decode_attention";
     DecodeAttentionArguments arguments;
-    arguments.token = check_qk_norm_rope_append(device, qkv, q_weight, k_weight, rope_table, positions, slots,
-                                                k_cache, v_cache, eps, out, op);
-    arguments.attention = check_paged_decode_attention(device, out, k_cache, v_cache, block_table,
-                                                       context_lengths, scale, out, op);
+    arguments.token = check_qk_norm_rope_append(device, qkv, q_weight, k_weight, cos_sin_cache, positions,
+                                                slot_mapping, k_cache, v_cache, eps, out, op);
+    arguments.attention =
+        check_paged_decode_attention(device, out, k_cache, v_cache, page_table, context_lens, scale, out, op);
     const int64_t head_dim = arguments.token.cache.head_dim;
     bool aligned = arguments.token.qkv.stride % 8 == 0;
-    for (const TensorView* view : {&qkv, &q_weight, &k_weight, &rope_table, &k_cache, &v_cache}) {
+    for (const TensorView* view : {&qkv, &q_weight, &k_weight, &cos_sin_cache, &k_cache, &v_cache}) {
         aligned = aligned && reinterpret_cast<uintptr_t>(view->data) % 16 == 0;
     }
     const Contract contract(op, device);
@@ -555,34 +558,34 @@ inline SampleTokensArguments check_sample_tokens(Device device, const TensorView
 }
 
 inline AdvanceRowsArguments check_advance_rows(Device device, const TensorView& draws,
-                                               const TensorView& first_ids, const TensorView& block_table,
+                                               const TensorView& first_ids, const TensorView& page_table,
                                                int64_t page_size, const TensorView& drawn,
-                                               const TensorView& context_lengths, const TensorView& places,
+                                               const TensorView& context_lens, const TensorView& places,
                                                const TensorView& kept, const TensorView& positions,
-                                               const TensorView& slots, const TensorView& out) {
+                                               const TensorView& slot_mapping, const TensorView& out) {
     Contract contract("advance_rows", device);
     Dim rows("B"), max_blocks("max_blocks"), kept_places("N");
     AdvanceRowsArguments arguments;
     contract(draws, "draws").dtype({DType::i64}).shape({&rows}).contiguous();
     contract(first_ids, "first_ids").dtype({DType::i64}).shape({&rows}).contiguous();
-    contract(block_table, "block_table").dtype({DType::i32}).shape({&rows, &max_blocks}).contiguous();
+    contract(page_table, "page_table").dtype({DType::i32}).shape({&rows, &max_blocks}).contiguous();
     contract(drawn, "drawn").dtype({DType::i32}).shape({&rows}).contiguous();
-    contract(context_lengths, "context_lengths").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(context_lens, "context_lens").dtype({DType::i32}).shape({&rows}).contiguous();
     contract(places, "places").dtype({DType::i64}).shape({&rows}).contiguous();
     contract(kept, "kept").dtype({DType::i64}).shape({&kept_places}).contiguous();
     contract(positions, "positions").dtype({DType::i32}).shape({&rows}).contiguous();
-    contract(slots, "slots").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(slot_mapping, "slot_mapping").dtype({DType::i32}).shape({&rows}).contiguous();
     contract(out, "out").dtype({DType::i64}).shape({&rows}).contiguous();
     contract.require(page_size > 0, "page_size must be at least 1");
     arguments.draws = draws.as<const int64_t>();
     arguments.first_ids = first_ids.as<const int64_t>();
-    arguments.block_table = block_table.as<const int32_t>();
+    arguments.page_table = page_table.as<const int32_t>();
     arguments.drawn = drawn.as<int32_t>();
-    arguments.context_lengths = context_lengths.as<int32_t>();
+    arguments.context_lens = context_lens.as<int32_t>();
     arguments.places = places.as<int64_t>();
     arguments.kept = kept.as<int64_t>();
     arguments.positions = positions.as<int32_t>();
-    arguments.slots = slots.as<int32_t>();
+    arguments.slot_mapping = slot_mapping.as<int32_t>();
     arguments.out = out.as<int64_t>();
     arguments.rows = rows.value();
     arguments.max_blocks = max_blocks.value();

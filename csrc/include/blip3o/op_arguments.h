@@ -59,7 +59,7 @@ struct LinearArguments {
     bool pair_products;  // whether the machine has the instruction, and may use it
 };
 
-struct QuantiseRowsArguments {
+struct QuantizeRowsArguments {
     Rows x, out;
     float* scale;  // one for each row
     DType dtype;
@@ -93,8 +93,8 @@ struct PagedCache {
 struct QkNormRopeAppendArguments {
     Rows qkv;
     const void *q_weight, *k_weight;
-    const float* rope_table;  // [max_positions, head_dim]
-    const int32_t *positions, *slots;
+    const float* cos_sin_cache;  // [max_positions, head_dim]
+    const int32_t *positions, *slot_mapping;
     PagedCache cache;
     void* out;  // [tokens, q_heads, head_dim]
     int64_t tokens, q_heads, max_positions;
@@ -105,7 +105,7 @@ struct QkNormRopeAppendArguments {
 struct PagedDecodeAttentionArguments {
     const void* q;
     PagedCache cache;
-    const int32_t *block_table, *context_lengths;
+    const int32_t *page_table, *context_lens;
     void* out;
     int64_t batch, q_heads, max_blocks;
     DType dtype;
@@ -117,7 +117,7 @@ constexpr int kMostPromptHeadDim = 256;  // that the GPU's kernels have register
 struct PagedPrefillAttentionArguments {
     const void* q;  // [tokens, q_heads, head_dim]
     PagedCache cache;
-    const int32_t *block_table, *query_starts, *context_lengths;
+    const int32_t *page_table, *cu_seqlens_q, *context_lens;
     void* out;
     int64_t tokens, batch, q_heads, max_blocks;
     DType dtype;
@@ -197,10 +197,10 @@ struct PixelShuffleArguments {
 
 struct AdvanceRowsArguments {
     const int64_t *draws, *first_ids;
-    const int32_t* block_table;
-    int32_t *drawn, *context_lengths;
+    const int32_t* page_table;
+    int32_t *drawn, *context_lens;
     int64_t *places, *kept;
-    int32_t *positions, *slots;
+    int32_t *positions, *slot_mapping;
     int64_t* out;
     int64_t rows, max_blocks, page_size, kept_places;
 };

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 
 
-SEVERAL = {"row_linear": ("row_linear", "row_linear_int8", "norm_row_linear", "row_linear_add")}
+SEVERAL = {"row_linear": ("row_linear", "row_linear_w8", "norm_row_linear", "row_linear_add")}
 """Ops of one .cu file and one function in it, by the name of the file."""
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.validate.case import DTYPES, Case, copies, outputs, run_exact
+from blip3o_rt.measure.validate.finding import Finding
+from blip3o_rt.measure.validate.sweep import cases_of, check_of
 from blip3o_rt.ops import native
-from blip3o_rt.validate.case import DTYPES, Case, copies, outputs, run_exact
-from blip3o_rt.validate.finding import Finding
-from blip3o_rt.validate.sweep import cases_of, check_of
 from tests.csrc.simt.build import CSRC, SimtCompiler, ops_of
 
 FILES = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
@@ -50,7 +50,7 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
 
 
 PAGED = {"paged_decode_attention": 1, "paged_prefill_attention": 1, "decode_attention": 6}
-"""Ops that attend to pages, and the place of k_cache, v_cache and block_table among their arguments."""
+"""Ops that attend to pages, and the place of k_cache, v_cache and page_table among their arguments."""
 
 
 def unseen_pages(op_name: str) -> list[str]:

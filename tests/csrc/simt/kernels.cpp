@@ -35,9 +35,9 @@ class Library {
         call(row_product(check_row_linear(Device::cpu, x, weight, bias, out)));
     }
 
-    void row_linear_int8(const TensorView& x, const TensorView& weight, const TensorView& scale,
+    void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorView& scale,
                          const OptionalView& bias, const TensorView& out) const {
-        call(row_product(check_row_linear_int8(Device::cpu, x, weight, scale, bias, out)));
+        call(row_product(check_row_linear_w8(Device::cpu, x, weight, scale, bias, out)));
     }
 
     void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps,
@@ -52,49 +52,49 @@ class Library {
     }
 
     void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                             const TensorView& rope_table, const TensorView& positions,
-                             const TensorView& slots, const TensorView& k_cache, const TensorView& v_cache,
+                             const TensorView& cos_sin_cache, const TensorView& positions,
+                             const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
                              double eps, const TensorView& out) const {
-        call(check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, rope_table, positions, slots,
+        call(check_qk_norm_rope_append(Device::cpu, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping,
                                        k_cache, v_cache, eps, out));
     }
 
     void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                                const TensorView& block_table, const TensorView& context_lengths,
+                                const TensorView& page_table, const TensorView& context_lens,
                                 double scale, const TensorView& workspace, const TensorView& counters,
                                 const TensorView& out) const {
         cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
-        call(check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, block_table, context_lengths,
+        call(check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, page_table, context_lens,
                                           scale, out),
              &scratch);
     }
 
     void decode_attention(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
-                          const TensorView& rope_table, const TensorView& positions, const TensorView& slots,
-                          const TensorView& k_cache, const TensorView& v_cache, const TensorView& block_table,
-                          const TensorView& context_lengths, double eps, double scale,
+                          const TensorView& cos_sin_cache, const TensorView& positions, const TensorView& slot_mapping,
+                          const TensorView& k_cache, const TensorView& v_cache, const TensorView& page_table,
+                          const TensorView& context_lens, double eps, double scale,
                           const TensorView& workspace, const TensorView& counters,
                           const TensorView& out) const {
         cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
-        call(check_decode_attention(Device::cpu, qkv, q_weight, k_weight, rope_table, positions, slots,
-                                    k_cache, v_cache, block_table, context_lengths, eps, scale, out),
+        call(check_decode_attention(Device::cpu, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping,
+                                    k_cache, v_cache, page_table, context_lens, eps, scale, out),
              &scratch);
     }
 
-    void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& block_table,
-                      int64_t page_size, const TensorView& drawn, const TensorView& context_lengths,
+    void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
+                      int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
                       const TensorView& places, const TensorView& kept, const TensorView& positions,
-                      const TensorView& slots, const TensorView& out) const {
-        call(check_advance_rows(Device::cpu, draws, first_ids, block_table, page_size, drawn, context_lengths,
-                                places, kept, positions, slots, out));
+                      const TensorView& slot_mapping, const TensorView& out) const {
+        call(check_advance_rows(Device::cpu, draws, first_ids, page_table, page_size, drawn, context_lens,
+                                places, kept, positions, slot_mapping, out));
     }
 
     void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
-                                 const TensorView& block_table, const TensorView& query_starts,
-                                 const TensorView& context_lengths, double scale,
+                                 const TensorView& page_table, const TensorView& cu_seqlens_q,
+                                 const TensorView& context_lens, double scale,
                                  const TensorView& out) const {
-        call(check_paged_prefill_attention(Device::cpu, q, k_cache, v_cache, block_table, query_starts,
-                                           context_lengths, scale, out));
+        call(check_paged_prefill_attention(Device::cpu, q, k_cache, v_cache, page_table, cu_seqlens_q,
+                                           context_lens, scale, out));
     }
 
     void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
@@ -131,7 +131,7 @@ PYBIND11_MODULE(simt_kernels, module) {
         .def("rms_norm", &Library::rms_norm)
         .def("silu_mul", &Library::silu_mul)
         .def("row_linear", &Library::row_linear)
-        .def("row_linear_int8", &Library::row_linear_int8)
+        .def("row_linear_w8", &Library::row_linear_w8)
         .def("norm_row_linear", &Library::norm_row_linear)
         .def("row_linear_add", &Library::row_linear_add)
         .def("qk_norm_rope_append", &Library::qk_norm_rope_append)

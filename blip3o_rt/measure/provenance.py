@@ -1,0 +1,90 @@
+"""The head of every record: which machine, which versions, which commit and which command made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt import __version__
+from blip3o_rt.files import replacing
+from blip3o_rt.machine import cuda_status, gpus, memory, package_version, processor
+
+RECORD_VERSION = 1
+KINDS = ("bench", "validate", "score", "step_launches", "switches")
+PACKAGES = ("torch", "transformers", "diffusers", "triton")
+PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+
+
+def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
+    """What every record begins with; its "complete" is False until whoever fills the record says otherwise.
+
+    kind: one of KINDS. command: the command line that makes the record, word by word.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}: accepted are {', '.join(KINDS)}")
+    return {
+        "kind": kind,
+        "version": RECORD_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "complete": False,
+    }
+
+
+def write_record(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a record: what is at the path is always a whole one. Raises ValueError for nan or inf."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, Any]:
+    """What of the machine decides a time: processor, usable cores, bytes of memory, first GPU and driver."""
+    found = processor()
+    gpu = next(iter(gpus()), None) if cuda_status() is None else None
+    return {
+        "cpu": found.model,
+        "cores": found.usable_cores,
+        "memory_bytes": memory().total,
+        "gpu": gpu.name if gpu is not None else None,
+        "driver": driver() if gpu is not None else None,
+        "instruction_sets": list(found.isa),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the runtime, of Python and of the packages a result may depend on; None: not installed."""
+    packages = {name: package_version(name) for name in PACKAGES}
+    return {"blip3o_rt": __version__, "python": platform.python_version(), **packages}
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version as nvidia-smi says it; None where it cannot be asked."""
+    return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def commit(folder: Path = PACKAGE_FOLDER) -> str | None:
+    """The commit of the checkout that the package lies in, with "-dirty" where tracked files differ from it.
+
+    None where the package is installed apart from its repository, or without git.
+    """
+    git = ("git", "-C", str(folder))
+    if _first_line(*git, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # a repository around an installed package is somebody else's
+    return _first_line(*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _first_line(*command: str) -> str | None:
+    """The first line that a command prints; None where it cannot be run, fails or prints nothing."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(result.stdout.splitlines()), None)

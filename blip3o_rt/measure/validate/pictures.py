@@ -1,0 +1,163 @@
+"""How alike two pictures are: grey levels, PSNR and SSIM; and the files that show it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from blip3o_rt.measure.validate.bounds import BF16_RATIO
+from blip3o_rt.measure.validate.line import Line, at_least, at_most
+from blip3o_rt.metadata import save_png
+
+AMPLIFIED = 32  # times, in the picture of the difference
+FP32_PSNR = 20 * math.log10(255)  # every value off by one grey level
+FP32_SSIM = 0.999
+WHY_ROUNDED = "each value rounds to the same or the next grey level"
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Of two pictures: dB (inf where equal), structural similarity, share of values off by more than one."""
+
+    psnr: float
+    ssim: float
+    off_by_more: float
+
+    @classmethod
+    def of(cls, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+        """Of grey levels uint8 [H, W, 3] of the same size."""
+        difference = picture.astype(int) - expected.astype(int)
+        square = float((difference**2).mean())
+        return cls(
+            psnr=10 * math.log10(255**2 / square) if square else math.inf,
+            ssim=ssim(picture, expected),
+            off_by_more=float((np.abs(difference) > 1).mean()),
+        )
+
+
+def ssim(picture: np.ndarray, expected: np.ndarray) -> float:
+    """Structural similarity of grey levels uint8 [H, W, 3], as in the paper.
+
+    Gaussian windows of standard deviation 1.5 (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
+    """
+    return float(
+        structural_similarity(
+            picture,
+            expected,
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+    )
+
+
+def picture_lines(
+    group: str,
+    name: str,
+    dtype: str,
+    found: Likeness,
+    yardstick: Likeness | None,
+    *,
+    ratio: float = BF16_RATIO,
+) -> Iterator[Line]:
+    """How like the published picture in float32 ours is.
+
+    yardstick: how like it the published one in bfloat16 is, for "bf16" lines: our error may be `ratio` times
+    its error, and our loss of similarity, which goes as the error's square, ratio^2 times its loss.
+    """
+    equal = "the pictures are equal" if math.isinf(found.psnr) else None
+    if yardstick is None:
+        yield at_most(
+            group,
+            f"{name}: grey levels",
+            dtype,
+            "share off by more than one",
+            found.off_by_more,
+            0.0,
+            why=WHY_ROUNDED,
+        )
+        yield at_least(
+            group,
+            f"{name}: PSNR",
+            dtype,
+            "PSNR dB",
+            _decibels(found),
+            FP32_PSNR,
+            why=WHY_ROUNDED,
+            detail=equal,
+        )
+        yield at_least(group, f"{name}: SSIM", dtype, "SSIM", found.ssim, FP32_SSIM, why=WHY_ROUNDED)
+        return
+    least = _decibels(yardstick) - 20 * math.log10(ratio)
+    yield at_least(
+        group,
+        f"{name}: PSNR",
+        dtype,
+        "PSNR dB",
+        _decibels(found),
+        least,
+        why=f"{ratio:g} x the published bfloat16 picture's error, in dB",
+        reference_error=_decibels(yardstick),
+        detail=equal,
+    )
+    yield at_least(
+        group,
+        f"{name}: SSIM",
+        dtype,
+        "SSIM",
+        found.ssim,
+        1 - ratio**2 * (1 - yardstick.ssim),
+        why=f"{ratio:g}^2 x the published bfloat16 picture's loss",
+        reference_error=yardstick.ssim,
+    )
+
+
+def _decibels(likeness: Likeness) -> float:
+    """The PSNR as a figure: equal pictures get that of one value in a billion off by one."""
+    return min(likeness.psnr, FP32_PSNR + 90.0)
+
+
+Compared = Callable[[str, np.ndarray, np.ndarray], Likeness]  # name, our picture, the published one
+
+
+class PictureFiles:
+    """Writes compared pictures into a folder and keeps their entries of the record."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.entries: list[dict[str, Any]] = []
+
+    def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+        """Write our picture, the published one and their difference, amplified, as PNG files.
+
+        Grey levels uint8 [H, W, 3]; gives how alike the two are.
+        """
+        stem = "-".join("".join(c if c.isalnum() else " " for c in name).split())
+        difference = np.abs(picture.astype(int) - expected.astype(int)) * AMPLIFIED
+        files = {
+            "ours": picture,
+            "reference": expected,
+            "difference": difference.clip(max=255).astype(np.uint8),
+        }
+        for kind, levels in files.items():
+            save_png(Image.fromarray(levels), self._folder / f"{stem}-{kind}.png", {})
+        likeness = Likeness.of(picture, expected)
+        self.entries.append(
+            {
+                "name": name,
+                **{kind: f"{stem}-{kind}.png" for kind in files},
+                "psnr": likeness.psnr if math.isfinite(likeness.psnr) else None,
+                "ssim": likeness.ssim,
+                "amplified": AMPLIFIED,
+            }
+        )
+        return likeness

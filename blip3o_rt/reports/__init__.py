@@ -1,6 +1,0 @@
-"""Self-contained HTML pages of bench and validate records: tables, plots and pictures in one file."""
-
-from blip3o_rt.reports.bench import bench_html
-from blip3o_rt.reports.validate import validate_html
-
-__all__ = ["bench_html", "validate_html"]
