@@ -38,7 +38,7 @@ def decode_attention(
     """qk_norm_rope_append of one token per sequence, then paged_decode_attention of the query that it gives.
 
     The arguments are those of the two ops, T = B. slot_mapping[b] is the slot of position
-    context_lens[b] - 1, the token's own, or -1: nothing is written. scratch: memory that a call may use (else it makes its own).
+    context_lens[b] - 1, the new token, or -1: nothing is written. scratch: memory that a call may use.
     -> [B, Hq, D] in the dtype of qkv. A sequence's result does not depend on the others of the batch.
     """
     query = qk_norm_rope_append.reference(

@@ -27,7 +27,7 @@ def qk_norm_rope_append(
     """Normalise and rotate q and k of each token, write k and v to the cache, return q.
 
     qkv [T, (Hq + 2 Hkv) D] = (q heads | k heads | v heads); q_weight, k_weight [D]: RMSNorm over each head.
-    cos_sin_cache float32 [max_positions, D] = (cos | sin), D / 2 columns each, indexed by positions int32 [T]:
+    cos_sin_cache float32 [max_positions, D] = (cos | sin), D / 2 columns each; positions int32 [T] index it;
     the two halves (a, b) of a head become (a cos - b sin, b cos + a sin).
     k_cache, v_cache [pages, Hkv, page_size, D] (the dtype of qkv): token t goes to page
     slot // page_size, offset slot % page_size, of slot = slot_mapping[t] (int32 [T]); -1 is not written.

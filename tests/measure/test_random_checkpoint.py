@@ -15,7 +15,6 @@ from blip3o_rt.checkpoint.original import read_original
 from blip3o_rt.config import ImageTokenConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
-
 from tests.checkpoint.conftest import ALL_FLAGS
 
 
