@@ -1,4 +1,4 @@
-"""Builds the extension modules with CMake; everything else about the package is in pyproject.toml.
+"""Lists the packages and builds the extension modules with CMake; the rest is in pyproject.toml.
 
 BLIP3O_CUDA=auto|on|off   build _cuda if nvcc is found (auto, the default), always, or never
 BLIP3O_CUDA_ARCHS=...     its architectures, as CMAKE_CUDA_ARCHITECTURES (default: those of CMakeLists.txt)
@@ -15,12 +15,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 CPU, CUDA = "blip3o_rt._cpu", "blip3o_rt._cuda"
+TRITON = "blip3o_rt.triton_kernels"
 
 
 def say(line: str) -> None:
@@ -97,4 +98,9 @@ class CMakeBuild(build_ext):
         return command
 
 
-setup(ext_modules=modules_to_build(), cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_namespace_packages(include=["blip3o_rt*"]), TRITON],
+    package_dir={TRITON: "triton_kernels"},  # inference servers install a top-level package of that name
+    ext_modules=modules_to_build(),
+    cmdclass={"build_ext": CMakeBuild},
+)

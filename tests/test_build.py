@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "blip3o_rt" / "shapes" / "checkpoint"
+CHECKPOINT = ROOT / "blip3o_rt" / "embedded"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -132,6 +133,53 @@ def test_cuda_that_fails_to_compile_stops_a_build_that_wants_it(tmp_path: Path, 
     assert build(tmp_path, tools, BLIP3O_CUDA="on").returncode != 0
 
 
+@pytest.fixture
+def library(tmp_path: Path, tools: Path) -> Path:
+    """The folder that an installation copies into site-packages, without extension modules."""
+    info, library = tmp_path / "egg", tmp_path / "lib"
+    info.mkdir()
+    done = setup(tmp_path, tools, "egg_info", f"--egg-base={info}", "build_py", f"--build-lib={library}")
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code that finds packages in a folder, and nothing of an editable installation."""
+    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+    return subprocess.run(
+        [sys.executable, "-c", alone + code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_triton_kernels_of_another_project_are_left_alone(library: Path) -> None:
+    theirs = library / "triton_kernels"
+    assert not theirs.exists()
+    theirs.mkdir()
+    (theirs / "__init__.py").write_text("OWNER = 'theirs'\n")
+    done = python(
+        library,
+        "import triton_kernels, blip3o_rt.triton_kernels as ours\n"
+        "print(triton_kernels.OWNER, ours.__file__, ours.__doc__)",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"theirs {library}/blip3o_rt/triton_kernels/__init__.py Triton kernels")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("installed", [True, False])
+def test_triton_kernels_are_found(tmp_path: Path, library: Path, installed: bool) -> None:
+    if not installed:  # the tree as it is checked out, with the folder at the top
+        (library / "blip3o_rt" / "triton_kernels").rename(library / "triton_kernels")
+    code = "from blip3o_rt.ops import triton_backend as t\nt.kernel('cross_attention')\nprint(t.__file__)"
+    done = python(library, code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(library))
+
+
 def test_source_distribution_can_be_built_from(tmp_path: Path, tools: Path) -> None:
     egg_info = tmp_path / "egg"
     egg_info.mkdir()
@@ -147,19 +195,16 @@ def test_source_distribution_can_be_built_from(tmp_path: Path, tools: Path) -> N
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = (ROOT / "csrc", CHECKPOINT)
-    sources = {str(p.relative_to(ROOT)) for folder in folders for p in folder.rglob("*") if p.is_file()}
+    folders = (ROOT / "csrc", ROOT / "triton_kernels", CHECKPOINT)
+    found = {
+        str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*") if path.is_file()
+    }
+    sources = {name for name in found if "__pycache__" not in name}
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "blip3o_rt/ops/registry.py"} | sources <= names
 
 
-def test_an_installed_package_carries_the_embedded_model(tmp_path: Path, tools: Path) -> None:
-    info = tmp_path / "egg"
-    info.mkdir()
-    done = setup(
-        tmp_path, tools, "egg_info", f"--egg-base={info}", "build_py", f"--build-lib={tmp_path / 'lib'}"
-    )
-    assert done.returncode == 0, done.stderr
-    installed = tmp_path / "lib" / CHECKPOINT.relative_to(ROOT)
-    for path in CHECKPOINT.rglob("*"):
-        if path.is_file():
-            assert (installed / path.relative_to(CHECKPOINT)).read_bytes() == path.read_bytes()
+def test_an_installed_package_carries_the_embedded_model(library: Path) -> None:
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert "model.safetensors" in {path.name for path in files}
+    for path in files:
+        assert (library / path.relative_to(ROOT)).read_bytes() == path.read_bytes()

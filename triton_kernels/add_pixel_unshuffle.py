@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import options
+from .launch import options
 
 BLOCK = 1024
 

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.inverse_rms import inverse_rms
-from triton_kernels.launch import block_of, options
+from .inverse_rms import inverse_rms
+from .launch import block_of, options
 
 BLOCK_QUERIES, BLOCK_KEYS = 64, 64
 LOG2_E = tl.constexpr(1.4426950408889634)  # powers of two are an instruction, those of e are several

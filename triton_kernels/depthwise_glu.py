@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import options
+from .launch import options
 
 BLOCK_COLUMNS, BLOCK_CHANNELS, BAND_ROWS = 16, 32, 16
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.launch import as_rows, options, row_tile, row_warps
+from .launch import as_rows, options, row_tile, row_warps
 
 
 @triton.jit

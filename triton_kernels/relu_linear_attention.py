@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.inverse_rms import inverse_rms
-from triton_kernels.launch import block_of, options
-from triton_kernels.products import add_narrow_product, add_product
+from .inverse_rms import inverse_rms
+from .launch import block_of, options
+from .products import add_narrow_product, add_product
 
 BLOCK_TOKENS = 64
 CHUNK_TOKENS, MOST_CHUNKS = 256, 16

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from blip3o_rt.errors import OpError
 OLDEST_RELEASE = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 products
 E4M3_CAPABILITY = (8, 9)  # the first with numbers and products of 8-bit floating point
+KERNELS = "blip3o_rt.triton_kernels"
 MAX_ROW = 16384  # elements of a row that one program holds
 
 
@@ -67,13 +71,26 @@ def kernel(op_name: str) -> Callable[..., Any]:
 
     They are compiled at the first launch of every kind of shape.
     """
-    launch: Callable[..., Any] = getattr(importlib.import_module(f"triton_kernels.{op_name}"), op_name)
+    _find_kernels()
+    launch: Callable[..., Any] = getattr(importlib.import_module(f"{KERNELS}.{op_name}"), op_name)
 
     def launch_there(first: Tensor, *arguments: Any) -> None:
         with torch.cuda.device_of(first):
             launch(first, *arguments)
 
     return launch_there
+
+
+def _find_kernels() -> None:
+    """Import the package of kernels. In a source tree that is not installed it lies beside blip3o_rt."""
+    if importlib.util.find_spec(KERNELS) is not None:
+        return
+    beside = Path(__file__).parents[2] / "triton_kernels" / "__init__.py"
+    spec = importlib.util.spec_from_file_location(KERNELS, beside)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[KERNELS] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
 
 
 def check_shapes(op_name: str, **tensors: tuple[Tensor | None, Sequence[int]]) -> None:

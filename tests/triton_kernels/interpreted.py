@@ -84,7 +84,7 @@ def lines(op_name: str) -> Iterator[dict[str, Any]]:
 
 def first_wrong(op_name: str, file_name: str, path: Path) -> list[str]:
     """What the first wrong case says with a file of kernels replaced; nothing where all are right."""
-    kernel, replaced = f"triton_kernels.{op_name}", f"triton_kernels.{file_name}"
+    kernel, replaced = (f"blip3o_rt.triton_kernels.{name}" for name in (op_name, file_name))
     spec = importlib.util.spec_from_file_location(replaced, path)
     assert spec is not None
     assert spec.loader is not None
