@@ -1,10 +1,39 @@
-"""Geometry of a BLIP3o-NEXT model: frozen dataclasses read from a checkpoint, never hard-coded."""
+"""Configuration of a BLIP3o-NEXT model: frozen dataclasses read from a checkpoint, never hard-coded.
+
+Every `check` raises ConfigError for numbers that make no such model. It names them as the published
+configuration files do, whichever layout they were read from.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from blip3o_rt.errors import ConfigError
+
+MAX_LAYERS = 1000  # of which no known model has more
+MAX_POSITIONS = 2**20
+SPREAD = 1e4  # between a factor and 1, which is wider than any known model's
+Config = TypeVar("Config")
+
+
+def _require(holds: bool, key: str, value: object, accepted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}; accepted: {accepted}")
+
+
+def _require_within(key: str, value: float, low: float, high: float) -> None:
+    _require(low <= value <= high, key, value, f"from {low:.12g} to {high:.12g}")
+
+
+def _require_epsilon(key: str, value: float) -> None:
+    _require_within(key, value, 1e-12, 1e-2)
+
+
+def _require_factor(key: str, value: float) -> None:
+    _require_within(key, value, 1 / SPREAD, SPREAD)
 
 
 @dataclass(frozen=True)
@@ -30,6 +59,17 @@ class ARConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def check(self) -> None:
+        """Raise ConfigError where the numbers do not make a Qwen3 decoder."""
+        _require_within("num_hidden_layers", self.num_layers, 1, MAX_LAYERS)
+        divides = self.num_heads % self.num_kv_heads == 0
+        accepted = f"a divisor of num_attention_heads, {self.num_heads}"
+        _require(divides, "num_key_value_heads", self.num_kv_heads, accepted)
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+        _require_epsilon("rms_norm_eps", self.rms_norm_eps)
+        _require_within("rope_theta", self.rope_theta, 1, 1e12)
+        _require_within("max_position_embeddings", self.max_position_embeddings, 1, MAX_POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +121,13 @@ class DiTConfig:
     def mlp_hidden(self) -> int:
         return int(self.mlp_ratio * self.width)
 
+    def check(self) -> None:
+        """Raise ConfigError where the numbers do not make a SANA transformer."""
+        _require_within("num_layers", self.num_layers, 1, MAX_LAYERS)
+        _require_factor("mlp_ratio", self.mlp_ratio)
+        _require_epsilon("norm_eps", self.norm_eps)
+        _require_factor("timestep_scale", self.timestep_scale)
+
 
 @dataclass(frozen=True)
 class VAEStageConfig:
@@ -113,6 +160,54 @@ class VAEConfig:
         """Pixels per latent cell along one side."""
         return 2 ** (len(self.decoder_stages) - 1)
 
+    def check(self) -> None:
+        """Raise ConfigError where the numbers do not make a DC-AE whose two halves fit each other."""
+        _require(self.image_channels == 3, "in_channels", self.image_channels, "3, for RGB")
+        resampling = {
+            "downsample_block_type": (self.downsample, ("Conv", "pixel_unshuffle")),
+            "upsample_block_type": (self.upsample, ("interpolate", "pixel_shuffle")),
+        }
+        for key, (value, accepted) in resampling.items():
+            _require(value in accepted, key, value, " or ".join(map(repr, accepted)))
+        _require_factor("scaling_factor", self.scaling_factor)
+        _require_within("shift_factor", self.shift_factor, -SPREAD, SPREAD)
+        _require(
+            len(self.encoder_stages) == len(self.decoder_stages),
+            "decoder_block_out_channels",
+            [stage.channels for stage in self.decoder_stages],
+            "as many stages as encoder_block_out_channels has",
+        )
+        self._check_half("encoder", self.encoder_stages, self.encoder_out_shortcut)
+        self._check_half("decoder", self.decoder_stages, self.decoder_in_shortcut)
+
+    def _check_half(self, half: str, stages: tuple[VAEStageConfig, ...], shortcut: bool) -> None:
+        """Shortcuts average or repeat whole groups of channels; a pixel unshuffle makes channels in fours."""
+        width_key, channels = f"{half}_block_out_channels", [stage.channels for stage in stages]
+        _require(
+            all(count.layers >= 1 for count in stages[1:-1]) and any(stage.layers for stage in stages),
+            f"{half}_layers_per_block",
+            [stage.layers for stage in stages],
+            "positive integers (0 only for the first and the last stage of several)",
+        )
+        for stage in stages:
+            _require_within(f"{half}_layers_per_block", stage.layers, 0, MAX_LAYERS)
+            known = stage.block in ("ResBlock", "EfficientViTBlock")
+            _require(known, f"{half}_block_types", stage.block, "'ResBlock' or 'EfficientViTBlock'")
+            heads = stage.block != "EfficientViTBlock" or stage.channels >= self.attention_head_dim
+            accepted = f"at least attention_head_dim, {self.attention_head_dim}, for EfficientViTBlock"
+            _require(heads, width_key, channels, accepted)
+            odd = all(kernel > 0 and kernel % 2 for kernel in stage.multiscales)
+            _require(odd, f"{half}_qkv_multiscales", list(stage.multiscales), "odd kernel sizes")
+        for fine, coarse in pairwise(stages):
+            divides = fine.layers == 0 or 4 * fine.channels % coarse.channels == 0
+            _require(divides, width_key, channels, "counts that divide 4 times their finer neighbour's")
+            fours = (half, self.downsample) != ("encoder", "pixel_unshuffle") or coarse.channels % 4 == 0
+            _require(fours, width_key, channels, "multiples of 4, with downsample_block_type pixel_unshuffle")
+        latent, coarsest = self.latent_channels, stages[-1].channels
+        _require(
+            not shortcut or coarsest % latent == 0, "latent_channels", latent, f"a divisor of {coarsest}"
+        )
+
 
 @dataclass(frozen=True)
 class TATokConfig:
@@ -144,6 +239,19 @@ class TATokConfig:
         states = self.num_layers + 1
         return self.selected_layer if self.selected_layer >= 0 else states + self.selected_layer
 
+    def check(self) -> None:
+        """Raise ConfigError where the numbers do not make a SigLIP tower."""
+        _require_within("num_hidden_layers", self.num_layers, 1, MAX_LAYERS)
+        divides = self.hidden_size % self.num_heads == 0
+        accepted = f"a divisor of hidden_size, {self.hidden_size}"
+        _require(divides, "num_attention_heads", self.num_heads, accepted)
+        _require_epsilon("layer_norm_eps", self.layer_norm_eps)
+        runs = 0 <= self.layers_run <= self.num_layers
+        accepted = f"a hidden state of {self.num_layers} layers, {-self.num_layers - 1} to {self.num_layers}"
+        _require(runs, "select_layer_id", self.selected_layer, accepted)
+        fits = self.patch_size <= self.image_size
+        _require(fits, "patch_size", self.patch_size, f"at most image_size, {self.image_size}")
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -151,6 +259,11 @@ class SchedulerConfig:
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
+
+    def check(self) -> None:
+        """Raise ConfigError where the numbers leave no schedule."""
+        _require_within("num_train_timesteps", self.num_train_timesteps, 1, 10**6)
+        _require_within("shift", self.shift, 0.01, 100)
 
 
 @dataclass(frozen=True)
@@ -179,26 +292,70 @@ class ModelConfig:
         """Side of a generated picture in pixels."""
         return self.dit.sample_size * self.vae.compression
 
+    def check(self) -> None:
+        """Raise ConfigError where the parts do not fit each other; the parts check themselves."""
+        tokens, vocabulary = self.image_tokens, self.ar.vocab_size
+        for key in ("image_start_tag_id", "image_end_tag_id", "scale_start_token_id", "image_start_token_id"):
+            token = getattr(tokens, key)
+            _require(0 <= token < vocabulary, key, token, f"an id below vocab_size, {vocabulary}")
+        fits = tokens.image_token_range.stop <= vocabulary
+        accepted = f"as many ids as fit below vocab_size, {vocabulary}"
+        _require(fits, "num_image_tokens", tokens.num_image_tokens, accepted)
+        latent, dit = self.vae.latent_channels, self.dit
+        noisy = [latent, 2 * latent] if self.edit.use_und_image_vae_as_noise else [latent]
+        _require(
+            dit.in_channels in noisy,
+            "in_channels",
+            dit.in_channels,
+            f"{' or '.join(map(str, noisy))}, from the autoencoder's {latent} latent channels (twice that "
+            "only with use_und_image_vae_as_noise)",
+        )
+        fits = dit.out_channels in (latent, dit.in_channels)
+        _require(fits, "out_channels", dit.out_channels, f"{latent} or {dit.in_channels}")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready dictionary; from_dict reads it back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of to_dict. Raises KeyError or TypeError on a dictionary of another layout."""
+        """Inverse of to_dict.
+
+        Raises:
+            ConfigError: Numbers that make no model.
+            KeyError, TypeError, ArithmeticError: A dictionary of another layout.
+        """
 
         def stages(entries: list[dict[str, Any]]) -> tuple[VAEStageConfig, ...]:
-            return tuple(VAEStageConfig(**{**e, "multiscales": tuple(e["multiscales"])}) for e in entries)
+            return tuple(
+                _typed(VAEStageConfig, {**entry, "multiscales": tuple(entry["multiscales"])})
+                for entry in entries
+            )
 
         vae = dict(data["vae"])
         vae["encoder_stages"] = stages(vae["encoder_stages"])
         vae["decoder_stages"] = stages(vae["decoder_stages"])
-        return cls(
-            ar=ARConfig(**data["ar"]),
-            image_tokens=ImageTokenConfig(**data["image_tokens"]),
-            dit=DiTConfig(**data["dit"]),
-            vae=VAEConfig(**vae),
-            scheduler=SchedulerConfig(**data["scheduler"]),
-            edit=EditConfig(**data["edit"]),
-            ta_tok=TATokConfig(**data["ta_tok"]) if data["ta_tok"] is not None else None,
+        model = cls(
+            ar=_typed(ARConfig, data["ar"]),
+            image_tokens=_typed(ImageTokenConfig, data["image_tokens"]),
+            dit=_typed(DiTConfig, data["dit"]),
+            vae=_typed(VAEConfig, vae),
+            scheduler=_typed(SchedulerConfig, data["scheduler"]),
+            edit=_typed(EditConfig, data["edit"]),
+            ta_tok=_typed(TATokConfig, data["ta_tok"]) if data["ta_tok"] is not None else None,
         )
+        for part in (model.ar, model.dit, model.vae, model.scheduler, model.ta_tok):
+            if part is not None:
+                part.check()
+        model.check()
+        return model
+
+
+def _typed(kind: type[Config], data: dict[str, Any]) -> Config:
+    """A dataclass from plain data. Raises TypeError where a number or a text is of another type."""
+    config = kind(**data)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        found = type(getattr(config, field.name)).__name__
+        if field.type in ("bool", "int", "float", "str") and found != field.type:
+            raise TypeError(f"{field.name} is of type {found}")
+    return config

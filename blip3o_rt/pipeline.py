@@ -15,7 +15,8 @@ from torch import Tensor
 from blip3o_rt import ops, trace
 from blip3o_rt.admission import require_room
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
-from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
+from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
+from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.embedded import embedded_checkpoint
@@ -40,7 +41,7 @@ from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.rendering import Renderer
 from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
-from blip3o_rt.switches import EXACT, FAST, check_tier, plan_switches, render_switches
+from blip3o_rt.switches import EXACT, FAST, check_device, check_tier, plan_switches, render_switches
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.pixels import reference_pixels
@@ -160,18 +161,11 @@ class Pipeline:
             raise CheckpointError(f"path is {path!r}: accepted is the folder of a checkpoint")
         target = resolve_device(device)
         chosen = check_tier(tier, switches, target.type)
-        checkpoint = load_checkpoint(
-            path if path is not None else embedded_checkpoint(),
-            dtype=resolve_dtype(dtype, target),
-            device=target,
-            diffusion=diffusion,
-            ta_tok=ta_tok,
-            cache_dir=cache_dir,
-            admit=lambda config, dtype: require_room(
-                config, dtype, chosen, target, max_batch, max_prompt_tokens
-            ),
-            switches=chosen,
-        )
+        check_device(chosen, target.type)
+        kept = resolve_dtype(dtype, target)
+        opened = open_checkpoint(Source(embedded_checkpoint() if path is None else path, diffusion, ta_tok))
+        require_room(opened.config, kept, chosen, target, max_batch, max_prompt_tokens)
+        checkpoint = opened.load(target, kept, switches=chosen, cache_dir=cache_dir)
         pipeline = cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
         pipeline.prepare()
         return pipeline

@@ -15,7 +15,6 @@ import torch
 from tqdm import tqdm
 
 from blip3o_rt import __version__
-from blip3o_rt.checkpoint.assemble import check_tensors, pieces
 from blip3o_rt.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER_FOLDER,
@@ -23,8 +22,9 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     is_converted,
 )
-from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
-from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, weight_bytes
+from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, pieces, weight_bytes
+from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
+from blip3o_rt.checkpoint.source import PathName, Source
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.switches import check_stored
@@ -32,21 +32,15 @@ from blip3o_rt.weights import TensorSpec
 
 
 def convert(
-    source: PathName,
+    source: Source | PathName,
     destination: PathName,
     *,
-    diffusion: PathName | None = None,
-    ta_tok: PathName | None = None,
     dtype: str = "bf16",
     switches: Mapping[str, str] | None = None,
     progress: bool = True,
     force: bool = False,
 ) -> Manifest:
-    """Convert the published checkpoint `source` into the folder `destination`; returns its manifest.
-
-    `dtype` is "bf16" or "fp32"; `switches` are those of the fast tier to write the weights for, a lossy form
-    that no other tier then loads; `diffusion` and `ta_tok` are as in `read_original`. An existing destination
-    is refused, except that `force` replaces an earlier conversion.
+    """Convert a published checkpoint into the runtime's layout.
 
     Memory: tensors that are only joined or cast pass through in pieces of 16 MiB; those that are rearranged
     or computed are made whole, the largest of them TA-Tok's codebook. So beyond the package itself this takes
@@ -59,43 +53,64 @@ def convert(
     between the two renames of `force` leaves the earlier conversion beside the destination, under a hidden
     name; the next run renames it back before anything else.)
 
-    Raises CheckpointError, ConfigError, and ParameterError for a switch that is not of the weights.
+    Args:
+        source: The published checkpoint.
+        destination: A new folder.
+        dtype: "bf16" or "fp32", of the weights written.
+        switches: Of the fast tier, to write the weights for: a lossy form that no other tier then loads.
+        progress: Whether to show a progress bar.
+        force: Whether an earlier conversion at the destination is replaced.
+
+    Returns:
+        The manifest of what was written.
+
+    Raises:
+        CheckpointError, ConfigError: What cannot be read, or a destination that is taken or out of space.
+        ParameterError: A switch that is not of the weights.
     """
-    target = Path(destination)
+    source, target = Source.of(source), Path(destination)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
+    check_stored(switches)
+    if is_converted(Path(source.path)):
+        raise CheckpointError(f"{source.path}: already converted; accepted: a published checkpoint")
+    published = open_published(source)
+    return convert_opened(published, target, dtype=dtype, switches=switches, progress=progress, force=force)
+
+
+def convert_opened(
+    published: PublishedCheckpoint,
+    target: Path,
+    *,
+    dtype: str,
+    switches: Mapping[str, str] | None = None,
+    progress: bool = True,
+    force: bool = False,
+) -> Manifest:
+    """`convert` of a checkpoint that is opened."""
     chosen = check_stored(switches)
-    if is_converted(Path(source)):
-        raise CheckpointError(f"{source}: already converted; accepted: a published checkpoint")
     _restore_replaced(target)
     _check_destination(target, force)
-    original = read_original(source, diffusion=diffusion, ta_tok=ta_tok)
-    warnings = original.warnings + check_tensors(original)
-    output_bytes = sum(weight_bytes(original.config, DTYPES[dtype], chosen).values())
-    source_bytes = sum(path.stat().st_size for path in original.files)
+    output_bytes = sum(weight_bytes(published.config, DTYPES[dtype], chosen).values())
+    source_bytes = sum(path.stat().st_size for path in published.files)
     _check_space(target, output_bytes)
+    total = output_bytes + source_bytes
     with (
         _disk_errors(target, output_bytes),
         _partial_folder(target) as folder,
-        tqdm(
-            total=output_bytes + source_bytes,
-            unit="B",
-            unit_scale=True,
-            desc="convert",
-            disable=not progress,
-        ) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar,
     ):
-        files = _write_parts(original, folder, DTYPES[dtype], chosen, bar.update)
-        files |= _copy_tokenizer(original, folder)
+        files = _write_parts(published, folder, DTYPES[dtype], chosen, bar.update)
+        files |= _copy_tokenizer(published, folder)
         manifest = Manifest(
             package_version=__version__,
             dtype=dtype,
-            source=str(original.path.resolve()),
-            sources=_source_records(original, bar.update),
+            source=str(published.path.resolve()),
+            sources=_source_records(published, bar.update),
             files=files,
-            layout=layout_fingerprint(original.config, chosen),
-            config=original.config,
-            warnings=warnings,
+            layout=layout_fingerprint(published.config, chosen),
+            config=published.config,
+            warnings=published.warnings,
             switches=chosen,
         )
         manifest.write(folder)
@@ -222,41 +237,43 @@ def _lock(descriptor: int) -> bool:
 
 
 def _write_parts(
-    original: OriginalCheckpoint,
+    published: PublishedCheckpoint,
     folder: Path,
     dtype: torch.dtype,
     switches: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> dict[str, FileRecord]:
     records = {}
-    for part, specs in layouts(original.config, switches).items():
+    for part, specs in layouts(published.config, switches).items():
         path = folder / f"{part}.safetensors"
         by_name: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         headers = aligned_order([TensorHeader(s.name, s.shape, s.dtype or dtype) for s in specs])
         with SafetensorsWriter(path, headers, progress) as writer:
             for header in headers:
-                for piece in pieces(original.sources[part], by_name[header.name], dtype):
+                for piece in pieces(published.sources[part], by_name[header.name], dtype):
                     writer.write(piece)
         records[path.name] = FileRecord(writer.written, writer.sha256)
     return records
 
 
-def _copy_tokenizer(original: OriginalCheckpoint, folder: Path) -> dict[str, FileRecord]:
+def _copy_tokenizer(published: PublishedCheckpoint, folder: Path) -> dict[str, FileRecord]:
     (folder / TOKENIZER_FOLDER).mkdir()
     records = {}
-    for path in original.tokenizer_files:
+    for path in published.tokenizer_files:
         name = f"{TOKENIZER_FOLDER}/{path.name}"
         shutil.copyfile(path, folder / name)
         records[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
     return records
 
 
-def _source_records(original: OriginalCheckpoint, progress: Callable[[int], object]) -> dict[str, FileRecord]:
+def _source_records(
+    published: PublishedCheckpoint, progress: Callable[[int], object]
+) -> dict[str, FileRecord]:
     return {
-        os.path.relpath(path, original.path).replace(os.sep, "/"): FileRecord(
+        os.path.relpath(path, published.path).replace(os.sep, "/"): FileRecord(
             path.stat().st_size, file_sha256(path, progress)
         )
-        for path in original.files
+        for path in published.files
     }
 
 

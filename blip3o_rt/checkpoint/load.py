@@ -1,4 +1,4 @@
-"""Bringing a checkpoint into memory, whichever of the two layouts it is in."""
+"""Bringing a checkpoint into memory in two steps, whichever of the two layouts it is in: open, then load."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blip3o_rt.ar.layout import quantized as quantized_ar
-from blip3o_rt.checkpoint.assemble import assemble, check_tensors
-from blip3o_rt.checkpoint.convert import convert
+from blip3o_rt.checkpoint.convert import convert_opened
 from blip3o_rt.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -24,8 +23,9 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     check_files,
 )
-from blip3o_rt.checkpoint.original import OriginalCheckpoint, PathName, read_original
-from blip3o_rt.checkpoint.parts import DTYPES, dtype_name, layout_fingerprint, layouts
+from blip3o_rt.checkpoint.parts import DTYPES, assemble, dtype_name, layout_fingerprint, layouts
+from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
+from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import CheckpointError
@@ -35,14 +35,12 @@ from blip3o_rt.switches import (
     DIT_WEIGHTS,
     FP8,
     INT8,
-    NO_SWITCHES,
     check_device,
     check_switches,
     weight_switches,
 )
 from blip3o_rt.weights import TensorSpec
 
-Admission = Callable[[ModelConfig, torch.dtype], None]
 Quantizer = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
 
 # What makes the tensors of a part for a setting of a switch from those without it.
@@ -56,7 +54,7 @@ QUANTIZERS: dict[tuple[str, str], tuple[str, Quantizer]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in memory: geometry, weights by part and runtime name, and the folder of its tokenizer.
+    """A model in memory: configuration, weights by part and runtime name, and the folder of its tokenizer.
 
     `dtype` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
     folder read; `switches` are those of the fast tier, some of which the weights were made for.
@@ -71,91 +69,129 @@ class Checkpoint:
     switches: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose configuration is known and checked, and none of whose weights are read yet.
+
+    Attributes:
+        path: Its folder.
+        config: The model's configuration.
+        stored_dtype: The dtype that its weights are kept in where no other is asked for.
+    """
+
+    path: Path
+    config: ModelConfig
+    stored_dtype: torch.dtype
+    _layout: PublishedCheckpoint | Manifest
+
+    def load(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        parts: Collection[str] | None = None,
+        switches: Mapping[str, str] | None = None,
+        cache_dir: PathName | None = None,
+        verify: bool = False,
+    ) -> Checkpoint:
+        """Read the weights.
+
+        A converted checkpoint is mapped: on the CPU and in its own dtype nothing is read until it is used,
+        the pages are shared with every other process that maps the file, and the system can drop them at
+        need. (The mapping is private: a write to a tensor would copy the page, never change the file.)
+        A published checkpoint is packed in memory, one tensor at a time.
+
+        Args:
+            device: Where the weights go.
+            dtype: float32 or bfloat16; None is the stored one.
+            parts: The parts to read; None is all of them.
+            switches: Of the fast tier. They make the weights lossy, here or where they were converted.
+            cache_dir: Where a published checkpoint is converted once and mapped from then on.
+            verify: Whether a converted checkpoint's SHA-256 sums are compared; sizes always are.
+
+        Raises:
+            CheckpointError: Damaged files, or a conversion with a switch that is not asked for.
+            ParameterError: A switch that is unknown, or gains nothing on the device.
+
+        Warns:
+            UserWarning: Of what is left out, as the conversion did.
+        """
+        device, chosen = torch.device(device), check_switches(switches)
+        check_device(chosen, device.type)
+        if dtype not in (None, *DTYPES.values()):
+            raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
+        wanted = dtype or self.stored_dtype
+        if isinstance(self._layout, Manifest):
+            return _load_converted(self.path, self._layout, wanted, device, parts, chosen, verify)
+        if cache_dir is not None:
+            cached = _cached(Path(cache_dir), self._layout, wanted, chosen)
+            manifest = Manifest.read(cached)
+            return _load_converted(cached, manifest, wanted, device, parts, chosen, verify)
+        return _load_published(self._layout, wanted, device, parts, chosen)
+
+
+def open_checkpoint(source: Source | PathName) -> OpenedCheckpoint:
+    """Open a checkpoint of either layout: its configuration is checked, and no weight is read.
+
+    Raises:
+        CheckpointError: Files or tensors that are missing or damaged.
+        ConfigError: A configuration that this runtime does not compute.
+    """
+    source = Source.of(source)
+    root = checkpoint_folder(source.path)
+    if not (root / MANIFEST).is_file():
+        published = open_published(source)
+        return OpenedCheckpoint(root, published.config, published.stored_dtype, published)
+    if source.diffusion is not None or source.ta_tok is not None:
+        raise CheckpointError(f"{root}: already converted, so it takes no diffusion folder or ta_tok file")
+    manifest = Manifest.read(root)
+    return OpenedCheckpoint(root, manifest.config, manifest.torch_dtype, manifest)
+
+
 def load_checkpoint(
-    path: PathName,
+    source: Source | PathName,
     *,
-    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    diffusion: PathName | None = None,
-    ta_tok: PathName | None = None,
-    cache_dir: PathName | None = None,
-    verify: bool = False,
-    admit: Admission | None = None,
+    dtype: torch.dtype | None = None,
     parts: Collection[str] | None = None,
     switches: Mapping[str, str] | None = None,
+    cache_dir: PathName | None = None,
+    verify: bool = False,
 ) -> Checkpoint:
-    """Load a checkpoint of either layout; `dtype` None keeps the stored one, `parts` None loads all of them.
-
-    `admit` is called with geometry and dtype before any weight is read; it raises to refuse the model.
-
-    A converted checkpoint is mapped: on the CPU and in its own dtype nothing is read until it is used, the
-    pages are shared with every other process that maps the file, and the system can drop them at need. (The
-    mapping is private: a write to a tensor would copy the page, never change the file.) File sizes are always
-    compared with the manifest, SHA-256 sums with `verify`.
-
-    A published checkpoint is packed in memory, one tensor at a time; with `cache_dir` it is converted there
-    once and mapped from then on. `diffusion` and `ta_tok` are as in `read_original`, and are refused with a
-    converted checkpoint.
-
-    `switches` of the fast tier make the weights lossy, here or where they were converted; a checkpoint that
-    was converted with a switch is refused without it, and a switch on a device that it gains nothing on.
-
-    Raises CheckpointError, ConfigError and ParameterError, and warns (UserWarning) of every tensor or setting
-    that is left out, as the conversion did.
-    """
-    root, device = Path(path), torch.device(device)
-    chosen = check_switches(switches)
-    check_device(chosen, device.type)
-    if dtype not in (None, *DTYPES.values()):
-        raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
-    if (root / MANIFEST).is_file():
-        if diffusion is not None or ta_tok is not None:
-            raise CheckpointError(
-                f"{root}: already converted, so it takes no diffusion folder or ta_tok file"
-            )
-        return _load_converted(root, dtype, device, parts, verify, chosen, admit)
-    original = read_original(root, diffusion=diffusion, ta_tok=ta_tok)
-    dtype = dtype or original.stored_dtype
-    if admit is not None:
-        admit(original.config, dtype)
-    if cache_dir is not None:
-        cached = _convert_into(Path(cache_dir), original, dtype, diffusion, ta_tok, chosen)
-        return _load_converted(cached, dtype, device, parts, verify, chosen)
-    return _load_original(original, root, dtype, device, parts, chosen)
+    """Open and load in one; the arguments and what is raised are those of the two steps."""
+    return open_checkpoint(source).load(
+        device, dtype, parts=parts, switches=switches, cache_dir=cache_dir, verify=verify
+    )
 
 
-def _load_original(
-    original: OriginalCheckpoint,
-    root: Path,
+def _load_published(
+    published: PublishedCheckpoint,
     dtype: torch.dtype,
     device: torch.device,
     parts: Collection[str] | None,
     switches: Mapping[str, str],
 ) -> Checkpoint:
-    _warn(original.warnings + check_tensors(original))
+    _warn(published.warnings)
     weights = {
-        part: {spec.name: assemble(original.sources[part], spec, dtype).to(device) for spec in specs}
-        for part, specs in layouts(original.config, switches).items()
+        part: {spec.name: assemble(published.sources[part], spec, dtype).to(device) for spec in specs}
+        for part, specs in layouts(published.config, switches).items()
         if parts is None or part in parts
     }
-    return Checkpoint(original.config, weights, root, dtype, device, root, switches)
+    root = published.path
+    return Checkpoint(published.config, weights, root, dtype, device, root, switches)
 
 
 def _load_converted(
     root: Path,
-    dtype: torch.dtype | None,
+    manifest: Manifest,
+    dtype: torch.dtype,
     device: torch.device,
     parts: Collection[str] | None,
-    verify: bool,
     switches: Mapping[str, str],
-    admit: Admission | None = None,
+    verify: bool,
 ) -> Checkpoint:
-    manifest = Manifest.read(root)
     _check_stored(root, manifest.switches, switches)
     check_files(root, manifest, checksums=verify)
-    dtype = dtype or manifest.torch_dtype
-    if admit is not None:
-        admit(manifest.config, dtype)
     _warn(manifest.warnings)
     quantizers = dict(
         QUANTIZERS[name, text]
@@ -182,7 +218,7 @@ def _check_stored(root: Path, stored: Mapping[str, str], wanted: Mapping[str, st
 
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
-        warnings.warn(message, stacklevel=4)  # where load_checkpoint was called
+        warnings.warn(message, stacklevel=5)  # where load_checkpoint was called
 
 
 def _mapped(
@@ -203,33 +239,20 @@ def _mapped(
         raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
 
 
-def _convert_into(
-    cache: Path,
-    original: OriginalCheckpoint,
-    dtype: torch.dtype,
-    diffusion: PathName | None,
-    ta_tok: PathName | None,
-    switches: Mapping[str, str] = NO_SWITCHES,
+def _cached(
+    cache: Path, published: PublishedCheckpoint, dtype: torch.dtype, switches: Mapping[str, str]
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     switches = weight_switches(switches)
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in original.files]
-    layout = layout_fingerprint(original.config, switches)
-    key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats, str(diffusion), str(ta_tok)])
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in published.files]
+    layout = layout_fingerprint(published.config, switches)
+    key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    destination = cache / f"{original.path.resolve().name}-{dtype_name(dtype)}-{digest}"
+    destination = cache / f"{published.path.resolve().name}-{dtype_name(dtype)}-{digest}"
     if not (destination / MANIFEST).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            convert(
-                original.path,
-                destination,
-                diffusion=diffusion,
-                ta_tok=ta_tok,
-                dtype=dtype_name(dtype),
-                switches=switches,
-                progress=False,
-            )
+            convert_opened(published, destination, dtype=dtype_name(dtype), switches=switches, progress=False)
         except CheckpointError:
             if not (destination / MANIFEST).is_file():  # another process may have been faster
                 raise

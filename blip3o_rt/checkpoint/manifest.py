@@ -13,7 +13,7 @@ import torch
 from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint
 from blip3o_rt.checkpoint.tensor_file import file_sha256
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.errors import CheckpointError, ConfigError
 from blip3o_rt.switches import check_stored
 
 MANIFEST = "manifest.json"
@@ -81,7 +81,7 @@ class Manifest:
         try:
             manifest = cls(**{**data, **_parsed(data)})
             current = manifest.layout == layout_fingerprint(manifest.config, manifest.switches)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, ConfigError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); convert the checkpoint again") from None
         if not current:
             raise CheckpointError(

@@ -1,24 +1,28 @@
-"""The parts a model is made of, the tensors of each, and where a published checkpoint keeps them."""
+"""The parts a model is made of: the tensors of each, where they are published, and how they are made."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from blip3o_rt.ar.layout import layout as ar_layout
+from blip3o_rt.checkpoint.tensor_file import StoredTensor, Tensors
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.errors import CheckpointError
 from blip3o_rt.quantization import E4M3
 from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, FP8, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
-from blip3o_rt.weights import TensorSpec
+from blip3o_rt.weights import TensorSpec, concatenate_rows
 
 PREFIXES = {
     "ar": "model.",
@@ -92,3 +96,87 @@ def published_name(part: str, source: str) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bf16" or "fp32"."""
     return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """Where one part's published tensors are.
+
+    Attributes:
+        part: Its name.
+        tensors: All tensors of the files that hold it.
+        where: The folder or file, for messages.
+        prefixed: Whether names begin with the part's prefix there.
+    """
+
+    part: str
+    tensors: Tensors
+    where: str
+    prefixed: bool
+
+    def name(self, source: str) -> str:
+        """A tensor's name in the files."""
+        return published_name(self.part, source) if self.prefixed else source
+
+
+def pieces(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A runtime tensor's elements in order, as contiguous one-dimensional pieces of its final dtype.
+
+    Where the sources are only put one after another, no more than one piece is ever in memory; a tensor that
+    is rearranged (the autoencoder's convolutions and grouped projections) or computed (TA-Tok's codebook) is
+    made whole. A piece may be overwritten when the next is taken.
+    Raises CheckpointError for a value that is not a finite number.
+    """
+    stored = [source.tensors[source.name(original.name)] for original in spec.sources]
+    if spec.rows is not None and spec.combine is concatenate_rows:
+        for tensor in stored:
+            for block in row_blocks(tensor, _finite_chunks(tensor)):
+                yield spec.rows(block.to(dtype)).to(spec.dtype or dtype).reshape(-1)
+    elif spec.combine is concatenate_rows:
+        for tensor in stored:
+            for piece in _finite_chunks(tensor):
+                yield piece.to(spec.dtype or dtype)
+    else:
+        yield spec.build([_whole(tensor) for tensor in stored], dtype).reshape(-1)
+
+
+def assemble(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    """A whole runtime tensor in memory."""
+    return _filled(spec.shape, spec.dtype or dtype, pieces(source, spec, dtype))
+
+
+def _whole(stored: StoredTensor) -> Tensor:
+    assert isinstance(stored.dtype, torch.dtype)
+    return _filled(stored.shape, stored.dtype, _finite_chunks(stored))
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, found: Iterator[Tensor]) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    flat, filled = tensor.reshape(-1), 0
+    for piece in found:
+        flat[filled : filled + piece.numel()] = piece
+        filled += piece.numel()
+    return tensor
+
+
+def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """A matrix's rows in order, as many whole ones at a time as are read."""
+    width = math.prod(stored.shape[1:])  # a 1x1 convolution is a matrix
+    rest: Tensor | None = None
+    for piece in chunks:
+        joined = piece if rest is None else torch.cat([rest, piece])
+        whole = joined.numel() // width * width
+        if whole:
+            yield joined[:whole].reshape(-1, width)
+        rest = joined[whole:].clone() if whole < joined.numel() else None
+
+
+def _finite_chunks(stored: StoredTensor) -> Iterator[Tensor]:
+    for piece in stored.chunks():
+        low, high = torch.aminmax(piece)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(
+                f"{stored.path}: tensor {stored.name!r} contains NaN or infinity; accepted: finite numbers "
+                "(the file is damaged, or its training diverged)"
+            )
+        yield piece

@@ -10,13 +10,14 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from blip3o_rt.checkpoint.source import LFS_POINTER, refuse_lfs_pointer
 from blip3o_rt.errors import CheckpointError
 
 CHUNK_BYTES = 16 * 2**20  # read, convert and write at most about this much at once
@@ -41,72 +42,75 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class TensorFile(Protocol):
-    """A file of named tensors: their shapes and dtypes at hand, their values read in chunks."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Attributes:
+        path: The file.
+        name: Its name there.
+        shape: Its shape there.
+        dtype: What its elements are, in the file's own word where torch has no such type.
+        chunks: Reads its elements in order, as one-dimensional pieces that are valid until the next is taken.
+    """
 
     path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    chunks: Callable[[], Iterator[Tensor]]
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of every tensor, by name."""
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype the tensor is stored in."""
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's elements in order, as one-dimensional pieces valid until the next one is taken."""
+Tensors = Mapping[str, StoredTensor]  # by name
 
 
 @dataclass(frozen=True)
 class _Entry:
-    dtype: torch.dtype
+    dtype: torch.dtype | str
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
-class SafetensorsFile:
-    """A safetensors file read through plain file reads, so that memory use stays at one chunk.
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, read through plain file reads: memory use stays at one chunk.
 
     Raises CheckpointError when the file is missing, truncated or not a safetensors file.
     """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            entries, data_start = _read_header(path, file, size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; accepted: a complete copy of the checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
+    return {
+        name: StoredTensor(path, name, entry.shape, entry.dtype, partial(_chunks, path, entry, data_start))
+        for name, entry in entries.items()
+    }
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                self._entries, self._data_start = _read_header(path, file, size)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: not found; accepted: a complete copy of the checkpoint") from None
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
 
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self._entries.items()}
+def _chunks(path: Path, entry: _Entry, data_start: int) -> Iterator[Tensor]:
+    if isinstance(entry.dtype, str):
+        raise CheckpointError(f"{path}: values stored as {entry.dtype} are not read")
+    step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
+    buffer = torch.empty(min(step, entry.end - entry.begin), dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(data_start + entry.begin)
+        for position in range(entry.begin, entry.end, step):
+            piece = buffer[: min(step, entry.end - position)]
+            _fill(path, file, piece)
+            yield piece.view(entry.dtype)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._entries[name].dtype
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        entry = self._entries[name]
-        step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
-        buffer = torch.empty(min(step, entry.end - entry.begin), dtype=torch.uint8)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self._data_start + entry.begin)
-            for position in range(entry.begin, entry.end, step):
-                piece = buffer[: min(step, entry.end - position)]
-                self._fill(file, piece)
-                yield piece.view(entry.dtype)
-
-    def _fill(self, file: io.RawIOBase, piece: Tensor) -> None:
-        view = piece.numpy().data
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise _truncated(self.path)
-            view = view[count:]
+def _fill(path: Path, file: io.RawIOBase, piece: Tensor) -> None:
+    view = piece.numpy().data
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise _truncated(path)
+        view = view[count:]
 
 
 def _truncated(path: Path) -> CheckpointError:
@@ -118,8 +122,10 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, _Entry], int]:
-    length = int.from_bytes(file.read(8), "little")
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
     if size < 8 or length > HEADER_LIMIT:
+        refuse_lfs_pointer(path, start + file.read(len(LFS_POINTER)))
         raise _damaged(path, "its header length makes no sense")
     if size < 8 + length:
         raise _truncated(path)
@@ -127,11 +133,12 @@ def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[s
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {name: _entry(fields) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, f"its header does not parse: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header does not parse: {first_line(error)}") from None
     for name, entry in entries.items():
         stored = entry.end - entry.begin
-        if entry.begin < 0 or stored != math.prod(entry.shape) * entry.dtype.itemsize:
+        itemsize = entry.dtype.itemsize if isinstance(entry.dtype, torch.dtype) else None
+        if entry.begin < 0 or stored < 0 or (itemsize and stored != math.prod(entry.shape) * itemsize):
             raise _damaged(path, f"{name} of shape {list(entry.shape)} occupies {stored} bytes")
     if 8 + length + max((entry.end for entry in entries.values()), default=0) > size:
         raise _truncated(path)
@@ -139,34 +146,14 @@ def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[s
 
 
 def _entry(fields: dict[str, object]) -> _Entry:
-    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in DTYPES:
-        raise ValueError(f"data type {dtype!r}")
+    dtype, shape, offsets = str(fields["dtype"]), fields["shape"], fields["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError("a tensor without shape and data_offsets")
-    numbers = [*shape, *offsets]
-    if any(isinstance(number, bool) or not isinstance(number, int) for number in numbers):
-        raise ValueError("shape and data_offsets must be integers")
-    return _Entry(DTYPES[str(dtype)], tuple(shape), offsets[0], offsets[1])
-
-
-class TorchTensors:
-    """The state dictionary of a torch file, mapped into memory; its pages are read only as they are used."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        self.path = path
-        self._tensors = tensors
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        tensor = self._tensors[name]
-        yield from tensor.reshape(-1).split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+        raise ValueError("shape must be of integers")
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in offsets):
+        raise ValueError("data_offsets must be integers")
+    return _Entry(DTYPES.get(dtype, dtype), tuple(shape), offsets[0], offsets[1])
 
 
 def read_torch_file(path: Path) -> object:
@@ -184,10 +171,27 @@ def read_torch_file(path: Path) -> object:
             "accepted: tensors and plain values only"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path}: truncated or not a torch file ({reason}); copy or download it again"
+            f"{path}: truncated or not a torch file ({first_line(error)}); copy or download it again"
         ) from None
+
+
+def torch_tensors(path: Path, state: Mapping[object, object]) -> dict[str, StoredTensor]:
+    """The plain tensors of a torch file's state dictionary; their pages are read only as they are used."""
+    return {
+        str(name): StoredTensor(path, str(name), tuple(value.shape), value.dtype, partial(_split, value))
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+    }
+
+
+def _split(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.detach().reshape(-1).split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @dataclass(frozen=True)

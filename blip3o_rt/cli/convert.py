@@ -70,13 +70,12 @@ def _verify(folder: Path) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from blip3o_rt.checkpoint.convert import convert  # PyTorch takes seconds to import: not for --help
+    from blip3o_rt.checkpoint.source import Source
 
     start = time.perf_counter()
     manifest = convert(
-        arguments.source,
+        Source(arguments.source, arguments.diffusion, arguments.ta_tok),
         arguments.destination,
-        diffusion=arguments.diffusion,
-        ta_tok=arguments.ta_tok,
         dtype=arguments.dtype,
         switches=parse_switches(arguments.switch),
         progress=not arguments.quiet,

@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import __version__
-from blip3o_rt.checkpoint import published
-from blip3o_rt.checkpoint.config_file import ConfigFile
-from blip3o_rt.checkpoint.original import PathName
-from blip3o_rt.checkpoint.original_config import (
+from blip3o_rt.checkpoint.parts import DTYPES, layouts, published_name
+from blip3o_rt.checkpoint.published_config import (
+    ConfigFile,
     parse_ar,
     parse_dit,
     parse_image_tokens,
     parse_scheduler,
-    parse_ta_tok,
     parse_vae,
 )
-from blip3o_rt.checkpoint.parts import DTYPES, layouts, published_name
+from blip3o_rt.checkpoint.source import KNOWN, KNOWN_SANA, PathName
 from blip3o_rt.checkpoint.tensor_file import CHUNK_BYTES, SafetensorsWriter, TensorHeader
 from blip3o_rt.config import (
     ARConfig,
@@ -85,15 +83,14 @@ def _tiny() -> ModelConfig:
 
 
 def _published() -> ModelConfig:
-    config = ConfigFile("published", published.BLIP3O_NEXT_3B)
-    vision = ConfigFile("published", published.SIGLIP2_VISION)
-    ta_tok = parse_ta_tok(ConfigFile("published", published.TA_TOK_ARGUMENTS), vision)
+    config = ConfigFile.read(KNOWN / "BLIP3o-NEXT-3B" / "config.json")
+    ta_tok = TATokConfig(384, 14, 3, 1152, 4304, 27, 16, 1e-6, -2, 1536, 65536)
     return ModelConfig(
         ar=parse_ar(config, {}),
         image_tokens=parse_image_tokens(config, ta_tok.tokens),
-        dit=parse_dit(ConfigFile("published", published.SANA_TRANSFORMER)),
-        vae=parse_vae(ConfigFile("published", published.DC_AE)),
-        scheduler=parse_scheduler(ConfigFile("published", published.SANA_SCHEDULER)),
+        dit=parse_dit(ConfigFile.read(KNOWN_SANA / "transformer/config.json")),
+        vae=parse_vae(ConfigFile.read(KNOWN_SANA / "vae/config.json")),
+        scheduler=parse_scheduler(ConfigFile.read(KNOWN_SANA / "scheduler/scheduler_config.json")),
         edit=EditConfig(),
         ta_tok=ta_tok,
     )

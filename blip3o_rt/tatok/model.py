@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blip3o_rt.config import TATokConfig
-from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.nearest_code import nearest_code
@@ -23,12 +23,10 @@ class ImageTokenizer:
 
     `weights` are the runtime tensors of part "ta_tok" (tatok/layout.py), on one device and of one dtype, but
     for the float32 codebook. Encoder layers above the selected hidden state are never run. `recorder` records
-    what `prepare` asks for; None is that of the weights' device. Raises ConfigError for a geometry that is
-    not a vision tower's.
+    what `prepare` asks for; None is that of the weights' device.
     """
 
     def __init__(self, config: TATokConfig, weights: Weights, recorder: Recorder | None = None) -> None:
-        check_geometry(config)
         self.config = config
         self.codebook = weights["codebook"]
         self.patch_weight = weights["encoder.embeddings.patch_embedding.weight"].flatten(1)
@@ -117,20 +115,3 @@ class EncoderLayer:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
         attended = F.scaled_dot_product_attention(q, k, v)
         return linear(attended.transpose(1, 2).flatten(2), *self.attention_out)
-
-
-def check_geometry(config: TATokConfig) -> None:
-    """Raises ConfigError where the numbers do not make a vision tower."""
-    if config.hidden_size % config.num_heads:
-        raise ConfigError(
-            f"vision tower width {config.hidden_size} is not a multiple of its {config.num_heads} heads"
-        )
-    if not 0 <= config.layers_run <= config.num_layers:
-        raise ConfigError(
-            f"vision tower layer {config.selected_layer} is selected of {config.num_layers}: "
-            f"{-config.num_layers - 1} to {config.num_layers} is accepted"
-        )
-    if config.patch_size > config.image_size:
-        raise ConfigError(
-            f"vision tower patches of {config.patch_size} pixels in images of {config.image_size}"
-        )

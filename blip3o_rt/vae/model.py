@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
-from blip3o_rt.errors import ConfigError, ImageError
+from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.ops.rounding import arithmetic_dtype
 from blip3o_rt.recorded_function import RecordedFunction
@@ -37,13 +35,11 @@ class Autoencoder:
     a result does not depend, in its last bit, on what shares the batch, and the memory is that of one.
     `recorder` records what `prepare_decode` and `prepare_encode` ask for; None is that of the weights'
     device. `tiles` is the number along a side in which the stages without attention are computed (tiles.py).
-    Raises ConfigError for a geometry that is not a DC-AE's.
     """
 
     def __init__(
         self, config: VAEConfig, weights: Weights, recorder: Recorder | None = None, tiles: int = 1
     ) -> None:
-        check_geometry(config)
         self.config = config
         self.dtype = weights["decoder.conv_in.weight"].dtype
         self.device = weights["decoder.conv_in.weight"].device
@@ -145,60 +141,3 @@ def _stage(
         return [ResidualBlock(weights, prefix) for prefix in prefixes]
     scales = len(stage.multiscales)
     return [EfficientViTBlock(weights, prefix, config.attention_head_dim, scales) for prefix in prefixes]
-
-
-def check_geometry(config: VAEConfig) -> None:
-    """Raises ConfigError where the numbers do not make a DC-AE whose two halves fit each other."""
-    if config.downsample not in ("Conv", "pixel_unshuffle"):
-        raise ConfigError(
-            f"VAE downsampling '{config.downsample}': 'Conv' and 'pixel_unshuffle' are accepted"
-        )
-    if config.upsample not in ("interpolate", "pixel_shuffle"):
-        raise ConfigError(
-            f"VAE upsampling '{config.upsample}': 'interpolate' and 'pixel_shuffle' are accepted"
-        )
-    if len(config.encoder_stages) != len(config.decoder_stages):
-        raise ConfigError(
-            f"VAE encoder has {len(config.encoder_stages)} stages and decoder {len(config.decoder_stages)}: "
-            "the same number is needed"
-        )
-    shortcuts = {"encoder": config.encoder_out_shortcut, "decoder": config.decoder_in_shortcut}
-    for half, stages in (("encoder", config.encoder_stages), ("decoder", config.decoder_stages)):
-        for index, stage in enumerate(stages):
-            _check_stage(config, stage, f"VAE {half} stage {index}", outermost=index in (0, len(stages) - 1))
-        _check_resampling(config, half, stages)
-        if shortcuts[half] and stages[-1].channels % config.latent_channels:
-            raise ConfigError(
-                f"VAE {half} has {stages[-1].channels} channels at the latent, not a multiple of its "
-                f"{config.latent_channels}: the shortcut needs that"
-            )
-
-
-def _check_stage(config: VAEConfig, stage: VAEStageConfig, name: str, outermost: bool) -> None:
-    if stage.block not in ("ResBlock", "EfficientViTBlock"):
-        raise ConfigError(
-            f"{name} has blocks '{stage.block}': 'ResBlock' and 'EfficientViTBlock' are accepted"
-        )
-    if stage.layers == 0 and not outermost:
-        raise ConfigError(f"{name} has no layers: only the first and the last stage may have none")
-    if stage.block == "EfficientViTBlock" and stage.channels < config.attention_head_dim:
-        raise ConfigError(f"{name} has {stage.channels} channels, fewer than one attention head")
-    if any(kernel % 2 == 0 for kernel in stage.multiscales):
-        raise ConfigError(f"{name} has multiscale kernels {list(stage.multiscales)}: odd sizes are accepted")
-
-
-def _check_resampling(config: VAEConfig, half: str, stages: tuple[VAEStageConfig, ...]) -> None:
-    """Shortcuts average or repeat whole groups of channels; a pixel unshuffle makes channels in fours."""
-    if len(stages) == 1 and stages[0].layers == 0:
-        raise ConfigError(f"VAE {half} has a single stage without layers: nothing to compute")
-    for index, (fine, coarse) in enumerate(pairwise(stages)):
-        wide, narrow = 4 * fine.channels, coarse.channels
-        if fine.layers > 0 and wide % narrow:
-            raise ConfigError(
-                f"VAE {half} stage {index} has {fine.channels} channels and the next {narrow}: "
-                "4 times the first must be a multiple of the second"
-            )
-        if half == "encoder" and config.downsample == "pixel_unshuffle" and narrow % 4:
-            raise ConfigError(
-                f"VAE {half} stage {index + 1} has {narrow} channels: multiples of 4 are accepted"
-            )

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from blip3o_rt.ar.layout import layout as ar_layout
-from blip3o_rt.checkpoint.config_file import ConfigFile
-from blip3o_rt.checkpoint.original_config import parse_dit, parse_vae
 from blip3o_rt.checkpoint.parts import weight_bytes
-from blip3o_rt.checkpoint.published import DC_AE, SANA_TRANSFORMER
+from blip3o_rt.checkpoint.published_config import ConfigFile, parse_dit, parse_vae
+from blip3o_rt.checkpoint.source import KNOWN_SANA
 from blip3o_rt.config import ARConfig, TATokConfig
 from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.measure.random_checkpoint import preset
@@ -179,10 +178,11 @@ def test_ta_tok_matches_siglip(layers: int, selected: int, size: tuple[int, int]
 
 def test_published_sana_and_dc_ae_match_the_modules() -> None:
     model = preset("published")
-    for keys, build, specs in (
-        (SANA_TRANSFORMER, SanaTransformer2DModel, dit_layout(model.dit)),
-        (DC_AE, AutoencoderDC, vae_layout(model.vae)),
+    for component, build, specs in (
+        ("transformer", SanaTransformer2DModel, dit_layout(model.dit)),
+        ("vae", AutoencoderDC, vae_layout(model.vae)),
     ):
+        keys = ConfigFile.read(KNOWN_SANA / component / "config.json").data
         known = {name: value for name, value in keys.items() if not name.startswith("_")}
         assert original_shapes(specs) == module_shapes(lambda config, build=build: build(**config), known)
 

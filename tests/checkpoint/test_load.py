@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.checkpoint import parts
 from blip3o_rt.checkpoint.convert import convert
-from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.load import load_checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST
 from blip3o_rt.checkpoint.parts import layout_fingerprint
+from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ARConfig, ModelConfig
-from blip3o_rt.errors import CheckpointError, InsufficientMemoryError
+from blip3o_rt.errors import CheckpointError
 from blip3o_rt.weights import TensorSpec
 
 from .conftest import edit_json, edit_tensors
@@ -71,13 +72,16 @@ def test_another_dtype_is_refused(checkpoint: Path, converted: Path) -> None:
 
 
 def test_a_model_can_be_refused_before_it_is_read(checkpoint: Path, converted: Path) -> None:
-    def refuse(config: ModelConfig, dtype: torch.dtype) -> None:
-        assert dtype == torch.bfloat16
-        raise InsufficientMemoryError(f"{config.ar.num_layers} layers")
-
+    """Opening reads no weight: a file whose values cannot be used still opens."""
+    edit_tensors(
+        checkpoint / "model.safetensors", lambda tensors: tensors["model.norm.weight"].fill_(float("nan"))
+    )
+    (converted / "ar.safetensors").unlink()
     for path in (checkpoint, converted):
-        with pytest.raises(InsufficientMemoryError, match="2 layers"):
-            load_checkpoint(path, admit=refuse)
+        opened = open_checkpoint(path)
+        assert (opened.config.ar.num_layers, opened.stored_dtype) == (2, torch.bfloat16)
+        with pytest.raises(CheckpointError, match=r"NaN|missing"):
+            opened.load()
 
 
 def flip_last_bit(path: Path) -> None:
@@ -166,7 +170,7 @@ def test_another_arrangement_of_the_same_shapes_is_refused(
 
 def test_folders_are_refused_with_a_conversion(converted: Path, checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="takes no diffusion folder"):
-        load_checkpoint(converted, diffusion=checkpoint / "sana")
+        load_checkpoint(Source(converted, diffusion=checkpoint / "sana"))
 
 
 def test_the_cache_is_made_once_and_again_when_the_source_changes(checkpoint: Path, tmp_path: Path) -> None:

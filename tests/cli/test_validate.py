@@ -16,7 +16,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.convert import convert
-from blip3o_rt.checkpoint.published import SANA_NAME
+from blip3o_rt.checkpoint.source import SANA_NAME
 from blip3o_rt.measure.provenance import record_head
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.measure.validate import run as validate_run

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.checkpoint.original import read_original
+from blip3o_rt.checkpoint.load import load_checkpoint, open_checkpoint
 from blip3o_rt.config import ImageTokenConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
@@ -30,7 +29,7 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
 def test_it_reads_back_as_it_was_asked(dtype: str, tmp_path: Path) -> None:
     config = preset("tiny", ALL_FLAGS)
     assert write_random_checkpoint(tmp_path / "source", config, dtype=dtype) == config
-    original = read_original(tmp_path / "source")
+    original = open_checkpoint(tmp_path / "source")
     assert original.config == config
     assert original.stored_dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ConfigError, ImageError
-from blip3o_rt.tatok.model import ImageTokenizer, check_geometry
+from blip3o_rt.tatok.model import ImageTokenizer
 from tests.tatok.oracle import Oracle, oracle, round_weights, runtime_weights, small_config
 
 # Relative L2 of the features: float32 carries 6e-8, in at most four layers of sums of up to 600 products.
@@ -140,12 +140,12 @@ def test_pixels_of_another_shape_are_named(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_heads": 5}, "width 24 is not a multiple of its 5 heads"),
-        ({"selected_layer": -5}, "-4 to 3 is accepted"),
-        ({"selected_layer": 4}, "-4 to 3 is accepted"),
-        ({"patch_size": 31}, "patches of 31 pixels in images of 30"),
+        ({"num_heads": 5}, "num_attention_heads is 5; accepted: a divisor of hidden_size, 24"),
+        ({"selected_layer": -5}, "accepted: a hidden state of 3 layers, -4 to 3"),
+        ({"selected_layer": 4}, "accepted: a hidden state of 3 layers, -4 to 3"),
+        ({"patch_size": 31}, "patch_size is 31; accepted: at most image_size, 30"),
     ],
 )
 def test_a_geometry_that_is_not_a_tower_is_named(changes: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_geometry(dataclasses.replace(small_config(), **changes))
+        dataclasses.replace(small_config(), **changes).check()

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from blip3o_rt import ops
-from blip3o_rt.checkpoint.published import DC_AE, SANA_TRANSFORMER
+from blip3o_rt.checkpoint.source import KNOWN_SANA
 from blip3o_rt.vae.layout import GATED_EXPANSION
 
 TABLE = Path(__file__).with_name("resources.json")
@@ -141,7 +141,7 @@ Call = tuple[
 
 def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
     """The calls of a step of the published transformer: text to image, and editing with two null tokens."""
-    config = SANA_TRANSFORMER
+    config = json.loads((KNOWN_SANA / "transformer/config.json").read_text())
     side, heads, cross_heads = (
         config[name] for name in ("sample_size", "num_attention_heads", "num_cross_attention_heads")
     )
@@ -170,7 +170,8 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 def autoencoder_calls(dtype: torch.dtype) -> Iterator[Call]:
     """The calls of the published autoencoder; encoder and decoder have the same stages."""
-    stages = zip(DC_AE["decoder_block_out_channels"], DC_AE["decoder_block_types"], strict=True)
+    config = json.loads((KNOWN_SANA / "vae/config.json").read_text())
+    stages = zip(config["decoder_block_out_channels"], config["decoder_block_types"], strict=True)
     for stage, (channels, block) in enumerate(stages):
         side = IMAGE_SIDE >> stage
         place = f"vae {side} x {side}"
@@ -178,15 +179,16 @@ def autoencoder_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield place, "channel_rms_norm", (x, vector, vector, 1e-5), {"residual": x, "out": x}
         if stage == 0:
             yield "vae last norm", "channel_rms_norm", (x, vector, vector, 1e-5), {"relu": True, "out": x}
-        if stage + 1 < len(DC_AE["decoder_block_types"]):
-            coarse = DC_AE["decoder_block_out_channels"][stage + 1]
+        if stage + 1 < len(config["decoder_block_types"]):
+            coarse = config["decoder_block_out_channels"][stage + 1]
             smaller, bias = empty(1, side // 2, side // 2, coarse, dtype=dtype), empty(coarse, dtype=dtype)
             yield place, "add_pixel_shuffle", (x, smaller), {"bias": vector}
             yield place, "add_pixel_unshuffle", (smaller, x), {"bias": bias}
         if block == "ResBlock":
             yield place, "convolution_silu", (x, empty(channels, 3, 3, channels, dtype=dtype), vector), {}
         if block == "EfficientViTBlock":
-            qkv, heads = empty(1, side**2, 3 * channels, dtype=dtype), channels // DC_AE["attention_head_dim"]
+            heads = channels // config["attention_head_dim"]
+            qkv = empty(1, side**2, 3 * channels, dtype=dtype)
             scales = empty(1, side**2, 2 * channels, dtype=dtype)
             options = {"out": scales[..., channels:]}
             yield place, "relu_linear_attention", (qkv, None, None, heads, 0.0), options

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ConfigError, ImageError
-from blip3o_rt.vae.model import Autoencoder, check_geometry
+from blip3o_rt.vae.model import Autoencoder
 from tests.vae.oracle import (
     SMALL_STAGES,
     oracle,
@@ -41,7 +41,7 @@ def centred(image: Tensor) -> Tensor:
 
 def is_valid(config: VAEConfig) -> bool:
     try:
-        check_geometry(config)
+        config.check()
     except ConfigError:
         return False
     return True
@@ -205,26 +205,29 @@ def with_stage(index: int, **changes: object) -> tuple[VAEStageConfig, ...]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"downsample": "maxpool"}, "'maxpool': 'Conv' and 'pixel_unshuffle'"),
-        ({"upsample": "bilinear"}, "'bilinear': 'interpolate' and 'pixel_shuffle'"),
-        ({"encoder_stages": SMALL_STAGES[:3]}, "3 stages and decoder 4"),
-        ({"decoder_stages": with_stage(1, block="ViT")}, "decoder stage 1 has blocks 'ViT'"),
-        ({"encoder_stages": with_stage(2, layers=0)}, "encoder stage 2 has no layers"),
-        ({"decoder_stages": with_stage(2, channels=4)}, "fewer than one attention head"),
-        ({"decoder_stages": with_stage(2, multiscales=(4,))}, r"kernels \[4\]: odd"),
-        ({"encoder_stages": with_stage(1, channels=24)}, "4 times the first must be a multiple"),
-        ({"decoder_stages": with_stage(3, channels=36)}, "4 times the first must be a multiple"),
-        ({"latent_channels": 12}, "not a multiple of its 12"),
+        ({"downsample": "maxpool"}, "'maxpool'; accepted: 'Conv' or 'pixel_unshuffle'"),
+        ({"upsample": "bilinear"}, "'bilinear'; accepted: 'interpolate' or 'pixel_shuffle'"),
+        ({"encoder_stages": SMALL_STAGES[:3]}, "as many stages as encoder_block_out_channels"),
+        ({"decoder_stages": with_stage(1, block="ViT")}, "decoder_block_types is 'ViT'"),
+        ({"encoder_stages": with_stage(2, layers=0)}, r"encoder_layers_per_block is \[.*0.*\]"),
+        ({"decoder_stages": with_stage(2, channels=4)}, "at least attention_head_dim"),
+        (
+            {"decoder_stages": with_stage(2, multiscales=(4,))},
+            r"decoder_qkv_multiscales is \[4\]; accepted: odd",
+        ),
+        ({"encoder_stages": with_stage(1, channels=24)}, "divide 4 times their finer neighbour"),
+        ({"decoder_stages": with_stage(3, channels=36)}, "divide 4 times their finer neighbour"),
+        ({"latent_channels": 12}, "latent_channels is 12; accepted: a divisor of"),
         (
             {"downsample": "pixel_unshuffle", "encoder_stages": with_stage(1, channels=2)},
-            "encoder stage 1 has 2 channels: multiples of 4",
+            "multiples of 4, with downsample_block_type pixel_unshuffle",
         ),
         (
             {"encoder_stages": with_stage(0, layers=0)[:1], "decoder_stages": SMALL_STAGES[:1]},
-            "a single stage without layers",
+            "0 only for the first and the last stage of several",
         ),
     ],
 )
 def test_a_geometry_that_is_not_a_dc_ae_is_named(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_geometry(small_config(**changes))
+        small_config(**changes).check()

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from blip3o_rt.checkpoint.published import DIFFUSION, SIGLIP_NAME, VISION, known_name
+from blip3o_rt.checkpoint.source import SANA_NAME, SIGLIP_NAME, known_folder
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: "
@@ -464,16 +464,14 @@ def _pixels(image: Image.Image) -> Tensor:
 
 def _diffusion_configs(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Configurations of transformer, vae and scheduler: the folder's, else those known by the name."""
-    if (folder / "transformer" / "config.json").is_file():
-        return {
-            "transformer": SanaTransformer2DModel.load_config(folder / "transformer"),
-            "vae": AutoencoderDC.load_config(folder / "vae"),
-            "scheduler": FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler"),
-        }
-    known = known_name(name, DIFFUSION)
-    if known is None:
+    found = folder if (folder / "transformer" / "config.json").is_file() else known_folder(name, SANA_NAME)
+    if found is None:
         raise ValueError(f"{folder} is no diffusers folder, and {name} is not known by name")
-    return {component: dict(config) for component, config in DIFFUSION[known].items()}
+    return {
+        "transformer": SanaTransformer2DModel.load_config(found / "transformer"),
+        "vae": AutoencoderDC.load_config(found / "vae"),
+        "scheduler": FlowMatchEulerDiscreteScheduler.load_config(found / "scheduler"),
+    }
 
 
 def _vision_config(folders: Sequence[Path], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -484,10 +482,10 @@ def _vision_config(folders: Sequence[Path], arguments: dict[str, Any]) -> dict[s
             if (folder / name / "config.json").is_file():
                 config = _json(folder / name / "config.json")
                 return config.get("vision_config", config)
-    known = known_name(teacher, VISION)
+    known = known_folder(teacher, SIGLIP_NAME)
     if known is None:
         raise ValueError(f"the vision tower {teacher} is not known by name, and there is no folder siglip2")
-    return dict(VISION[known])
+    return _json(known / "config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.checkpoint.parts import dtype_name, weight_bytes
+from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
@@ -30,7 +31,7 @@ class Subject:
 
     size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or the
     checkpoint's path as the user gave it. cache_dir holds the converted form of a published checkpoint.
-    switches: of the fast tier; none in the exact one. diffusion and ta_tok: as in `load_checkpoint`.
+    switches: of the fast tier; none in the exact one. diffusion and ta_tok: as in `Source`.
     """
 
     size: str
@@ -45,14 +46,12 @@ class Subject:
     def load(self, parts: Collection[str] | None = None) -> Checkpoint:
         """The named parts, all without names. On the CPU they are mapped: memory is taken by what is used."""
         return load_checkpoint(
-            self.folder,
+            Source(self.folder, self.diffusion, self.ta_tok),
             dtype=self.dtype,
             device=self.device,
             cache_dir=self.cache_dir,
             parts=parts,
             switches=self.switches,
-            diffusion=self.diffusion,
-            ta_tok=self.ta_tok,
         )
 
     def config(self) -> ModelConfig:

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
+from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST, Manifest
-from blip3o_rt.checkpoint.original import read_original
 from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.baselines.published import PublishedModel, Reference
@@ -29,7 +29,7 @@ class Subject:
     """A checkpoint in the published layout, what of it is run, and the inputs its stages are given.
 
     Nothing stays loaded: whoever asks for a checkpoint or a published model drops it before the next.
-    diffusion and ta_tok are as in `read_original`. Raises CheckpointError for a folder in the runtime's own
+    diffusion and ta_tok are as in `Source`. Raises CheckpointError for a folder in the runtime's own
     layout, which the published code cannot read.
     """
 
@@ -51,20 +51,14 @@ class Subject:
             )
         self.folder, self.device = folder, device
         self._diffusion, self._ta_tok = diffusion, ta_tok
-        self.whole_config: ModelConfig = read_original(folder, diffusion=diffusion, ta_tok=ta_tok).config
+        self._opened = open_checkpoint(Source(folder, diffusion, ta_tok))
+        self.whole_config: ModelConfig = self._opened.config
         self.scope = Scope.of(self.whole_config, tokens=tokens, latent=latent, steps=steps)
         self.config = self.scope.shorten(self.whole_config)
 
     def ours(self, dtype: str, *parts: str, whole: bool = False) -> Checkpoint:
         """The named parts (none: all) in "fp32" or "bf16", with the geometry of the scope or the whole."""
-        loaded = load_checkpoint(
-            self.folder,
-            dtype=DTYPES[dtype],
-            device=self.device,
-            diffusion=self._diffusion,
-            ta_tok=self._ta_tok,
-            parts=parts or None,
-        )
+        loaded = self._opened.load(self.device, DTYPES[dtype], parts=parts or None)
         return replace(loaded, config=self.whole_config if whole else self.config)
 
     def published(self, dtype: str, *, whole: bool = False) -> PublishedModel:

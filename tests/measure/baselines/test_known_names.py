@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import SiglipVisionConfig
 
-from blip3o_rt.checkpoint import published
+from blip3o_rt.checkpoint.source import KNOWN
 from blip3o_rt.measure.baselines.published import AutoencoderDC, PublishedModel, SanaTransformer2DModel
 
 
 def test_names_stand_for_the_published_configurations(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(published.BLIP3O_NEXT_3B))
+    shutil.copy(KNOWN / "BLIP3o-NEXT-3B" / "config.json", tmp_path)
     model = PublishedModel(tmp_path)
     assert (model.latent_size, model.latent_channels, model.tokens_per_image) == (32, 32, 729)
     assert model.scheduler.config.num_train_timesteps == 1000
@@ -26,7 +27,8 @@ def test_names_stand_for_the_published_configurations(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    config = {**published.BLIP3O_NEXT_3B, "diffusion_name_or_path": "somebody/something"}
+    config = json.loads((KNOWN / "BLIP3o-NEXT-3B" / "config.json").read_text())
+    config["diffusion_name_or_path"] = "somebody/something"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="somebody/something is not known by name"):
         PublishedModel(tmp_path)

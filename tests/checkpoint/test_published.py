@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from blip3o_rt.checkpoint import published
-from blip3o_rt.checkpoint.assemble import check_tensors
 from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.checkpoint.original import read_original
+from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
+from blip3o_rt.checkpoint.source import KNOWN_SANA, SANA_NAME, SIGLIP_NAME, PathName, Source, known_folder
 from blip3o_rt.config import EditConfig, ModelConfig, SchedulerConfig
 from blip3o_rt.errors import CheckpointError, ConfigError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
@@ -27,6 +26,12 @@ VAE = "sana/vae/config.json"
 SCHEDULER = "sana/scheduler/scheduler_config.json"
 SIGLIP = "siglip2/config.json"
 MISSING = object()
+
+
+def opened(path: PathName, **options: Any) -> PublishedCheckpoint:
+    """A published checkpoint, opened and checked."""
+    return open_published(Source(path, **options))
+
 
 REFUSED: list[tuple[str, str, Any, str]] = [
     ("config.json", "architectures", ["LlamaForCausalLM"], "blip3oQwenForInferenceLM"),
@@ -104,7 +109,7 @@ def test_unknown_configuration_values_are_refused(
     else:
         edit_json(checkpoint / file, {key: value})
     with pytest.raises(ConfigError) as refusal:
-        read_original(checkpoint)
+        opened(checkpoint)
     message = str(refusal.value)
     assert key in message
     assert accepted in message
@@ -118,7 +123,7 @@ def test_encoder_and_decoder_must_have_as_many_stages(checkpoint: Path) -> None:
     three |= {"block_types": "ResBlock", "qkv_multiscales": [[], [], []]}
     edit_json(checkpoint / VAE, {f"decoder_{key}": value for key, value in three.items()})
     with pytest.raises(ConfigError, match=r"decoder_block_out_channels.*as many stages as encoder"):
-        read_original(checkpoint)
+        opened(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_unknown_vision_values_are_refused(
     vision = json.loads((checkpoint / SIGLIP).read_text())[section]
     edit_json(checkpoint / SIGLIP, {section: {**vision, key: value}})
     with pytest.raises(ConfigError, match=accepted):
-        read_original(checkpoint)
+        opened(checkpoint)
 
 
 def with_ta_tok(folder: Path, change: dict[str, Any]) -> Path:
@@ -164,7 +169,7 @@ def with_ta_tok(folder: Path, change: dict[str, Any]) -> Path:
 def test_unknown_ta_tok_settings_are_refused(change: dict[str, Any], accepted: str, tmp_path: Path) -> None:
     folder = with_ta_tok(tmp_path / "source", change)
     with pytest.raises(ConfigError, match=accepted):
-        read_original(folder)
+        opened(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,7 @@ def test_another_torch_file_is_not_ta_tok(data: object, tmp_path: Path) -> None:
     folder = with_ta_tok(tmp_path / "source", {})
     torch.save(data, folder / "ta_tok.pth")
     with pytest.raises(CheckpointError, match="not a TA-Tok file"):
-        read_original(folder)
+        opened(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", TRANSFORMER, VAE, SCHEDULER])
@@ -187,20 +192,20 @@ def test_missing_and_damaged_configuration_files_are_named(
     else:
         (checkpoint / name).write_bytes(content.encode("latin-1"))
     with pytest.raises((CheckpointError, ConfigError)) as refusal:
-        read_original(checkpoint)
+        opened(checkpoint)
     assert Path(name).parent.name in str(refusal.value) or Path(name).name in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a folder"):
-        read_original(tmp_path / "nothing")
+        opened(tmp_path / "nothing")
 
 
 def test_a_checkpoint_without_tokenizer_is_refused(checkpoint: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="no tokenizer"):
-        read_original(checkpoint)
+        opened(checkpoint)
 
 
 def test_a_checkpoint_of_pickles_is_refused(checkpoint: Path) -> None:
@@ -208,7 +213,7 @@ def test_a_checkpoint_of_pickles_is_refused(checkpoint: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"pytorch_model\.bin is a pickle; .*accepted: model\.safetensors"
     ):
-        read_original(checkpoint)
+        opened(checkpoint)
 
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -270,12 +275,12 @@ def test_an_unknown_tensor_is_a_warning_and_a_known_unused_one_is_not(checkpoint
         "model.und_image_vae_as_noise_connector.0.weight": torch.zeros(2),
     }
     edit_tensors(checkpoint / "model.safetensors", lambda tensors: tensors.update(extra))
-    assert check_tensors(read_original(checkpoint)) == ["model.mystery.weight is not known and was left out"]
+    assert opened(checkpoint).warnings == ["model.mystery.weight is not known and was left out"]
 
 
 def weights_equal(one: Path, other: Path, **arguments: Any) -> bool:
     """Whether two checkpoints load to the same weights, bit for bit."""
-    first, second = load_checkpoint(one), load_checkpoint(other, **arguments)
+    first, second = load_checkpoint(one), load_checkpoint(Source(other, **arguments))
     assert first.weights.keys() == second.weights.keys()
     assert all(first.weights[part].keys() == second.weights[part].keys() for part in first.weights)
     return all(
@@ -298,7 +303,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "source", shards=3)
     (tmp_path / "source" / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.safetensors: not found"):
-        read_original(tmp_path / "source")
+        opened(tmp_path / "source")
 
 
 @pytest.mark.parametrize("weight_map", [None, {"a": "../x.safetensors"}, {"a": 3}])
@@ -306,7 +311,7 @@ def test_a_bad_shard_index_is_refused(weight_map: object, tmp_path: Path) -> Non
     write_random_checkpoint(tmp_path / "source", shards=2)
     edit_json(tmp_path / "source" / "model.safetensors.index.json", {"weight_map": weight_map})
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        read_original(tmp_path / "source")
+        opened(tmp_path / "source")
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
@@ -315,7 +320,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     name, tensor = next(iter(load_file(first).items()))
     edit_tensors(second, lambda tensors: tensors.update({name: tensor.clone()}))
     with pytest.raises(CheckpointError, match="is in both"):
-        read_original(tmp_path / "source")
+        opened(tmp_path / "source")
 
 
 def tied(config: ModelConfig) -> ModelConfig:
@@ -338,15 +343,14 @@ def test_a_tied_head_has_no_weight(tmp_path: Path) -> None:
 
 def test_a_head_beside_a_tied_one_is_ignored(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", {"tie_word_embeddings": True})
-    original = read_original(checkpoint)
-    assert check_tensors(original) == []
+    assert opened(checkpoint).warnings == []
     assert "lm_head.weight" not in load_checkpoint(checkpoint).weights["ar"]
 
 
 def test_the_tower_inside_equals_the_tower_in_a_file(checkpoint: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     write_random_checkpoint(outside, preset("tiny", ALL_FLAGS), seed=3, tower="file")
-    assert "ta_tok.pth" in {path.name for path in read_original(outside).files}
+    assert "ta_tok.pth" in {path.name for path in opened(outside).files}
     assert weights_equal(checkpoint, outside)
 
 
@@ -354,7 +358,7 @@ def test_the_tower_inside_wins_unless_a_file_is_given(checkpoint: Path, tmp_path
     other = tmp_path / "other"
     write_random_checkpoint(other, preset("tiny", ALL_FLAGS), seed=4, tower="file")
     before = load_checkpoint(checkpoint).weights["ta_tok"]["codebook"]
-    given = load_checkpoint(checkpoint, ta_tok=other / "ta_tok.pth").weights["ta_tok"]["codebook"]
+    given = load_checkpoint(Source(checkpoint, ta_tok=other / "ta_tok.pth")).weights["ta_tok"]["codebook"]
     shutil.copy(other / "ta_tok.pth", checkpoint / "ta_tok.pth")
     beside = load_checkpoint(checkpoint).weights["ta_tok"]["codebook"]
     assert torch.equal(before, beside)
@@ -365,23 +369,23 @@ def test_a_tower_elsewhere_is_found_where_it_is_named(tmp_path: Path) -> None:
     folder = with_ta_tok(tmp_path / "source", {})
     expected = load_checkpoint(folder).weights["ta_tok"]["codebook"]
     (folder / "ta_tok.pth").rename(tmp_path / "tower.pth")
-    assert read_original(folder).config.ta_tok is None
+    assert opened(folder).config.ta_tok is None
     edit_json(folder / "config.json", {"mm_vision_tower": "../tower.pth"})
     assert torch.equal(load_checkpoint(folder).weights["ta_tok"]["codebook"], expected)
     edit_json(folder / "config.json", {"mm_vision_tower": "/nobody/has/this/ta_tok.pth"})
-    found = load_checkpoint(folder, ta_tok=tmp_path / "tower.pth").weights["ta_tok"]["codebook"]
+    found = load_checkpoint(Source(folder, ta_tok=tmp_path / "tower.pth")).weights["ta_tok"]["codebook"]
     assert torch.equal(found, expected)
 
 
 def test_a_checkpoint_without_tower_draws_only(tmp_path: Path) -> None:
     config = write_random_checkpoint(tmp_path / "source", preset("tiny", ALL_FLAGS), tower="none")
-    original = read_original(tmp_path / "source")
+    original = opened(tmp_path / "source")
     assert original.config == config
     assert original.config.ta_tok is None
     assert original.config.image_tokens.tokens_per_image == 64
     assert any("no vision tower" in warning for warning in original.warnings)
     (tmp_path / "source" / SIGLIP).unlink()
-    assert read_original(tmp_path / "source").config.image_tokens.tokens_per_image == 729
+    assert opened(tmp_path / "source").config.image_tokens.tokens_per_image == 729
 
 
 def test_the_codebook_is_the_normalised_projection(checkpoint: Path) -> None:
@@ -432,13 +436,13 @@ def test_missing_stock_weights_are_asked_for(checkpoint: Path) -> None:
         lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("model.sana.")],
     )
     with pytest.raises(CheckpointError, match="transformer: no weights"):
-        read_original(checkpoint)
+        opened(checkpoint)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        published.SANA_NAME,
+        SANA_NAME,
         "/somebody/models/SANA1.5_1.6B_1024px_diffusers",
         "/cache/hub/models--Efficient-Large-Model--SANA1.5_1.6B_1024px_diffusers/snapshots/0123abc",
     ],
@@ -446,40 +450,39 @@ def test_missing_stock_weights_are_asked_for(checkpoint: Path) -> None:
 def test_a_published_name_needs_no_folder(name: str, checkpoint: Path) -> None:
     shutil.rmtree(checkpoint / "sana")
     edit_json(checkpoint / "config.json", {"diffusion_name_or_path": name})
-    original = read_original(checkpoint)
-    assert original.config.dit == preset("published").dit
-    assert original.config.vae == preset("published").vae
-    assert original.config.scheduler == SchedulerConfig(1000, 1.0)
+    published = preset("published")
+    assert known_folder(name, SANA_NAME) == KNOWN_SANA
+    assert (published.dit.num_layers, published.vae.scaling_factor) == (20, 0.41407)
+    assert published.scheduler == SchedulerConfig(1000, 1.0)
     with pytest.raises(CheckpointError, match=r"has shape .*; accepted: \[2304, 64\]"):
-        check_tensors(original)
+        opened(checkpoint)
 
 
 def test_the_published_siglip_is_known_by_name(tmp_path: Path) -> None:
     folder = with_ta_tok(
         tmp_path / "source",
-        {"teacher": published.SIGLIP_NAME, "input_size": 384, "bottleneck_token_num": 729},
+        {"teacher": SIGLIP_NAME, "input_size": 384, "bottleneck_token_num": 729},
     )
     shutil.rmtree(folder / "siglip2")
-    tower = read_original(folder).config.ta_tok
-    assert tower is not None
-    assert (tower.hidden_size, tower.num_layers, tower.tokens) == (1152, 27, 729)
+    with pytest.raises(CheckpointError, match=r"has shape .*; accepted: \[64, 1152\]"):
+        opened(folder)
     data = torch.load(folder / "ta_tok.pth", weights_only=True)
     data["model"]["args"]["teacher"] = "openai/clip"
     torch.save(data, folder / "ta_tok.pth")
     with pytest.raises(ConfigError, match="teacher is 'openai/clip'; accepted: google/siglip2"):
-        read_original(folder)
+        opened(folder)
 
 
 def test_a_given_folder_that_is_not_diffusers_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no transformer/config\.json"):
-        read_original(checkpoint, diffusion=tmp_path)
+        opened(checkpoint, diffusion=tmp_path)
 
 
 def test_shift_is_honoured_and_flow_shift_is_not(checkpoint: Path) -> None:
     edit_json(checkpoint / SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0})
-    assert read_original(checkpoint).config.scheduler.shift == 1.0
+    assert opened(checkpoint).config.scheduler.shift == 1.0
     edit_json(checkpoint / SCHEDULER, {"shift": 2.5})
-    assert read_original(checkpoint).config.scheduler.shift == 2.5
+    assert opened(checkpoint).config.scheduler.shift == 2.5
 
 
 def test_rope_theta_may_stand_in_rope_parameters(checkpoint: Path) -> None:
@@ -488,12 +491,12 @@ def test_rope_theta_may_stand_in_rope_parameters(checkpoint: Path) -> None:
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         remove=("rope_theta", "rope_scaling"),
     )
-    assert read_original(checkpoint).config.ar.rope_theta == 5e5
+    assert opened(checkpoint).config.ar.rope_theta == 5e5
 
 
 def test_head_dim_may_be_missing(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", remove=("head_dim",))
-    assert read_original(checkpoint).config.ar.head_dim == 32  # as the weights have it, not 64 / 4
+    assert opened(checkpoint).config.ar.head_dim == 32  # as the weights have it, not 64 / 4
 
 
 @pytest.mark.parametrize("stated", [16, 32])
@@ -504,7 +507,7 @@ def test_the_channelwise_variant_is_seen_in_the_weights(stated: int, tmp_path: P
     assert load_checkpoint(tmp_path / "source").config == config
     edit_json(tmp_path / "source" / "config.json", {"use_und_image_vae_as_noise": False})
     with pytest.raises(ConfigError, match="in_channels is 32; accepted: 16"):
-        read_original(tmp_path / "source")
+        opened(tmp_path / "source")
 
 
 @pytest.mark.parametrize("flags", [EditConfig(), EditConfig(True), EditConfig(False, True), ALL_FLAGS])

@@ -1,0 +1,92 @@
+"""Where a checkpoint is: what a user names, and the files on this machine that are meant by it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from blip3o_rt.errors import CheckpointError
+
+PathName = str | os.PathLike[str]
+
+LFS_POINTER = b"version https://git-lfs"
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Configurations that checkpoints refer to by a hub repository's name, so that no network is needed.
+KNOWN = Path(__file__).parent / "known"
+SANA_NAME = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
+SIGLIP_NAME = "google/siglip2-so400m-patch14-384"
+KNOWN_SANA, KNOWN_SIGLIP = (KNOWN / name.split("/")[1] for name in (SANA_NAME, SIGLIP_NAME))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as a user names it.
+
+    Attributes:
+        path: Its folder, published or converted, or a hub cache's `models--OWNER--NAME`.
+        diffusion: A diffusers folder in place of the one that config.json names.
+        ta_tok: A ta_tok.pth in place of the image tokenizer that the checkpoint has or names.
+    """
+
+    path: PathName
+    diffusion: PathName | None = None
+    ta_tok: PathName | None = None
+
+    @classmethod
+    def of(cls, source: Source | PathName) -> Source:
+        """A source, of which the path alone may be given."""
+        return source if isinstance(source, Source) else cls(source)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_lfs_pointer(path: Path, head: bytes) -> None:
+    """Raise CheckpointError where a file's first bytes are those of a git-lfs pointer."""
+    if head.startswith(LFS_POINTER):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` there")
+
+
+def known_folder(name_or_path: str, name: str) -> Path | None:
+    """The folder with a published repository's configurations, where that is what a name or path means.
+
+    A path means a repository when one of its folders has the repository's name, as a clone or the hub's
+    cache (`models--owner--name`) does: "/data/models/SANA1.5_1.6B_1024px_diffusers".
+    """
+    owner, repository = name.split("/")
+    folders = re.split(r"[/\\]", name_or_path)
+    known = repository in folders or f"models--{owner}--{repository}" in folders
+    return KNOWN / repository if known else None
+
+
+def checkpoint_folder(name: PathName) -> Path:
+    """The folder that a user names. Raises CheckpointError where there is none."""
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_dir():
+            return newest_snapshot(folder)
+        reason = "not a folder"
+    except (OSError, ValueError) as error:
+        reason = f"not a folder ({getattr(error, 'strerror', None) or error})"
+    hint = ""
+    if HUB_NAME.fullmatch(os.fspath(name)):
+        hint = f"; download it with `hf download {name} --local-dir DIR` and give DIR"
+    raise CheckpointError(f"{name}: {reason}; accepted: a checkpoint folder with config.json{hint}")
+
+
+def newest_snapshot(folder: Path) -> Path:
+    """The newest snapshot in a hub cache's folder; any other folder is returned as it is."""
+    snapshots = folder / "snapshots"
+    if not folder.name.startswith("models--") or not snapshots.is_dir():
+        return folder
+    found = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise CheckpointError(f"{folder}: a hub cache without snapshots; download the checkpoint again")
+    return found[-1]
