@@ -41,6 +41,10 @@ class InsufficientMemoryError(Blip3oError):
     """The machine has less memory than the request needs; the message says how much that is."""
 
 
+class ForkError(Blip3oError):
+    """A model is used in a process that was forked after a model had been loaded."""
+
+
 class OpError(Blip3oError):
     """A forced op implementation cannot run the call, or an op was given operands it does not accept."""
 

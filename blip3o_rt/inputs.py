@@ -48,7 +48,7 @@ def check_token_ids(token_ids: Tensor | Sequence[int], config: ModelConfig) -> T
     count, vocabulary = config.image_tokens.tokens_per_image, config.ar.vocab_size
     accepted = f"accepted are {count} integers, [{count}] or [1, {count}]"
     try:
-        found = torch.as_tensor(token_ids)
+        found = torch.as_tensor(token_ids, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ParameterError(f"token_ids is not a tensor or list of numbers: {accepted}") from None
     if found.dtype not in (torch.int32, torch.int64) or tuple(found.shape) not in ((count,), (1, count)):

@@ -8,9 +8,11 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,22 +284,81 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native or name == "bf16" else torch.float32
 
 
-@contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """On a GPU, float32 without TF32 and bfloat16 products summed in float32; restores what was set."""
+@dataclass(frozen=True)
+class _Setting:
+    """A setting of torch for the whole process, and the values that exact arithmetic accepts."""
+
+    get: Callable[[], Any]
+    put: Callable[[Any], None]
+    accepted: tuple[Any, ...]
+
+    @classmethod
+    def attribute(cls, owner: Any, name: str, *accepted: Any) -> _Setting:
+        return cls(partial(getattr, owner, name), partial(setattr, owner, name), accepted)
+
+
+class _Held:
+    """Settings kept at accepted values while any thread needs them: the last to leave puts back what was."""
+
+    def __init__(self, settings: Callable[[], list[_Setting]]) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[_Setting, Any]] = []
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                found = [(setting, setting.get()) for setting in self._settings()]
+                self._before = [(setting, value) for setting, value in found if value not in setting.accepted]
+                for setting, _ in self._before:
+                    setting.put(setting.accepted[0])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    for setting, value in self._before:
+                        setting.put(value)
+
+
+def _cpu_settings() -> list[_Setting]:
     import torch
 
-    if device.type != "cuda":
-        yield
-        return
-    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolution.allow_tf32, product.allow_tf32, product.allow_bf16_reduced_precision_reduction
-    convolution.allow_tf32 = product.allow_tf32 = product.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        convolution.allow_tf32, product.allow_tf32 = before[:2]
-        product.allow_bf16_reduced_precision_reduction = before[2]
+    return _full_precision(torch.backends.mkldnn, "matmul", "conv")
+
+
+def _cuda_settings() -> list[_Setting]:
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    return [
+        *_full_precision(torch.backends.cuda, "matmul"),
+        *_full_precision(torch.backends.cudnn, "conv"),
+        _Setting.attribute(matmul, "allow_bf16_reduced_precision_reduction", False),
+        # Refuses products of cuBLAS without a variable of its own; the sums of ours have one order anyway.
+        _Setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, (0,)),
+    ]
+
+
+def _full_precision(backend: Any, *operations: str) -> list[_Setting]:
+    return [
+        _Setting.attribute(getattr(backend, name), "fp32_precision", "ieee", "none") for name in operations
+    ]
+
+
+_HELD = {"cpu": _Held(_cpu_settings), "cuda": _Held(_cuda_settings)}
+
+
+def exact_arithmetic(device: torch.device) -> AbstractContextManager[None]:
+    """Products in full within the block: float32 without TF32 or bfloat16 inside, bfloat16 summed in float32.
+
+    The settings are the process's: what was set before is put back when the last thread leaves.
+    """
+    return _HELD[device.type].hold()
 
 
 def nvcc_version() -> str | None:

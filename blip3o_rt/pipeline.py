@@ -24,7 +24,8 @@ from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, Param
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
-from blip3o_rt.machine import exact_arithmetic, resolve_device, resolve_dtype
+from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
+from blip3o_rt.machine import resolve_device, resolve_dtype
 from blip3o_rt.metadata import picture_fields
 from blip3o_rt.params import (
     DiffusionParams,
@@ -64,14 +65,22 @@ NO_REFERENCE = _Reference([], None, ())
 
 
 class _Run:
-    """The time, progress and op usage of one call."""
+    """The time, progress and op usage of one call; its callbacks run under the caller's settings of torch."""
 
-    def __init__(self, pipeline: Pipeline, callback: ProgressCallback | None, progress: bool) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        settings: OwnSettings,
+        callback: ProgressCallback | None,
+        progress: bool,
+        on_image: ImageCallback | None = None,
+    ) -> None:
         ops.reset_used()
         pipeline._recorder.not_recorded.clear()
         self._pipeline = pipeline
         self.timer = StageTimer(pipeline.device)
-        self.progress = ProgressReporter(callback, progress)
+        self.progress = ProgressReporter(callback and settings.outside(callback), progress)
+        self.on_image = on_image and settings.outside(on_image)
 
     def report(self) -> Report:
         pipeline = self._pipeline
@@ -87,7 +96,11 @@ class _Run:
 
 
 class Pipeline:
-    """A loaded model. Make one with `Pipeline.load`; use it for any number of requests, one at a time."""
+    """A loaded model. Make one with `Pipeline.load`, and use it from any thread for any number of requests.
+
+    A request that comes while another runs waits for its turn, first come, first served. A callback may make
+    requests of its own; it must not wait for one that another thread makes.
+    """
 
     def __init__(
         self,
@@ -97,16 +110,21 @@ class Pipeline:
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
         recorder: Recorder | None = None,
     ) -> None:
-        config, weights = checkpoint.config, checkpoint.weights
-        self.config: ModelConfig = config
+        self.config: ModelConfig = checkpoint.config
         self.dtype: torch.dtype = checkpoint.dtype
+        self.device: torch.device = checkpoint.device
         self.switches: dict[str, str] = dict(checkpoint.switches)
         self.tier = FAST if self.switches else EXACT
+        self._isolation = Isolation(self.device)
+        self._recorder = recorder or Recorder.of(self.device)
+        with self._isolation.turn():
+            self._build(checkpoint, max_batch, max_prompt_tokens)
+
+    def _build(self, checkpoint: Checkpoint, max_batch: int, max_prompt_tokens: int) -> None:
+        config, weights = checkpoint.config, checkpoint.weights
         tokens = config.image_tokens.tokens_per_image
         longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
         self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
-        self.device: torch.device = checkpoint.device
-        self._recorder = recorder or Recorder.of(self.device)
         self._engine = TokenEngine(
             config.ar,
             config.image_tokens,
@@ -162,10 +180,14 @@ class Pipeline:
         target = resolve_device(device)
         chosen = check_tier(tier, switches, target.type)
         check_device(chosen, target.type)
+        check_fork()
         kept = resolve_dtype(dtype, target)
-        opened = open_checkpoint(Source(embedded_checkpoint() if path is None else path, diffusion, ta_tok))
-        require_room(opened.config, kept, chosen, target, max_batch, max_prompt_tokens)
-        checkpoint = opened.load(target, kept, switches=chosen, cache_dir=cache_dir)
+        with OwnSettings(target, torch.get_num_threads()):
+            opened = open_checkpoint(
+                Source(embedded_checkpoint() if path is None else path, diffusion, ta_tok)
+            )
+            require_room(opened.config, kept, chosen, target, max_batch, max_prompt_tokens)
+            checkpoint = opened.load(target, kept, switches=chosen, cache_dir=cache_dir)
         pipeline = cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
         pipeline.prepare()
         return pipeline
@@ -178,7 +200,7 @@ class Pipeline:
         """
         if self.device.type == "cpu" and not self._recorder.captures:
             return
-        with exact_arithmetic(self.device):
+        with self._isolation.turn():
             self._renderer.prepare(edits=self._tokenizer is not None)
             if self._tokenizer is not None:
                 self._tokenizer.prepare()
@@ -216,8 +238,8 @@ class Pipeline:
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         self._prompts.check(prompt)
         given = None if token_ids is None else check_token_ids(token_ids, self.config)
-        run = _Run(self, callback, progress)
-        with exact_arithmetic(self.device):
+        with self._isolation.turn() as settings:
+            run = _Run(self, settings, callback, progress)
             reference = NO_REFERENCE if image is None else self._look_at(image, run)
             prompts = [self._token_prompt(prompt, reference, [sampling])]
             if given is None:
@@ -256,9 +278,11 @@ class Pipeline:
         params = DiffusionParams(steps, guidance)
         seed = plan.sampling.seed if seed is None else check_seed(seed)
         fields = self._fields(plan, params, seed, noise_given=noise is not None)
-        noise = self._noise(seed) if noise is None else check_noise(noise, self._renderer.latent_shape)
-        run = _Run(self, callback, progress)
-        with exact_arithmetic(self.device), trace.span("render"):
+        if noise is not None:
+            noise = check_noise(noise, self._renderer.latent_shape)
+        with self._isolation.turn() as settings, trace.span("render"):
+            run = _Run(self, settings, callback, progress)
+            noise = self._noise(seed) if noise is None else noise
             latent = self._denoise(plan, params, noise, run)
             if output == "latent":
                 return latent
@@ -334,8 +358,8 @@ class Pipeline:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
         for prompt in prompts:
             self._prompts.check(prompt)
-        run = _Run(self, callback, progress)
-        with exact_arithmetic(self.device):
+        with self._isolation.turn() as settings:
+            run = _Run(self, settings, callback, progress, on_image)
             reference = NO_REFERENCE if references is None else self._look_at(references, run)
             token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
             plans = [
@@ -348,8 +372,8 @@ class Pipeline:
             pictures: list[Image.Image | None] = []
             for index, plan in enumerate(plans):
                 picture = self._picture(plan, params, run) if plan.error is None else None
-                if picture is not None and on_image is not None:
-                    on_image(index, picture)
+                if picture is not None and run.on_image is not None:
+                    run.on_image(index, picture)
                 pictures.append(picture)
         errors = [plan.error for plan in plans if plan.error is not None]
         if errors:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedTokenizerFast
 
@@ -31,13 +33,14 @@ class PromptEncoder:
         self._tokenizer = _load_tokenizer(tokenizer_dir)
         self._image_tokens = image_tokens
         self._max_tokens = max_tokens
+        self._lock = threading.Lock()  # the tokenizer refuses a call from a second thread
         # The ids that only the template may write: markers of the chat, of pictures and the image tokens.
         self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         self._require_id("<im_start>", image_tokens.image_start_tag_id)
         self._require_id("<S0>", image_tokens.scale_start_token_id)
         if "<I0>" in self._tokenizer.get_vocab():
             self._require_id("<I0>", image_tokens.image_start_token_id)
-        self.image_pad_id = self._tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.image_pad_id = cast(int, self._tokenizer.convert_tokens_to_ids(IMAGE_PAD))
 
     def check(self, prompt: str) -> None:
         """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
@@ -49,8 +52,7 @@ class PromptEncoder:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
             raise PromptError("the prompt is not valid Unicode text; write it in UTF-8") from None
-        used = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        for token in used:
+        for token in self._ids(prompt, add_special_tokens=False):
             if token in self._reserved:
                 raise PromptError(
                     f"the prompt contains the reserved token {self._tokenizer.decode([token])!r}; "
@@ -81,7 +83,7 @@ class PromptEncoder:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids = self._tokenizer(text + GENERATION_SUFFIX)["input_ids"]
+        ids = self._ids(text + GENERATION_SUFFIX)
         if len(ids) > self._max_tokens:
             raise PromptError(
                 f"the prompt is {len(ids)} tokens long with its template and pictures; at most "
@@ -94,6 +96,10 @@ class PromptEncoder:
             )
         replacements = iter(image_ids)
         return [next(replacements) if token == self.image_pad_id else token for token in ids]
+
+    def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
     def _require_id(self, token: str, expected: int) -> None:
         found = self._tokenizer.convert_tokens_to_ids(token)

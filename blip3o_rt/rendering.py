@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -125,29 +126,35 @@ class Renderer:
         hidden_states = hidden_states.to(self.device)
         tables, kinds = self._schedule(params.steps)
         recorded = self._recorded_picture(Geometry.of(noise, hidden_states, beside, seen))
-        if recorded is None:
-            condition = self._dit.condition(self._tokens(hidden_states, seen))
-        else:
-            condition = recorded.condition(hidden_states, seen)
-        return denoise(
-            self._dit,
-            noise,
-            tables,
-            condition,
-            params.guidance,
-            reference_latent=beside,
-            kinds=kinds,
-            recorded=recorded,
-            callback=callback,
-        )
+        with nullcontext() if recorded is None else recorded.in_use():
+            if recorded is None:
+                condition = self._dit.condition(self._tokens(hidden_states, seen))
+            else:
+                condition = recorded.condition(hidden_states, seen)
+            return denoise(
+                self._dit,
+                noise,
+                tables,
+                condition,
+                params.guidance,
+                reference_latent=beside,
+                kinds=kinds,
+                recorded=recorded,
+                callback=callback,
+            )
 
     def decode(self, latent: Tensor) -> Tensor:
         """The pixels [1, 3, H, W] in 0..1 of a latent."""
         return self._vae.decode(latent)
 
     def _recorded_picture(self, geometry: Geometry) -> RecordedPicture | None:
-        """The recordings of a geometry; None to run without, which the report says where there are graphs."""
+        """The recordings of a geometry; None to run without, which the report says where there are graphs.
+
+        Without too where a callback asks for an image while its own one of the geometry is denoised.
+        """
         recorded = self._recorded.get(geometry)
+        if recorded is not None and recorded.busy:
+            recorded = None
         if recorded is None and self._recorder.captures:
             self._recorder.not_recorded.add(f"denoising of {geometry}")
         return recorded

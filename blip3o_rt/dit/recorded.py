@@ -6,7 +6,8 @@ so one recording serves every step of every schedule, and pictures that are at d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,6 +87,16 @@ class RecordedPicture:
             for kind in kinds
         }
         self._steps = Steps(dit, self._state, works)
+        self.busy = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block the buffers are one picture's: `busy` says so."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
 
     def condition(self, hidden_states: Tensor, seen: Tensor | None = None) -> Condition:
         """The condition of a picture's hidden states and reference latents, in the buffers of its steps."""
