@@ -32,7 +32,7 @@ test: $(BUILT) $(DEVELOPMENT) ## Run the whole suite.
 # What is measured goes to the page whatever else failed.
 gpu: $(BUILT) $(DEVELOPMENT) ## On a GPU: build, test, validate, bench, trace; DRY_RUN=1 only checks, GPU_OPTIONS=... .
 	$(BIN)/python -m benchmarks.gpu $(GPU_OPTIONS) $(if $(DRY_RUN),--dry-run); status=$$?; \
-	$(BIN)/python -m benchmarks.render $(if $(DRY_RUN),--check) && exit $$status
+	$(BIN)/python -m benchmarks.render && exit $$status
 
 lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
 	$(BIN)/ruff check .

@@ -1,14 +1,7 @@
-"""Write docs/performance.md from the records in benchmarks/results.
-
-python -m benchmarks.render            write the page
-python -m benchmarks.render --check    fail where the page is not what would be written
-"""
+"""Write docs/performance.md from the records in benchmarks/results: python -m benchmarks.render."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +9,6 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks.targets import Standing, newest_rows, read_records, slower_than, standings
-from blip3o_rt.measure.bench import step_launches
 from blip3o_rt.measure.reports.reading import Record, Row, entries, notes, number, peers, set_apart
 from blip3o_rt.measure.units import (
     memory_text,
@@ -43,16 +35,6 @@ made, [benchmarks/README.md](../benchmarks/README.md) how this page is.
 A peer's column is its median over ours on the same weights in the same run: above 1 we are faster. *Share* is
 that of the ceiling (memory or matrix products) which bounds the work, measured in the same run.
 """
-COUNTS = "step_launches.json"  # written by `python -m blip3o_rt.measure.bench.step_launches --json`
-COUNTS_INTRODUCTION = """\
-## Counted: launches, and what passes move
-
-Counted without a GPU, on tensors without memory: what ours and eager diffusers launch for one denoising step
-with guidance and for decoding a latent. A product is a matrix product, a convolution or a fused attention of
-a library; every other kernel is a pass over activations, and ours counts its own attention among them. Bytes
-are what the passes read and write if no cache keeps anything. The second table has our passes; the third
-takes one optimisation of ours out at a time: what that adds is what it saves.
-"""
 NO_GPU = "Not yet run on hardware: there are no records of a GPU. `make gpu` makes them."
 NO_CPU = "There are no records of a processor yet."
 HEADINGS = {"cuda": "GPU", "cpu": "Processor"}
@@ -70,8 +52,6 @@ def page(results: Path = RESULTS) -> str:
         if not folders:
             sections.append(f"{MISSING[device]}\n")
             sections.append(targets_section(standings([], None, device)))
-    if (results / COUNTS).is_file():
-        sections.append(counts_section(json.loads((results / COUNTS).read_text(encoding="utf-8"))))
     return "\n".join(section for section in sections if section)
 
 
@@ -223,22 +203,6 @@ def op_table(ops: Sequence[Mapping[str, Any]]) -> str:
     return markdown(headers, body)
 
 
-def counts_section(record: Record) -> str:
-    """Launches and bytes that are counted, not measured: the same on every machine."""
-    versions = ", ".join(f"{name} {value}" for name, value in (record.get("versions") or {}).items() if value)
-    command = " ".join(map(str, record.get("command") or ()))
-    commit = f"; commit {record['commit']}" if record.get("commit") else ""
-    return "\n".join(
-        [
-            COUNTS_INTRODUCTION,
-            f"* `{command}`: {versions}{commit}\n",
-            markdown(step_launches.SUMMARY_HEADERS, step_launches.summary_rows(record)),
-            markdown(step_launches.PASS_HEADERS, step_launches.pass_rows(record)),
-            markdown(step_launches.SWITCH_HEADERS, step_launches.switch_rows(record)),
-        ]
-    )
-
-
 def validation_section(checks: Sequence[Record]) -> str:
     """How many checks of each validation passed, and which did not."""
     lines = ["#### Validation\n"]
@@ -267,24 +231,9 @@ def markdown(headers: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return tabulate(safe, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    description, _, details = str(__doc__).partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; 1 where the page is not up to date"
-    )
-    arguments = parser.parse_args(argv)
-    text = page()
-    if not arguments.check:
-        PAGE.write_text(text, encoding="utf-8")
-        return 0
-    if not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        print(f"{PAGE.relative_to(ROOT)} is not up to date: python -m benchmarks.render", file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,6 @@
 
     python -m benchmarks.switches --out benchmarks/results/MACHINE/switches
     python -m benchmarks.switches --render     write the table of docs/fast-tier.md from the newest records
-    python -m benchmarks.switches --check      fail where it is not what would be written
 
 Every request is drawn by tier exact and by every case in turns, with the same seed, so that all are timed
 under the same load. In float32, where two pictures differ by nothing but the switch. Quantized weights that
@@ -258,18 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"), help="(%(default)s)")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where {KIND}.json goes")
-    page = parser.add_mutually_exclusive_group()
-    page.add_argument("--render", action="store_true", help="measure nothing: write the table")
-    page.add_argument("--check", action="store_true", help="write nothing; 1 where the table is out of date")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write the table")
     arguments = parser.parse_args(argv)
-    if not (arguments.render or arguments.check):
+    if not arguments.render:
         return run(arguments)
-    text = PAGE.read_text(encoding="utf-8")
-    if arguments.render:
-        PAGE.write_text(rendered(text), encoding="utf-8")
-    elif rendered(text) != text:
-        print(f"{PAGE.relative_to(ROOT)} is not up to date: python -m benchmarks.switches --render")
-        return 1
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

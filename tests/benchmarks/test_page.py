@@ -38,12 +38,6 @@ def row(page: str, *beginning: str) -> list[str]:
     return found[0]
 
 
-def test_the_committed_page_is_what_the_records_give() -> None:
-    """`python -m benchmarks.render` writes it."""
-    assert render.PAGE.read_text(encoding="utf-8") == render.page()
-    assert render.main(["--check"]) == 0
-
-
 def test_without_records_everything_is_blank(tmp_path: Path) -> None:
     page = render.page(tmp_path / "nothing")
     assert "Not yet run on hardware" in page
@@ -63,20 +57,6 @@ def test_memory_is_ours_beside_that_of_a_peer(tmp_path: Path) -> None:
     page = render.page(tmp_path)
     assert row(page, "memory of a denoising step beside diffusers")[1:] == ["at most 100%", "75%", "met"]
     assert row(page, "memory of decoding a latent beside diffusers")[2:] == ["", "not measured"]
-
-
-def test_counts_are_those_of_the_record(tmp_path: Path) -> None:
-    assert "Counted" not in render.page(tmp_path)
-    passes = {"gated_add": {"calls": 40, "launches": 40, "bytes": 2_000_000_000}}
-    line = {"line": "dit.step", "who": "ours", "products": 1200, "flops": 5 * 10**12, "passes": passes}
-    switch = {"line": "dit.step", "switch": "condition", "off": "at every step", "launches": 168}
-    record = {"lines": [line], "switches": [{**switch, "flops": 3 * 10**11, "bytes": 668_000_000}]}
-    (tmp_path / render.COUNTS).write_text(json.dumps({**record, "command": ["count", "them"]}))
-    page = render.page(tmp_path)
-    assert "`count them`" in page
-    assert row(page, "dit.step", "ours")[2:] == ["1,240", "1,200", "40", "5,000", "2,000 MB"]
-    assert row(page, "dit.step", "gated_add")[2:] == ["40", "2,000 MB"]
-    assert row(page, "dit.step", "condition")[2:] == ["at every step", "168", "300", "668 MB"]
 
 
 def test_figures_are_those_of_the_record(tmp_path: Path) -> None:

@@ -86,11 +86,6 @@ def test_the_page_has_the_newest_record_between_its_marks(tmp_path: Path) -> Non
     assert switches.rendered(found, tmp_path) == found
 
 
-def test_the_committed_page_is_what_the_records_give() -> None:
-    """`python -m benchmarks.switches --render` writes it."""
-    assert switches.main(["--check"]) == 0
-
-
 def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One request of each category: a switch that changes nothing gives equal pictures, others do not."""
     on = {}, {"step_cache": "1"}, {"step_cache": "3"}

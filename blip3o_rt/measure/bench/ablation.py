@@ -18,8 +18,9 @@ import torch
 from blip3o_rt import graphs, ops, switches
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.errors import CheckpointError, ConfigError, ParameterError
-from blip3o_rt.measure.bench import lines, unoptimised
+from blip3o_rt.measure.bench import lines
 from blip3o_rt.measure.bench.lines import MORE_RUNS, WEIGHTS
 from blip3o_rt.measure.bench.record import Record
 from blip3o_rt.measure.bench.samples import median
@@ -29,8 +30,6 @@ from blip3o_rt.measure.bench.timing import Contender, Plan, Timing, quiet, race
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import REFERENCE
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.vae import blocks as vae_blocks
-from blip3o_rt.vae import model as vae_model
 
 if TYPE_CHECKING:
     from blip3o_rt.measure.bench.run import Settings
@@ -113,43 +112,6 @@ SWITCHES = (
         Variant("each distinct one once"),
     ),
     Switch(
-        "condition",
-        STEPS,
-        Variant("at every step", options={"kind": unoptimised.condition_every_step}),
-        Variant("once per picture"),
-    ),
-    Switch(
-        "modulation",
-        STEPS,
-        Variant("at every step", options={"kind": unoptimised.tables_every_step}),
-        Variant("once per schedule"),
-    ),
-    Switch(
-        "first self-attention",
-        STEPS,
-        Variant("of both halves", options={"both_halves": True}),
-        Variant("of one, they are the same"),
-    ),
-    Switch(
-        "activations",
-        STEPS,
-        Variant("memory of their own", options={"own_memory": True}),
-        Variant("the same memory in every block"),
-        available=lambda device: device.type == "cpu",
-    ),
-    Switch(
-        "upsampling",
-        (DECODER,),
-        Variant("doubled, then convolved", options={"doubled": True}),
-        Variant("one transposed convolution"),
-    ),
-    Switch(
-        "channels last",
-        (DECODER,),
-        Variant("plain convolutions channels first, copied to and fro", options={"channels_first": True}),
-        Variant("everything channels last"),
-    ),
-    Switch(
         "graphs",
         (TOKENS, *STEPS, DECODER),
         Variant("a launch per kernel", environment={graphs.ENVIRONMENT_VARIABLE: "off"}),
@@ -185,24 +147,19 @@ def ar_token(
     return Contender("", lambda: [loop() for loop in loops], prepare)
 
 
-def dit_step(
-    checkpoint: Checkpoint,
-    *,
-    edit: bool = False,
-    null_written_out: bool = False,
-    kind: Callable[[DitStage], Any] | None = None,
-    both_halves: bool = False,
-    own_memory: bool = False,
-) -> Contender:
-    """A denoising step, without one of its optimisations or with all (see `unoptimised`)."""
+def dit_step(checkpoint: Checkpoint, *, edit: bool = False, null_written_out: bool = False) -> Contender:
+    """A denoising step; null_written_out: each token of the unconditional branch is a key of its own."""
     stage = DitStage(checkpoint, edit=edit)
     if null_written_out:
-        stage.tokens = unoptimised.null_written_out(stage.tokens)
-    if kind is not None:
-        stage.kind = kind(stage)
-    if both_halves:
-        stage.dit.blocks[0] = unoptimised.OnBothHalves(stage.dit.blocks[0])  # type: ignore[call-overload]
-    return Contender("", unoptimised.with_own_memory(stage.step) if own_memory else stage.step, stage.prepare)
+        stage.tokens = written_out(stage.tokens)
+    return Contender("", stage.step, stage.prepare)
+
+
+def written_out(tokens: ConditionTokens) -> ConditionTokens:
+    """The same condition, each unconditional token as if no other were identical to it."""
+    counts = torch.tensor(tokens.null_counts, device=tokens.null.device)
+    every = tokens.null.repeat_interleave(counts, dim=0, output_size=sum(tokens.null_counts))
+    return replace(tokens, null=every, null_counts=(1,) * len(every))
 
 
 def dit_denoise(checkpoint: Checkpoint) -> Contender:
@@ -214,17 +171,8 @@ def dit_step_edit(checkpoint: Checkpoint, **options: Any) -> Contender:
     return dit_step(checkpoint, edit=True, **options)
 
 
-def vae_decode(checkpoint: Checkpoint, *, doubled: bool = False, channels_first: bool = False) -> Contender:
-    """A decoded latent, without one of the decoder's optimisations or with all (see `unoptimised`)."""
-    with contextlib.ExitStack() as changed:
-        if doubled:
-            piece = unoptimised.DoubledThenConvolved
-            changed.enter_context(unoptimised.pieces([(vae_model, "NearestUpsampling")], piece))
-        if channels_first:
-            places = [(module, "Convolution") for module in (vae_model, vae_blocks)]
-            changed.enter_context(unoptimised.pieces(places, unoptimised.ConvolvedChannelsFirst))
-        stage = VaeStage(checkpoint)
-    return Contender("", stage.decode)
+def vae_decode(checkpoint: Checkpoint) -> Contender:
+    return Contender("", VaeStage(checkpoint).decode)
 
 
 def tatok_encode(checkpoint: Checkpoint) -> Contender:

@@ -20,7 +20,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.bench import ceilings, compose, peers, work
 from blip3o_rt.measure.bench.budget import Budget
 from blip3o_rt.measure.bench.compose import OURS
-from blip3o_rt.measure.bench.launches import kernel_launches, operator_calls
+from blip3o_rt.measure.bench.count import kernel_launches, operator_calls
 from blip3o_rt.measure.bench.lines import GROUPS, MORE_RUNS, Choice, Entry, Group, Line
 from blip3o_rt.measure.bench.record import Record, describe
 from blip3o_rt.measure.bench.samples import median

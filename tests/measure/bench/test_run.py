@@ -15,7 +15,7 @@ from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import CheckpointError, ParameterError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.measure.baselines.measure import relative_l2
-from blip3o_rt.measure.bench import ablation, ceilings, lines, peers, run, stages, timing, unoptimised, work
+from blip3o_rt.measure.bench import ablation, ceilings, lines, peers, run, stages, timing, work
 from blip3o_rt.measure.bench.record import FILE, Record
 from blip3o_rt.measure.bench.run import Run, Settings, model_entry
 from blip3o_rt.measure.bench.subject import Subject, prepare
@@ -26,9 +26,6 @@ from blip3o_rt.measure.random_checkpoint import folder_name, preset
 from blip3o_rt.measure.reports.reading import set_apart
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.measure.validate.checkpoint import EDITING
-from blip3o_rt.vae import blocks as vae_blocks
-from blip3o_rt.vae import model as vae_model
-from blip3o_rt.vae.tiles import REACH
 from tests.recorded_graph import RecordedGraphs
 
 LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
@@ -283,10 +280,8 @@ def test_switches_are_recorded_and_leave_no_trace(
     entries = record.data["ablations"]
     assert {entry["line"] for entry in entries} == {*ablation.LINES} - {"dit.denoise"}
     assert {"image rows of the head", "key/value pages", "batching"} <= {entry["switch"] for entry in entries}
-    taken_out = {"null tokens", "condition", "modulation", "first self-attention"}
     for line in ("dit.step", "dit.step.edit"):
-        assert taken_out <= {entry["switch"] for entry in entries if entry["line"] == line}
-    assert {"upsampling", "channels last"} <= {e["switch"] for e in entries if e["line"] == "vae.decode"}
+        assert "null tokens" in {entry["switch"] for entry in entries if entry["line"] == line}
     assert "ar_weights=int8" in {entry["switch"] for entry in entries if entry["line"] == "ar.prefill"}
     for entry in entries:
         assert set(entry) == set(ABLATION_KEYS.split())
@@ -382,22 +377,10 @@ def either_way(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("edit", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"null_written_out": True},
-        {"kind": unoptimised.condition_every_step},
-        {"kind": unoptimised.tables_every_step},
-        {"both_halves": True},
-        {"own_memory": True},
-    ],
-)
-def test_a_step_without_an_optimisation_is_the_same_step(
-    checkpoint: Checkpoint, options: dict[str, Any], edit: bool
-) -> None:
+def test_a_step_with_every_unconditional_token_is_the_same_step(checkpoint: Checkpoint, edit: bool) -> None:
     whole, without = (
         ablation.dit_step(checkpoint, edit=edit),
-        ablation.dit_step(checkpoint, edit=edit, **options),
+        ablation.dit_step(checkpoint, edit=edit, null_written_out=True),
     )
     results = []
     with torch.no_grad():
@@ -425,22 +408,6 @@ def test_what_a_request_replays_is_replayed(subject: Subject, monkeypatch: pytes
         assert relative_l2(replayed, eager) < 1e-6
 
 
-@pytest.mark.parametrize("tiles", ["1", "2"])
-@pytest.mark.parametrize("option", ["doubled", "channels_first"])
-def test_a_decoder_without_an_optimisation_is_the_same_decoder(
-    checkpoint: Checkpoint, option: str, tiles: str
-) -> None:
-    checkpoint = replace(checkpoint, switches={"vae_tiles": tiles})
-    whole, without = (ablation.vae_decode(checkpoint, **options) for options in ({}, {option: True}))
-    decoder = without.call.__self__.autoencoder._decoder  # type: ignore[attr-defined]
-    pieces = {type(piece) for block in decoder for piece in (block, *vars(block).values())}
-    assert tiles != "1" or pieces & {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst}
-    assert relative_l2(without.call(), whole.call()) < 1e-5
-    assert vae_model.NearestUpsampling is vae_blocks.NearestUpsampling  # nothing stays changed
-    assert vae_model.Convolution is vae_blocks.Convolution is unoptimised.Convolution
-    assert not {unoptimised.DoubledThenConvolved, unoptimised.ConvolvedChannelsFirst} & set(REACH)
-
-
 def test_a_switch_that_cannot_be_built_fails_alone(
     execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,10 +415,9 @@ def test_a_switch_that_cannot_be_built_fails_alone(
         raise RuntimeError("no such piece")
 
     monkeypatch.setattr(ablation, "MORE_RUNS", {})
-    monkeypatch.setattr(unoptimised, "null_written_out", fail)
+    monkeypatch.setattr(ablation, "written_out", fail)
     record = execute(settings(ablate=ablation.select(["dit.step.edit"]), runs=1))
     found = {entry["switch"] for entry in record.data["ablations"]}
-    assert {"condition", "modulation"} <= found
     assert "null tokens" not in found
     assert record.failed
     assert "switch null tokens of dit.step.edit failed: RuntimeError: no such piece" in record.data["notes"]
