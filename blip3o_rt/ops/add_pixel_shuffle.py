@@ -68,5 +68,5 @@ def one_dtype(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> str |
     "cpu", device="cpu", dtypes=FLOATS, supports=one_dtype, available=native.cpu_unavailable
 )
 def _cpu(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    native.cpu().add_pixel_shuffle(result, x, bias)
+    native.cpu().add_pixel_shuffle(result, x, bias=bias)
     return result

@@ -57,5 +57,5 @@ def _triton(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     "cpu", device="cpu", dtypes=FLOATS, supports=one_dtype, available=native.cpu_unavailable
 )
 def _cpu(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    native.cpu().add_pixel_unshuffle(result, x, bias)
+    native.cpu().add_pixel_unshuffle(result, x, bias=bias)
     return result

@@ -117,5 +117,5 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(x) if out is None else out
-    native.cpu().channel_rms_norm(x, weight, bias, eps, residual, relu, out)
+    native.cpu().channel_rms_norm(x, weight, bias, eps, residual=residual, relu=relu, out=out)
     return out

@@ -119,5 +119,7 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(query.shape, dtype=query.dtype) if out is None else out
-    native.cpu().cross_attention(query, key, value, query_weight, eps, log_multiplicity, out)
+    native.cpu().cross_attention(
+        query, key, value, query_weight, eps, log_multiplicity=log_multiplicity, out=out
+    )
     return out

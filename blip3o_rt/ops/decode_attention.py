@@ -108,9 +108,11 @@ def _cuda(
         context_lens,
         eps,
         scale,
-        scratch.memory(size, torch.float32, qkv.device),
-        scratch.counters(len(out) * k_cache.shape[1], qkv.device),
-        out,
+        scratch=(
+            scratch.memory(size, torch.float32, qkv.device),
+            scratch.counters(len(out) * k_cache.shape[1], qkv.device),
+        ),
+        out=out,
     )
     return out
 

@@ -90,5 +90,5 @@ def _one_dtype(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, **_:
 )
 def _cpu(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype) if out is None else out
-    native.cpu().depthwise_glu(x, input_bias, weight, bias, out)
+    native.cpu().depthwise_glu(x, input_bias, weight, bias, out=out)
     return out

@@ -63,5 +63,5 @@ def _modulation_dtype(x: Tensor, shift: Tensor, scale: Tensor, *_: Any, **__: An
 )
 def _cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    native.cpu().layer_norm_modulate(x, shift, scale, eps, out)
+    native.cpu().layer_norm_modulate(x, shift, scale, eps, out=out)
     return out

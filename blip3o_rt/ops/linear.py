@@ -61,5 +61,5 @@ def _supports(
 )
 def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype) if out is None else out
-    native.cpu().linear(x, weight, bias, out)
+    native.cpu().linear(x, weight, bias, out=out)
     return out

@@ -38,5 +38,5 @@ def _supports(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = 
 )
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty((len(x), len(weight)), dtype=x.dtype) if out is None else out
-    native.cpu().linear_w8a16(x, weight, scale, out)
+    native.cpu().linear_w8a16(x, weight, scale, out=out)
     return out

@@ -24,5 +24,5 @@ def nearest_code(features: Tensor, codebook: Tensor) -> Tensor:
 @nearest_code.implementation("cpu", device="cpu", dtypes=(torch.float32,), available=native.cpu_unavailable)
 def _cpu(features: Tensor, codebook: Tensor) -> Tensor:
     out = torch.empty(features.shape[0], dtype=torch.int64)
-    native.cpu().nearest_code(features, codebook, out)
+    native.cpu().nearest_code(features, codebook, out=out)
     return out

@@ -86,7 +86,7 @@ def _cuda(
     out: Tensor | None = None,
 ) -> Tensor:
     out = _allocate(x, weight, gated) if out is None else out
-    native.cuda().norm_row_linear(x, norm_weight, eps, weight, scale, gated, out)
+    native.cuda().norm_row_linear(x, norm_weight, eps, weight, scale=scale, gated=gated, out=out)
     return out
 
 
@@ -105,7 +105,7 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = _allocate(x, weight, gated) if out is None else out
-    native.cpu().norm_row_linear(x, norm_weight, eps, weight, scale, gated, out)
+    native.cpu().norm_row_linear(x, norm_weight, eps, weight, scale=scale, gated=gated, out=out)
     return out
 
 

@@ -69,10 +69,10 @@ def _cuda(
     out = torch.empty_like(q) if out is None else out
     scratch = Scratch() if scratch is None else scratch
     size = native.cuda().attention_workspace(*q.shape, page_table.shape[1] * k_cache.shape[2])
-    memory = scratch.memory(size, torch.float32, q.device)
     counters = scratch.counters(len(q) * k_cache.shape[1], q.device)
+    memory = (scratch.memory(size, torch.float32, q.device), counters)
     native.cuda().paged_decode_attention(
-        q, k_cache, v_cache, page_table, context_lens, scale, memory, counters, out
+        q, k_cache, v_cache, page_table, context_lens, scale, scratch=memory, out=out
     )
     return out
 
@@ -90,5 +90,5 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
-    native.cpu().paged_decode_attention(q, k_cache, v_cache, page_table, context_lens, scale, out)
+    native.cpu().paged_decode_attention(q, k_cache, v_cache, page_table, context_lens, scale, out=out)
     return out

@@ -83,7 +83,7 @@ def _cuda(
 ) -> Tensor:
     out = torch.empty_like(q) if out is None else out
     native.cuda().paged_prefill_attention(
-        q, k_cache, v_cache, page_table, cu_seqlens_q, context_lens, scale, out
+        q, k_cache, v_cache, page_table, cu_seqlens_q, context_lens, scale, out=out
     )
     return out
 

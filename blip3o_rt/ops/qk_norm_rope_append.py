@@ -87,7 +87,7 @@ def _cuda(
 ) -> Tensor:
     out = new_query(qkv, k_cache) if out is None else out
     native.cuda().qk_norm_rope_append(
-        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out=out
     )
     return out
 
@@ -108,6 +108,6 @@ def _cpu(
 ) -> Tensor:
     out = new_query(qkv, k_cache) if out is None else out
     native.cpu().qk_norm_rope_append(
-        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out=out
     )
     return out

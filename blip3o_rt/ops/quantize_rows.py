@@ -65,5 +65,5 @@ def _makes_int8(
 )
 def _cpu(x: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.int8, out: Tensor | None = None) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.int8) if out is None else out
-    native.cpu().quantize_rows(x, scale, out)
+    native.cpu().quantize_rows(x, scale, out=out)
     return out

@@ -119,5 +119,5 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty((*qkv.shape[:-1], qkv.shape[-1] // 3), dtype=qkv.dtype) if out is None else out
-    native.cpu().relu_linear_attention(qkv, q_weight, k_weight, num_heads, eps, out)
+    native.cpu().relu_linear_attention(qkv, q_weight, k_weight, num_heads, eps, out=out)
     return out

@@ -49,7 +49,7 @@ def _cuda(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    native.cuda().rms_norm(x, weight, eps, bias, residual, out)
+    native.cuda().rms_norm(x, weight, eps, bias=bias, residual=residual, out=out)
     return out
 
 
@@ -66,5 +66,5 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    native.cpu().rms_norm(x, weight, eps, bias, residual, out)
+    native.cpu().rms_norm(x, weight, eps, bias=bias, residual=residual, out=out)
     return out

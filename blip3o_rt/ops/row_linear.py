@@ -45,7 +45,7 @@ def _widened_product(rows: tuple[Tensor, ...], weight: Tensor, wide: torch.dtype
 def _cuda(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    native.cuda().row_linear(x, weight, bias, out)
+    native.cuda().row_linear(x, weight, bias=bias, out=out)
     return out
 
 
@@ -54,5 +54,5 @@ def _cuda(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor 
 )
 def _cpu(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype) if out is None else out
-    native.cpu().row_linear(x, weight, bias, out)
+    native.cpu().row_linear(x, weight, bias=bias, out=out)
     return out

@@ -42,7 +42,7 @@ def _supports_on_cpu(
     "cuda", device="cuda", dtypes=FLOATS, supports=_supports, available=native.cuda_unavailable
 )
 def _cuda(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
-    native.cuda().row_linear_add(x, weight, scale, residual)
+    native.cuda().row_linear_add(x, weight, residual, scale=scale)
     return residual
 
 
@@ -50,5 +50,5 @@ def _cuda(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None =
     "cpu", device="cpu", dtypes=FLOATS, supports=_supports_on_cpu, available=native.cpu_unavailable
 )
 def _cpu(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
-    native.cpu().row_linear_add(x, weight, scale, residual)
+    native.cpu().row_linear_add(x, weight, residual, scale=scale)
     return residual

@@ -51,7 +51,7 @@ def _cuda(
 ) -> Tensor:
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    native.cuda().row_linear_w8(x, weight, scale, bias, out)
+    native.cuda().row_linear_w8(x, weight, scale, bias=bias, out=out)
     return out
 
 
@@ -66,5 +66,5 @@ def _cpu(
     x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype) if out is None else out
-    native.cpu().row_linear_w8(x, weight, scale, bias, out)
+    native.cpu().row_linear_w8(x, weight, scale, bias=bias, out=out)
     return out

@@ -74,7 +74,7 @@ def _cuda(
     out = torch.empty(logits.shape[0], dtype=torch.int64, device=device) if out is None else out
     scratch = Scratch() if scratch is None else scratch
     memory = scratch.memory(native.cuda().sample_tokens_workspace(*logits.shape), torch.int64, device)
-    native.cuda().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, memory, out)
+    native.cuda().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, scratch=memory, out=out)
     return out
 
 
@@ -91,5 +91,5 @@ def _cpu(
     out: Tensor | None = None,
 ) -> Tensor:
     out = torch.empty(logits.shape[0], dtype=torch.int64) if out is None else out
-    native.cpu().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, out)
+    native.cpu().sample_tokens(logits, temperature, top_k, top_p, seeds, positions, out=out)
     return out

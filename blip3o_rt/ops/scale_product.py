@@ -45,5 +45,5 @@ def _cpu(
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    native.cpu().scale_product(product, scale, row_scale, bias, out)
+    native.cpu().scale_product(product, scale, out=out, row_scale=row_scale, bias=bias)
     return out

@@ -23,7 +23,7 @@ def _cuda(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device)
-    native.cuda().silu_mul(gate_up, out)
+    native.cuda().silu_mul(gate_up, out=out)
     return out
 
 
@@ -31,5 +31,5 @@ def _cuda(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _cpu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype)
-    native.cpu().silu_mul(gate_up, out)
+    native.cpu().silu_mul(gate_up, out=out)
     return out

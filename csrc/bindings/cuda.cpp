@@ -73,14 +73,14 @@ void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorVi
 }
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
-                     const OptionalView& scale, bool gated, const TensorView& out) {
+                     const OptionalView& scale, bool gated, Unused, const TensorView& out) {
     run(cuda::row_linear, x,
         check_few_norm_row_linear(Device::cuda, x, norm_weight, eps, weight, scale, gated, out));
 }
 
-void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
-                    const TensorView& residual) {
-    run(cuda::row_linear, x, check_row_linear_add(Device::cuda, x, weight, scale, residual));
+void row_linear_add(const TensorView& x, const TensorView& weight, const TensorView& residual,
+                    const OptionalView& scale) {
+    run(cuda::row_linear, x, check_row_linear_add(Device::cuda, x, weight, residual, scale));
 }
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
@@ -92,45 +92,47 @@ void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, cons
                                   slot_mapping, k_cache, v_cache, eps, out));
 }
 
+using AttentionMemory = std::pair<TensorView, TensorView>;  // workspace and counters
+
 // The scratch memory of an attention whose first argument is `beside`, checked.
 cuda::AttentionScratch attention_scratch(const char* op, const PagedDecodeAttentionArguments& a,
-                                         const TensorView& workspace, const TensorView& counters,
-                                         const TensorView& beside) {
+                                         const AttentionMemory& memory, const TensorView& beside) {
     const int64_t size =
         cuda::attention_workspace(a.batch, a.q_heads, a.cache.head_dim, a.max_blocks * a.cache.page_size);
     const int64_t count = a.batch * a.cache.kv_heads;
-    return {check_workspace(op, workspace, DType::f32, size, beside),
-            static_cast<unsigned*>(check_workspace(op, counters, DType::i32, count, beside, "counters"))};
+    return {
+        check_workspace(op, memory.first, DType::f32, size, beside),
+        static_cast<unsigned*>(check_workspace(op, memory.second, DType::i32, count, beside, "counters"))};
 }
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                             const TensorView& page_table, const TensorView& context_lens, double scale,
-                            const TensorView& workspace, const TensorView& counters, const TensorView& out) {
+                            const AttentionMemory& scratch, const TensorView& out) {
     const auto arguments =
         check_paged_decode_attention(Device::cuda, q, k_cache, v_cache, page_table, context_lens, scale, out);
     run(cuda::paged_decode_attention, q, arguments,
-        attention_scratch("paged_decode_attention", arguments, workspace, counters, q));
+        attention_scratch("paged_decode_attention", arguments, scratch, q));
 }
 
 void decode_attention(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                       const TensorView& cos_sin_cache, const TensorView& positions,
                       const TensorView& slot_mapping, const TensorView& k_cache, const TensorView& v_cache,
                       const TensorView& page_table, const TensorView& context_lens, double eps, double scale,
-                      const TensorView& workspace, const TensorView& counters, const TensorView& out) {
+                      const AttentionMemory& scratch, const TensorView& out) {
     const auto arguments =
         check_decode_attention(Device::cuda, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping,
                                k_cache, v_cache, page_table, context_lens, eps, scale, out);
     run(cuda::decode_attention, qkv, arguments,
-        attention_scratch("decode_attention", arguments.attention, workspace, counters, qkv));
+        attention_scratch("decode_attention", arguments.attention, scratch, qkv));
 }
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
-                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+void advance_rows(const TensorView& sampled_ids, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& num_generated, const TensorView& context_lens,
+                  const TensorView& output_slots, const TensorView& output_ids, const TensorView& positions,
                   const TensorView& slot_mapping, const TensorView& out) {
-    run(cuda::advance_rows, draws,
-        check_advance_rows(Device::cuda, draws, first_ids, page_table, page_size, drawn, context_lens, places,
-                           kept, positions, slot_mapping, out));
+    run(cuda::advance_rows, sampled_ids,
+        check_advance_rows(Device::cuda, sampled_ids, first_ids, page_table, page_size, num_generated,
+                           context_lens, output_slots, output_ids, positions, slot_mapping, out));
 }
 
 void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
@@ -143,12 +145,12 @@ void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, con
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                    const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
-                   const TensorView& workspace, const TensorView& out) {
+                   const TensorView& scratch, const TensorView& out) {
     const auto arguments =
         check_sample_tokens(Device::cuda, logits, temperature, top_k, top_p, seeds, positions, out);
     const int64_t size = cuda::sample_tokens_workspace(arguments.logits.count, arguments.logits.width);
     run(cuda::sample_tokens, logits, arguments,
-        check_workspace("sample_tokens", workspace, DType::i64, size, logits));
+        check_workspace("sample_tokens", scratch, DType::i64, size, logits));
 }
 
 }  // namespace
@@ -156,30 +158,36 @@ void sample_tokens(const TensorView& logits, const TensorView& temperature, cons
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA kernels of blip3o_rt; the contracts are in blip3o_rt.ops";
     translate_argument_errors();
-    module.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, "bias"_a, "residual"_a, "out"_a);
-    module.def("silu_mul", &silu_mul, "gate_up"_a, "out"_a);
-    module.def("row_linear", &row_linear, "x"_a, "weight"_a, "bias"_a, "out"_a);
-    module.def("row_linear_w8", &row_linear_w8, "x"_a, "weight"_a, "scale"_a, "bias"_a, "out"_a);
-    module.def("norm_row_linear", &norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a, "scale"_a,
-               "gated"_a, "out"_a);
-    module.def("row_linear_add", &row_linear_add, "x"_a, "weight"_a, "scale"_a, "residual"_a);
+    const py::kw_only keywords;
+    const py::none none;
+    module.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a, keywords, "bias"_a = none,
+               "residual"_a = none, "out"_a);
+    module.def("silu_mul", &silu_mul, "gate_up"_a, keywords, "out"_a);
+    module.def("row_linear", &row_linear, "x"_a, "weight"_a, keywords, "bias"_a = none, "out"_a);
+    module.def("row_linear_w8", &row_linear_w8, "x"_a, "weight"_a, "scale"_a, keywords, "bias"_a = none,
+               "out"_a);
+    module.def("norm_row_linear", &norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a, keywords,
+               "scale"_a = none, "gated"_a = false, "scratch"_a = none, "out"_a);
+    module.def("row_linear_add", &row_linear_add, "x"_a, "weight"_a, "residual"_a, keywords,
+               "scale"_a = none);
     module.def("qk_norm_rope_append", &qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
                "cos_sin_cache"_a, "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "eps"_a,
-               "out"_a);
+               keywords, "out"_a);
     module.def("paged_decode_attention", &paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "page_table"_a, "context_lens"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+               "page_table"_a, "context_lens"_a, "scale"_a, keywords, "scratch"_a, "out"_a);
     module.def("decode_attention", &decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "cos_sin_cache"_a,
                "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "page_table"_a, "context_lens"_a,
-               "eps"_a, "scale"_a, "workspace"_a, "counters"_a, "out"_a);
+               "eps"_a, "scale"_a, keywords, "scratch"_a, "out"_a);
     module.def("paged_prefill_attention", &paged_prefill_attention, "q"_a, "k_cache"_a, "v_cache"_a,
-               "page_table"_a, "cu_seqlens_q"_a, "context_lens"_a, "scale"_a, "out"_a);
+               "page_table"_a, "cu_seqlens_q"_a, "context_lens"_a, "scale"_a, keywords, "out"_a);
     module.def("attention_workspace", &cuda::attention_workspace, "batch"_a, "q_heads"_a, "head_dim"_a,
                "positions"_a,
                "float32 elements of scratch memory for a block table that holds so many positions.");
-    module.def("advance_rows", &advance_rows, "draws"_a, "first_ids"_a, "page_table"_a, "page_size"_a,
-               "drawn"_a, "context_lens"_a, "places"_a, "kept"_a, "positions"_a, "slot_mapping"_a, "out"_a);
+    module.def("advance_rows", &advance_rows, "sampled_ids"_a, "first_ids"_a, "page_table"_a, "page_size"_a,
+               "num_generated"_a, "context_lens"_a, "output_slots"_a, "output_ids"_a, "positions"_a,
+               "slot_mapping"_a, keywords, "out"_a);
     module.def("sample_tokens", &sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
-               "positions"_a, "workspace"_a, "out"_a);
+               "positions"_a, keywords, "scratch"_a, "out"_a);
     module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace, "batch"_a, "vocabulary"_a,
                "int64 elements of scratch memory.");
     module.def(

@@ -109,3 +109,10 @@ struct pybind11::detail::type_caster<blip3o::TensorView> {
         return true;
     }
 };
+
+template <>
+struct pybind11::detail::type_caster<blip3o::Unused> {
+    PYBIND11_TYPE_CASTER(blip3o::Unused, const_name("object"));
+
+    bool load(handle, bool) { return true; }
+};

@@ -52,12 +52,12 @@ void check_pages(const PagedDecodeAttentionArguments& a) {
     }
 }
 
-void check_places(const AdvanceRowsArguments& a) {
+void check_output_slots(const AdvanceRowsArguments& a) {
     for (int64_t row = 0; row < a.rows; ++row) {
-        if (a.places[row] < 0 || a.places[row] >= a.kept_places) {
-            throw ArgumentError("advance_rows: places[" + std::to_string(row) + "] is " +
-                                std::to_string(a.places[row]) + "; accepted: 0 to " +
-                                std::to_string(a.kept_places - 1) + ", the places of kept");
+        if (a.output_slots[row] < 0 || a.output_slots[row] >= a.num_output_slots) {
+            throw ArgumentError("advance_rows: output_slots[" + std::to_string(row) + "] is " +
+                                std::to_string(a.output_slots[row]) + "; accepted: 0 to " +
+                                std::to_string(a.num_output_slots - 1) + ", the slots of output_ids");
         }
     }
 }
@@ -133,7 +133,7 @@ void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorVi
 }
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
-                     const OptionalView& scale, bool gated, const TensorView& out) {
+                     const OptionalView& scale, bool gated, Unused, const TensorView& out) {
     const auto a = check_norm_row_linear(Device::cpu, x, norm_weight, eps, weight, scale, gated, out);
     const TensorView normed = between<0>(a.dtype, a.x.count, a.x.width);
     rms_norm(x, norm_weight, eps, {}, {}, normed);
@@ -143,9 +143,9 @@ void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double 
     silu_mul(gate_up, out);
 }
 
-void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
-                    const TensorView& residual) {
-    const auto a = check_row_linear_add(Device::cpu, x, weight, scale, residual);
+void row_linear_add(const TensorView& x, const TensorView& weight, const TensorView& residual,
+                    const OptionalView& scale) {
+    const auto a = check_row_linear_add(Device::cpu, x, weight, residual, scale);
     const TensorView sum = between<0>(a.dtype, a.x.count, a.out.width);
     product(x, weight, scale, sum);
     thread_local std::vector<float> ones;
@@ -164,13 +164,13 @@ void linear_w8a16(const TensorView& x, const TensorView& weight, const TensorVie
     multiply(check_linear("linear_w8a16", Device::cpu, x, weight, DType::i8, scale, {}, out));
 }
 
-void quantize_rows(const TensorView& x, const TensorView& scale, const TensorView& out) {
+void quantize_rows(const TensorView& x, const TensorView& scale, Unused, const TensorView& out) {
     const auto arguments = check_quantize_rows(Device::cpu, x, scale, out);
     run(kernels().quantize_rows, arguments, arguments.x.count, grain(arguments.x.width));
 }
 
-void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
-                   const OptionalView& bias, const TensorView& out) {
+void scale_product(const TensorView& product, const TensorView& scale, const TensorView& out,
+                   const OptionalView& row_scale, const OptionalView& bias) {
     const auto arguments = check_scale_product(Device::cpu, product, scale, row_scale, bias, out);
     run(kernels().scale_product, arguments, arguments.product.count, grain(arguments.product.width));
 }
@@ -187,7 +187,7 @@ void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, cons
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                             const TensorView& page_table, const TensorView& context_lens, double scale,
-                            const TensorView& out) {
+                            Unused, const TensorView& out) {
     const auto arguments =
         check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, page_table, context_lens, scale, out);
     check_pages(arguments);
@@ -196,18 +196,19 @@ void paged_decode_attention(const TensorView& q, const TensorView& k_cache, cons
         grain(largest_work));
 }
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
-                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+void advance_rows(const TensorView& sampled_ids, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& num_generated, const TensorView& context_lens,
+                  const TensorView& output_slots, const TensorView& output_ids, const TensorView& positions,
                   const TensorView& slot_mapping, const TensorView& out) {
-    const auto arguments = check_advance_rows(Device::cpu, draws, first_ids, page_table, page_size, drawn,
-                                              context_lens, places, kept, positions, slot_mapping, out);
-    check_places(arguments);
+    const auto arguments =
+        check_advance_rows(Device::cpu, sampled_ids, first_ids, page_table, page_size, num_generated,
+                           context_lens, output_slots, output_ids, positions, slot_mapping, out);
+    check_output_slots(arguments);
     run(kernels().advance_rows, arguments, arguments.rows, arguments.rows);
 }
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
-                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions, Unused,
                    const TensorView& out) {
     const auto arguments =
         check_sample_tokens(Device::cpu, logits, temperature, top_k, top_p, seeds, positions, out);

@@ -19,20 +19,20 @@ void row_linear_w8(const TensorView& x, const TensorView& weight, const TensorVi
                    const OptionalView& bias, const TensorView& out);
 
 void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps, const TensorView& weight,
-                     const OptionalView& scale, bool gated, const TensorView& out);
+                     const OptionalView& scale, bool gated, Unused, const TensorView& out);
 
-void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
-                    const TensorView& residual);
+void row_linear_add(const TensorView& x, const TensorView& weight, const TensorView& residual,
+                    const OptionalView& scale);
 
 void linear(const TensorView& x, const TensorView& weight, const OptionalView& bias, const TensorView& out);
 
 void linear_w8a16(const TensorView& x, const TensorView& weight, const TensorView& scale,
                   const TensorView& out);
 
-void quantize_rows(const TensorView& x, const TensorView& scale, const TensorView& out);
+void quantize_rows(const TensorView& x, const TensorView& scale, Unused, const TensorView& out);
 
-void scale_product(const TensorView& product, const TensorView& scale, const OptionalView& row_scale,
-                   const OptionalView& bias, const TensorView& out);
+void scale_product(const TensorView& product, const TensorView& scale, const TensorView& out,
+                   const OptionalView& row_scale, const OptionalView& bias);
 
 void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
                          const TensorView& cos_sin_cache, const TensorView& positions,
@@ -41,15 +41,15 @@ void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, cons
 
 void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                             const TensorView& page_table, const TensorView& context_lens, double scale,
-                            const TensorView& out);
+                            Unused, const TensorView& out);
 
-void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
-                  int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
-                  const TensorView& places, const TensorView& kept, const TensorView& positions,
+void advance_rows(const TensorView& sampled_ids, const TensorView& first_ids, const TensorView& page_table,
+                  int64_t page_size, const TensorView& num_generated, const TensorView& context_lens,
+                  const TensorView& output_slots, const TensorView& output_ids, const TensorView& positions,
                   const TensorView& slot_mapping, const TensorView& out);
 
 void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
-                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
+                   const TensorView& top_p, const TensorView& seeds, const TensorView& positions, Unused,
                    const TensorView& out);
 
 void nearest_code(const TensorView& features, const TensorView& codebook, const TensorView& out);

@@ -123,8 +123,8 @@ FAULTS = {
     "advance_rows": [
         ("position > 0 && position < a.max_blocks * page_size", "position < a.max_blocks * page_size"),
         ("position < a.max_blocks * page_size", "position <= a.max_blocks * page_size"),
-        ("a.kept[place] = draw;", "a.kept[place] = a.out[row];"),
-        ("draw < 0 ? 0 : draw", "draw"),
+        ("a.output_ids[slot] = sampled;", "a.output_ids[slot] = a.out[row];"),
+        ("sampled < 0 ? 0 : sampled", "sampled"),
         ("int64_t{blockIdx.x} * kThreads + threadIdx.x", "threadIdx.x"),
     ],
     "sample_tokens": [

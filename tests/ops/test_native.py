@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from blip3o_rt.measure.cases.row_linear_w8 import quantized
 from blip3o_rt.measure.validate.case import int32, random
 from blip3o_rt.measure.validate.finding import worst_error
 from blip3o_rt.ops import native
+from blip3o_rt.ops.registry import Op
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 
@@ -115,7 +119,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
             torch.ones(2, 7).bfloat16(),
             torch.ones(4, 7).to(torch.int8),
             torch.ones(4),
-            torch.ones(2, 4).bfloat16(),
+            out=torch.ones(2, 4).bfloat16(),
         ),
         "linear_w8a16: K must be even: steps are multiplied in pairs",
     ),
@@ -124,7 +128,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
             torch.ones(2, 8).bfloat16(),
             torch.ones(4, 8).bfloat16(),
             torch.ones(4),
-            torch.ones(2, 4).bfloat16(),
+            out=torch.ones(2, 4).bfloat16(),
         ),
         "linear: bias has dtype float32; accepted: bfloat16",
     ),
@@ -138,7 +142,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: native.cpu().linear(
-            same := torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None, same
+            same := torch.ones(8, 8).bfloat16(), torch.ones(8, 8).bfloat16(), None, out=same
         ),
         "linear: out must not be the memory of x; give it memory of its own",
     ),
@@ -238,6 +242,31 @@ def test_wrong_arguments_are_named(call: Callable[[], object], message: str) -> 
     assert str(error.value) == message
 
 
+def parameters(function: Any) -> list[str]:
+    """Names of a bound function's parameters in order; "*" stands before those that are given by name."""
+    signature = function.__doc__.split("\n", 1)[0]
+    return re.findall(r"(?:^|, )(\*|\w+(?=:))", signature.partition("(")[2])
+
+
+def contract(op: Op[Any, Any]) -> list[str]:
+    """The same of an op."""
+    names: list[str] = []
+    for name, parameter in inspect.signature(op.reference).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in names:
+            names.append("*")
+        names.append(name)
+    return names
+
+
+@pytest.mark.parametrize(
+    "op", [o for o in ops.all_ops().values() if "cpu" in o.implementation_names], ids=str
+)
+def test_a_binding_takes_the_arguments_of_its_op(op: Op[Any, Any]) -> None:
+    found = parameters(getattr(native.cpu(), op.name))
+    expected = contract(op)
+    assert found == (expected if op.name != "nearest_code" else [*expected, "*", "out"])
+
+
 @pytest.mark.parametrize(("rows", "inputs"), [(9, 128), (35, 2048), (20, 6144)])
 def test_linear_w8a16_rounds_once(rows: int, inputs: int) -> None:
     """The op's tolerance leaves room for a rounding that this kernel does not make.
@@ -246,7 +275,7 @@ def test_linear_w8a16_rounds_once(rows: int, inputs: int) -> None:
     """
     x, (weight, scale) = random(1, rows, inputs, dtype=torch.bfloat16), quantized(2, 100, inputs)
     found = torch.empty(rows, 100, dtype=torch.bfloat16)
-    native.cpu().linear_w8a16(x, weight, scale, found)
+    native.cpu().linear_w8a16(x, weight, scale, out=found)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
     assert worst_error(found, exact) < 2e-5
 
@@ -264,7 +293,7 @@ def test_cross_attention_rounds_queries_and_weights_alone(keys: int) -> None:
     query = random(1, tokens, heads * head_dim, dtype=torch.bfloat16)
     key, value = (random(seed, heads, keys, head_dim, dtype=torch.bfloat16) for seed in (2, 3))
     found = torch.empty_like(query)
-    native.cpu().cross_attention(query, key, value, None, 0.0, None, found)
+    native.cpu().cross_attention(query, key, value, None, 0.0, out=found)
     scaled = (query.float() / head_dim**0.5).bfloat16().double()
     logits = scaled.unflatten(-1, (heads, -1)).transpose(0, 1) @ key.double().mT
     weights = (logits - logits.amax(-1, keepdim=True)).exp()
@@ -401,18 +430,18 @@ from blip3o_rt.ops import native
 module = native.cpu()
 x, weight, out = torch.ones(1, 8_000_000), torch.ones(2, 8_000_000), torch.zeros(1, 2)
 module.set_num_threads(1)
-module.row_linear(x, weight, None, out)  # from here on only the other thread needs more memory
+module.row_linear(x, weight, out=out)  # from here on only the other thread needs more memory
 module.set_num_threads(2)
-module.row_linear(x[:, :100], weight[:, :100].contiguous(), None, out)
+module.row_linear(x[:, :100], weight[:, :100].contiguous(), out=out)
 pages = int(open("/proc/self/statm").read().split()[0])
 limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 10_000_000, limits[1]))
 try:
-    module.row_linear(x, weight, None, out)
+    module.row_linear(x, weight, out=out)
 except MemoryError:
     print("MemoryError")
 resource.setrlimit(resource.RLIMIT_AS, limits)
-module.row_linear(x, weight, None, out)
+module.row_linear(x, weight, out=out)
 print(out.tolist())
 """
     done = run_python(code)

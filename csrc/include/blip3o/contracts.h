@@ -10,6 +10,9 @@ namespace blip3o {
 
 using OptionalView = std::optional<TensorView>;
 
+// An argument of an op that an implementation has no use for: any object.
+struct Unused {};
+
 inline const void* data_or_null(const OptionalView& view) { return view ? view->data : nullptr; }
 
 // Scratch memory of a call whose other arguments are where `beside` is: at least `elements` of one dtype.
@@ -212,7 +215,7 @@ inline RowProductArguments check_few_norm_row_linear(Device device, const Tensor
 }
 
 inline RowProductArguments check_row_linear_add(Device device, const TensorView& x, const TensorView& weight,
-                                                const OptionalView& scale, const TensorView& residual) {
+                                                const TensorView& residual, const OptionalView& scale) {
     Contract contract("row_linear_add", device);
     Dim rows("M"), inputs("K"), outputs("N");
     RowProductArguments arguments = check_row_product(contract, x, weight, scale, rows, inputs, outputs);
@@ -341,7 +344,7 @@ inline PagedPrefillAttentionArguments check_paged_prefill_attention(
     return arguments;
 }
 
-// Beyond the contracts of the two ops that it stands for: sizes and places that one access of 16 bytes fits.
+// Beyond the contracts of the two ops that it stands for: sizes and addresses that one access of 16 bytes fits.
 inline DecodeAttentionArguments check_decode_attention(
     Device device, const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
     const TensorView& cos_sin_cache, const TensorView& positions, const TensorView& slot_mapping,
@@ -557,40 +560,40 @@ inline SampleTokensArguments check_sample_tokens(Device device, const TensorView
     return arguments;
 }
 
-inline AdvanceRowsArguments check_advance_rows(Device device, const TensorView& draws,
+inline AdvanceRowsArguments check_advance_rows(Device device, const TensorView& sampled_ids,
                                                const TensorView& first_ids, const TensorView& page_table,
-                                               int64_t page_size, const TensorView& drawn,
-                                               const TensorView& context_lens, const TensorView& places,
-                                               const TensorView& kept, const TensorView& positions,
+                                               int64_t page_size, const TensorView& num_generated,
+                                               const TensorView& context_lens, const TensorView& output_slots,
+                                               const TensorView& output_ids, const TensorView& positions,
                                                const TensorView& slot_mapping, const TensorView& out) {
     Contract contract("advance_rows", device);
-    Dim rows("B"), max_blocks("max_blocks"), kept_places("N");
+    Dim rows("B"), max_blocks("max_blocks"), num_output_slots("N");
     AdvanceRowsArguments arguments;
-    contract(draws, "draws").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract(sampled_ids, "sampled_ids").dtype({DType::i64}).shape({&rows}).contiguous();
     contract(first_ids, "first_ids").dtype({DType::i64}).shape({&rows}).contiguous();
     contract(page_table, "page_table").dtype({DType::i32}).shape({&rows, &max_blocks}).contiguous();
-    contract(drawn, "drawn").dtype({DType::i32}).shape({&rows}).contiguous();
+    contract(num_generated, "num_generated").dtype({DType::i32}).shape({&rows}).contiguous();
     contract(context_lens, "context_lens").dtype({DType::i32}).shape({&rows}).contiguous();
-    contract(places, "places").dtype({DType::i64}).shape({&rows}).contiguous();
-    contract(kept, "kept").dtype({DType::i64}).shape({&kept_places}).contiguous();
+    contract(output_slots, "output_slots").dtype({DType::i64}).shape({&rows}).contiguous();
+    contract(output_ids, "output_ids").dtype({DType::i64}).shape({&num_output_slots}).contiguous();
     contract(positions, "positions").dtype({DType::i32}).shape({&rows}).contiguous();
     contract(slot_mapping, "slot_mapping").dtype({DType::i32}).shape({&rows}).contiguous();
     contract(out, "out").dtype({DType::i64}).shape({&rows}).contiguous();
     contract.require(page_size > 0, "page_size must be at least 1");
-    arguments.draws = draws.as<const int64_t>();
+    arguments.sampled_ids = sampled_ids.as<const int64_t>();
     arguments.first_ids = first_ids.as<const int64_t>();
     arguments.page_table = page_table.as<const int32_t>();
-    arguments.drawn = drawn.as<int32_t>();
+    arguments.num_generated = num_generated.as<int32_t>();
     arguments.context_lens = context_lens.as<int32_t>();
-    arguments.places = places.as<int64_t>();
-    arguments.kept = kept.as<int64_t>();
+    arguments.output_slots = output_slots.as<int64_t>();
+    arguments.output_ids = output_ids.as<int64_t>();
     arguments.positions = positions.as<int32_t>();
     arguments.slot_mapping = slot_mapping.as<int32_t>();
     arguments.out = out.as<int64_t>();
     arguments.rows = rows.value();
     arguments.max_blocks = max_blocks.value();
     arguments.page_size = page_size;
-    arguments.kept_places = kept_places.value();
+    arguments.num_output_slots = num_output_slots.value();
     return arguments;
 }
 

@@ -196,13 +196,13 @@ struct PixelShuffleArguments {
 };
 
 struct AdvanceRowsArguments {
-    const int64_t *draws, *first_ids;
+    const int64_t *sampled_ids, *first_ids;
     const int32_t* page_table;
-    int32_t *drawn, *context_lens;
-    int64_t *places, *kept;
+    int32_t *num_generated, *context_lens;
+    int64_t *output_slots, *output_ids;
     int32_t *positions, *slot_mapping;
     int64_t* out;
-    int64_t rows, max_blocks, page_size, kept_places;
+    int64_t rows, max_blocks, page_size, num_output_slots;
 };
 
 struct SampleTokensArguments {

@@ -7,9 +7,12 @@
 #include "tensor_caster.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace blip3o::bindings {
 namespace {
+
+using AttentionMemory = std::pair<TensorView, TensorView>;  // workspace and counters
 
 class Library {
   public:
@@ -41,14 +44,13 @@ class Library {
     }
 
     void norm_row_linear(const TensorView& x, const TensorView& norm_weight, double eps,
-                         const TensorView& weight, const OptionalView& scale, bool gated,
+                         const TensorView& weight, const OptionalView& scale, bool gated, Unused,
                          const TensorView& out) const {
         call(check_few_norm_row_linear(Device::cpu, x, norm_weight, eps, weight, scale, gated, out));
     }
 
-    void row_linear_add(const TensorView& x, const TensorView& weight, const OptionalView& scale,
-                        const TensorView& residual) const {
-        call(check_row_linear_add(Device::cpu, x, weight, scale, residual));
+    void row_linear_add(const TensorView& x, const TensorView& weight, const TensorView& residual, const OptionalView& scale) const {
+        call(check_row_linear_add(Device::cpu, x, weight, residual, scale));
     }
 
     void qk_norm_rope_append(const TensorView& qkv, const TensorView& q_weight, const TensorView& k_weight,
@@ -61,9 +63,8 @@ class Library {
 
     void paged_decode_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
                                 const TensorView& page_table, const TensorView& context_lens,
-                                double scale, const TensorView& workspace, const TensorView& counters,
-                                const TensorView& out) const {
-        cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
+                                double scale, const AttentionMemory& memory, const TensorView& out) const {
+        cuda::AttentionScratch scratch = {memory.first.data, memory.second.as<unsigned>()};
         call(check_paged_decode_attention(Device::cpu, q, k_cache, v_cache, page_table, context_lens,
                                           scale, out),
              &scratch);
@@ -73,20 +74,19 @@ class Library {
                           const TensorView& cos_sin_cache, const TensorView& positions, const TensorView& slot_mapping,
                           const TensorView& k_cache, const TensorView& v_cache, const TensorView& page_table,
                           const TensorView& context_lens, double eps, double scale,
-                          const TensorView& workspace, const TensorView& counters,
-                          const TensorView& out) const {
-        cuda::AttentionScratch scratch = {workspace.data, counters.as<unsigned>()};
+                          const AttentionMemory& memory, const TensorView& out) const {
+        cuda::AttentionScratch scratch = {memory.first.data, memory.second.as<unsigned>()};
         call(check_decode_attention(Device::cpu, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping,
                                     k_cache, v_cache, page_table, context_lens, eps, scale, out),
              &scratch);
     }
 
-    void advance_rows(const TensorView& draws, const TensorView& first_ids, const TensorView& page_table,
-                      int64_t page_size, const TensorView& drawn, const TensorView& context_lens,
-                      const TensorView& places, const TensorView& kept, const TensorView& positions,
+    void advance_rows(const TensorView& sampled_ids, const TensorView& first_ids, const TensorView& page_table,
+                      int64_t page_size, const TensorView& num_generated, const TensorView& context_lens,
+                      const TensorView& output_slots, const TensorView& output_ids, const TensorView& positions,
                       const TensorView& slot_mapping, const TensorView& out) const {
-        call(check_advance_rows(Device::cpu, draws, first_ids, page_table, page_size, drawn, context_lens,
-                                places, kept, positions, slot_mapping, out));
+        call(check_advance_rows(Device::cpu, sampled_ids, first_ids, page_table, page_size, num_generated, context_lens,
+                                output_slots, output_ids, positions, slot_mapping, out));
     }
 
     void paged_prefill_attention(const TensorView& q, const TensorView& k_cache, const TensorView& v_cache,
@@ -99,9 +99,9 @@ class Library {
 
     void sample_tokens(const TensorView& logits, const TensorView& temperature, const TensorView& top_k,
                        const TensorView& top_p, const TensorView& seeds, const TensorView& positions,
-                       const TensorView& workspace, const TensorView& out) const {
+                       const TensorView& scratch, const TensorView& out) const {
         call(check_sample_tokens(Device::cpu, logits, temperature, top_k, top_p, seeds, positions, out),
-             workspace.data);
+             scratch.data);
     }
 
   private:
@@ -122,24 +122,39 @@ class Library {
 
 PYBIND11_MODULE(simt_kernels, module) {
     translate_argument_errors();
+    const py::kw_only keywords;
+    const py::none none;
     module.def("attention_workspace", &cuda::attention_workspace);
     module.def("sample_tokens_workspace", &cuda::sample_tokens_workspace);
     py::class_<Library>(module, "Library")
         .def(py::init<const std::string&>())
         .def("set_descending", &Library::set_descending)
         .def("set_multiprocessors", &Library::set_multiprocessors)
-        .def("rms_norm", &Library::rms_norm)
-        .def("silu_mul", &Library::silu_mul)
-        .def("row_linear", &Library::row_linear)
-        .def("row_linear_w8", &Library::row_linear_w8)
-        .def("norm_row_linear", &Library::norm_row_linear)
-        .def("row_linear_add", &Library::row_linear_add)
-        .def("qk_norm_rope_append", &Library::qk_norm_rope_append)
-        .def("paged_decode_attention", &Library::paged_decode_attention)
-        .def("decode_attention", &Library::decode_attention)
-        .def("advance_rows", &Library::advance_rows)
-        .def("paged_prefill_attention", &Library::paged_prefill_attention)
-        .def("sample_tokens", &Library::sample_tokens);
+        .def("rms_norm", &Library::rms_norm, "x"_a, "weight"_a, "eps"_a, keywords, "bias"_a = none,
+               "residual"_a = none, "out"_a)
+        .def("silu_mul", &Library::silu_mul, "gate_up"_a, keywords, "out"_a)
+        .def("row_linear", &Library::row_linear, "x"_a, "weight"_a, keywords, "bias"_a = none, "out"_a)
+        .def("row_linear_w8", &Library::row_linear_w8, "x"_a, "weight"_a, "scale"_a, keywords, "bias"_a = none,
+               "out"_a)
+        .def("norm_row_linear", &Library::norm_row_linear, "x"_a, "norm_weight"_a, "eps"_a, "weight"_a, keywords,
+               "scale"_a = none, "gated"_a = false, "scratch"_a = none, "out"_a)
+        .def("row_linear_add", &Library::row_linear_add, "x"_a, "weight"_a, "residual"_a, keywords,
+               "scale"_a = none)
+        .def("qk_norm_rope_append", &Library::qk_norm_rope_append, "qkv"_a, "q_weight"_a, "k_weight"_a,
+               "cos_sin_cache"_a, "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "eps"_a, keywords,
+               "out"_a)
+        .def("paged_decode_attention", &Library::paged_decode_attention, "q"_a, "k_cache"_a, "v_cache"_a,
+               "page_table"_a, "context_lens"_a, "scale"_a, keywords, "scratch"_a, "out"_a)
+        .def("decode_attention", &Library::decode_attention, "qkv"_a, "q_weight"_a, "k_weight"_a, "cos_sin_cache"_a,
+               "positions"_a, "slot_mapping"_a, "k_cache"_a, "v_cache"_a, "page_table"_a, "context_lens"_a,
+               "eps"_a, "scale"_a, keywords, "scratch"_a, "out"_a)
+        .def("paged_prefill_attention", &Library::paged_prefill_attention, "q"_a, "k_cache"_a, "v_cache"_a,
+               "page_table"_a, "cu_seqlens_q"_a, "context_lens"_a, "scale"_a, keywords, "out"_a)
+        .def("advance_rows", &Library::advance_rows, "sampled_ids"_a, "first_ids"_a, "page_table"_a, "page_size"_a,
+               "num_generated"_a, "context_lens"_a, "output_slots"_a, "output_ids"_a, "positions"_a,
+               "slot_mapping"_a, keywords, "out"_a)
+        .def("sample_tokens", &Library::sample_tokens, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "seeds"_a,
+               "positions"_a, keywords, "scratch"_a, "out"_a);
 }
 
 }  // namespace blip3o::bindings
