@@ -79,7 +79,7 @@ class Recorded(Generic[R]):
         self._range = f"{name} [graph]"
         self._work = work  # holds what the graph's addresses belong to
         try:
-            with registry.usage_apart() as self._used:
+            with registry.recording_usage() as self._used:
                 self._replay, self._result = graphs.capture(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -92,7 +92,7 @@ class Recorded(Generic[R]):
         self._check_forced()
         with trace.span(self._range):
             self._replay()
-        registry.mark_used(self._used)
+        registry.note_usage(self._used)
         return self._result
 
     def _check_forced(self) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -75,18 +76,25 @@ class _Run:
         progress: bool,
         on_image: ImageCallback | None = None,
     ) -> None:
-        ops.reset_used()
         pipeline._recorder.not_recorded.clear()
         self._pipeline = pipeline
         self.timer = StageTimer(pipeline.device)
         self.progress = ProgressReporter(callback and settings.outside(callback), progress)
         self.on_image = on_image and settings.outside(on_image)
 
+    def __enter__(self) -> _Run:
+        self._recording = ops.recording_usage()
+        self._used = self._recording.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._recording.__exit__(*error)
+
     def report(self) -> Report:
         pipeline = self._pipeline
         dtype = "fp32" if pipeline.dtype == torch.float32 else "bf16"
         return self.timer.report(
-            ops.used(),
+            {op: tuple(sorted(names)) for op, names in sorted(self._used.items())},
             device=str(pipeline.device),
             dtype=dtype,
             tier=pipeline.tier,
@@ -238,8 +246,7 @@ class Pipeline:
         sampling = self._sampling(seed, temperature, top_k, top_p, image_tokens_only)
         self._prompts.check(prompt)
         given = None if token_ids is None else check_token_ids(token_ids, self.config)
-        with self._isolation.turn() as settings:
-            run = _Run(self, settings, callback, progress)
+        with self._isolation.turn() as settings, _Run(self, settings, callback, progress) as run:
             reference = NO_REFERENCE if image is None else self._look_at(image, run)
             prompts = [self._token_prompt(prompt, reference, [sampling])]
             if given is None:
@@ -280,8 +287,11 @@ class Pipeline:
         fields = self._fields(plan, params, seed, noise_given=noise is not None)
         if noise is not None:
             noise = check_noise(noise, self._renderer.latent_shape)
-        with self._isolation.turn() as settings, trace.span("render"):
-            run = _Run(self, settings, callback, progress)
+        with (
+            self._isolation.turn() as settings,
+            trace.span("render"),
+            _Run(self, settings, callback, progress) as run,
+        ):
             noise = self._noise(seed) if noise is None else noise
             latent = self._denoise(plan, params, noise, run)
             if output == "latent":
@@ -358,8 +368,10 @@ class Pipeline:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
         for prompt in prompts:
             self._prompts.check(prompt)
-        with self._isolation.turn() as settings:
-            run = _Run(self, settings, callback, progress, on_image)
+        with (
+            self._isolation.turn() as settings,
+            _Run(self, settings, callback, progress, on_image) as run,
+        ):
             reference = NO_REFERENCE if references is None else self._look_at(references, run)
             token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
             plans = [

@@ -220,7 +220,7 @@ def _forget_candidates() -> None:
     from blip3o_rt import ops
 
     for op in ops.all_ops().values():
-        op._candidates.clear()
+        op.choose_again()
 
 
 def _storage(tensor: Tensor) -> int:

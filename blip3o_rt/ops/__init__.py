@@ -20,7 +20,7 @@ from blip3o_rt.ops.paged_decode_attention import paged_decode_attention
 from blip3o_rt.ops.paged_prefill_attention import paged_prefill_attention
 from blip3o_rt.ops.qk_norm_rope_append import qk_norm_rope_append
 from blip3o_rt.ops.quantize_rows import quantize_rows
-from blip3o_rt.ops.registry import all_ops, choices, force, reset_used, used
+from blip3o_rt.ops.registry import all_ops, choices, force, recording_usage, used
 from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
 from blip3o_rt.ops.rms_norm import rms_norm
 from blip3o_rt.ops.row_linear import row_linear
@@ -56,8 +56,8 @@ __all__ = [
     "paged_prefill_attention",
     "qk_norm_rope_append",
     "quantize_rows",
+    "recording_usage",
     "relu_linear_attention",
-    "reset_used",
     "rms_norm",
     "row_linear",
     "row_linear_add",

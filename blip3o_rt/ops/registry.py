@@ -14,8 +14,11 @@ or with BLIP3O_OPS="rms_norm=torch,row_linear=cpu" never falls back: it runs or 
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
@@ -27,6 +30,8 @@ from blip3o_rt.errors import OpError
 P = ParamSpec("P")
 R = TypeVar("R")
 RangeMaker = Callable[[str], AbstractContextManager[Any]]
+Usage = dict[str, set[str]]
+"""Names of the implementations that each op ran on; ops that were not called are absent."""
 
 FLOATS = (torch.float32, torch.bfloat16)
 """Dtypes of weights and activations at run time; references also run in float64."""
@@ -84,6 +89,9 @@ class Choice:
     reason: str | None  # why it is not chosen: unavailable (with the remedy), or another one comes first
 
 
+Candidates = dict[tuple[str, torch.dtype], tuple[Implementation, ...]]
+
+
 class Op(Generic[P, R]):
     """A named contract, its torch reference, and its implementations; calling it runs one of them.
 
@@ -98,10 +106,9 @@ class Op(Generic[P, R]):
         self.reference = reference
         self.tolerance = dict(tolerance)
         self.__doc__ = reference.__doc__
-        self._implementations = [Implementation(REFERENCE, reference)]
-        self._forced: Implementation | None = None
-        self._candidates: dict[tuple[str, torch.dtype], tuple[Implementation, ...]] = {}
-        self._used: set[str] = set()
+        self._implementations: tuple[Implementation, ...] = (Implementation(REFERENCE, reference),)
+        self._forced: tuple[Implementation, ...] = ()  # by the blocks that are open; the last one counts
+        self._candidates: Candidates = {}
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(self.implementation_names)}>"
@@ -109,7 +116,7 @@ class Op(Generic[P, R]):
     @property
     def implementations(self) -> tuple[Implementation, ...]:
         """In order of preference; the torch reference is the last."""
-        return tuple(self._implementations)
+        return self._implementations
 
     @property
     def implementation_names(self) -> list[str]:
@@ -133,8 +140,7 @@ class Op(Generic[P, R]):
             if name in self.implementation_names:
                 raise OpError(f"op {self.name} has an implementation '{name}' already: choose another name")
             found = Implementation(name, run, device, dtypes, supports, available)
-            self._implementations.insert(len(self._implementations) - 1, found)
-            self._candidates.clear()
+            self._reorder(*self._implementations[:-1], found, self._implementations[-1])
             return run
 
         return register
@@ -142,16 +148,25 @@ class Op(Generic[P, R]):
     def prefer(self, name: str) -> None:
         """Make an implementation the first that a call tries. Raises OpError for an unknown name."""
         found = self.named(name)
-        self._implementations.remove(found)
-        self._implementations.insert(0, found)
-        self._candidates.clear()
+        self._reorder(found, *(other for other in self._implementations if other is not found))
 
     def withdraw(self, name: str) -> None:
         """Forget an implementation. Raises OpError for an unknown name and for the torch reference."""
         if name == REFERENCE:
             raise OpError(f"op {self.name}: '{REFERENCE}' is its definition and stays")
-        self._implementations.remove(self.named(name))
-        self._candidates.clear()
+        found = self.named(name)
+        self._reorder(*(other for other in self._implementations if other is not found))
+
+    def _reorder(self, *implementations: Implementation) -> None:
+        self._implementations = implementations
+        self.choose_again()
+
+    def choose_again(self) -> None:
+        """Forget the candidates of calls so far.
+
+        The dictionary is replaced and not cleared: another thread may be storing what it found before.
+        """
+        self._candidates = {}
 
     def named(self, name: str) -> Implementation:
         """The implementation of that name. Raises OpError listing the known ones."""
@@ -165,31 +180,57 @@ class Op(Generic[P, R]):
         first = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
         key = (first.device.type, first.dtype)
         for implementation in self._candidates.get(key) or self._find_candidates(*key):
-            if implementation.supports(*args, **kwargs) is None:
-                self._used.add(implementation.name)
+            if (reason := implementation.supports(*args, **kwargs)) is None:
+                used = _recording.get()
+                if used is not None:
+                    used.setdefault(self.name, set()).add(implementation.name)
                 return cast(R, implementation.run(*args, **kwargs))
-        forced = cast(Implementation, self._forced)  # the torch reference refuses nothing
-        raise self._forced_error(forced, forced.supports(*args, **kwargs) or "it refused the call")
+        # The torch reference refuses nothing: this one was forced.
+        raise self._forced_error(implementation, reason or "it refused the call")
+
+    @property
+    def forced(self) -> Implementation | None:
+        """The implementation that every call goes to, or None: each call chooses."""
+        return self._forced[-1] if self._forced else None
 
     def force(self, implementation: Implementation | None) -> Implementation | None:
         """Send every call to one implementation (None: choose again); returns what was forced before."""
-        previous, self._forced = self._forced, implementation
-        self._candidates.clear()
+        previous, self._forced = self.forced, () if implementation is None else (implementation,)
+        self.choose_again()
         return previous
+
+    @contextmanager
+    def forcing(self, implementation: Implementation) -> Iterator[None]:
+        """Within the block, every call of the process runs on this implementation or raises.
+
+        Blocks of several threads may overlap: the last that was opened counts, until it is left.
+        """
+        block = replace(implementation)  # told from other blocks by its identity
+        with _lock:
+            self._forced = (*self._forced, block)
+            self.choose_again()
+        try:
+            yield
+        finally:
+            with _lock:
+                self._forced = tuple(other for other in self._forced if other is not block)
+                self.choose_again()
 
     def _find_candidates(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
         """Available implementations for calls of one kind; remembered, so that a call costs one look-up."""
         read_environment()
-        if self._forced is not None:
-            reason = self._forced.available() or self._forced.takes(device, dtype)
+        candidates = self._candidates  # before what is forced is read: see choose_again
+        forced = self.forced
+        if forced is not None:
+            reason = forced.available() or forced.takes(device, dtype)
             if reason:
-                raise self._forced_error(self._forced, reason)
-            found: tuple[Implementation, ...] = (self._forced,)
+                raise self._forced_error(forced, reason)
+            found: tuple[Implementation, ...] = (forced,)
         else:
             found = tuple(i for i in self._implementations if not (i.takes(device, dtype) or i.available()))
         if _make_range is not None:
             found = tuple(self._in_range(implementation, _make_range) for implementation in found)
-        self._candidates[device, dtype] = found
+        candidates[device, dtype] = found
         return found
 
     def _in_range(self, implementation: Implementation, make_range: RangeMaker) -> Implementation:
@@ -216,10 +257,11 @@ class Op(Generic[P, R]):
         read_environment()
         dtype = dtype if dtype in self.tolerance else next(iter(self.tolerance))
         found: list[Choice] = []
+        forced = self.forced
         for implementation in self._implementations:
             reason = implementation.takes(device, dtype) or implementation.available()
-            if reason is None and self._forced is not None and implementation is not self._forced:
-                reason = f"'{self._forced.name}' is forced"
+            if reason is None and forced is not None and implementation.name != forced.name:
+                reason = f"'{forced.name}' is forced"
             earlier = next((choice.implementation for choice in found if choice.chosen), None)
             if reason is None and earlier is not None:
                 reason = f"'{earlier}' comes first"
@@ -229,7 +271,10 @@ class Op(Generic[P, R]):
 
 _ops: dict[str, Op[Any, Any]] = {}
 _environment_read = False
+_lock = threading.RLock()  # held while what is forced changes
 _make_range: RangeMaker | None = None
+_recording: ContextVar[Usage | None] = ContextVar("recording", default=None)
+_last = threading.local()  # used: of the last recording
 
 
 def op(tolerance: Mapping[torch.dtype, float]) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -263,20 +308,23 @@ def force(op_name: str, implementation_name: str) -> Iterator[None]:
     """
     read_environment()
     target = find(op_name)
-    previous = target.force(target.named(implementation_name))
-    try:
+    with target.forcing(target.named(implementation_name)):
         yield
-    finally:
-        target.force(previous)
 
 
 def forced() -> dict[str, str]:
     """The implementation that each op is forced to; ops that choose are absent."""
-    return {name: found._forced.name for name, found in _ops.items() if found._forced is not None}
+    return {name: implementation.name for name, op in _ops.items() if (implementation := op.forced)}
 
 
 def read_environment() -> None:
     """Apply BLIP3O_OPS="op=implementation,..." once. Raises OpError for unknown names in it."""
+    if not _environment_read:
+        with _lock:
+            _read_environment()
+
+
+def _read_environment() -> None:
     global _environment_read
     if _environment_read:
         return
@@ -294,36 +342,37 @@ def read_environment() -> None:
     _environment_read = True
 
 
-def used() -> dict[str, tuple[str, ...]]:
-    """Names of the implementations that each op has run on since `reset_used`; ops not called are absent."""
-    return {name: tuple(sorted(found._used)) for name, found in sorted(_ops.items()) if found._used}
-
-
-def reset_used() -> None:
-    """Forget what `used` reports."""
-    for found in _ops.values():
-        found._used.clear()
-
-
 @contextmanager
-def usage_apart() -> Iterator[dict[str, set[str]]]:
-    """Within the block op calls are noted in what is given instead of in `used`: op -> implementations."""
-    outside = {name: set(found._used) for name, found in _ops.items()}
-    reset_used()
-    inside: dict[str, set[str]] = {}
+def recording_usage() -> Iterator[Usage]:
+    """Note which implementations the op calls of the block run on: {op: {implementation, ...}}.
+
+    The calls of other threads are not noted, unless they run in a copy of this context, as
+    `asyncio.to_thread` makes it. A recording inside another one is added to it at its end.
+    """
+    outer, used = _recording.get(), Usage()
+    token = _recording.set(used)
     try:
-        yield inside
+        yield used
     finally:
-        inside.update({name: set(found._used) for name, found in _ops.items() if found._used})
-        for name, found in _ops.items():
-            found._used.clear()
-            found._used.update(outside.get(name, ()))
+        _recording.reset(token)
+        _last.used = used
+        if outer is not None:
+            note_usage(used)
 
 
-def mark_used(usage: Mapping[str, set[str]]) -> None:
-    """Report in `used` what `usage_apart` noted, as calls that were made again."""
-    for name, implementations in usage.items():
-        _ops[name]._used.update(implementations)
+def note_usage(usage: Mapping[str, set[str]]) -> None:
+    """Add to the recording in progress what a replay runs without calling the ops."""
+    used = _recording.get()
+    if used is not None:
+        for name, implementations in usage.items():
+            used.setdefault(name, set()).update(implementations)
+
+
+def used() -> dict[str, tuple[str, ...]]:
+    """Deprecated: what the calling thread's last recording noted; use `recording_usage`."""
+    warnings.warn("ops.used() is deprecated: use ops.recording_usage()", DeprecationWarning, stacklevel=2)
+    noted: Usage = getattr(_last, "used", {})
+    return {name: tuple(sorted(implementations)) for name, implementations in sorted(noted.items())}
 
 
 @contextmanager
@@ -342,7 +391,7 @@ def _set_ranges(make_range: RangeMaker | None) -> None:
     global _make_range
     _make_range = make_range
     for found in _ops.values():
-        found._candidates.clear()
+        found.choose_again()
 
 
 def choices(device: str, dtype: torch.dtype) -> list[Choice]:

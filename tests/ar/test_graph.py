@@ -194,9 +194,9 @@ def test_the_ops_of_replayed_tokens_are_reported() -> None:
     for one in (eager, engine):
         request = one.submit(make_prompt(LONG))
         one.step()
-        ops.reset_used()
-        one.step()
-        found.append(ops.used())
+        with ops.recording_usage() as used:
+            one.step()
+        found.append(used)
         one.cancel(request)
     assert found[0] == found[1]
     assert "sample_tokens" in found[1]

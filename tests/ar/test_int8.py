@@ -49,10 +49,10 @@ def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool, values: to
     weights = weights_in_8_bits(values, tied=tied)
     untied = {**dequantized(weights), EMBEDDING: weights[EMBEDDING]}
     prompt = TokenPrompt(PROMPT, [SamplingParams(top_k=1)])
-    ops.reset_used()
-    found = engine(weights, tied=tied).generate([prompt])[0][0]
-    assert "row_linear_w8" in ops.used()
-    assert "row_linear" not in ops.used()
+    with ops.recording_usage() as used:
+        found = engine(weights, tied=tied).generate([prompt])[0][0]
+    assert "row_linear_w8" in used
+    assert "row_linear" not in used
     expected = engine(untied, tied=False).generate([prompt])[0][0]
     assert torch.equal(found.token_ids, expected.token_ids)
     error = (found.hidden_states - expected.hidden_states).norm() / expected.hidden_states.norm()

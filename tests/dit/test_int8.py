@@ -75,9 +75,9 @@ def test_prediction(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     int8 = quantized(weights.items())
     latent, tokens = random_latent(config, 5, 6), random_tokens(config, 9, counts)
     exact = run(DiT(config, weights), latent, 600.0, tokens)
-    ops.reset_used()
-    found = run(DiT(config, int8), latent, 600.0, tokens)
-    assert {"quantize_rows", "scale_product"} <= ops.used().keys()
+    with ops.recording_usage() as used:
+        found = run(DiT(config, int8), latent, 600.0, tokens)
+    assert {"quantize_rows", "scale_product"} <= used.keys()
     meant = run(DiT(config, dequantized(int8)), latent, 600.0, tokens)
     assert relative_l2(meant, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) < PREDICTION_BOUND

@@ -32,8 +32,8 @@ def test_without_a_bfloat16_convolution_of_onednn_pytorch_chooses(
     dtype: torch.dtype, implementation: str
 ) -> None:
     x, weight, bias = torch.ones(1, 3, 4, 2), torch.ones(5, 3, 3, 2), torch.ones(5)
-    ops.reset_used()
-    found = ops.convolution_silu(x.to(dtype), weight.to(dtype), bias.to(dtype))
-    assert ops.used() == {"convolution_silu": (implementation,)}
+    with ops.recording_usage() as used:
+        found = ops.convolution_silu(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    assert used == {"convolution_silu": {implementation}}
     expected = ops.convolution_silu.reference(x.double(), weight.double(), bias.double())
     assert torch.allclose(found.double(), expected, rtol=2**-7)  # a rounding before the SiLU and one after

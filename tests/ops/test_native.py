@@ -340,11 +340,12 @@ def test_without_the_compiled_module_ops_run_on_torch() -> None:
     code = (
         "import sys, torch\nsys.modules['blip3o_rt._cpu'] = None\n"
         "from blip3o_rt import ops\nfrom blip3o_rt.ops import native\n"
-        "ops.silu_mul(torch.ones(1, 2))\nprint(ops.used()); print(native.cpu_unavailable())"
+        "with ops.recording_usage() as used: ops.silu_mul(torch.ones(1, 2))\n"
+        "print(used); print(native.cpu_unavailable())"
     )
     done = run_python(code)
     assert done.stdout.splitlines() == [
-        "{'silu_mul': ('torch',)}",
+        "{'silu_mul': {'torch'}}",
         "blip3o_rt._cpu is not built; install a C++17 compiler (g++ or clang++), then run pip install again",
     ], done.stderr
 

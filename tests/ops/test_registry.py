@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,20 +55,68 @@ def test_first_that_supports_the_call(double: registry.Op) -> None:
     assert double.__doc__ == "times x."
 
 
-def test_used_names_what_ran(double: registry.Op) -> None:
-    ops.reset_used()
+def test_a_recording_names_what_ran(double: registry.Op) -> None:
     double(torch.ones(2))
-    assert ops.used() == {"double": ("picky",)}
+    with ops.recording_usage() as used:
+        assert used == {}
+        double(torch.ones(2))
+        assert used == {"double": {"picky"}}
+        with ops.recording_usage() as inner:
+            double(torch.ones(3))
+        assert inner == {"double": {"torch"}}
+    assert used == {"double": {"picky", "torch"}}
     double(torch.ones(3))
-    assert ops.used() == {"double": ("picky", "torch")}
-    ops.reset_used()
-    assert ops.used() == {}
+    with pytest.warns(DeprecationWarning, match="recording_usage"):
+        assert ops.used() == {"double": ("picky", "torch")}
+
+
+def test_recordings_of_two_threads_do_not_mix(double: registry.Op) -> None:
+    both_record = threading.Barrier(2)
+
+    def record(numbers: int) -> registry.Usage:
+        with ops.recording_usage() as used:
+            both_record.wait(timeout=60)
+            double(torch.ones(numbers))
+            both_record.wait(timeout=60)
+        return used
+
+    with ThreadPoolExecutor(2) as threads:
+        small, large = threads.map(record, (2, 3))
+    assert (small, large) == ({"double": {"picky"}}, {"double": {"torch"}})
 
 
 def test_force(double: registry.Op) -> None:
     with ops.force("double", "torch"):
         assert double(torch.ones(2)).tolist() == [2, 2]
     assert double(torch.ones(2)).tolist() == [20, 20]
+
+
+def test_forcing_blocks_of_two_threads_may_overlap(double: registry.Op) -> None:
+    first, second = ops.force("double", "torch"), ops.force("double", "picky")
+    first.__enter__()
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    second.__enter__()
+    assert double(torch.ones(2)).tolist() == [20, 20]
+    first.__exit__(None, None, None)
+    with pytest.raises(OpError, match="forced to 'picky'"):
+        double(torch.ones(3))
+    second.__exit__(None, None, None)
+    assert double(torch.ones(3)).tolist() == [2, 2, 2]
+
+
+def test_a_look_up_begun_before_a_force_is_forgotten(double: registry.Op) -> None:
+    """As where another thread forces an op while this one finds its candidates."""
+    forced = ops.force("double", "torch")
+    picky = double.named("picky")
+
+    def available() -> None:
+        forced.__enter__()
+
+    double.withdraw("picky")
+    double.implementation("picky", device="cpu", available=available)(picky.run)
+    assert double(torch.ones(2)).tolist() == [20, 20]
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    forced.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -269,9 +269,9 @@ def op_switches(line: str, contender: Contender) -> Iterator[Switch]:
     """One switch for each op that the line runs on another implementation than its reference, and all."""
     with quiet():
         contender.prepare()
-        ops.reset_used()
-        contender.call()
-    used = {op: names for op, names in ops.used().items() if names != (REFERENCE,)}
+        with ops.recording_usage() as noted:
+            contender.call()
+    used = {op: sorted(names) for op, names in sorted(noted.items()) if names != {REFERENCE}}
     for op, names in used.items():
         yield Switch(op, (line,), Variant(REFERENCE, {op: REFERENCE}), Variant(", ".join(names)))
     if len(used) > 1:

@@ -157,12 +157,12 @@ class _Run:
 
     def group(self, name: str) -> None:
         """Run one group; an error in it is a line that failed, and the next group runs all the same."""
-        ops.reset_used()
         if name != "ops" and self._subject is not None and self._subject.scope.large:
             self._show(f"comparing {name}: minutes on a processor")
         try:
-            for item in self._items(name):
-                self._add(item)
+            with ops.recording_usage() as used:
+                for item in self._items(name):
+                    self._add(item)
         except Exception as error:
             detail = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             none = float("nan")
@@ -171,8 +171,8 @@ class _Run:
             )
         if name != "ops":
             for kernel in self._kernels:
-                used = ", ".join(ops.used().get(kernel.op, ())) or "nothing"
-                self._add(f"{name}: {kernel.op} ran on {used}")
+                names = ", ".join(sorted(used.get(kernel.op, ()))) or "nothing"
+                self._add(f"{name}: {kernel.op} ran on {names}")
         gc.collect()  # of a large model: the next one needs the room
 
     def _items(self, group: str) -> Iterator[Line | str]:
