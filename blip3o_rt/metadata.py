@@ -34,12 +34,17 @@ def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any]) ->
     The file is written beside its target and renamed, so the target is the old file or the whole new one.
     Raises OSError where the folder cannot be written.
     """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        image.save(file, format="PNG", pnginfo=text_chunks(fields))
+
+
+def text_chunks(fields: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
+    """The text chunks of a PNG file that carry an image's fields."""
     chunks = PngImagePlugin.PngInfo()
     for name, value in ((name, fields[name]) for name in FIELDS if name in fields):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
         chunks.add_itxt(name, text.encode("utf-8", "replace").decode("utf-8"))
-    with replacing(path) as temporary, temporary.open("xb") as file:
-        image.save(file, format="PNG", pnginfo=chunks)
+    return chunks
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
+from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
-from blip3o_rt.dit.step import StepKind
+from blip3o_rt.dit.step import StepKind, Steps, StepState
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.switches import VAE_TILES, setting
@@ -121,6 +121,28 @@ class Renderer:
 
         The callback is told of every step; what it raises ends the loop.
         """
+        with self.denoising(hidden_states, references, noise, params) as denoising:
+            while denoising.done < denoising.total:
+                denoising.step()
+                callback(denoising.done, denoising.total)
+            return denoising.latent
+
+    @contextmanager
+    def denoising(
+        self,
+        hidden_states: Tensor,
+        references: tuple[Tensor, ...],
+        noise: Tensor,
+        params: DiffusionParams,
+    ) -> Iterator[Denoising]:
+        """The denoising of one image, before its first step; the buffers are its own within the block.
+
+        Args:
+            hidden_states: [T, hidden].
+            references: The latents [1, C, h, w] of an edit's reference images.
+            noise: [1, C, h, w].
+            params: The number of steps and the guidance scale.
+        """
         beside = references[0] if references and self.sees_reference else None
         seen = torch.cat(references) if references and self._reference_connector is not None else None
         hidden_states = hidden_states.to(self.device)
@@ -129,19 +151,12 @@ class Renderer:
         with nullcontext() if recorded is None else recorded.in_use():
             if recorded is None:
                 condition = self._dit.condition(self._tokens(hidden_states, seen))
+                state = StepState.begin(self._dit, noise, tables, condition, params.guidance, beside)
+                steps = Steps(self._dit, state)
             else:
-                condition = recorded.condition(hidden_states, seen)
-            return denoise(
-                self._dit,
-                noise,
-                tables,
-                condition,
-                params.guidance,
-                reference_latent=beside,
-                kinds=kinds,
-                recorded=recorded,
-                callback=callback,
-            )
+                recorded.condition(hidden_states, seen)
+                steps = recorded.begin(noise, tables, params.guidance, beside)
+            yield Denoising(steps, tables, kinds)
 
     def decode(self, latent: Tensor) -> Tensor:
         """The pixels [1, 3, H, W] in 0..1 of a latent."""

@@ -18,6 +18,43 @@ StepCallback = Callable[[int, int], None]  # steps done, steps in all; raises to
 STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled picture still waits for
 
 
+class Denoising:
+    """The denoising of one image, a step at a time, so that other work can run between two steps.
+
+    Args:
+        steps: The steps of the image, before its first one.
+        tables: The schedule's modulation tables.
+        kinds: How each step is made; None for guided Euler steps only.
+    """
+
+    def __init__(self, steps: Steps, tables: ScheduleTables, kinds: Sequence[StepKind] | None = None) -> None:
+        self.total = tables.schedule.steps
+        self.done = 0
+        self._steps = steps
+        self._sigmas = tables.schedule.sigmas
+        self._kinds = kinds or [guided_step] * self.total
+        self._ahead = RunAhead(steps.dit.device, STEPS_AHEAD)
+
+    def step(self) -> None:
+        """Make the next step."""
+        self._ahead.step()
+        with trace.span("dit.step", self.done):
+            self._steps(self._kinds[self.done])
+        self.done += 1
+
+    def step_and_estimate(self) -> Tensor:
+        """Make the next step; returns the estimate of the clean latent [1, C, h, w] on which it was made."""
+        before = self.latent
+        self.step()
+        here, after = self._sigmas[self.done - 1], self._sigmas[self.done]
+        return before + (self.latent - before) * (here / (here - after))
+
+    @property
+    def latent(self) -> Tensor:
+        """A copy of the latent [1, C, h, w], fp32, as the steps so far have left it."""
+        return self._steps.state.latent.clone(memory_format=torch.contiguous_format)
+
+
 def denoise(
     dit: DiT,
     noise: Tensor,
@@ -42,11 +79,9 @@ def denoise(
         steps = Steps(dit, StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent))
     else:
         steps = recorded.begin(noise, tables, guidance_scale, reference_latent)
-    count, ahead = tables.schedule.steps, RunAhead(dit.device, STEPS_AHEAD)
-    for step, kind in enumerate(kinds or [guided_step] * count):
-        ahead.step()
-        with trace.span("dit.step", step):
-            steps(kind)
+    denoising = Denoising(steps, tables, kinds)
+    while denoising.done < denoising.total:
+        denoising.step()
         if callback is not None:
-            callback(step + 1, count)
-    return steps.state.latent.clone(memory_format=torch.contiguous_format)
+            callback(denoising.done, denoising.total)
+    return denoising.latent
