@@ -1,4 +1,4 @@
-"""The blip3o-rt command: generate, edit, convert, bench, score and doctor."""
+"""The blip3o-rt command: generate, edit, serve, convert, bench, score and doctor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from blip3o_rt import __version__
-from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, validate
+from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, serve, validate
 from blip3o_rt.errors import Blip3oError, ParameterError
 
 FAILED = 2
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     edit.add_parser(subparsers)
     convert.add_parser(subparsers)
     bench.add_parser(subparsers)
+    serve.add_parser(subparsers)
     score.add_parser(subparsers)
     validate.add_parser(subparsers)
     doctor.add_parser(subparsers)

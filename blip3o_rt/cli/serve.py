@@ -1,0 +1,127 @@
+"""blip3o-rt serve: the engine behind OpenAI's images API, with a page to try it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.cli.pictures import add_model_options
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import check_max_batch, check_max_prompt_tokens
+from blip3o_rt.switches import check_tier, parse_switches
+
+DESCRIPTION = (
+    "Serve text-to-image and image editing over HTTP by OpenAI's images API, with a page to try it at /. The "
+    "engine runs in a process of its own, which is started again where it ends."
+)
+DEFAULT_MAX_BATCH = 8
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "serve", help="serve images over HTTP by OpenAI's API", description=DESCRIPTION
+    )
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    http.add_argument("--port", type=int, default=8000, help="port, 0: a free one (%(default)s)")
+    http.add_argument("--keys", type=Path, metavar="FILE", help="bearer keys, one a line; without: everybody")
+    http.add_argument("--data", type=Path, metavar="DIR", help="keep jobs and their images here (temporary)")
+    model = add_model_options(parser)
+    model.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        default=DEFAULT_MAX_BATCH,
+        help="images whose tokens are drawn together (%(default)s)",
+    )
+    model.add_argument(
+        "--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference images"
+    )
+    limits = parser.add_argument_group("limits")
+    for name, metavar, default, text in (
+        ("--max-queue", "N", 64, "images that wait or run"),
+        ("--max-queue-per-client", "N", 64, "images of one client that wait or run"),
+        ("--max-images", "N", 10, "images of a request"),
+        ("--max-steps", "N", 100, "denoising steps of an image"),
+        ("--max-body", "MIB", 64, "size of a request"),
+        ("--max-pixels", "MEGAPIXELS", 32, "size of an uploaded image"),
+        ("--timeout", "SECONDS", 600, "how long a request may take"),
+        ("--drain", "SECONDS", 30, "how long requests may go on after SIGTERM"),
+        ("--keep-hours", "HOURS", 168, "how long jobs and linked images are kept"),
+        ("--keep-gib", "GIB", 10, "how much of them is kept"),
+        ("--memory-reserve", "MIB", 256, "free memory below which requests are refused"),
+    ):
+        limits.add_argument(name, type=int, metavar=metavar, default=default, help=f"{text} (%(default)s)")
+    logs = parser.add_argument_group("logs")
+    logs.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(%(default)s)"
+    )
+    logs.add_argument("--log-prompts", action="store_true", help="name prompts in the log")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code."""
+    check_tier(arguments.tier, parse_switches(arguments.switch))
+    check_max_batch(arguments.max_batch)
+    if arguments.max_prompt_tokens is not None:
+        check_max_prompt_tokens(arguments.max_prompt_tokens)
+    if not 0 <= arguments.port <= 65535:
+        raise ParameterError(f"--port is {arguments.port}: accepted is 0 to 65535")
+    for name, value in vars(arguments).items():
+        if name.startswith(("max_", "keep_", "timeout")) and isinstance(value, int) and value < 1:
+            raise ParameterError(f"--{name.replace('_', '-')} is {value}: accepted is 1 or more")
+    try:
+        import asyncio
+
+        from blip3o_rt.serve.log import log_to_stderr
+        from blip3o_rt.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise ParameterError(f"serve needs {error.name}: pip install 'blip3o_rt[serve]'") from None
+
+    log_to_stderr(arguments.log_level)
+    asyncio.run(serve(server_options(arguments), _say))
+    return 0
+
+
+def server_options(arguments: argparse.Namespace) -> Any:
+    """The arguments as a server takes them."""
+    from blip3o_rt.serve.client import Limits
+    from blip3o_rt.serve.messages import EngineOptions
+    from blip3o_rt.serve.server import ServerOptions
+
+    model = {
+        "path": None if arguments.model is None else str(arguments.model),
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "tier": arguments.tier,
+        "switches": parse_switches(arguments.switch),
+        "diffusion": arguments.diffusion,
+        "ta_tok": arguments.ta_tok,
+        "cache_dir": arguments.cache_dir,
+        "max_batch": arguments.max_batch,
+    }
+    if arguments.max_prompt_tokens is not None:
+        model["max_prompt_tokens"] = arguments.max_prompt_tokens
+    return ServerOptions(
+        EngineOptions(model, memory_reserve=arguments.memory_reserve * 2**20),
+        host=arguments.host,
+        port=arguments.port,
+        data=arguments.data,
+        keys=arguments.keys,
+        limits=Limits(arguments.max_queue, arguments.max_queue_per_client, seconds=arguments.timeout),
+        max_images=arguments.max_images,
+        max_steps=arguments.max_steps,
+        max_body=arguments.max_body * 2**20,
+        max_pixels=arguments.max_pixels * 10**6,
+        keep_seconds=3600.0 * arguments.keep_hours,
+        keep_bytes=arguments.keep_gib * 2**30,
+        drain_seconds=arguments.drain,
+        log_prompts=arguments.log_prompts,
+    )
+
+
+def _say(listener: Any) -> None:
+    print(f"blip3o-rt: {listener.url}/ (Ctrl-C ends it)", flush=True)

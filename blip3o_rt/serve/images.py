@@ -1,0 +1,96 @@
+"""Uploaded images in, and images of the engine out as PNG, JPEG or WebP; all of it beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image, UnidentifiedImageError
+
+from blip3o_rt.errors import ImageError
+from blip3o_rt.images import load_reference
+from blip3o_rt.metadata import text_chunks
+from blip3o_rt.serve.async_pipeline import pil_image, raw_image
+from blip3o_rt.serve.messages import RawImage
+
+UPLOADS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("png", "jpeg", "webp")
+DEFAULT_COMPRESSION = 100  # as OpenAI's: the highest quality
+
+
+class ImageWorkers:
+    """Threads that decode and encode images.
+
+    Args:
+        max_pixels: The largest upload.
+        threads: How many images are worked on at once.
+    """
+
+    def __init__(self, max_pixels: int, threads: int = 2) -> None:
+        self.max_pixels = max_pixels
+        self._threads = ThreadPoolExecutor(threads, "image")
+
+    async def decode(self, data: bytes, name: str) -> RawImage:
+        """An uploaded file as an upright RGB image. Raises ImageError, also for one over the limit."""
+        return await self._run(_decode, data, name, self.max_pixels)
+
+    async def encode(self, image: RawImage, output_format: str, compression: int | None) -> bytes:
+        """A file of an image; a PNG carries prompt, seed, parameters and version."""
+        return await self._run(_encode, image, output_format, compression)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, function, *arguments):  # type: ignore[no-untyped-def]
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+
+def from_base64(text: str, name: str) -> bytes:
+    """The bytes of base64, with or without a data URL's prefix. Raises ImageError."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError(f"{name} is not base64: send the file's bytes in base64, or a data URL") from None
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> RawImage:
+    if not data:
+        raise ImageError(f"{name} is empty: send the file of an image")
+    Image.init()
+    formats = [format for format in UPLOADS if format in Image.OPEN]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=formats) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"{name} is {width} x {height} pixels: at most {max_pixels} pixels are accepted"
+                    )
+                return raw_image(load_reference(image))
+    except ImageError as error:
+        raise ImageError(str(error).replace("the picture", name).replace("the image", name, 1)) from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} is too large: at most {max_pixels} pixels are accepted") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image: accepted are PNG, JPEG, WebP, GIF, BMP and TIFF") from None
+    except Exception as error:  # decoders fail however a damaged file leads them to
+        line = str(error).partition("\n")[0]
+        raise ImageError(f"{name} cannot be decoded: {line}") from None
+
+
+def _encode(raw: RawImage, output_format: str, compression: int | None) -> bytes:
+    image, file = pil_image(raw), io.BytesIO()
+    if output_format == "png":
+        image.save(file, format="PNG", pnginfo=text_chunks(image.info))
+    else:
+        image.info.clear()
+        quality = DEFAULT_COMPRESSION if compression is None else compression
+        image.save(file, format=output_format.upper(), quality=quality)
+    return file.getvalue()

@@ -1,0 +1,286 @@
+"""Which image the engine works on next: token passes of all that run, and denoising steps of those ready.
+
+A turn of the scheduler lets images join the token batch, draws one token of every image in it, and makes one
+denoising step of one image. Messages are read between turns, so a request is cancelled between two tokens and
+two steps.
+
+An image joins in the order of priority, then of what its client has had so far (start-time fair queueing),
+then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are
+denoised one at a time, in the same order, because each replays buffers of its own shape.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from blip3o_rt.serve.messages import (
+    Accepted,
+    Event,
+    Failed,
+    Finished,
+    Partial,
+    Progress,
+    Started,
+    Submit,
+)
+
+AGING_SECONDS = 60.0  # of waiting, for one level of priority
+PROGRESS_SECONDS = 0.1  # between two messages of progress of an image
+USUAL_STEPS = 30  # of denoising, which cost as much as an image's tokens
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request that is not finished; `left` counts its images that are not."""
+
+    submit: Submit
+    arrived: float
+    order: int
+    left: int
+    prepared: Any = None
+    reference_seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Image:
+    """One image of a request on its way: waiting (no tokens), in the token batch, ready or being denoised."""
+
+    request: _Request
+    index: int
+    seed: int
+    tokens: Any = None
+    drawing: Any = None
+    started: float = 0.0
+    passes: int = 0
+    told: float = 0.0
+    partials: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Scheduler:
+    """Runs the requests of one engine process on the stages of its model.
+
+    Args:
+        stages: The model; blip3o_rt.serve.stages.Stages says what it does.
+        send: Takes the events of requests.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        stages: Any,
+        send: Callable[[Event], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stages, self._send, self._clock = stages, send, clock
+        self._requests: dict[str, _Request] = {}
+        self._waiting: list[_Image] = []
+        self._batch: list[_Image] = []  # draw tokens
+        self._ready: list[_Image] = []  # have their tokens
+        self._drawing: _Image | None = None
+        self._charged: dict[str, float] = {}  # by client: the work it has had
+        self._virtual_time = 0.0  # what the client that was served last had had before
+        self._order = 0
+        self.turns = 0
+        self.batch_sizes: Counter[int] = Counter()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is work."""
+        return bool(self._requests)
+
+    @property
+    def waiting(self) -> int:
+        """Images that have not joined the token batch."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Images between joining and their pixels."""
+        return len(self._batch) + len(self._ready) + (self._drawing is not None)
+
+    def submit(self, submit: Submit) -> None:
+        """Check a request and put its images into the queue; answers Accepted or Failed."""
+        try:
+            prompt_tokens = self._stages.check(submit)
+        except Exception as error:
+            self._send(Failed(submit.id, *self._stages.failure(error)))
+            return
+        self._order += 1
+        request = _Request(submit, self._clock(), self._order, len(submit.seeds))
+        self._requests[submit.id] = request
+        self._waiting += [_Image(request, index, seed) for index, seed in submit.seeds]
+        self._enter(submit.client)
+        self._send(Accepted(submit.id, prompt_tokens))
+
+    def cancel(self, id: str) -> None:
+        """Drop a request and all of its images; one that is finished is left alone."""
+        request = self._requests.pop(id, None)
+        if request is None:
+            return
+        for image in self._batch:
+            if image.request is request:
+                self._stages.cancel_tokens(image.tokens)
+        for images in (self._waiting, self._batch, self._ready):
+            images[:] = [image for image in images if image.request is not request]
+        if self._drawing is not None and self._drawing.request is request:
+            self._end_drawing()
+
+    def turn(self) -> None:
+        """Let images join, draw a token of every image in the batch, and make one denoising step."""
+        self.turns += 1
+        self._join()
+        self._step_tokens()
+        self._step_denoising()
+
+    def _enter(self, client: str) -> None:
+        """A client that comes or comes back starts level with the one that was served last."""
+        here = {request.submit.client for request in self._requests.values()}
+        self._charged = {name: work for name, work in self._charged.items() if name in here}
+        self._charged[client] = max(self._charged.get(client, 0.0), self._virtual_time)
+
+    def _urgency(self, image: _Image) -> tuple[float, float, int, int]:
+        """The smaller, the sooner."""
+        request = image.request
+        waited = (self._clock() - request.arrived) // AGING_SECONDS
+        charged = self._charged.get(request.submit.client, 0.0)
+        return (-request.submit.priority - waited, charged, request.order, image.index)
+
+    def _join(self) -> None:
+        """Fill the token batch, unless tokens are far ahead of denoising already."""
+        most = self._stages.info.max_batch
+        while self._waiting and len(self._batch) < most and self.running < 2 * most:
+            image = min(self._waiting, key=self._urgency)
+            self._waiting.remove(image)
+            with self._guarded(image):
+                self._begin_tokens(image)
+
+    def _begin_tokens(self, image: _Image) -> None:
+        request, submit = image.request, image.request.submit
+        begin = self._clock()
+        if request.prepared is None:
+            request.prepared = self._stages.prepare(submit)
+            if submit.references:
+                request.reference_seconds = self._clock() - begin
+        image.seconds["reference"] = request.reference_seconds
+        image.started = self._clock()
+        image.tokens = self._stages.begin_tokens(request.prepared, image.seed)
+        self._batch.append(image)
+        steps = int(submit.diffusion.get("steps", USUAL_STEPS))
+        self._virtual_time = max(self._virtual_time, self._charged[submit.client])
+        self._charged[submit.client] += 1 + steps / USUAL_STEPS
+        self._send(Started(submit.id, image.index))
+
+    def _step_tokens(self) -> None:
+        if not self._batch:
+            return
+        self.batch_sizes[len(self._batch)] += 1
+        try:
+            self._stages.step_tokens()
+        except Exception as error:
+            self._fail_dropped(error)
+        for image in list(self._batch):
+            if image in self._batch:  # else an earlier one's failure took it along
+                with self._guarded(image):
+                    self._after_token(image)
+
+    def _fail_dropped(self, error: Exception) -> None:
+        """Fail the request whose prompt could not be read, which the token engine has dropped; or all."""
+        dropped = [image for image in self._batch if getattr(image.tokens, "cancelled", False)]
+        for image in dropped or list(self._batch):
+            self._fail(image, error)
+
+    def _after_token(self, image: _Image) -> None:
+        image.passes += 1
+        if self._stages.tokens_done(image.tokens):
+            image.seconds["tokens"] = self._clock() - image.started
+            self._batch.remove(image)
+            self._ready.append(image)
+        self._tell(
+            image, "tokens", self._stages.tokens_drawn(image.tokens), self._stages.info.tokens_per_image
+        )
+
+    def _step_denoising(self) -> None:
+        if self._drawing is None and self._ready:
+            self._drawing = min(self._ready, key=self._urgency)
+            self._ready.remove(self._drawing)
+        image = self._drawing
+        if image is not None:
+            with self._guarded(image):
+                self._denoise(image)
+
+    def _denoise(self, image: _Image) -> None:
+        """Begin to denoise an image, or make its next step; after the last, decode it."""
+        begin = self._clock()
+        submit = image.request.submit
+        if image.drawing is None:
+            image.drawing = self._stages.begin_denoising(image.request.prepared, image.tokens)
+        drawing = image.drawing
+        if drawing.done + 1 in _preview_steps(drawing.total, submit.partial_images):
+            preview = drawing.step_and_preview()
+            self._send(Partial(submit.id, image.index, image.partials, preview))
+            image.partials += 1
+        else:
+            drawing.step()
+        image.seconds["denoise"] = image.seconds.get("denoise", 0.0) + self._clock() - begin
+        self._tell(image, "denoise", drawing.done, drawing.total)
+        if drawing.done == drawing.total:
+            self._finish(image)
+
+    def _finish(self, image: _Image) -> None:
+        begin = self._clock()
+        pixels = image.drawing.decode()
+        image.seconds["decode"] = self._clock() - begin
+        self._end_drawing()
+        request = image.request
+        tokens_per_pass = self._stages.info.tokens_per_image / max(1, image.passes)
+        request.left -= 1
+        if request.left == 0:
+            self._requests.pop(request.submit.id, None)
+        self._send(Finished(request.submit.id, image.index, pixels, image.seconds, tokens_per_pass))
+
+    def _end_drawing(self) -> None:
+        """No image is being denoised: the next may begin."""
+        image, self._drawing = self._drawing, None
+        if image is not None and image.drawing is not None:
+            image.drawing.close()
+            image.drawing = None
+
+    def _tell(self, image: _Image, stage: str, done: int, total: int) -> None:
+        now = self._clock()
+        if image.request.submit.progress and (now - image.told >= PROGRESS_SECONDS or done == total):
+            image.told = now
+            self._send(Progress(image.request.submit.id, image.index, stage, done, total))
+
+    def _guarded(self, image: _Image) -> _Guard:
+        """A block whose failure ends the image's request and no other."""
+        return _Guard(self, image)
+
+    def _fail(self, image: _Image, error: Exception) -> None:
+        submit = image.request.submit
+        if submit.id in self._requests:
+            self.cancel(submit.id)
+            self._send(Failed(submit.id, *self._stages.failure(error)))
+
+
+class _Guard:
+    def __init__(self, scheduler: Scheduler, image: _Image) -> None:
+        self._scheduler, self._image = scheduler, image
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        self._scheduler._fail(self._image, error)
+        return True
+
+
+def _preview_steps(total: int, previews: int) -> set[int]:
+    """The steps after which an estimate is sent: evenly spread, none after the last."""
+    return {total * number // (previews + 1) for number in range(1, previews + 1)} - {0, total}

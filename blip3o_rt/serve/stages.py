@@ -1,0 +1,216 @@
+"""The stages of a loaded pipeline in pieces that a scheduler can put in any order.
+
+This is the one file of the service that knows how a pipeline is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip3o_rt.ar.engine import Request, TokenPrompt
+from blip3o_rt.errors import Blip3oError, GenerationError, ImageError, InsufficientMemoryError
+from blip3o_rt.machine import format_bytes, memory
+from blip3o_rt.params import DiffusionParams, SamplingParams
+from blip3o_rt.pipeline import NO_REFERENCE, Pipeline, _Reference, _Run, _to_image
+from blip3o_rt.result import Plan
+from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
+
+EMBEDDED = "blip3o-next-shapes"
+MAX_REFERENCES = 16
+
+
+def load(model: Mapping[str, Any], memory_reserve: int) -> Stages:
+    """Load a pipeline from the keyword arguments of Pipeline.load."""
+    path = model.get("path")
+    return Stages(Pipeline.load(**model), Path(path).resolve().name if path else EMBEDDED, memory_reserve)
+
+
+class Prepared:
+    """A request whose references are encoded and whose prompt is ids: what its images have in common."""
+
+    def __init__(self, submit: Submit, prompt: TokenPrompt, reference: _Reference) -> None:
+        self.submit, self.prompt, self.reference = submit, prompt, reference
+        self.diffusion = DiffusionParams(**submit.diffusion)
+
+
+class Stages:
+    """A pipeline that runs a piece of work at a time, of any of its requests.
+
+    An image goes through `prepare` (once a request), `begin_tokens`, `step_tokens` until `tokens_done`,
+    `begin_denoising`, its steps, and `decode`. Only one image is denoised at a time.
+    """
+
+    def __init__(self, pipeline: Pipeline, name: str, memory_reserve: int = 0) -> None:
+        self._pipeline = pipeline
+        self._engine = pipeline._engine
+        self._memory_reserve = memory_reserve
+        config = pipeline.config
+        edits = pipeline._tokenizer is not None
+        several = edits and not pipeline._renderer.sees_reference
+        self.info = ModelInfo(
+            name=name,
+            width=config.image_size,
+            height=config.image_size,
+            edits=edits,
+            max_references=(MAX_REFERENCES if several else 1) if edits else 0,
+            tokens_per_image=config.image_tokens.tokens_per_image,
+            max_batch=self._engine.max_batch,
+            max_prompt_tokens=pipeline._prompts._max_tokens,
+            device=str(pipeline.device),
+            dtype="fp32" if pipeline.dtype == torch.float32 else "bf16",
+            tier=pipeline.tier,
+        )
+
+    def settings(self) -> AbstractContextManager[object]:
+        """Torch's settings as the pipeline needs them, for everything below."""
+        return self._pipeline._isolation.turn()
+
+    def check(self, submit: Submit) -> int:
+        """The number of tokens of a request's prompt. Raises Blip3oError for what could never run, or where
+        the memory is short, before anything is computed."""
+        pipeline = self._pipeline
+        DiffusionParams(**submit.diffusion)
+        for _, seed in submit.seeds:
+            pipeline._sampling(seed, **self._sampling_of(submit))
+        if len(submit.references) > self.info.max_references:
+            if not self.info.edits:
+                raise ImageError("this checkpoint has no image tokenizer and only draws from text")
+            raise ImageError(
+                f"{len(submit.references)} reference images were given: "
+                f"accepted is {'1' if self.info.max_references == 1 else f'1 to {self.info.max_references}'}"
+            )
+        needed = self._memory_reserve + sum(12 * len(image.samples) for image in submit.references)
+        free = memory().available
+        if needed > free:
+            raise InsufficientMemoryError(
+                f"the request needs {format_bytes(needed)} of free memory, there are {format_bytes(free)}: "
+                "try again later"
+            )
+        if not submit.references:
+            return len(pipeline._prompts.text_to_image(submit.prompt))
+        tokens = pipeline._tokenizer.config.tokens * len(submit.references)  # type: ignore[union-attr]
+        return len(pipeline._prompts.edit(submit.prompt, [pipeline._prompts.image_pad_id] * tokens))
+
+    def prepare(self, submit: Submit) -> Prepared:
+        """Encode the references of a request and its prompt."""
+        images = [_pil(image) for image in submit.references]
+        reference = NO_REFERENCE
+        if images:
+            with self._pipeline._isolation.turn() as settings:
+                reference = self._pipeline._look_at(images, _Run(self._pipeline, settings, None, False))
+        return Prepared(submit, self._pipeline._token_prompt(submit.prompt, reference, []), reference)
+
+    def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
+        """Put one image into the token batch."""
+        sampling = SamplingParams(seed, **self._sampling_of(prepared.submit))
+        return self._engine.submit(dataclasses.replace(prepared.prompt, samples=[sampling]))
+
+    def step_tokens(self) -> None:
+        """Draw a token of every image in the batch."""
+        self._engine.step()
+
+    def tokens_drawn(self, tokens: Request) -> int:
+        """How many tokens an image has."""
+        return tokens.tokens_drawn
+
+    def tokens_done(self, tokens: Request) -> bool:
+        """Whether an image's last token is drawn. Raises GenerationError where its request was dropped."""
+        if tokens.cancelled:
+            raise GenerationError("the prompt could not be read")
+        return tokens.done
+
+    def cancel_tokens(self, tokens: Request) -> None:
+        """Take an image out of the token batch."""
+        self._engine.cancel(tokens)
+
+    def begin_denoising(self, prepared: Prepared, tokens: Request) -> Drawing:
+        """Begin to denoise an image whose tokens are done. Raises the plan's own GenerationError."""
+        found = tokens.plans[0]
+        assert found is not None
+        if found.error is not None:
+            raise found.error
+        sampling = tokens.prompt.samples[0]
+        plan = self._pipeline._plan(
+            prepared.submit.prompt, tokens.prompt, sampling, found, prepared.reference
+        )
+        return Drawing(self._pipeline, plan, prepared.diffusion)
+
+    @staticmethod
+    def failure(error: Exception) -> tuple[str, str]:
+        """The kind and the line of what a stage raised; raises it again where the process cannot go on."""
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):
+            raise error
+        if isinstance(error, Blip3oError):
+            return type(error).__name__, str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in str(error).lower():
+            return (
+                "InsufficientMemoryError",
+                "the engine ran out of memory for this request: try a smaller one",
+            )
+        return "GenerationError", f"the image could not be drawn: {type(error).__name__}"
+
+    @staticmethod
+    def _sampling_of(submit: Submit) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
+        defaults = SamplingParams()
+        return {name: submit.sampling.get(name, getattr(defaults, name)) for name in names}
+
+
+class Drawing:
+    """One image between its tokens and its pixels; `close` it, finished or not, before the next is begun."""
+
+    def __init__(self, pipeline: Pipeline, plan: Plan, params: DiffusionParams) -> None:
+        self._pipeline, self._plan, self._params = pipeline, plan, params
+        noise = pipeline._noise(plan.sampling.seed)
+        self._stack = ExitStack()
+        self._denoising = self._stack.enter_context(
+            pipeline._renderer.denoising(plan.hidden_states[0], plan.reference_latents, noise, params)
+        )
+
+    def close(self) -> None:
+        """Give the buffers of the steps back."""
+        self._stack.close()
+
+    @property
+    def done(self) -> int:
+        """Steps made."""
+        return self._denoising.done
+
+    @property
+    def total(self) -> int:
+        """Steps to make."""
+        return self._denoising.total
+
+    def step(self) -> None:
+        """Make the next step."""
+        self._denoising.step()
+
+    def step_and_preview(self) -> RawImage:
+        """Make the next step; returns the decoded estimate of the clean latent."""
+        return self._decoded(self._denoising.step_and_estimate())
+
+    def decode(self) -> RawImage:
+        """The finished image."""
+        return self._decoded(self._denoising.latent)
+
+    def _decoded(self, latent: Tensor) -> RawImage:
+        fields = self._pipeline._fields(self._plan, self._params, self._plan.sampling.seed)
+        image = _to_image(self._pipeline._renderer.decode(latent), fields)
+        return RawImage(
+            image.width,
+            image.height,
+            image.tobytes(),
+            {str(name): value for name, value in image.info.items()},
+        )
+
+
+def _pil(image: RawImage) -> Image.Image:
+    return Image.frombytes("RGB", (image.width, image.height), image.samples)
