@@ -10,7 +10,7 @@ from email.parser import Parser
 from pathlib import Path
 
 from benchmarks.pieces import CALL_SECONDS, LONGEST, PACKAGES, Piece, Site, missing_packages
-from blip3o_rt.cli import build_parser
+from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import Blip3oError
 
 MODULE = "blip3o_rt"

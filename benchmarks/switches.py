@@ -27,7 +27,7 @@ from benchmarks.targets import read_records
 from blip3o_rt.checkpoint.load import QUANTIZERS, load_checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.cli import INTERRUPTED
-from blip3o_rt.cli.pictures import make_folder
+from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.cli.score import few_threads
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.machine import resolve_device

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, which takes longer to import than the rest of this module
 if TYPE_CHECKING:
     from blip3o_rt.pipeline import Pipeline
 
@@ -11,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import Pipeline, and PyTorch with it, when it is first asked for: `blip3o-rt --help` does without."""
     if name != "Pipeline":
         raise AttributeError(f"module 'blip3o_rt' has no attribute {name!r}")

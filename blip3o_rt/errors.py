@@ -13,6 +13,10 @@ class Blip3oError(Exception):
     """Base of all errors raised on purpose by blip3o_rt; the message is one line meant for people."""
 
 
+class Blip3oWarning(UserWarning):
+    """Something of the input was left out or ignored; the message is one line meant for people."""
+
+
 class ConfigError(Blip3oError):
     """A configuration file names an architecture or a value this runtime does not compute."""
 
@@ -50,9 +54,9 @@ class OpError(Blip3oError):
 
 
 class GenerationError(Blip3oError):
-    """A picture failed while running; its batch-mates are unaffected.
+    """An image failed while running; its batch-mates are unaffected.
 
-    `images` holds the pictures of the call in order, None where one failed.
+    `images` holds the images of the call in order, None where one failed.
     """
 
     def __init__(self, message: str, images: Sequence[Image.Image | None] = ()) -> None:

@@ -1,24 +1,41 @@
-"""Files that are there whole or not at all: written beside their place, then renamed."""
+"""Files that are there whole or not at all: written beside their target, then renamed."""
 
 from __future__ import annotations
 
+import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(target: str | Path) -> Iterator[Path]:
-    """A path to write to, which takes the target's place after the block; none is left after an error.
+def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file's path to write to, which takes the target's place after the block.
 
-    It ends as the target's name does, for writers that go by that. Raises OSError where the folder cannot be
-    written.
+    A link keeps pointing where it points: the file there is replaced. A file that is replaced hands on its
+    mode. After an error the target is what it was and nothing else is left.
+
+    Args:
+        target: The file to make or replace.
+
+    Yields:
+        A path that ends as the target's name does, for writers that go by that.
+
+    Raises:
+        OSError: The file cannot be written; it names the target.
     """
-    target = Path(target)
-    temporary = target.with_name(f".{secrets.token_hex(4)}.{target.name}")
+    place = Path(target).resolve()  # through links
+    temporary = place.with_name(f".{secrets.token_hex(4)}.{place.name[-16:]}")
     try:
         yield temporary
-        temporary.replace(target)
+        if place.exists():
+            temporary.chmod(stat.S_IMODE(place.stat().st_mode))
+        temporary.replace(place)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise type(error)(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)

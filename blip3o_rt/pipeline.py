@@ -23,11 +23,11 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
-from blip3o_rt.images import ReferenceImage, load_reference
+from blip3o_rt.images import ReferenceImage, load_reference, pixels_sha256, reference_pixels, tower_pixels
 from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
 from blip3o_rt.machine import resolve_device, resolve_dtype
-from blip3o_rt.metadata import picture_fields
+from blip3o_rt.metadata import generated_image, image_fields
 from blip3o_rt.params import (
     DiffusionParams,
     SamplingParams,
@@ -45,8 +45,7 @@ from blip3o_rt.report import Report, StageTimer
 from blip3o_rt.result import Plan, Result
 from blip3o_rt.switches import EXACT, FAST, check_device, check_tier, plan_switches, render_switches
 from blip3o_rt.tatok.model import ImageTokenizer
-from blip3o_rt.tatok.pixels import tower_pixels
-from blip3o_rt.vae.pixels import reference_pixels
+from blip3o_rt.weights import weights_sha256
 
 ImageCallback = Callable[[int, Image.Image], None]  # a picture's place in the result, and the picture
 DEFAULT_MAX_PROMPT_TOKENS = 1536
@@ -60,9 +59,10 @@ class _Reference:
     token_ids: list[int]
     features: Tensor | None
     latents: tuple[Tensor, ...]
+    sha256: tuple[str, ...]
 
 
-NO_REFERENCE = _Reference([], None, ())
+NO_REFERENCE = _Reference([], None, (), ())
 
 
 class _Run:
@@ -130,6 +130,11 @@ class Pipeline:
 
     def _build(self, checkpoint: Checkpoint, max_batch: int, max_prompt_tokens: int) -> None:
         config, weights = checkpoint.config, checkpoint.weights
+        embedded = checkpoint.source == embedded_checkpoint()
+        self._checkpoint = {
+            "name": "embedded" if embedded else checkpoint.source.resolve().name,
+            "sha256": weights_sha256(weights),
+        }
         tokens = config.image_tokens.tokens_per_image
         longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
         self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
@@ -297,7 +302,7 @@ class Pipeline:
             if output == "latent":
                 return latent
             pixels = self._decode(latent, run)
-        return pixels if output == "tensor" else _to_image(pixels, fields)
+        return pixels if output == "tensor" else generated_image(pixels, fields)
 
     def generate(
         self,
@@ -398,7 +403,7 @@ class Pipeline:
     def _picture(self, plan: Plan, params: DiffusionParams, run: _Run) -> Image.Image:
         seed = plan.sampling.seed
         latent = self._denoise(plan, params, self._noise(seed), run)
-        return _to_image(self._decode(latent, run), self._fields(plan, params, seed))
+        return generated_image(self._decode(latent, run), self._fields(plan, params, seed))
 
     def _sampling(
         self, seed: int, temperature: float, top_k: int | None, top_p: float, image_tokens_only: bool
@@ -436,6 +441,7 @@ class Pipeline:
             hidden_states=tokens.hidden_states[None],
             sampling=sampling,
             reference_latents=reference.latents,
+            reference_sha256=reference.sha256,
             non_image_positions=tuple(
                 position
                 for position, token in enumerate(tokens.token_ids.tolist())
@@ -472,7 +478,7 @@ class Pipeline:
                     self._renderer.encode(reference_pixels(picture, self.config.image_size))
                     for picture in pictures
                 )
-        return _Reference(ids, features, latents)
+        return _Reference(ids, features, latents, tuple(pixels_sha256(picture) for picture in pictures))
 
     def _denoise(self, plan: Plan, params: DiffusionParams, noise: Tensor, run: _Run) -> Tensor:
         with run.timer.stage("denoise", params.steps), run.progress.stage("denoise", params.steps) as update:
@@ -507,12 +513,11 @@ class Pipeline:
         switches = {**plan.switches, **render_switches(self.switches)}
         if switches:
             drawn |= {"tier": FAST, "switches": switches}
-        return picture_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)})
-
-
-def _to_image(pixels: Tensor, fields: dict[str, object]) -> Image.Image:
-    """[1, 3, H, W] in 0..1 to an 8-bit picture that carries its metadata in `info`."""
-    levels = (pixels[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().numpy()
-    image = Image.fromarray(levels)
-    image.info.update(fields)
-    return image
+        origin = {
+            "task": "edit" if plan.reference_sha256 else "text-to-image",
+            "references": list(plan.reference_sha256),
+            "checkpoint": dict(self._checkpoint),
+            "dtype": "fp32" if self.dtype == torch.float32 else "bf16",
+            "device": self.device.type,
+        }
+        return image_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)}, **origin)

@@ -21,10 +21,10 @@ class Plan:
 
     prompt_ids [1, P] and token_ids [1, T] are vocabulary ids (int64); hidden_states [1, T + 1, hidden] are
     the decoder's final states from `<S0>` to the last image token. reference_latents are the scaled VAE
-    latents [1, C, h, w] of an edit's pictures. non_image_positions lists the tokens that are not image
-    tokens, which only whole-vocabulary sampling and replayed tokens can contain. replayed: the tokens were
-    given, not drawn. switches are those of the fast tier that it was made with, whoever renders it. error
-    says why a plan cannot be rendered.
+    latents [1, C, h, w] of an edit's images, reference_sha256 the hashes of their pixels.
+    non_image_positions lists the tokens that are not image tokens, which only whole-vocabulary sampling and
+    replayed tokens can contain. replayed: the tokens were given, not drawn. switches are those of the fast
+    tier that it was made with, whoever renders it. error says why a plan cannot be rendered.
     """
 
     prompt: str
@@ -33,6 +33,7 @@ class Plan:
     hidden_states: Tensor
     sampling: SamplingParams
     reference_latents: tuple[Tensor, ...] = ()
+    reference_sha256: tuple[str, ...] = ()
     non_image_positions: tuple[int, ...] = ()
     replayed: bool = False
     switches: Mapping[str, str] = field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +62,18 @@ def packed(name: str, rows: Sequence[tuple[str, int]], *columns: int) -> TensorS
 def reshaped(name: str, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> TensorSpec:
     """A tensor stored under another shape with the same elements (a 1x1 convolution as a matrix)."""
     return TensorSpec(name, shape, (Source(name, source_shape),))
+
+
+def weights_sha256(weights: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """A hash that tells models apart by the first values of every tensor, in bfloat16 whatever their dtype.
+
+    Reading every value would take as long as loading. Weights of 8 bits count as they are.
+    """
+    digest = hashlib.sha256()
+    for part, tensors in sorted(weights.items()):
+        for name, tensor in sorted(tensors.items()):
+            first = tensor.flatten()[:256]
+            plain = first.to(torch.bfloat16) if first.dtype in (torch.float32, torch.bfloat16) else first
+            digest.update(f"{part} {name} {list(tensor.shape)}".encode())
+            digest.update(plain.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

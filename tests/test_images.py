@@ -1,10 +1,11 @@
-"""Reference pictures at the door: every kind of file and object a user may hold, each made here."""
+"""Reference images at the door: every kind of file and object a user may hold, each made here."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import struct
 import warnings
 import zlib
 from pathlib import Path
@@ -17,9 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from blip3o_rt.errors import ImageError
-from blip3o_rt.images import MAX_ASPECT_RATIO, MAX_SIDE, load_reference, normalised_pixels
-from blip3o_rt.vae.pixels import reference_pixels
+from blip3o_rt.errors import Blip3oWarning, ImageError
+from blip3o_rt.images import (
+    MAX_ASPECT_RATIO,
+    MAX_SIDE,
+    load_reference,
+    normalized_pixels,
+    pixels_sha256,
+    reference_pixels,
+)
 
 
 def corners() -> Image.Image:
@@ -32,14 +39,14 @@ def corners() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def values(picture: Image.Image) -> np.ndarray:
-    assert picture.mode == "RGB"
-    assert type(picture) is Image.Image
-    return np.asarray(picture).astype(int)
+def values(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    assert type(image) is Image.Image
+    return np.asarray(image).astype(int)
 
 
-def saved(picture: Image.Image, path: Path, **options: object) -> Path:
-    picture.save(path, **options)
+def saved(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
     return path
 
 
@@ -94,12 +101,12 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int, suffix: str)
 
 
 def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
-    picture = corners().convert("RGBA")
+    image = corners().convert("RGBA")
     alpha = np.full((16, 24), 255, np.uint8)
     alpha[:8, :12], alpha[:8, 12:] = 0, 128
-    picture.putalpha(Image.fromarray(alpha))
+    image.putalpha(Image.fromarray(alpha))
 
-    found = values(load_reference(saved(picture, tmp_path / "a.png")))
+    found = values(load_reference(saved(image, tmp_path / "a.png")))
 
     assert (found[0, 0] == 255).all()  # transparent red
     assert np.abs(found[0, 20] - (127, 255, 127)).max() <= 1  # green, half there
@@ -108,24 +115,24 @@ def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
 def test_every_mode_with_alpha(mode: str) -> None:
-    picture = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
-    picture.paste((90, 90, 90, 255), (0, 0, 2, 3))
-    converted = picture.convert("LA").convert("La") if mode == "La" else picture.convert(mode)
+    image = Image.new("RGBA", (4, 3), (0, 0, 0, 0))
+    image.paste((90, 90, 90, 255), (0, 0, 2, 3))
+    converted = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
     found = values(load_reference(converted))
     assert (found[:, :2] == 90).all()
     assert (found[:, 2:] == 255).all()
 
 
 @pytest.mark.parametrize(("mode", "transparent"), [("P", 0), ("L", 255), ("RGB", (255, 0, 0))])
-def test_a_transparent_colour_becomes_white(tmp_path: Path, mode: str, transparent: object) -> None:
+def test_a_transparent_color_becomes_white(tmp_path: Path, mode: str, transparent: object) -> None:
     if mode == "P":
-        picture = Image.new("P", (4, 4), 1)
-        picture.putpalette([255, 0, 0, 0, 0, 255])
-        picture.paste(0, (0, 0, 2, 2))
+        image = Image.new("P", (4, 4), 1)
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.paste(0, (0, 0, 2, 2))
     else:
-        picture = Image.new(mode, (4, 4), 0)
-        picture.paste(transparent, (0, 0, 2, 2))  # type: ignore[arg-type]
-    path = saved(picture, tmp_path / "a.png", transparency=transparent)
+        image = Image.new(mode, (4, 4), 0)
+        image.paste(transparent, (0, 0, 2, 2))  # type: ignore[arg-type]
+    path = saved(image, tmp_path / "a.png", transparency=transparent)
     found = values(load_reference(path))
     assert (found[:2, :2] == 255).all()
     assert np.array_equal(found[3, 3], (0, 0, 255) if mode == "P" else (0, 0, 0))
@@ -147,15 +154,15 @@ def test_cmyk(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "YCbCr", "HSV"])
-def test_other_modes_keep_their_colours(mode: str) -> None:
-    grey = Image.new("RGB", (4, 3), (255, 255, 255))
-    grey.paste((0, 0, 0), (0, 0, 2, 3))
-    found = values(load_reference(grey.convert(mode)))
-    assert np.abs(found - values(grey)).max() <= 1
+def test_other_modes_keep_their_colors(mode: str) -> None:
+    gray = Image.new("RGB", (4, 3), (255, 255, 255))
+    gray.paste((0, 0, 0), (0, 0, 2, 3))
+    found = values(load_reference(gray.convert(mode)))
+    assert np.abs(found - values(gray)).max() <= 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm", "jp2"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     if suffix == "jp2" and not features.check("jpg_2000"):
         pytest.skip("needs Pillow with jpg_2000")
     samples = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
@@ -167,14 +174,14 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
     """A PNG file of the header given, whatever its rows hold."""
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([depth, colour, 0, 0, 0])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([depth, color, 0, 0, 0])
     data = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + data
 
 
-def test_sixteen_bit_colour(tmp_path: Path) -> None:
+def test_sixteen_bit_color(tmp_path: Path) -> None:
     samples = (np.arange(4 * 5 * 3, dtype=np.uint16).reshape(4, 5, 3) * 1000).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in samples)
     path = tmp_path / "a.png"
@@ -183,14 +190,14 @@ def test_sixteen_bit_colour(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 255.0])
-def test_float_grey(tmp_path: Path, scale: float) -> None:
+def test_float_gray(tmp_path: Path, scale: float) -> None:
     samples = (np.linspace(0, 1, 12).reshape(3, 4) * scale).astype(np.float32)
     path = saved(Image.fromarray(samples), tmp_path / "a.tiff")
     assert np.array_equal(values(load_reference(path))[..., 0], np.round(samples / scale * 255))
 
 
 @pytest.mark.parametrize("samples", [[[0.0, np.nan]], [[-1.0, 0.5]], [[0.0, 300.0]]])
-def test_floats_that_are_no_picture(samples: list[list[float]]) -> None:
+def test_floats_that_are_no_image(samples: list[list[float]]) -> None:
     with pytest.raises(ImageError, match=r"floats 0\.\.1"):
         load_reference(Image.fromarray(np.array(samples, np.float32)))
 
@@ -202,12 +209,12 @@ def test_integers_beyond_sixteen_bits(samples: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
-def test_animated_pictures_are_refused_and_a_picked_frame_taken(tmp_path: Path, suffix: str) -> None:
+def test_animated_images_are_refused_and_a_picked_frame_taken(tmp_path: Path, suffix: str) -> None:
     if suffix == "webp" and not features.check("webp"):
         pytest.skip("needs Pillow with webp")
     frames = [corners(), Image.new("RGB", (24, 16), (0, 0, 255))]
     path = saved(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageError, match=r"has 2 frames and a single still picture is accepted.*seek"):
+    with pytest.raises(ImageError, match=r"has 2 frames and a single still image is accepted.*seek"):
         load_reference(path)
     with Image.open(path) as opened:
         with pytest.raises(ImageError, match="2 frames"):
@@ -217,7 +224,7 @@ def test_animated_pictures_are_refused_and_a_picked_frame_taken(tmp_path: Path, 
     assert np.abs(values(picked) - values(frames[1])).max() <= 4
 
 
-def test_a_photograph_with_a_preview_beside_it_is_one_picture(tmp_path: Path) -> None:
+def test_a_photograph_with_a_preview_beside_it_is_one_image(tmp_path: Path) -> None:
     photograph, preview = Image.new("RGB", (24, 16), (9, 9, 9)), Image.new("RGB", (24, 16))
     path = saved(photograph, tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
     with Image.open(path) as opened:
@@ -259,7 +266,7 @@ def test_damaged_bytes_never_raise_anything_else(
     changes: list[tuple[float, int]],
     in_header: bool,
 ) -> None:
-    """A picture or an ImageError of one line, whichever bytes are wrong."""
+    """An image or an ImageError of one line, whichever bytes are wrong."""
     path = tmp_path_factory.mktemp("damaged") / name
     content = bytearray(saved(corners(), path).read_bytes())
     reach = min(len(content), 64) if in_header else len(content)
@@ -278,17 +285,17 @@ def test_damaged_bytes_never_raise_anything_else(
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"%PDF-1.4", b"%!PS-Adobe"]
 )
-def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=r"is not a picture: PNG, JPEG, .* are accepted"):
+    with pytest.raises(ImageError, match=r"is not an image: PNG, JPEG, .* are accepted"):
         load_reference(path)
 
 
 def test_a_page_description_is_never_run(tmp_path: Path) -> None:
     """PIL would hand it to an interpreter; it is refused by its kind."""
     path = saved(corners(), tmp_path / "a.eps")
-    with pytest.raises(ImageError, match="is not a picture"):
+    with pytest.raises(ImageError, match="is not an image"):
         load_reference(path)
 
 
@@ -303,18 +310,18 @@ def test_sizes_beyond_the_limits_are_refused_before_decoding(tmp_path: Path, wid
         warnings.simplefilter("error")
         with pytest.raises(ImageError) as caught:
             load_reference(path)
-    assert "pictures up to 16384 pixels a side, 67108864 pixels in all and 32 times" in str(caught.value)
+    assert "images up to 16384 pixels a side, 67108864 pixels in all and 32 times" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_real_picture_20000_pixels_wide(tmp_path: Path) -> None:
+def test_a_real_image_20000_pixels_wide(tmp_path: Path) -> None:
     path = saved(Image.new("L", (20_000, 1000)), tmp_path / "a.png")
-    with pytest.raises(ImageError, match="is 20000 x 1000 pixels: pictures up to 16384"):
+    with pytest.raises(ImageError, match="is 20000 x 1000 pixels: images up to 16384"):
         load_reference(path)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, MAX_ASPECT_RATIO), (MAX_ASPECT_RATIO, 1)])
-def test_the_smallest_pictures_are_accepted(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_the_smallest_images_are_accepted(tmp_path: Path, size: tuple[int, int]) -> None:
     path = saved(Image.new("RGB", size, (10, 20, 30)), tmp_path / "a.png")
     found = load_reference(path)
     assert found.size == size
@@ -377,25 +384,25 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("thing", [None, 3, b"bytes", [1, 2], io.BytesIO()])
-def test_things_that_are_no_pictures(thing: object) -> None:
-    with pytest.raises(ImageError, match="must be a path, a PIL picture, an array or a tensor, not"):
+def test_things_that_are_no_images(thing: object) -> None:
+    with pytest.raises(ImageError, match="must be a path, a PIL image, an array or a tensor, not"):
         load_reference(thing)  # type: ignore[arg-type]
 
 
-def test_a_closed_picture(tmp_path: Path) -> None:
-    with Image.open(saved(corners(), tmp_path / "a.png")) as picture:
+def test_a_closed_image(tmp_path: Path) -> None:
+    with Image.open(saved(corners(), tmp_path / "a.png")) as image:
         pass
     with pytest.raises(ImageError, match="cannot be decoded"):
-        load_reference(picture)
+        load_reference(image)
 
 
 def test_the_argument_is_left_as_it_was() -> None:
-    picture = corners()
-    picture.info["note"] = "mine"
-    found = load_reference(picture)
+    image = corners()
+    image.info["note"] = "mine"
+    found = load_reference(image)
     found.paste((1, 2, 3), (0, 0, 24, 16))
-    assert np.array_equal(values(picture), values(corners()))
-    assert picture.info == {"note": "mine"}
+    assert np.array_equal(values(image), values(corners()))
+    assert image.info == {"note": "mine"}
     assert found.info == {}
 
 
@@ -442,13 +449,320 @@ def test_tensors(dtype: torch.dtype, batched: bool) -> None:
         (torch.full((3, 2, 2), 2.0), "float32 samples from 2.0 to 2.0"),
     ],
 )
-def test_arrays_and_tensors_that_are_no_pictures(thing: np.ndarray | torch.Tensor, words: str) -> None:
+def test_arrays_and_tensors_that_are_no_images(thing: np.ndarray | torch.Tensor, words: str) -> None:
     with pytest.raises(ImageError, match=words):
         load_reference(thing)
 
 
-def test_normalised_pixels() -> None:
-    pixels = normalised_pixels(corners())
+def test_normalized_pixels() -> None:
+    pixels = normalized_pixels(corners())
     assert pixels.shape == (1, 3, 16, 24)
     assert pixels[0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
     assert pixels[0, :, 15, 0].tolist() == [-1.0, -1.0, 1.0]
+
+
+# What a good image may carry or hide: every case with the pixel that a viewer shows.
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def with_chunks(picture: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of the image with chunks before its pixels."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    content = buffer.getvalue()
+    return content[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + content[33:]
+
+
+def matrix_profile(colorants: dict[bytes, tuple[float, float, float]], padding: int = 0) -> bytes:
+    """An ICC profile of three colorants (XYZ at D50) with the curve of sRGB, and as much text as asked."""
+    numbers = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    curve = struct.pack(">4sIHH5i", b"para", 0, 3, 0, *(round(65536 * number) for number in numbers))
+    fixed = {
+        name: struct.pack(">4sI3i", b"XYZ ", 0, *(round(value * 65536) for value in values))
+        for name, values in {b"wtpt": (0.9642, 1.0, 0.8249), **colorants}.items()
+    }
+    text = b"a" * max(padding, 4)
+    tags = fixed | {
+        b"rTRC": curve,
+        b"gTRC": curve,
+        b"bTRC": curve,
+        b"desc": struct.pack(">4sII", b"desc", 0, 2) + b"x\0" + bytes(79),
+        b"cprt": struct.pack(">4sI", b"text", 0) + text + b"\0",
+    }
+    table, body, offset = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += struct.pack(">4sII", name, offset + len(body), len(data))
+        body += data
+    size = offset + len(body)
+    head = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H4s", 2024, 1, 1, 0, 0, 0, b"acsp") + bytes(28)
+    head += struct.pack(">3i", 63190, 65536, 54061)
+    return head + bytes(128 - len(head)) + struct.pack(">I", len(tags)) + table + body
+
+
+# XYZ of the primaries, adapted to D50, as color.org and Apple publish them.
+SRGB = {
+    b"rXYZ": (0.4361, 0.2225, 0.0139),
+    b"gXYZ": (0.3851, 0.7169, 0.0971),
+    b"bXYZ": (0.1431, 0.0606, 0.7141),
+}
+DISPLAY_P3 = {
+    b"rXYZ": (0.5151, 0.2412, -0.0011),
+    b"gXYZ": (0.2920, 0.6922, 0.0419),
+    b"bXYZ": (0.1571, 0.0666, 0.7841),
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tiff", "webp"])
+def test_display_p3_becomes_srgb(tmp_path: Path, suffix: str) -> None:
+    """Expected by the definition: to linear light, by way of XYZ to linear sRGB, and to its curve."""
+    options: dict[str, object] = {"webp": {"lossless": True}}.get(suffix, {})
+    if suffix == "jpg":
+        options = {"quality": 100, "subsampling": 0}
+    photo = Image.new("RGB", (16, 16), (200, 100, 50))
+    path = saved(photo, tmp_path / f"a.{suffix}", icc_profile=matrix_profile(DISPLAY_P3), **options)
+    linear = ((np.array((200, 100, 50)) / 255 + 0.055) / 1.055) ** 2.4
+    to_xyz = np.array(list(DISPLAY_P3.values())).T
+    srgb = np.linalg.inv(np.array(list(SRGB.values())).T) @ to_xyz @ linear
+    expected = 255 * (1.055 * srgb ** (1 / 2.4) - 0.055)
+    assert np.abs(values(load_reference(path))[0, 0] - expected).max() <= 2  # 8 bits, and the JPEG's own
+    assert np.abs(expected - (200, 100, 50)).max() > 8
+
+
+def test_a_profile_of_srgb_leaves_the_bits(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    path = saved(noise, tmp_path / "a.png", icc_profile=matrix_profile(SRGB))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(values(load_reference(path)), values(noise))
+
+
+def test_a_profile_with_alpha_and_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGBA", (4, 2), (200, 100, 50, 0))
+    photo.paste((200, 100, 50, 255), (0, 0, 2, 2))
+    profile = matrix_profile(DISPLAY_P3)
+    found = load_reference(saved(photo, tmp_path / "a.png", icc_profile=profile, exif=exif))
+    assert found.size == (2, 4)
+    assert found.getpixel((0, 3)) == (255, 255, 255)
+    red, _, blue = found.getpixel((0, 0))  # type: ignore[misc]
+    assert (red > 208, blue < 40) == (True, True)
+
+
+@pytest.mark.parametrize("profile", [b"nonsense", matrix_profile(DISPLAY_P3)[:200], b""])
+def test_a_broken_profile_is_ignored_with_a_note(tmp_path: Path, profile: bytes) -> None:
+    path = write(tmp_path / "a.png", with_chunks(corners(), (b"iCCP", b"x\0\0" + zlib.compress(profile))))
+    with pytest.warns(Blip3oWarning, match=r"a\.png': its color profile cannot be used .* is ignored$"):
+        assert np.array_equal(values(load_reference(path)), values(corners()))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"k\0\0" + zlib.compress(b"y" * 2_000_000)),
+        (b"tEXt", b"k\0" + b"y" * 2_000_000),
+        (b"iTXt", b"k\0\1\0\0\0" + zlib.compress(b"y" * 2_000_000)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"y" * 200_000_000)),
+        (b"zTXt", b"k\0\0 not zlib at all"),
+        (b"pHYs", b"short"),
+        (b"gAMA", b""),
+        (b"eXIf", b"MM\0*broken"),
+    ],
+)
+def test_metadata_that_is_not_needed_refuses_no_image(tmp_path: Path, chunk: tuple[bytes, bytes]) -> None:
+    path = write(tmp_path / "a.png", with_chunks(corners(), chunk))
+    assert np.array_equal(values(load_reference(path)), values(corners()))
+
+
+def test_a_profile_of_three_megabytes(tmp_path: Path) -> None:
+    profile = matrix_profile(SRGB, padding=3_000_000)
+    chunk = (b"iCCP", b"x\0\0" + zlib.compress(profile))
+    path = write(tmp_path / "a.png", with_chunks(corners(), chunk))
+    assert np.array_equal(values(load_reference(path)), values(corners()))
+
+
+def test_a_profile_that_is_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    chunk = (b"iCCP", b"x\0\0" + zlib.compress(bytes(400_000_000), 9))
+    path = write(tmp_path / "a.png", with_chunks(corners(), chunk))
+    with pytest.warns(Blip3oWarning, match="color profile"):
+        assert np.array_equal(values(load_reference(path)), values(corners()))
+
+
+def test_pixels_that_are_a_bomb_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", png(60_000, 60_000, 8, 2, b""))
+    with pytest.raises(ImageError, match="60000 x 60000 pixels"):
+        load_reference(path)
+
+
+@pytest.mark.parametrize(
+    ("depth", "color", "pixels", "key", "expected"),
+    [
+        (16, 0, b"\0\0\x80\x80", b"\0\0", [255, 128]),
+        (16, 0, b"\x12\x34\x12\x35", b"\x12\x34", [255, 18]),
+        (16, 2, b"\x12\x34" * 3 + b"\x12\x35" * 3, b"\x12\x34" * 3, [255, 18]),
+        (4, 0, b"\x36", b"\0\3", [255, 102]),
+        (2, 0, b"\x90", b"\0\2", [255, 85]),
+        (1, 0, b"\x40", b"\0\0", [255, 255]),
+        (1, 0, b"\x00", b"\0\1", [0, 0]),
+        (8, 0, b"\x07\x09", b"\0\7", [255, 9]),
+    ],
+)
+def test_a_transparent_value_of_every_depth(
+    tmp_path: Path, depth: int, color: int, pixels: bytes, key: bytes, expected: list[int]
+) -> None:
+    content = png(2, 1, depth, color, b"\0" + pixels)
+    path = write(tmp_path / "a.png", content[:33] + png_chunk(b"tRNS", key) + content[33:])
+    assert values(load_reference(path))[0, :, 0].tolist() == expected
+
+
+def test_a_palette_that_holds_alpha() -> None:
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (2, 2, 4, 4))
+    found = values(load_reference(half.quantize()))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[3, 3].tolist() == [0, 0, 255]
+
+
+def tga(kind: int, depth: int, attributes: int, body: bytes, colors: int = 0) -> bytes:
+    """A TGA of 2 x 1 pixels, the first row on top; with a color map of 32 bits where it has colors."""
+    map_depth = 32 if colors else 0
+    head = struct.pack("<BBBHHB", 0, colors > 0, kind, 0, colors, map_depth)
+    return head + struct.pack("<HHHHBB", 0, 0, 2, 1, depth, 0x20 | attributes) + body
+
+
+RED_BGR, BLUE_BGR = b"\0\0\xff", b"\xff\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (tga(2, 32, 0, RED_BGR + b"\0" + BLUE_BGR + b"\0"), [(255, 0, 0), (0, 0, 255)]),
+        (tga(2, 32, 8, RED_BGR + b"\0" + BLUE_BGR + b"\0"), [(255, 255, 255), (255, 255, 255)]),
+        (tga(2, 32, 8, RED_BGR + b"\0" + BLUE_BGR + b"\xff"), [(255, 255, 255), (0, 0, 255)]),
+        (tga(1, 8, 8, RED_BGR + b"\0" + BLUE_BGR + b"\xff" + b"\0\1", 2), [(255, 255, 255), (0, 0, 255)]),
+        (tga(1, 8, 0, RED_BGR + b"\0" + BLUE_BGR + b"\0" + b"\0\1", 2), [(255, 0, 0), (0, 0, 255)]),
+    ],
+)
+def test_alpha_of_a_tga(tmp_path: Path, content: bytes, expected: list[tuple[int, int, int]]) -> None:
+    """Alpha counts where the header says there is some, and where it is not zero throughout."""
+    found = load_reference(write(tmp_path / "a.tga", content))
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == expected
+
+
+def test_a_bitmap_whose_fourth_byte_is_zero_is_opaque(tmp_path: Path) -> None:
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII", 108, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0) + masks + bytes(52)
+    body = RED_BGR + b"\0" + BLUE_BGR + b"\0"
+    head = struct.pack("<2sIHHI", b"BM", 14 + 108 + 8, 0, 0, 14 + 108)
+    found = load_reference(write(tmp_path / "a.bmp", head + info + body))
+    assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+
+
+def gray_tiff(bits: int, photometric: int, data: bytes, sample_format: int = 1) -> bytes:
+    """An uncompressed gray TIFF of 2 x 1 pixels; photometric 0 is white-is-zero, 1 black-is-zero."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1), (278, 1)]
+    tags += [(279, len(data)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0" + data
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (gray_tiff(12, 1, b"\xff\xf8\x00"), [255, 128]),
+        (gray_tiff(16, 0, struct.pack("<2H", 0, 65535)), [255, 0]),
+        (gray_tiff(16, 1, struct.pack("<2H", 0, 65535)), [0, 255]),
+        (gray_tiff(8, 0, b"\0\xff"), [255, 0]),
+        (gray_tiff(32, 0, struct.pack("<2f", 0.0, 1.0), 3), [255, 0]),
+    ],
+)
+def test_depths_and_polarities_of_a_tiff(tmp_path: Path, content: bytes, expected: list[int]) -> None:
+    assert values(load_reference(write(tmp_path / "a.tif", content)))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gray_tiff(10, 1, b"\xff\xff\xff"), r"not read \(TIFF, .*\): save it with 8 or 16 bits"),
+        (gray_tiff(32, 1, struct.pack("<2I", 0, 200)), r"from 0 to 200, of 0\.\.255 or of 0\.\.65535"),
+        (gray_tiff(32, 1, struct.pack("<2f", 0, 1.2), 3), r"float samples from 0\.0 to 1\.2"),
+    ],
+)
+def test_samples_that_may_mean_two_things_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        load_reference(write(tmp_path / "a.tif", content))
+
+
+@pytest.mark.parametrize("image", [Image.new("L", (4, 4), 200).convert("I"), Image.new("F", (4, 4), 1.2)])
+def test_an_image_in_memory_that_may_mean_two_things_is_refused(image: Image.Image) -> None:
+    with pytest.raises(ImageError, match="samples from"):
+        load_reference(image)
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC"),
+        (b"\xff\x0a\0\0", "JPEG XL"),
+        (b"8BPS\0\1", "Photoshop"),
+        (b"v/1\x01\2\0\0\0", "OpenEXR"),
+        (b"qoif\0\0\0\1", "QOI"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named(tmp_path: Path, head: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f"is in a format that is not read: {kind}; convert it to PNG"):
+        load_reference(write(tmp_path / "photo.png", head + bytes(64)))
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [(b"<!DOCTYPE html><html>", "a web page"), (b"%PDF-1.7", "a PDF"), (b"\0\0\0\x18ftypisom", "a video")],
+)
+def test_what_is_no_image_is_named(tmp_path: Path, head: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f"is not an image: PNG, .* are accepted and this is {kind}$"):
+        load_reference(write(tmp_path / "photo.png", head + bytes(64)))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "HTTP://example.org/a.png", "s3://b/a.png"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_nothing_is_fetched(url: str, kind: type) -> None:
+    with pytest.raises(ImageError, match="is a URL and nothing is fetched: download it"):
+        load_reference(kind(url))
+
+
+def test_a_data_uri_is_not_echoed() -> None:
+    with pytest.raises(ImageError, match="is a data URI, which is not decoded") as caught:
+        load_reference("data:image/png;base64," + "A" * 100_000)
+    assert len(str(caught.value)) < 150
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(corners(), tmp_path / "a.png")
+    assert np.array_equal(values(load_reference("~/a.png")), values(corners()))
+
+
+def test_a_hash_is_of_what_is_seen(tmp_path: Path) -> None:
+    one, other = saved(corners(), tmp_path / "a.png"), saved(corners(), tmp_path / "a.bmp")
+    assert pixels_sha256(load_reference(one)) == pixels_sha256(load_reference(other))
+    turned = corners().transpose(Image.Transpose.ROTATE_90)
+    assert pixels_sha256(load_reference(turned)) != pixels_sha256(load_reference(one))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 2, 2).to_sparse(),
+        torch.zeros(3, 2, 2, device="meta"),
+        torch.quantize_per_tensor(torch.zeros(3, 2, 2), 0.1, 0, torch.quint8),
+    ],
+)
+def test_tensors_that_do_not_hold_their_values(tensor: torch.Tensor) -> None:
+    with pytest.raises(ImageError, match="sparse, meta and quantized ones do not"):
+        load_reference(tensor)

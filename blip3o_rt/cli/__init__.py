@@ -1,98 +1,53 @@
-"""The blip3o-rt command: generate, edit, serve, convert, bench, score and doctor."""
+"""The blip3o-rt command. This module imports nothing heavy, so that Ctrl-C is answered from the start."""
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
 
-from blip3o_rt import __version__
-from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, serve, validate
-from blip3o_rt.errors import Blip3oError, ParameterError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import FrameType
 
-FAILED = 2
 INTERRUPTED = 130  # what a shell gives for a program ended by Ctrl-C
-BROKEN_PIPE = 141  # and for one whose reader has gone, as in `blip3o-rt doctor | head -1`
-
-# Where PyTorch reports memory that is not there by a plain RuntimeError: the CPU allocator, cuBLAS and CUDA.
-OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+INTERRUPTED_LINE = "blip3o-rt: interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 done and not good enough, 2 refused or failed,
-    130 interrupted, 141 unread."""
+    """Run one command.
+
+    Args:
+        argv: The arguments; None is those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 done and not good enough, 2 refused or failed, 130 interrupted, 141 unread.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else it is ignored, as in the background, or the caller's own
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        return run(argv)
+        from blip3o_rt.cli.commands import run_safely
+
+        return run_safely(argv)
     except KeyboardInterrupt:
-        print("blip3o-rt: interrupted", file=sys.stderr)
+        print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
-        return BROKEN_PIPE
-    except Blip3oError as error:
-        return failed(str(error))
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return failed(f"{place}{error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        message = machine_failure(error)
-        if message is None:
-            raise
-        return failed(message)
-
-
-def run(argv: Sequence[str] | None) -> int:
-    """Parse and run one command, and flush what it printed, while main still answers for what goes wrong."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        return int(arguments.run(arguments))
     finally:
-        print(end="", flush=True)
+        if before is signal.default_int_handler:  # a process of its own has nothing left to interrupt
+            signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
 
 
-def failed(message: str) -> int:
-    """Print why the command failed; returns the exit code."""
-    print(f"blip3o-rt: error: {message}", file=sys.stderr)
-    return FAILED
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or end at once where a module is being imported.
 
-
-def machine_failure(error: MemoryError | RuntimeError) -> str | None:
-    """One line for memory that ran out or a GPU that failed; None for an error of any other kind."""
-    torch = sys.modules.get("torch")  # what has not been imported has raised nothing
-    detail = next(iter(str(error).splitlines()), "")
-    memory_errors = (MemoryError, *([torch.OutOfMemoryError] if torch else []))
-    if isinstance(error, memory_errors) or any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES):
-        remedy = "a smaller --max-batch or --max-prompt-tokens, --dtype bf16 or a machine with more may do"
-        return f"out of memory{f' ({detail})' if detail else ''}: {remedy}"
-    if torch is not None and isinstance(error, getattr(torch, "AcceleratorError", ())):
-        return f"the GPU failed ({detail}): try again, or choose --device cpu"
-    return None
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses as everything else here does; its subparsers are of the same class."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ParameterError, one line."""
-        raise ParameterError(f"{' '.join(message.split())} (see {self.prog} --help)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's parser; `run` in its result is the command to call. Raises ParameterError."""
-    parser = Parser(
-        prog="blip3o-rt",
-        description="Draw and edit pictures with BLIP3o-NEXT: your checkpoint, or a small embedded one.",
-    )
-    parser.add_argument("--version", action="version", version=f"blip3o-rt {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    generate.add_parser(subparsers)
-    edit.add_parser(subparsers)
-    convert.add_parser(subparsers)
-    bench.add_parser(subparsers)
-    serve.add_parser(subparsers)
-    score.add_parser(subparsers)
-    validate.add_parser(subparsers)
-    doctor.add_parser(subparsers)
-    return parser
+    An exception that passes through the initialization of a C extension is lost there or aborts the process.
+    Nothing is half written at that time.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{INTERRUPTED_LINE}\n".encode())
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import trace
-from blip3o_rt.cli.pictures import add_published_options, add_tier_options, make_folder
+from blip3o_rt.cli.options import DEVICE, DIFFUSION, DTYPE, SWITCH, TA_TOK, TIER, add_options
+from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.switches import check_tier, parse_switches
 
@@ -40,10 +41,7 @@ def add_parser(subparsers: Any) -> None:
         help="published or tiny (random weights), shapes (the embedded model), or a checkpoint's folder "
         "(%(default)s)",
     )
-    add_published_options(model)
-    model.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="(%(default)s)")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add_tier_options(model)
+    add_options(model, DIFFUSION, TA_TOK, DTYPE, DEVICE, TIER, SWITCH)
     model.add_argument(
         "--work",
         type=Path,

@@ -1,44 +1,47 @@
-"""blip3o-rt edit: a picture changed as a prompt says."""
+"""blip3o-rt edit: an image changed as a prompt says."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli import pictures
+from blip3o_rt.cli import drawing, options, outputs
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import image_seeds
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser to the result of ArgumentParser.add_subparsers."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "edit", help="change a picture as a prompt says", description="Change a picture as a prompt says."
+        "edit",
+        help="change an image as a prompt says",
+        description="Change an image as a prompt says.",
+        usage="%(prog)s [options] {PROMPT | --like FILE.png} IMAGE [IMAGE ...]",
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="what to change, in words")
-    parser.add_argument(
-        "image", nargs="+", type=Path, metavar="IMAGE", help="the picture to edit, or several"
-    )
-    pictures.add_options(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change, in words")
+    parser.add_argument("image", nargs="*", metavar="IMAGE", help="the image to edit, or several")
+    options.add_image_options(parser)
+    parser.set_defaults(run=run, task="edit", liked={})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make n edits of the reference picture (or several together) and write them; returns the exit code."""
-    keywords = pictures.generation_arguments(arguments)
+    """Make n edits of the reference image (or several together) and write them; returns the exit code."""
+    prompt, images = arguments.prompt, arguments.image
+    if arguments.liked:  # the words are the file's: what was given are images
+        prompt, images = arguments.liked.get("prompt"), [prompt, *images] if prompt is not None else []
+    if prompt is None or not images:
+        missing = "IMAGE" if arguments.liked or prompt is not None else "PROMPT, IMAGE"
+        raise ParameterError(f"a prompt and an image are needed: {missing} (see blip3o-rt edit --help)")
+    keywords = options.request_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
-    paths = pictures.picture_paths(arguments.out, [arguments.prompt], seeds)
-    pictures.check_output_files(arguments, paths)
+    files = outputs.ImageFiles(arguments, [prompt], seeds, images)
     # NumPy and PyTorch take seconds to import: not for --help
     from blip3o_rt.images import load_reference
 
     # before the model: a bad file costs no waiting
-    references = [load_reference(path) for path in arguments.image]
-    pipeline = pictures.load_pipeline(arguments)
-    pictures.draw(
-        lambda save: pipeline.edit(arguments.prompt, references, on_image=save, **keywords),
-        paths,
-        arguments,
-        pipeline,
+    references = [load_reference(image) for image in images]
+    pipeline = drawing.load_pipeline(arguments)
+    drawing.draw(
+        lambda save: pipeline.edit(prompt, references, on_image=save, **keywords), files, arguments, pipeline
     )
     return 0

@@ -1,35 +1,35 @@
-"""blip3o-rt generate: pictures from prompts."""
+"""blip3o-rt generate: images from prompts."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from blip3o_rt.cli import pictures
+from blip3o_rt.cli import drawing, options, outputs
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import image_seeds
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser to the result of ArgumentParser.add_subparsers."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "generate", help="draw pictures from prompts", description="Draw pictures from prompts."
+        "generate", help="draw images from prompts", description="Draw images from prompts."
     )
-    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw, in words")
-    pictures.add_options(parser)
-    parser.set_defaults(run=run)
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw, in words")
+    options.add_image_options(parser)
+    parser.set_defaults(run=run, task="text-to-image", liked={})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw n pictures of every prompt and write them; returns the exit code."""
-    keywords = pictures.generation_arguments(arguments)
+    """Draw n images of every prompt and write them; returns the exit code."""
+    prompts = arguments.prompt or [arguments.liked.get("prompt")]
+    if prompts == [None]:
+        raise ParameterError("a prompt is needed: PROMPT (see blip3o-rt generate --help)")
+    keywords = options.request_arguments(arguments)
     seeds = image_seeds(arguments.seed, arguments.n)
-    paths = pictures.picture_paths(arguments.out, arguments.prompt, seeds)
-    pictures.check_output_files(arguments, paths)
-    pipeline = pictures.load_pipeline(arguments)
-    pictures.draw(
-        lambda save: pipeline.generate(arguments.prompt, on_image=save, **keywords),
-        paths,
-        arguments,
-        pipeline,
+    files = outputs.ImageFiles(arguments, prompts, seeds)
+    pipeline = drawing.load_pipeline(arguments)
+    drawing.draw(
+        lambda save: pipeline.generate(prompts, on_image=save, **keywords), files, arguments, pipeline
     )
     return 0

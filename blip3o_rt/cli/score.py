@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_rt.cli import pictures
+from blip3o_rt.cli import drawing
+from blip3o_rt.cli.options import MODEL, SAMPLING, add_options, sampling_arguments
+from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import MAX_SEED, SamplingParams
 
@@ -45,8 +47,8 @@ def add_parser(subparsers: Any) -> None:
     tasks.add_argument(
         "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the pictures (%(default)s)"
     )
-    pictures.add_sampling_options(parser.add_argument_group("drawing"))
-    pictures.add_model_options(parser)
+    add_options(parser.add_argument_group("drawing"), *SAMPLING)
+    add_options(parser.add_argument_group("model"), *MODEL)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--out",
@@ -67,9 +69,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, judge, and write what is there, after an interrupt too; returns the exit code."""
-    options = pictures.drawing_options(arguments)
+    options = sampling_arguments(arguments)
     check(arguments)
-    pictures.make_folder("--out", arguments.out)
+    make_folder("--out", arguments.out)
     # PyTorch takes seconds to import: not for --help
     from tqdm import tqdm
 
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     drawn: list[Drawn] = []
     interrupt = None
     with few_threads():
-        pipeline = pictures.load_pipeline(arguments)
+        pipeline = drawing.load_pipeline(arguments)
         check_model(pipeline)
         # A bar is for people: none is drawn where standard error is not a terminal.
         with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.pictures import add_model_options
+from blip3o_rt.cli.options import MODEL, add_options
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import check_max_batch, check_max_prompt_tokens
 from blip3o_rt.switches import check_tier, parse_switches
@@ -28,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
     http.add_argument("--port", type=int, default=8000, help="port, 0: a free one (%(default)s)")
     http.add_argument("--keys", type=Path, metavar="FILE", help="bearer keys, one a line; without: everybody")
     http.add_argument("--data", type=Path, metavar="DIR", help="keep jobs and their images here (temporary)")
-    model = add_model_options(parser)
+    model = parser.add_argument_group("model")
+    add_options(model, *MODEL)
     model.add_argument(
         "--max-batch",
         type=int,

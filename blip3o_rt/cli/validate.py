@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.pictures import add_published_options
+from blip3o_rt.cli.options import DEVICE, DIFFUSION, TA_TOK, add_options
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.measure.validate.line import GROUPS
 
@@ -40,8 +40,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="DIR",
         help="recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png",
     )
-    add_published_options(model)
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add_options(model, DIFFUSION, TA_TOK, DEVICE)
     model.add_argument(
         "--work",
         type=Path,

@@ -18,8 +18,9 @@ from torch import Tensor
 from blip3o_rt.ar.engine import Request, TokenPrompt
 from blip3o_rt.errors import Blip3oError, GenerationError, ImageError, InsufficientMemoryError
 from blip3o_rt.machine import format_bytes, memory
+from blip3o_rt.metadata import generated_image
 from blip3o_rt.params import DiffusionParams, SamplingParams
-from blip3o_rt.pipeline import NO_REFERENCE, Pipeline, _Reference, _Run, _to_image
+from blip3o_rt.pipeline import NO_REFERENCE, Pipeline, _Reference, _Run
 from blip3o_rt.result import Plan
 from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
 
@@ -203,7 +204,7 @@ class Drawing:
 
     def _decoded(self, latent: Tensor) -> RawImage:
         fields = self._pipeline._fields(self._plan, self._params, self._plan.sampling.seed)
-        image = _to_image(self._pipeline._renderer.decode(latent), fields)
+        image = generated_image(self._pipeline._renderer.decode(latent), fields)
         return RawImage(
             image.width,
             image.height,

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from blip3o_rt.cli import main
-from blip3o_rt.metadata import picture_fields
+from blip3o_rt.metadata import image_fields
 from blip3o_rt.report import Report, Stage
 
 
 class FakeResult(list[Image.Image]):
-    """Pictures with their plans and a report, as the pipeline returns them."""
+    """Images with their plans and a report, as the pipeline returns them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class FakeResult(list[Image.Image]):
 
 
 class FakePipeline:
-    """Returns one-pixel pictures whose red is the seed, and remembers how it was called."""
+    """Returns one-pixel images whose red is the seed, and remembers how it was called."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     failure: BaseException | None
-    fails_at: int  # the pictures before this one are there when the failure comes
+    fails_at: int  # the images before this one are there when the failure comes
     non_image_positions: tuple[int, ...]
 
     @classmethod
@@ -56,7 +56,7 @@ class FakePipeline:
                 if self.failure is not None and len(result) == self.fails_at:
                     raise self.failure
                 image = Image.new("RGB", (1, 1), (seed % 256, 0, 0))
-                image.info = picture_fields(prompt, seed, {"steps": keywords["steps"]})
+                image.info = image_fields(prompt, seed, {"steps": keywords["steps"]})
                 on_image(len(result), image)
                 result.append(image)
                 result.plans.append(SimpleNamespace(non_image_positions=self.non_image_positions))

@@ -1,4 +1,4 @@
-"""blip3o-rt edit: the reference pictures are read first and reach the model with every option."""
+"""blip3o-rt edit: the reference images are read first and reach the model with every option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def photo(command: Command) -> str:
     return "photo.png"
 
 
-def test_prompt_pictures_and_options_reach_the_model(
+def test_prompt_images_and_options_reach_the_model(
     command: Command, pipeline: type[FakePipeline], photo: str
 ) -> None:
     options = "-n 2 --seed 5 --steps 4 --out o --device cpu"
@@ -33,16 +33,16 @@ def test_prompt_pictures_and_options_reach_the_model(
     assert read_metadata(command.folder / "o/make-it-green-6.png")["seed"] == 6
 
 
-def test_a_missing_picture_is_refused_before_the_model_is_loaded(
+def test_a_missing_image_is_refused_before_the_model_is_loaded(
     command: Command, pipeline: type[FakePipeline], photo: str
 ) -> None:
     assert "'none.png' does not exist" in command.refused("edit", "x", photo, "none.png")
     assert pipeline.calls == []
 
 
-def test_what_is_no_picture(command: Command, pipeline: type[FakePipeline]) -> None:
-    (command.folder / "notes.txt").write_text("not a picture")
-    assert "is not a picture" in command.refused("edit", "x", "notes.txt")
+def test_what_is_no_image(command: Command, pipeline: type[FakePipeline]) -> None:
+    (command.folder / "notes.txt").write_text("not an image")
+    assert "is not an image" in command.refused("edit", "x", "notes.txt")
 
 
 def test_the_reference_may_be_replaced_by_its_edit(
@@ -57,5 +57,5 @@ def test_several_edits_into_one_file(command: Command, pipeline: type[FakePipeli
     assert "give a folder" in command.refused("edit", "x", photo, "-n", "2", "--out", "x.png")
 
 
-def test_a_picture_is_needed(command: Command) -> None:
+def test_an_image_is_needed(command: Command) -> None:
     assert "IMAGE" in command.refused("edit", "x")

@@ -1,4 +1,4 @@
-"""The command on the embedded model: pictures, metadata, reproducibility, and Ctrl-C."""
+"""The command on the embedded model: images, metadata, reproducibility, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None
     assert report["stages"]["denoise"]["work"] == 4
     assert report["dtype"] == "fp32"
 
-    # picture 1 of seed 7 is picture 0 of seed 8, alone in its batch and in another process
+    # image 1 of seed 7 is image 0 of seed 8, alone in its batch and in another process
     options[3] = "8"
     run(tmp_path, environment, "generate", "a red circle", *options, "--out", "alone.png", "--quiet")
     with (

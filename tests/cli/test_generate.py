@@ -1,4 +1,4 @@
-"""blip3o-rt generate: options reach the model, pictures and reports their files; refusals are one line."""
+"""blip3o-rt generate: options reach the model, images and reports their files; refusals are one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_rt.cli import build_parser, pictures
+from blip3o_rt.cli import drawing, outputs
+from blip3o_rt.cli import options as cli_options
+from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import CheckpointError, GenerationError
 from blip3o_rt.metadata import read_metadata
 from tests.cli.conftest import Command, FakePipeline
@@ -80,7 +82,7 @@ def test_the_real_pipeline_takes_these_arguments() -> None:
     from blip3o_rt.pipeline import Pipeline
 
     arguments = build_parser().parse_args(["generate", "x"])
-    keywords = pictures.generation_arguments(arguments)
+    keywords = cli_options.request_arguments(arguments)
     inspect.signature(Pipeline.generate).bind(None, ["x"], on_image=print, **keywords)
     inspect.signature(Pipeline.edit).bind(None, "x", [Image.new("RGB", (1, 1))], on_image=print, **keywords)
     sizes = {"max_batch": 4, "max_prompt_tokens": 1536}
@@ -89,7 +91,7 @@ def test_the_real_pipeline_takes_these_arguments() -> None:
     )
 
 
-def test_pictures_are_named_after_prompt_and_seed(command: Command, pipeline: type[FakePipeline]) -> None:
+def test_images_are_named_after_prompt_and_seed(command: Command, pipeline: type[FakePipeline]) -> None:
     assert (
         command("generate", "A red circle!", "Красный круг", "?!", "-n", "2", "--seed", "3", "--out", "a/b")
         == 0
@@ -117,18 +119,18 @@ def test_names_stay_within_a_file_systems_limit(command: Command, pipeline: type
     assert len(longest_while_written.encode()) <= 255
 
 
-def test_one_picture_into_one_file(command: Command, pipeline: type[FakePipeline]) -> None:
+def test_one_image_into_one_file(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command("generate", "x", "--out", "deep/x.PNG") == 0
     assert command.files() == ["deep/x.PNG"]
     assert command.output.splitlines()[0] == "deep/x.PNG"
 
 
 @pytest.mark.parametrize("arguments", [["x", "y"], ["x", "-n", "2"]])
-def test_several_pictures_into_one_file(
+def test_several_images_into_one_file(
     command: Command, pipeline: type[FakePipeline], arguments: list[str]
 ) -> None:
     message = command.refused("generate", *arguments, "--out", "x.png")
-    assert message == "--out is x.png but there are 2 pictures to write: give a folder"
+    assert message == "--out is x.png but there are 2 images to write: give a folder"
     assert pipeline.calls == []
 
 
@@ -175,7 +177,7 @@ def test_report_file(command: Command, pipeline: type[FakePipeline]) -> None:
         ("folder", "a folder: accepted is a file's path"),
         ("taken/report.json", "File exists"),
         ("taken/deep/report.json", "Not a directory"),
-        ("x.png", "where a picture goes"),
+        ("x.png", "where an image goes"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_the_model_is_loaded(
@@ -208,20 +210,20 @@ def test_a_folder_that_may_not_be_written(
     command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     locked = Path("locked")
-    monkeypatch.setattr(pictures.os, "access", lambda path, mode: Path(path) != locked)
+    monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != locked)
     expected = f"{option} needs the folder locked, which may not be written: choose another"
     name = "x.json" if option == "--trace" else "x.png"
     assert command.refused("generate", "x", option, f"locked/{name}") == expected
     assert pipeline.calls == []
 
 
-def test_pictures_are_there_whatever_becomes_of_the_report(
+def test_images_are_there_whatever_becomes_of_the_report(
     command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "r.json")
 
-    monkeypatch.setattr(pictures, "write_report", full)
+    monkeypatch.setattr(drawing, "write_report", full)
     assert command("generate", "x", "--report", "r.json") == 2
     assert command.errors == "blip3o-rt: error: r.json: No space left on device\n"
     assert command.files() == ["out/x-0.png"]
@@ -260,15 +262,15 @@ def test_our_errors_are_one_line(command: Command, pipeline: type[FakePipeline])
     assert command.refused("generate", "x") == "the tensor is not there: convert again"
 
 
-def test_a_failed_picture_does_not_take_the_others_along(
+def test_a_failed_image_does_not_take_the_others_along(
     command: Command, pipeline: type[FakePipeline]
 ) -> None:
-    pipeline.failure, pipeline.fails_at = GenerationError("picture 2: the logits are not finite"), 2
+    pipeline.failure, pipeline.fails_at = GenerationError("image 2: the logits are not finite"), 2
     assert command("generate", "x", "-n", "3") == 2
     assert command.files() == ["out/x-0.png", "out/x-1.png"]
     assert (command.output, command.errors) == (
         "out/x-0.png\nout/x-1.png\n",
-        "blip3o-rt: error: picture 2: the logits are not finite\n",
+        "blip3o-rt: error: image 2: the logits are not finite\n",
     )
 
 
@@ -285,7 +287,7 @@ def test_interrupt(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command.files() == []
 
 
-def test_an_interrupt_keeps_the_pictures_drawn_so_far(command: Command, pipeline: type[FakePipeline]) -> None:
+def test_an_interrupt_keeps_the_images_drawn_so_far(command: Command, pipeline: type[FakePipeline]) -> None:
     pipeline.failure, pipeline.fails_at = KeyboardInterrupt(), 63
     assert command("generate", "x", "-n", "64") == 130
     assert command.output.splitlines() == [f"out/x-{seed}.png" for seed in range(63)]
@@ -293,8 +295,8 @@ def test_an_interrupt_keeps_the_pictures_drawn_so_far(command: Command, pipeline
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "webp", "gif", "bmp", "tif", "tiff"])
-def test_another_picture_format(command: Command, pipeline: type[FakePipeline], suffix: str) -> None:
-    expected = f"--out is a.{suffix}: accepted is a .png for one picture, or a folder"
+def test_another_image_format(command: Command, pipeline: type[FakePipeline], suffix: str) -> None:
+    expected = f"--out is a.{suffix}: accepted is a .png for one image, or a folder"
     assert command.refused("generate", "x", "--out", f"a.{suffix}") == expected
     assert list(command.folder.iterdir()) == []
 

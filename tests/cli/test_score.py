@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_rt.cli import pictures
+from blip3o_rt.cli import drawing
 from blip3o_rt.measure.shapes.scene import Scene
 from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
 from tests.cli.conftest import Command
@@ -28,7 +28,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
 
     def put(answer: Callable[[Task], Scene]) -> StandIn:
         model = StandIn(draw_tasks(COUNT, SEED), answer)
-        monkeypatch.setattr(pictures, "load_pipeline", lambda arguments, **options: model)
+        monkeypatch.setattr(drawing, "load_pipeline", lambda arguments, **options: model)
         return model
 
     return put
@@ -140,7 +140,7 @@ def test_an_interrupt_before_the_first_picture(command: Command, use: Use) -> No
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     command: Command, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr(pictures, "load_pipeline", None)
+    monkeypatch.setattr(drawing, "load_pipeline", None)
     (command.folder / "file").touch()
     assert message in command.refused("score", *arguments)
 

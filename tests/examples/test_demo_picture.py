@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip3o_rt.metadata import picture_fields, save_png
+from blip3o_rt.metadata import image_fields, save_png
 from examples.shapes import demo_picture
 
 
@@ -17,7 +17,7 @@ def test_pictures_stand_side_by_side_over_their_prompts(
 ) -> None:
     paths = [tmp_path / "red.png", tmp_path / "blue.png"]
     for path in paths:
-        save_png(Image.new("RGB", (64, 64), path.stem), path, picture_fields("a plain background", 1, {}))
+        save_png(Image.new("RGB", (64, 64), path.stem), path, image_fields("a plain background", 1, {}))
     out = tmp_path / "new" / "demo.png"
     monkeypatch.setattr(sys, "argv", ["demo_picture", *map(str, paths), "--out", str(out)])
     demo_picture.main()

@@ -120,7 +120,7 @@ def test_formats_and_links(server: RunningServer, output_format: str) -> None:
     assert image.format == output_format.upper()
     if output_format == "png":
         assert samples(image) == fake_image("a circle", 5, 4)
-        assert image.text["prompt"] == "a circle"  # type: ignore[attr-defined]
+        assert json.loads(image.text["blip3o_rt"])["prompt"] == "a circle"  # type: ignore[attr-defined]
     assert error(server.http.get("/v1/images/nothing.png"), 404)["code"] == "image_not_found"
 
 

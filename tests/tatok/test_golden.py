@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.images import load_reference
+from blip3o_rt.images import load_reference, tower_pixels
 from blip3o_rt.tatok.model import ImageTokenizer
-from blip3o_rt.tatok.pixels import tower_pixels
 from tests.tatok.oracle import Oracle
 from tests.tatok.test_tokenizer import relative_l2
 

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.images import load_reference
+from blip3o_rt.images import load_reference, reference_pixels
 from blip3o_rt.vae.model import Autoencoder
-from blip3o_rt.vae.pixels import reference_pixels
 from tests.vae.oracle import oracle_decode, oracle_encode
 from tests.vae.test_autoencoder import centred, relative_l2
 

@@ -25,7 +25,7 @@ from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.images import load_reference
+from blip3o_rt.images import load_reference, tower_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import equal_line, tensor_line
@@ -35,7 +35,6 @@ from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Plan
 from blip3o_rt.tatok.model import ImageTokenizer
-from blip3o_rt.tatok.pixels import tower_pixels
 from blip3o_rt.vae.model import Autoencoder
 
 REQUIRED = ("gen_ids", "prompt_ids", "hidden", "noise", "timesteps", "first_noise_pred", "latents")

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from blip3o_rt.images import tower_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.validate.bounds import tensor_line
 from blip3o_rt.measure.validate.choices import choice_line
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import Subject
 from blip3o_rt.tatok.model import ImageTokenizer
-from blip3o_rt.tatok.pixels import tower_pixels
 
 
 def tatok_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from blip3o_rt.images import reference_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import tensor_line
@@ -14,7 +15,6 @@ from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.measure.validate.subject import Subject
 from blip3o_rt.vae.model import Autoencoder
-from blip3o_rt.vae.pixels import reference_pixels
 
 
 class Coded(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_rt.vae.pixels import reference_pixels
+from blip3o_rt.images import reference_pixels
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -28,12 +28,12 @@ def gradient(width: int, height: int) -> Image.Image:
     ],
 )
 def test_short_side_is_resized_and_the_centre_kept(size: tuple[int, int], resized: tuple[int, int]) -> None:
-    picture = gradient(*size)
-    whole = np.asarray(picture.resize(resized, Image.Resampling.BILINEAR)).astype(np.float32)
+    image = gradient(*size)
+    whole = np.asarray(image.resize(resized, Image.Resampling.BILINEAR)).astype(np.float32)
     left, top = (resized[0] - 32) // 2, (resized[1] - 32) // 2
     expected = whole[top : top + 32, left : left + 32] / 255 * 2 - 1
 
-    pixels = reference_pixels(picture, 32)
+    pixels = reference_pixels(image, 32)
 
     assert pixels.shape == (1, 3, 32, 32)
     assert pixels.dtype == torch.float32
@@ -42,9 +42,9 @@ def test_short_side_is_resized_and_the_centre_kept(size: tuple[int, int], resize
 
 def test_an_odd_rest_is_halved_to_the_even_side() -> None:
     """The long side is truncated; half a pixel of offset rounds to even, as Python's round does."""
-    picture = gradient(35, 32)
-    expected = np.asarray(picture).astype(np.float32)[:, 2:34] / 255 * 2 - 1
-    assert np.abs(reference_pixels(picture, 32)[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6
+    image = gradient(35, 32)
+    expected = np.asarray(image).astype(np.float32)[:, 2:34] / 255 * 2 - 1
+    assert np.abs(reference_pixels(image, 32)[0].permute(1, 2, 0).numpy() - expected).max() < 1e-6
 
 
 def test_black_and_white_are_exact() -> None:

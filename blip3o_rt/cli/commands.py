@@ -1,0 +1,132 @@
+"""The commands of blip3o-rt, its parser, and what becomes of errors."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from blip3o_rt import __version__
+from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, serve, validate
+from blip3o_rt.cli.like import like_defaults
+from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError
+
+FAILED = 2
+BROKEN_PIPE = (
+    141  # what a shell gives for a program whose reader has gone, as in `blip3o-rt doctor | head -1`
+)
+
+# Where PyTorch reports memory that is not there by a plain RuntimeError: the CPU allocator, cuBLAS and CUDA.
+OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+
+
+def run_safely(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what goes wrong becomes one line on standard error and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that it cannot encode is escaped
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the libraries
+            warnings.simplefilter("always", Blip3oWarning)
+            warnings.showwarning = print_warning
+            return run(argv)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return BROKEN_PIPE
+    except Blip3oError as error:
+        return failed(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return failed(f"{place}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        message = machine_failure(error)
+        if message is None:
+            raise
+        return failed(message)
+
+
+def run(argv: Sequence[str] | None) -> int:
+    """Parse and run one command, and flush what it printed where errors are still caught."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        if getattr(arguments, "quiet", False):
+            warnings.simplefilter("ignore")
+        return int(arguments.run(arguments))
+    finally:
+        print(end="", flush=True)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one command; `run` among them is the function to call. Raises ParameterError.
+
+    --like FILE makes what the file says the defaults.
+    """
+    parser = build_parser()
+    command = parser.commands.get(argv[0]) if argv else None
+    if command is None or command.get_default("task") is None:
+        return parser.parse_args(argv)
+    # Options may stand between prompts, unless -- says where options end.
+    read = command.parse_args if "--" in argv else command.parse_intermixed_args
+    arguments = read(argv[1:])
+    if arguments.like is not None:
+        command.set_defaults(**like_defaults(arguments.like, arguments.task))
+        arguments = read(argv[1:])
+    return arguments
+
+
+def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line, in place of warnings.showwarning."""
+    print(f"blip3o-rt: warning: {message}", file=sys.stderr)
+
+
+def failed(message: str) -> int:
+    """Print why the command failed; returns the exit code."""
+    print(f"blip3o-rt: error: {message}", file=sys.stderr)
+    return FAILED
+
+
+def machine_failure(error: MemoryError | RuntimeError) -> str | None:
+    """One line for memory that ran out or a GPU that failed; None for an error of any other kind."""
+    torch = sys.modules.get("torch")  # what has not been imported has raised nothing
+    detail = next(iter(str(error).splitlines()), "")
+    memory_errors = (MemoryError, *([torch.OutOfMemoryError] if torch else []))
+    if isinstance(error, memory_errors) or any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES):
+        remedy = "a smaller --max-batch or --max-prompt-tokens, --dtype bf16 or a machine with more may do"
+        return f"out of memory{f' ({detail})' if detail else ''}: {remedy}"
+    if torch is not None and isinstance(error, getattr(torch, "AcceleratorError", ())):
+        return f"the GPU failed ({detail}): try again, or choose --device cpu"
+    return None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses as everything else here does; its subparsers are of the same class."""
+
+    commands: dict[str, Parser]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ParameterError, one line."""
+        raise ParameterError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+def build_parser() -> Parser:
+    """The command line's parser; `run` in its result is the command to call. Raises ParameterError."""
+    parser = Parser(
+        prog="blip3o-rt",
+        description="Draw and edit images with BLIP3o-NEXT: your checkpoint, or a small embedded one.",
+    )
+    parser.add_argument("--version", action="version", version=f"blip3o-rt {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.commands = subparsers.choices
+    generate.add_parser(subparsers)
+    edit.add_parser(subparsers)
+    convert.add_parser(subparsers)
+    bench.add_parser(subparsers)
+    serve.add_parser(subparsers)
+    score.add_parser(subparsers)
+    validate.add_parser(subparsers)
+    doctor.add_parser(subparsers)
+    return parser

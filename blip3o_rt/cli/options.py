@@ -1,0 +1,186 @@
+"""The options that commands share, each declared once; defaults are those of the Python API."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from blip3o_rt import trace
+from blip3o_rt.cli.like import check_model
+from blip3o_rt.params import (
+    DiffusionParams,
+    SamplingParams,
+    check_max_batch,
+    check_max_prompt_tokens,
+    image_seeds,
+)
+from blip3o_rt.switches import EXACT, check_tier, parse_switches
+
+Option: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
+
+DEFAULT_OUT = Path("out")
+_PARAMETERS = dataclasses.asdict(SamplingParams()) | dataclasses.asdict(DiffusionParams())
+
+
+def option(*flags: str, **keywords: Any) -> Option:
+    """One option, as ArgumentParser.add_argument takes it."""
+    return flags, keywords
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it; ~ is the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # of a user that there is none of
+        return Path(text)
+
+
+def parameter(name: str, meaning: str) -> Option:
+    """The option of a parameter that has a default; its type is the default's."""
+    default = _PARAMETERS[name]
+    flag = f"--{name.replace('_', '-')}"
+    return option(flag, type=type(default), default=default, help=f"{meaning} (%(default)s)")
+
+
+DIFFUSION = option(
+    "--diffusion", type=user_path, metavar="DIR", help="the published checkpoint's diffusers folder"
+)
+TA_TOK = option("--ta-tok", type=user_path, metavar="FILE", help="the published checkpoint's ta_tok.pth")
+DEVICE = option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+DTYPE = option("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic (%(default)s)")
+TIER = option(
+    "--tier",
+    default=EXACT,
+    metavar="TIER",
+    help="exact, the published mathematics, or fast, with lossy switches (%(default)s)",
+)
+SWITCH = option(
+    "--switch",
+    action="append",
+    metavar="NAME=SETTING",
+    help="a switch of the fast tier, as ar_weights=int8; again for another (none: those of little cost)",
+)
+
+REQUEST = (
+    option("-n", type=int, default=1, help="images per prompt; image i uses seed + i (%(default)s)"),
+    parameter("seed", "same seed, same image"),
+    option(
+        "--like",
+        type=user_path,
+        metavar="FILE.png",
+        help="draw the image of a file again: its prompt, seed and parameters, except those given here",
+    ),
+)
+SAMPLING = (
+    parameter("steps", "denoising steps"),
+    parameter("guidance", "how closely to follow the plan, 1: off"),
+    parameter("temperature", "of the tokens"),
+    option(
+        "--top-k",
+        type=int,
+        help="likeliest tokens to sample from, 0: all, 1: greedy (1200, scaled to the codebook)",
+    ),
+    parameter("top_p", "probability mass of the tokens to sample from"),
+    option(
+        "--whole-vocabulary",
+        action="store_true",
+        help="sample among all tokens as the published code does, not only image tokens",
+    ),
+)
+MODEL = (
+    option("--model", type=user_path, metavar="DIR", help="a checkpoint, converted or as published"),
+    DIFFUSION,
+    TA_TOK,
+    DEVICE,
+    DTYPE,
+    TIER,
+    SWITCH,
+    option(
+        "--cache-dir", type=user_path, metavar="DIR", help="keep the converted form of a published one here"
+    ),
+)
+SIZES = (
+    option("--max-batch", type=int, metavar="N", help="images whose tokens are sampled together"),
+    option("--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference images"),
+)
+OUTPUT = (
+    option(
+        "--out",
+        type=user_path,
+        default=DEFAULT_OUT,
+        metavar="PATH",
+        help="a .png for one image, else a folder (out/)",
+    ),
+    option("--overwrite", action="store_true", help="replace images in the folder (else they are numbered)"),
+    option("--report", type=user_path, metavar="FILE", help="write time, memory and implementations as JSON"),
+    option(
+        "--trace-tokens",
+        type=int,
+        default=trace.DEFAULT_TOKENS,
+        metavar="N",
+        help="trace the first N tokens of a plan, 0: all (%(default)s)",
+    ),
+    option("--quiet", action="store_true", help="no progress bars and no table, only the paths"),
+)
+TRACES = (  # one of them at a time
+    option(
+        "--trace",
+        type=user_path,
+        metavar="FILE",
+        help="write a trace of every stage, step and op for ui.perfetto.dev, a .json or .json.gz",
+    ),
+    option("--nvtx", action="store_true", help="give the same ranges to NVTX, for nsys or ncu on a GPU"),
+)
+
+
+def add_options(target: argparse._ActionsContainer, *options: Option) -> None:
+    """Add options to a parser or a group of one."""
+    for flags, keywords in options:
+        target.add_argument(*flags, **keywords)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of a command that makes images."""
+    add_options(parser.add_argument_group("drawing"), *REQUEST, *SAMPLING)
+    add_options(parser.add_argument_group("model"), *MODEL, *SIZES)
+    output = parser.add_argument_group("output")
+    add_options(output, *OUTPUT)
+    add_options(output.add_mutually_exclusive_group(), *TRACES)
+
+
+def request_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of Pipeline.generate and Pipeline.edit, checked before a model is loaded.
+
+    Raises:
+        ParameterError: A value is out of range.
+    """
+    options = sampling_arguments(arguments)
+    check_model(arguments)
+    check_tier(arguments.tier, parse_switches(arguments.switch))
+    image_seeds(arguments.seed, arguments.n)
+    if arguments.max_batch is not None:
+        check_max_batch(arguments.max_batch)
+    if arguments.max_prompt_tokens is not None:
+        check_max_prompt_tokens(arguments.max_prompt_tokens)
+    return {"n": arguments.n, "seed": arguments.seed, **options, "progress": not arguments.quiet}
+
+
+def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of SAMPLING as keyword arguments of Pipeline.generate and Pipeline.edit.
+
+    Raises:
+        ParameterError: A value, or the seed, is out of range.
+    """
+    sampling = SamplingParams(
+        seed=arguments.seed,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        image_tokens_only=not arguments.whole_vocabulary,
+    )
+    diffusion = DiffusionParams(steps=arguments.steps, guidance=arguments.guidance)
+    options = dataclasses.asdict(diffusion) | dataclasses.asdict(sampling)
+    del options["seed"]
+    return options

@@ -1,0 +1,181 @@
+"""Where a command writes: the names of image files, and what may not be written over."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt import trace
+from blip3o_rt.cli.options import user_path
+from blip3o_rt.errors import ImageError, ParameterError
+
+OTHER_IMAGE_SUFFIXES = re.compile(
+    r"\.(apng|avifs?|bmp|dds|dib|eps|exr|gif|hdr|hei[cf]|hif|icns|ico|j2[ck]|jfif|jif|jp[2cefgx]|jpeg|jxl|jxr|mpo|"
+    r"p[abgnfp]m|pcx|pdf|psd|qoi|svg|tga|tiff?|vda|vst|webp|xbm)",
+    re.IGNORECASE,
+)
+MAX_NAME_LENGTH = 48  # characters of the prompt in a file name; file systems take 255 bytes
+
+
+class ImageFiles:
+    """The image files of one command, whose folders are made and whose names are checked before any work.
+
+    `--out` with a `.png` takes exactly one image and is replaced. Anything else is a folder, in which images
+    are named after prompt and seed. A file that is there is only replaced by the same request, or with
+    --overwrite; else the new name has a number.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        references: Iterable[str] = (),
+    ) -> None:
+        """Check every file that the arguments name, and make their folders.
+
+        Raises:
+            ParameterError: Several images and one `.png`; another image format; a folder that is a file or
+                cannot be written; a name that the file system does not hold; a report or a trace that would
+                replace an image, the other or an input.
+        """
+        self._wanted = image_paths(arguments.out, prompts, seeds)
+        self._one_file = self._wanted == [arguments.out]
+        self._overwrite: bool = arguments.overwrite
+        self._written: set[Path] = set()
+        named = {"--like": arguments.like, "--ta-tok": arguments.ta_tok}
+        inputs = {option: path for option, path in named.items() if path is not None}
+        inputs |= {f"the reference {name}": user_path(name) for name in references}
+        folders = {"--model": arguments.model, "--diffusion": arguments.diffusion}
+        check_output_files(
+            arguments, self._wanted, inputs, {k: v for k, v in folders.items() if v is not None}
+        )
+
+    def path(self, index: int, fields: Mapping[Any, Any]) -> Path:
+        """Where the image of an index goes, whose metadata is `fields`."""
+        path = wanted = self._wanted[index]
+        number = 1
+        while path in self._written or not (self._one_file or self._overwrite or free(path, fields)):
+            number += 1
+            name, _, seed = wanted.stem.rpartition("-")
+            path = wanted.with_name(f"{name}-{number}-{seed}.png")
+        self._written.add(path)
+        return path
+
+
+def free(path: Path, fields: Mapping[Any, Any]) -> bool:
+    """Whether no file is there, or one of the same request."""
+    from blip3o_rt.metadata import FIELDS, read_metadata
+
+    if not os.path.lexists(path):
+        return True
+    try:
+        found = read_metadata(path)
+    except ImageError:
+        return False
+    ours = json.loads(json.dumps({name: fields[name] for name in FIELDS if name in fields}))
+    return bool(found) and found | {"version": ""} == ours | {"version": ""}
+
+
+def image_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """Where each image goes if nothing is there, all seeds of the first prompt first; makes the folder."""
+    count = len(prompts) * len(seeds)
+    other_format = OTHER_IMAGE_SUFFIXES.fullmatch(out.suffix) is not None
+    check_name("--out", out)
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        if count > 1:
+            raise ParameterError(f"--out is {out} but there are {count} images to write: give a folder")
+        make_folder("--out", out.parent)
+        return [out]
+    if (other_format or out.exists()) and not out.is_dir():
+        kind = "" if other_format else ", a file"
+        raise ParameterError(f"--out is {out}{kind}: accepted is a .png for one image, or a folder")
+    make_folder("--out", out)
+    paths = [out / f"{file_name(prompt)}-{seed}.png" for prompt in prompts for seed in seeds]
+    for path in paths:
+        check_name("--out", path)
+    return paths
+
+
+def check_output_files(
+    arguments: argparse.Namespace,
+    images: Sequence[Path],
+    inputs: Mapping[str, Path],
+    input_folders: Mapping[str, Path],
+) -> None:
+    """Make the folders of the report and of the trace, where they are wanted.
+
+    Raises:
+        ParameterError: One cannot be written there, or would replace an image, the other or an input.
+    """
+    if arguments.trace is not None:
+        trace.check_path(arguments.trace)
+    if arguments.trace_tokens < 0:
+        raise ParameterError(f"--trace-tokens is {arguments.trace_tokens}: accepted is 0 (all) or more")
+    taken = [(path, "an image goes") for path in images]
+    taken += [(path, f"{name} is read from") for name, path in inputs.items()]
+    for option, file in (("--report", arguments.report), ("--trace", arguments.trace)):
+        if file is None:
+            continue
+        check_name(option, file)
+        if file.is_dir():
+            raise ParameterError(f"{option} is {file}, a folder: accepted is a file's path")
+        places = [place for path, place in taken if same_file(path, file)]
+        folders = [f"{name} is read from" for name, folder in input_folders.items() if inside(file, folder)]
+        for place in (*places, *folders):
+            raise ParameterError(f"{option} is {file}, where {place}: accepted is another file's path")
+        make_folder(option, file.parent)
+        if file.exists() and not os.access(file, os.W_OK):
+            raise ParameterError(f"{option} is {file}, a file that may not be written: choose another")
+        taken.append((file, "the report goes"))
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Whether two paths are of one file, also by a link, or will be."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return one.resolve() == other.resolve()
+
+
+def inside(file: Path, folder: Path) -> bool:
+    """Whether a file is there, in a folder or below it."""
+    return file.exists() and file.resolve().is_relative_to(folder.resolve())
+
+
+def check_name(option: str, path: Path) -> None:
+    """Raise ParameterError for a name that the file system does not hold."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # free, or refused by make_folder
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ParameterError(f"{option} cannot be {str(path)[:60]!r}...: {reason}") from None
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder if missing. Raises ParameterError where no file can be made in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ParameterError(f"{option} needs the folder {folder}, which may not be written: choose another")
+
+
+def file_name(prompt: str) -> str:
+    """A prompt's letters with their marks, and digits, words joined by hyphens; "picture" without any."""
+    text = unicodedata.normalize("NFC", prompt.lower())
+    kept = "".join(
+        "" if (kind := unicodedata.category(character)) == "Cf" else character if kind[0] in "LMN" else " "
+        for character in text
+    )
+    name = "-".join(kept.split())
+    end = MAX_NAME_LENGTH
+    while end < len(name) and unicodedata.category(name[end])[0] == "M":
+        end -= 1  # a letter is kept with its marks, or not at all
+    return name[: max(end, 1)].strip("-") or "picture"
