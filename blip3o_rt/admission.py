@@ -27,12 +27,17 @@ def require_room(
 ) -> None:
     """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
     ar, tokens = config.ar, config.image_tokens.tokens_per_image
-    kept = (max_prompt_tokens + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
+    longest = min(max_prompt_tokens, ar.max_position_embeddings - tokens)  # as much as can be used
+    kept = (longest + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
     recorded = _recorded_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
-    needed = sum(weight_bytes(config, dtype, switches).values()) + cache + picture + recorded
-    remedy = "choose dtype bf16, a smaller max_batch, or a machine with more"
+    weights = sum(weight_bytes(config, dtype, switches).values())
+    needed = weights + cache + picture + recorded
+    smaller = f"a smaller max_batch ({max_batch}) or max_prompt_tokens ({longest})"
+    if cache < weights:
+        smaller = "dtype bf16" if dtype == torch.float32 else "tier fast with 8-bit weights"
+    remedy = f"choose {smaller}, or a machine with more"
     require_memory(needed, "the model", device, remedy)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ def prompt_list(prompt: str | Sequence[str]) -> list[str]:
     if not isinstance(prompt, list | tuple) or not prompt:
         raise PromptError(f"prompt is {prompt!r}: accepted is a string, or a list of at least one")
     return list(prompt)
+
+
+@contextmanager
+def which_prompt(index: int, count: int) -> Iterator[None]:
+    """Say which prompt of a list it was, in the PromptError of a block that works on one."""
+    try:
+        yield
+    except PromptError as error:
+        if count == 1:
+            raise
+        raise PromptError(f"prompt {index + 1} of {count}: {error}") from error
 
 
 def reference_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:

@@ -45,6 +45,12 @@ def _number(name: str, value: object, accepted: str) -> float:
     return number
 
 
+def _exactly(number: float) -> str:
+    """A number in as few digits as it takes to tell it from every other."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
+
+
 def check_seed(seed: object) -> int:
     """A seed, 0 to 2^63 - 1. Raises ParameterError."""
     return _integer("seed", seed, 0, MAX_SEED, "a whole number from 0 to 9223372036854775807")
@@ -91,11 +97,11 @@ class SamplingParams:
         temperature_range = f"a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} (greedy is top_k=1)"
         temperature = _number("temperature", self.temperature, temperature_range)
         if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-            raise ParameterError(f"temperature is {temperature:g}: accepted is {temperature_range}")
+            raise ParameterError(f"temperature is {_exactly(temperature)}: accepted is {temperature_range}")
         top_p_range = "a number above 0 and at most 1 (1 is off)"
         top_p = _number("top_p", self.top_p, top_p_range)
         if not 0.0 < top_p <= 1.0:
-            raise ParameterError(f"top_p is {top_p:g}: accepted is {top_p_range}")
+            raise ParameterError(f"top_p is {_exactly(top_p)}: accepted is {top_p_range}")
         if self.top_k is not None:
             accepted = "a whole number from 0 (off) to the vocabulary's size, or None"
             object.__setattr__(self, "top_k", _integer("top_k", self.top_k, 0, 2**31 - 1, accepted))
@@ -134,7 +140,7 @@ class DiffusionParams:
         guidance_range = f"a number from 0 to {MAX_GUIDANCE:g} (1 is no guidance)"
         guidance = _number("guidance", self.guidance, guidance_range)
         if not 0.0 <= guidance <= MAX_GUIDANCE:
-            raise ParameterError(f"guidance is {guidance:g}: accepted is {guidance_range}")
+            raise ParameterError(f"guidance is {_exactly(guidance)}: accepted is {guidance_range}")
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "guidance", guidance)
 

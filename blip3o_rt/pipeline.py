@@ -24,7 +24,7 @@ from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.images import ReferenceImage, load_reference, pixels_sha256, reference_pixels, tower_pixels
-from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list
+from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list, which_prompt
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
 from blip3o_rt.machine import resolve_device, resolve_dtype
 from blip3o_rt.metadata import generated_image, image_fields
@@ -136,8 +136,9 @@ class Pipeline:
             "sha256": weights_sha256(weights),
         }
         tokens = config.image_tokens.tokens_per_image
-        longest = min(max_prompt_tokens, config.ar.max_position_embeddings - tokens)
-        self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest)
+        positions = config.ar.max_position_embeddings - tokens
+        longest = min(max_prompt_tokens, positions)
+        self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest, positions)
         self._engine = TokenEngine(
             config.ar,
             config.image_tokens,
@@ -371,14 +372,18 @@ class Pipeline:
         on_image: ImageCallback | None,
     ) -> Result:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
-        for prompt in prompts:
-            self._prompts.check(prompt)
+        for index, prompt in enumerate(prompts):
+            with which_prompt(index, len(prompts)):
+                self._prompts.check(prompt)
         with (
             self._isolation.turn() as settings,
             _Run(self, settings, callback, progress, on_image) as run,
         ):
             reference = NO_REFERENCE if references is None else self._look_at(references, run)
-            token_prompts = [self._token_prompt(prompt, reference, samples) for prompt in prompts]
+            token_prompts = []
+            for index, prompt in enumerate(prompts):
+                with which_prompt(index, len(prompts)):
+                    token_prompts.append(self._token_prompt(prompt, reference, samples))
             plans = [
                 self._plan(prompt, token_prompt, sample, tokens, reference)
                 for prompt, token_prompt, drawn in zip(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ EDIT = "Please edit this image according to the following instruction: {prompt}.
 IMAGE_START = "<|vision_start|>"
 IMAGE_PAD = "<|image_pad|>"
 IMAGE_END = "<|vision_end|>"
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 # Every generation starts at the first scale token.
 GENERATION_SUFFIX = "<im_start><S0>"
 
@@ -25,14 +27,22 @@ GENERATION_SUFFIX = "<im_start><S0>"
 class PromptEncoder:
     """Tokenizes prompts with the checkpoint's own tokenizer and chat template.
 
-    `max_tokens` is the longest prompt, counted in tokens with the template and any reference images.
+    `max_tokens` is the longest prompt, counted in tokens with the template and any reference images;
+    `positions` the longest that the checkpoint's positions leave (None: the same).
     Raises CheckpointError where the tokenizer does not know the tokens that the model's configuration names.
     """
 
-    def __init__(self, tokenizer_dir: Path, image_tokens: ImageTokenConfig, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer_dir: Path,
+        image_tokens: ImageTokenConfig,
+        max_tokens: int,
+        positions: int | None = None,
+    ) -> None:
         self._tokenizer = _load_tokenizer(tokenizer_dir)
         self._image_tokens = image_tokens
         self._max_tokens = max_tokens
+        self._positions = positions or max_tokens
         self._lock = threading.Lock()  # the tokenizer refuses a call from a second thread
         # The ids that only the template may write: markers of the chat, of pictures and the image tokens.
         self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
@@ -46,12 +56,12 @@ class PromptEncoder:
         """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
         if not isinstance(prompt, str):
             raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
-        if not prompt.strip():
-            raise PromptError("the prompt is empty; say in words what to draw or change")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
             raise PromptError("the prompt is not valid Unicode text; write it in UTF-8") from None
+        if not any(_is_visible(character) for character in prompt):
+            raise PromptError("the prompt is empty; say in words what to draw or change")
         for token in self._ids(prompt, add_special_tokens=False):
             if token in self._reserved:
                 raise PromptError(
@@ -85,9 +95,11 @@ class PromptEncoder:
         text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         ids = self._ids(text + GENERATION_SUFFIX)
         if len(ids) > self._max_tokens:
+            larger = f", or load with a larger max_prompt_tokens, to {self._positions}"
             raise PromptError(
-                f"the prompt is {len(ids)} tokens long with its template and pictures; at most "
-                f"{self._max_tokens} are accepted: shorten it, or load with a larger max_prompt_tokens"
+                f"the prompt is {len(ids)} tokens long with its template and images; at most "
+                f"{self._max_tokens} are accepted: shorten it"
+                + (larger if self._max_tokens < self._positions else ", the checkpoint has no more positions")
             )
         if ids.count(self.image_pad_id) != len(image_ids):
             raise CheckpointError(
@@ -110,6 +122,11 @@ class PromptEncoder:
             )
 
 
+def _is_visible(character: str) -> bool:
+    """Whether a character shows anything by itself: no space, control, format character or bare mark."""
+    return unicodedata.category(character)[0] not in "CZM" and character not in BLANK_LETTERS
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of tokenizer.json with the chat template of tokenizer_config.json."""
     if not (folder / "tokenizer.json").is_file():
@@ -120,6 +137,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises what its JSON, Rust and template readers raise
         raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+    tokenizer.model_max_length = 10**9  # longer prompts are refused here; the library would print a line
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{folder}: tokenizer_config.json has no chat_template; copy the checkpoint's own"

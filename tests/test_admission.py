@@ -50,3 +50,29 @@ def test_tiles_take_less_until_attention_is_the_most() -> None:
     held = [admission._picture_elements(published, tiles) for tiles in (1, 2, 4, 8)]
     assert held[0] == 3 * 1024 * 1024 * 128
     assert held[0] > 2 * held[1] > 2 * held[2] == 2 * held[3]
+
+
+def test_positions_that_cannot_be_used_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, needed = preset("tiny"), []
+    monkeypatch.setattr(admission, "require_memory", lambda found, *_: needed.append(found))
+    usable = model.ar.max_position_embeddings - model.image_tokens.tokens_per_image
+    for longest in (usable, 1_000_000):
+        admission.require_room(model, torch.float32, {}, torch.device("cpu"), 4, longest)
+    assert needed[0] == needed[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "max_batch", "remedy"),
+    [
+        (torch.float32, 1, "choose dtype bf16, or"),
+        (torch.bfloat16, 1, "choose tier fast with 8-bit weights, or"),
+        (torch.bfloat16, 256, "choose a smaller max_batch (256) or max_prompt_tokens (1536), or"),
+    ],
+)
+def test_the_remedy_names_what_takes_the_memory(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, max_batch: int, remedy: str
+) -> None:
+    said = []
+    monkeypatch.setattr(admission, "require_memory", lambda *arguments: said.append(arguments[-1]))
+    admission.require_room(preset("published"), dtype, {}, torch.device("cpu"), max_batch, 1536)
+    assert said[0].startswith(remedy)

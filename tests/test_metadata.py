@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import io
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import ImageError
-from blip3o_rt.metadata import image_fields, read_metadata, save_png
+from blip3o_rt.metadata import generated_image, image_fields, read_metadata, save_png
 
 PARAMETERS = {"steps": 30, "guidance": 2.0, "top_k": None, "image_tokens_only": True}
 
@@ -96,3 +101,127 @@ def test_what_is_not_a_png_is_refused(tmp_path: Path) -> None:
         read_metadata(tmp_path / "b.png")
     with pytest.raises(ImageError, match="does not exist"):
         read_metadata(tmp_path / "c.png")
+
+
+ORIGIN = {
+    "task": "edit",
+    "references": ["ab" * 32],
+    "checkpoint": {"name": "mine", "sha256": "cd" * 32},
+    "dtype": "bf16",
+    "device": "cuda",
+}
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def test_where_an_image_comes_from_is_kept(tmp_path: Path) -> None:
+    fields = image_fields("x", 1, PARAMETERS, **ORIGIN)
+    save_png(image(), tmp_path / "a.png", fields)
+    assert read_metadata(tmp_path / "a.png") == fields
+
+
+def test_other_programs_find_none_of_their_keys(tmp_path: Path) -> None:
+    """They parse "prompt" as a graph of nodes and "parameters" as settings of their own."""
+    save_png(image(), tmp_path / "a.png", image_fields("x", 1, PARAMETERS, **ORIGIN))
+    with Image.open(tmp_path / "a.png") as saved:
+        assert set(saved.info) == {"blip3o_rt"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_of_the_first_release_are_still_read(tmp_path: Path, packed: bool) -> None:
+    image().save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    texts = {
+        b"prompt": b"a caf\xc3\xa9",
+        b"seed": b"7",
+        b"parameters": b'{"steps": 3}',
+        b"version": b"blip3o_rt 0",
+    }
+    chunks = b""
+    for key, text in texts.items():
+        body = b"\1\0\0\0" + zlib.compress(text) if packed else b"\0\0\0\0" + text
+        chunks += chunk(b"iTXt", key + b"\0" + body)
+    (tmp_path / "a.png").write_bytes(content[:33] + chunks + content[33:])
+    expected = {"prompt": "a caf\xe9", "seed": 7, "parameters": {"steps": 3}, "version": "blip3o_rt 0"}
+    assert read_metadata(tmp_path / "a.png") == expected
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.PNG"])
+def test_a_generated_image_keeps_its_metadata_when_saved(tmp_path: Path, name: str) -> None:
+    pixels = torch.tensor([0.0, 0.5, 1.0])[None, :, None, None].expand(1, 3, 2, 4)
+    fields = image_fields("x", 1, PARAMETERS, **ORIGIN)
+    made = generated_image(pixels, fields)
+    made.save(tmp_path / name)
+    assert read_metadata(tmp_path / name) == fields
+    buffer = io.BytesIO()
+    copy.deepcopy(made).save(buffer, "PNG")
+    (tmp_path / "b.png").write_bytes(buffer.getvalue())
+    assert read_metadata(tmp_path / "b.png") == fields
+    with Image.open(tmp_path / name) as saved:
+        assert saved.convert("RGB").getpixel((3, 1)) == (0, 128, 255)
+    made.save(tmp_path / "a.jpg")
+    made.save(tmp_path / "c.png", pnginfo=None)
+    assert read_metadata(tmp_path / "c.png") == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", b"short") + chunk(b"zTXt", b"blip3o_rt"),
+        b"\x89PNG\r\n\x1a\n" + b"\xff\xff\xff\xffIDAT" + bytes(20),
+        b"\x89PNG\r\n\x1a\n" + chunk(b"iTXt", b"blip3o_rt\0\0\0\0\0" + b"[" * 100_000),
+        b"\x89PNG\r\n\x1a\n" + chunk(b"iTXt", b"seed\0\0\0\0\0" + b"9" * 100_000),
+        b"\x89PNG\r\n\x1a\n" + chunk(b"zTXt", b"blip3o_rt\0\0" + zlib.compress(bytes(100_000_000))),
+        b"\x89PNG\r\n\x1a\n" + chunk(b"tEXt", b"\xff\xfe" * 9),
+    ],
+)
+def test_reading_metadata_raises_nothing_else(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    outcome: object
+    try:
+        outcome = read_metadata(tmp_path / "a.png")
+    except ImageError as error:
+        outcome = str(error)
+    assert isinstance(outcome, dict) or "\n" not in str(outcome)
+
+
+@pytest.mark.parametrize(
+    "path", [None, 3, b"a.png", "a\0.png", "a" * 5000, ".", "~nobody-of-that-name/a.png"]
+)
+def test_paths_that_metadata_cannot_be_read_from(path: object) -> None:
+    with pytest.raises(ImageError) as caught:
+        read_metadata(path)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_links_and_modes_are_kept(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target.png"
+    target.parent.mkdir()
+    image().save(target)
+    target.chmod(0o640)
+    (tmp_path / "link.png").symlink_to(target)
+    save_png(image(), tmp_path / "link.png", image_fields("x", 1, {}))
+    assert (tmp_path / "link.png").is_symlink()
+    assert read_metadata(target)["prompt"] == "x"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in target.parent.iterdir()] == ["target.png"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        save_png(image(), tmp_path / "a.png", {})
+    assert caught.value.filename == str(tmp_path / "a.png")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_the_longest_name_that_the_file_system_holds(tmp_path: Path) -> None:
+    name = "a" * 251 + ".png"
+    save_png(image(), tmp_path / name, {})
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -28,7 +28,7 @@ from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
 from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.errors import Blip3oWarning, CheckpointError
 from blip3o_rt.quantization import E4M3
 from blip3o_rt.switches import (
     AR_WEIGHTS,
@@ -218,7 +218,7 @@ def _check_stored(root: Path, stored: Mapping[str, str], wanted: Mapping[str, st
 
 def _warn(messages: Iterable[str]) -> None:
     for message in messages:
-        warnings.warn(message, stacklevel=5)  # where load_checkpoint was called
+        warnings.warn(message, Blip3oWarning, stacklevel=5)  # where load_checkpoint was called
 
 
 def _mapped(

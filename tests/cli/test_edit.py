@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from blip3o_rt.metadata import read_metadata
+from blip3o_rt.metadata import image_fields, read_metadata, save_png
 from tests.cli.conftest import Command, FakePipeline
 
 
@@ -59,3 +59,40 @@ def test_several_edits_into_one_file(command: Command, pipeline: type[FakePipeli
 
 def test_an_image_is_needed(command: Command) -> None:
     assert "IMAGE" in command.refused("edit", "x")
+
+
+def test_a_report_never_replaces_the_reference(
+    command: Command, pipeline: type[FakePipeline], photo: str
+) -> None:
+    before = (command.folder / photo).read_bytes()
+    assert "is read from" in command.refused("edit", "x", photo, "--report", photo)
+    assert (command.folder / photo).read_bytes() == before
+
+
+def test_an_address_is_not_fetched(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert "is a URL and nothing is fetched" in command.refused("edit", "x", "https://example.org/a.png")
+    message = command.refused("edit", "x", "data:image/png;base64," + "A" * 5000)
+    assert "is a data URI" in message
+    assert len(message) < 150
+
+
+def test_like_edits_again(command: Command, pipeline: type[FakePipeline], photo: str) -> None:
+    fields = image_fields("make it red", 3, {"steps": 4}, task="edit")
+    save_png(Image.new("RGB", (1, 1)), command.folder / "like.png", fields)
+    assert "IMAGE" in command.refused("edit", "--like", "like.png")
+    assert command("edit", photo, "--like", "like.png", photo) == 0
+    call = pipeline.calls[1]
+    assert call[1][0] == "make it red"
+    assert len(call[1][1]) == 2
+    assert (call[2]["seed"], call[2]["steps"]) == (3, 4)
+
+
+def test_notes_about_an_image_are_lines_of_ours(command: Command, pipeline: type[FakePipeline]) -> None:
+    Image.new("RGB", (4, 2)).save(
+        command.folder / "a.png", icc_profile=b"nonsense", exif=b"Exif\0\0MM\0*broken"
+    )
+    assert command("edit", "x", "a.png") == 0
+    (line,) = command.errors.splitlines()
+    assert line.startswith("blip3o-rt: warning: 'a.png': its color profile cannot be used")
+    assert command("edit", "x", "a.png", "--quiet") == 0
+    assert command.errors == ""

@@ -16,6 +16,7 @@ import blip3o_rt
 from blip3o_rt.metadata import read_metadata
 
 COMMAND = [sys.executable, "-m", "blip3o_rt"]
+OF_ENUM = {"types", "operator", "_operator", "functools", "_functools", "collections", "keyword", "reprlib"}
 TIMEOUT = 300  # seconds; far more than it takes, so that a busy machine does not fail the test
 
 
@@ -110,6 +111,60 @@ def test_no_bars_where_standard_error_is_not_a_terminal(tmp_path: Path, environm
         check=True,
     )
     assert result.stderr == ""
+
+
+def test_an_image_is_drawn_again_from_its_file(tmp_path: Path, environment: dict[str, str]) -> None:
+    run(tmp_path, environment, "generate", "a red circle", "--steps", "2", "--seed", "7", "--out", "a.png")
+    run(tmp_path, environment, "generate", "--like", "a.png", "--out", "b.png", "--quiet")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    fields = read_metadata(tmp_path / "a.png")
+    assert fields["checkpoint"]["name"] == "embedded"
+    assert (fields["task"], fields["references"], fields["device"]) == ("text-to-image", [], "cpu")
+    run(tmp_path, environment, "edit", "make it green", "a.png", "--steps", "2", "--out", "c.png")
+    run(tmp_path, environment, "edit", "--like", "c.png", "a.png", "--out", "d.png", "--quiet")
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes()
+    assert len(read_metadata(tmp_path / "c.png")["references"]) == 1
+
+
+def test_names_that_the_output_cannot_encode_are_escaped(tmp_path: Path, environment: dict[str, str]) -> None:
+    plain = {**environment, "PYTHONIOENCODING": "ascii"}
+    printed = run(tmp_path, plain, "generate", "\u043a\u043e\u0442", "a cat", "--steps", "1", "--quiet")
+    assert printed.splitlines() == [r"out/\u043a\u043e\u0442-0.png", "out/a-cat-0.png"]
+
+
+@pytest.mark.parametrize("module", ["numpy", "torch", "transformers"])
+def test_an_interrupt_during_an_import_ends_the_command(
+    tmp_path: Path, environment: dict[str, str], module: str
+) -> None:
+    """The signal comes as the module's first file runs, where an exception may be lost or abort."""
+    program = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == '{module}': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from blip3o_rt.cli import main; sys.exit(main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "generate", "x", "--out", "x.png"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "blip3o-rt: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_heavy_is_imported_before_interrupts_are_answered(environment: dict[str, str]) -> None:
+    program = "import sys; before = set(sys.modules); import blip3o_rt.cli; print(*set(sys.modules) - before)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    ours = {"blip3o_rt", "blip3o_rt.cli"}
+    assert set(printed.split()) <= ours | {"__future__", "signal", "enum", "itertools"} | OF_ENUM
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["--help"]])

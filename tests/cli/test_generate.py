@@ -16,7 +16,7 @@ from blip3o_rt.cli import drawing, outputs
 from blip3o_rt.cli import options as cli_options
 from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import CheckpointError, GenerationError
-from blip3o_rt.metadata import read_metadata
+from blip3o_rt.metadata import image_fields, read_metadata, save_png
 from tests.cli.conftest import Command, FakePipeline
 
 
@@ -294,7 +294,11 @@ def test_an_interrupt_keeps_the_images_drawn_so_far(command: Command, pipeline: 
     assert len(command.files()) == 63
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "webp", "gif", "bmp", "tif", "tiff"])
+COMMON = ["jpg", "JPEG", "jpe", "webp", "gif", "bmp", "tif", "tiff"]
+RARE = ["avif", "jfif", "jp2", "heic", "ico", "tga", "ppm", "pgm", "apng", "svg"]
+
+
+@pytest.mark.parametrize("suffix", COMMON + RARE)
 def test_another_image_format(command: Command, pipeline: type[FakePipeline], suffix: str) -> None:
     expected = f"--out is a.{suffix}: accepted is a .png for one image, or a folder"
     assert command.refused("generate", "x", "--out", f"a.{suffix}") == expected
@@ -360,3 +364,163 @@ def test_help_does_not_wait_for_pytorch(arguments: list[str]) -> None:
     )
     assert result.stdout.splitlines()[-1] == "[]"
     assert result.stdout.startswith(("usage: ", "blip3o-rt 0."))
+
+
+def test_a_name_keeps_the_letters_of_every_script(command: Command, pipeline: type[FakePipeline]) -> None:
+    """Vowel signs are marks, not letters: without them these two are one name."""
+    assert command("generate", "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0928\u0926") == 0
+    assert command.files() == [
+        "out/\u0939\u0928\u0926-0.png",
+        "out/\u0939\u093f\u0928\u094d\u0926\u0940-0.png",
+    ]
+    assert outputs.file_name("cafe\u0301 au lait") == "caf\xe9-au-lait"
+    assert outputs.file_name("\u0915\u093f" * 40) == "\u0915\u093f" * 24
+
+
+def test_another_request_gets_another_name(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--steps", "3") == 0
+    assert command("generate", "x", "--steps", "4") == 0
+    assert command.output.splitlines()[0] == "out/x-2-0.png"
+    assert command("generate", "x", "--steps", "3") == 0  # the first again: the same image
+    assert command.output.splitlines()[0] == "out/x-0.png"
+    assert command.files() == ["out/x-0.png", "out/x-2-0.png"]
+    assert command("generate", "x", "--steps", "5", "--overwrite") == 0
+    assert command.files() == ["out/x-0.png", "out/x-2-0.png"]
+    assert read_metadata(command.folder / "out/x-0.png")["parameters"] == {"steps": 5}
+
+
+def test_what_is_not_ours_is_never_replaced(command: Command, pipeline: type[FakePipeline]) -> None:
+    (command.folder / "out").mkdir()
+    Image.new("RGB", (3, 3)).save(command.folder / "out/x-0.png")
+    (command.folder / "out/x-2-0.png").write_text("notes")
+    assert command("generate", "x") == 0
+    assert command.output.splitlines()[0] == "out/x-3-0.png"
+
+
+def test_the_same_prompt_twice_does_not_overwrite_itself(
+    command: Command, pipeline: type[FakePipeline]
+) -> None:
+    assert command("generate", "x", "x", "--overwrite") == 0
+    assert command.files() == ["out/x-0.png", "out/x-2-0.png"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "a" * 300, "a" * 300 + "/x.png"])
+@pytest.mark.parametrize("option", ["--out", "--report"])
+def test_a_name_that_cannot_be_held_is_refused_before_the_work(
+    command: Command, pipeline: type[FakePipeline], option: str, name: str
+) -> None:
+    assert "File name too long" in command.refused("generate", "x", option, name)
+    assert pipeline.calls == []
+
+
+def test_options_may_stand_between_prompts(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--steps", "2", "y", "-n", "1", "z") == 0
+    assert pipeline.calls[1][1] == (["x", "y", "z"],)
+    assert command("generate", "--steps", "2", "--", "-a prompt", "--quiet") == 0
+    assert pipeline.calls[3][1] == (["-a prompt", "--quiet"],)
+
+
+def test_the_home_folder_in_an_option(
+    command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(command.folder / "home"))
+    assert command("generate", "x", "--out=~/o", "--report=~/r.json", "--model=~/m") == 0
+    assert command.files() == ["home/o/x-0.png", "home/r.json"]
+    assert pipeline.calls[0][1] == (command.folder / "home/m",)
+
+
+def test_messages_do_not_contradict_themselves(command: Command, pipeline: type[FakePipeline]) -> None:
+    message = command.refused("generate", "x", "--top-p", "1.0000001")
+    assert message.startswith("top_p is 1.0000001: accepted is a number above 0 and at most 1")
+
+
+@pytest.mark.parametrize("file", ["like.png", "m/config.json", "link.png"])
+@pytest.mark.parametrize("option", ["--report", "--trace"])
+def test_a_report_never_replaces_an_input(
+    command: Command, pipeline: type[FakePipeline], file: str, option: str
+) -> None:
+    (command.folder / "m").mkdir()
+    (command.folder / "m/config.json").write_text("{}")
+    save_png(Image.new("RGB", (1, 1)), command.folder / "like.png", LIKED)
+    (command.folder / "link.png").symlink_to("like.png")
+    if option == "--trace" and not file.endswith("json"):
+        pytest.skip("a trace is refused by its name")
+    before = (command.folder / file).read_bytes()
+    message = command.refused("generate", "x", "--like", "like.png", "--model", "m", option, file)
+    assert "is read from: accepted is another file's path" in message
+    assert (command.folder / file).read_bytes() == before
+
+
+PARAMETERS = {
+    "steps": 7,
+    "guidance": 1.5,
+    "temperature": 0.5,
+    "top_k": 9,
+    "top_p": 0.8,
+    "image_tokens_only": False,
+    "token_seed": 5,
+    "tier": "fast",
+    "switches": {"ar_weights": "int8"},
+}
+ORIGIN = {"task": "text-to-image", "references": [], "dtype": "bf16", "device": "cpu"}
+LIKED = image_fields("a cat", 5, PARAMETERS, **ORIGIN)
+
+
+def liked(command: Command, **changes: object) -> str:
+    save_png(Image.new("RGB", (1, 1)), command.folder / "like.png", LIKED | changes)
+    return "like.png"
+
+
+def test_like_draws_a_file_again(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "--like", liked(command), "--quiet") == 0
+    load, generate = pipeline.calls
+    assert (load[2]["dtype"], load[2]["tier"], load[2]["switches"]) == (
+        "bf16",
+        "fast",
+        {"ar_weights": "int8"},
+    )
+    assert generate[1] == (["a cat"],)
+    drawn = {name: PARAMETERS[name] for name in ("steps", "guidance", "temperature", "top_k", "top_p")}
+    drawn |= {"image_tokens_only": False, "seed": 5, "n": 1, "progress": False}
+    assert generate[2] == drawn
+
+
+def test_what_is_given_beside_like_counts(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "a dog", "--like", liked(command), "--seed", "6", "--steps", "2", "-n2") == 0
+    call = pipeline.calls[1]
+    assert call[1] == (["a dog"],)
+    assert (call[2]["seed"], call[2]["steps"], call[2]["n"], call[2]["top_k"]) == (6, 2, 2, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"task": "edit"}, "made by another command: blip3o-rt edit --like like.png IMAGE"),
+        (
+            {"checkpoint": {"name": "mine", "sha256": ""}},
+            "drawn with checkpoint mine: give its folder with --model",
+        ),
+        ({"parameters": PARAMETERS | {"token_seed": 6}}, "have two seeds"),
+        ({"parameters": {"tokens": "given", "steps": 3}}, "whose tokens came from a program"),
+        ({"parameters": "Steps: 20, Sampler: Euler"}, "does not say how to draw it"),
+    ],
+)
+def test_what_like_cannot_draw_is_refused(
+    command: Command, pipeline: type[FakePipeline], changes: dict[str, object], reason: str
+) -> None:
+    assert reason in command.refused("generate", "--like", liked(command, **changes))
+    assert pipeline.calls == []
+
+
+def test_an_ordinary_png_has_nothing_to_be_like(command: Command, pipeline: type[FakePipeline]) -> None:
+    Image.new("RGB", (1, 1)).save(command.folder / "a.png")
+    assert "does not say how to draw it" in command.refused("generate", "--like", "a.png")
+
+
+def test_another_checkpoint_than_the_files_is_said(command: Command, pipeline: type[FakePipeline]) -> None:
+    like = liked(command, checkpoint={"name": "mine", "sha256": "ab"})
+    assert command("generate", "--like", like, "--model", "m") == 0
+    (line,) = command.errors.splitlines()
+    assert line.startswith("blip3o-rt: warning: out/a-cat-5.png differs from like.png in its checkpoint")
+    assert command("generate", "--like", like, "--model", "m", "--quiet") == 0
+    assert command.errors == ""
