@@ -9,7 +9,6 @@ from typing import Any
 
 from blip3o_rt.cli.options import DEVICE, DIFFUSION, TA_TOK, add_options
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.measure.validate.line import GROUPS
 
 DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
@@ -18,6 +17,8 @@ DTYPES = ("fp32", "bf16")
 
 def add_parser(subparsers: Any) -> None:
     """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    from blip3o_rt.measure.validate.line import GROUPS
+
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "validate",
         help="compare every op, every stage and the pipeline with what they must compute",
@@ -115,6 +116,8 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ParameterError for names and numbers that are not accepted."""
+    from blip3o_rt.measure.validate.line import GROUPS
+
     for option, names, known in (("--only", arguments.only, GROUPS), ("--dtype", arguments.dtype, DTYPES)):
         unknown = [name for name in names or () if name not in known]
         if unknown or names == ():

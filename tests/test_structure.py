@@ -1,0 +1,68 @@
+"""The walls between the package's parts and its lack of import cycles, as scripts/count.py finds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import count
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty package where the real one is looked for."""
+    monkeypatch.setattr(count, "ROOT", tmp_path)
+    return tmp_path / "blip3o_rt"
+
+
+def write(tree: Path, **modules: str) -> None:
+    """Modules by dotted names in which "__" stands for a dot."""
+    for name, text in modules.items():
+        path = tree.joinpath(*name.split("__")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_the_package_has_no_cycle_and_holds_its_walls(capsys: pytest.CaptureFixture[str]) -> None:
+    count.main()
+    assert "BROKEN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wall", "module", "text"),
+    [
+        ("stages import no other stage", "ar__model", "from blip3o_rt.dit import model"),
+        ("stages import no other stage", "ar__model", "def f():\n    import blip3o_rt.dit.model"),
+        ("the runtime imports no measuring code", "pipeline", "from blip3o_rt.measure.bench import run"),
+        ("the runtime imports no measuring code", "cli__bench", "import blip3o_rt.measure.bench.run"),
+        ("ops import nothing of the model", "ops__linear", "from ..dit.model import DiT"),
+        (
+            "the baselines import nothing of the runtime",
+            "measure__baselines__a",
+            "from blip3o_rt import pipeline",
+        ),
+        (
+            "import cycles",
+            "dit__model",
+            "from blip3o_rt import measure\nfrom blip3o_rt.measure.bench import run",
+        ),
+    ],
+)
+def test_what_breaks_a_wall_is_named(
+    wall: str, module: str, text: str, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tree, dit__model="", pipeline="", measure__bench__run="import blip3o_rt.dit.model")
+    write(tree, cli__score="def run():\n    from blip3o_rt.measure.bench import run")
+    assert count.main() == 0
+    capsys.readouterr()
+    write(tree, **{module: text})
+    assert count.main() == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "BROKEN" in line]
+    assert [line.startswith(wall) for line in lines].count(True) == 1
+
+
+def test_a_count_over_its_limit_fails(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tree, **{f"file_{number}": "" for number in range(count.ROOT_FILES + 1)})
+    assert count.main() == 1
+    assert "17 of 16  OVER" in capsys.readouterr().out
