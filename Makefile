@@ -1,4 +1,4 @@
-# Every task of the project, from a bare machine: `make demo` draws, `make test` checks, `make lint` reads.
+# Every task of the project, from a bare machine: `make demo` draws, `make test` tests, `make lint` checks style.
 # A target that has nothing to do is quick: stamp files in .venv remember what is installed and built.
 
 PYTHON ?= python3
@@ -15,10 +15,16 @@ NATIVE := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo build test gpu lint format clean
+.PHONY: help demo build test exhaustive test-all coverage gpu lint count docs format clean
+
+# Workers of the suite, each on one thread of its own.
+JOBS ?= 2
+COVERAGE ?=
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	$(if $(COVERAGE),--cov --cov-append --cov-report=)
 
 help: ## List the targets.
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 demo: $(BUILT) ## Install, build, then draw a picture and edit it into out/.
 	$(BIN)/blip3o-rt generate "a large red circle on a blue background" --seed 7 --out out/picture.png
@@ -26,8 +32,18 @@ demo: $(BUILT) ## Install, build, then draw a picture and edit it into out/.
 
 build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with CUDA.
 
-test: $(BUILT) $(DEVELOPMENT) ## Run the whole suite.
-	$(BIN)/python -m pytest
+test: $(BUILT) $(DEVELOPMENT) ## Run every test but the exhaustive ones: at most 5 minutes on 2 cores.
+	$(PYTEST) -m "not exhaustive"
+
+exhaustive: $(BUILT) $(DEVELOPMENT) ## Run the tests that `make test` leaves out.
+	$(PYTEST) -m exhaustive
+
+test-all: test exhaustive ## Run every test.
+
+coverage: $(DEVELOPMENT) ## Run every test, and print which share of each file they reach.
+	$(BIN)/python -m coverage erase
+	$(MAKE) test-all COVERAGE=1
+	$(BIN)/python -m coverage report
 
 # What is measured goes to the page whatever else failed.
 gpu: $(BUILT) $(DEVELOPMENT) ## On a GPU: build, test, validate, bench, trace; DRY_RUN=1 only checks, GPU_OPTIONS=... .
@@ -40,13 +56,19 @@ lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 
+count: ## Print the size of the code, its import cycles and its walls; fails over a limit.
+	$(PYTHON) scripts/count.py
+
+docs: $(DEVELOPMENT) ## Build the site of docs/ and the docstrings into out/site; fails at a broken link.
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 format: $(DEVELOPMENT) ## Rewrite Python and C++ in the project's format.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
 clean: ## Remove the environment and everything built.
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 	rm -f blip3o_rt/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,11 +1,19 @@
-"""Fixtures shared by the whole suite."""
+"""What the whole suite shares: fixtures, who runs the marked tests, and a summary of what was skipped.
+
+Markers are described in pyproject.toml. `golden` is given to every test that reads recordings; a test marked
+`gpu` is skipped on a machine without one.
+"""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+from blip3o_rt.ops import native
 
 
 @pytest.fixture(scope="session")
@@ -17,5 +25,32 @@ def reference_dir() -> Path:
     beside = Path(__file__).resolve().parents[2] / "shared" / "reference"
     folder = Path(os.environ.get("BLIP3O_REFERENCE", beside))
     if not folder.is_dir():
-        pytest.skip(f"needs the reference checkpoints: {folder} does not exist (set BLIP3O_REFERENCE)")
+        pytest.skip("needs the reference checkpoints: set BLIP3O_REFERENCE to their folder")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what reads recordings, and skip what needs a GPU where there is none."""
+    for item in items:
+        if "reference_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker("golden")
+        for marker in item.iter_markers("gpu"):
+            if reason := gpu_unavailable(*marker.args):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def gpu_unavailable(extension: str | None = None) -> str | None:
+    """None where there is a GPU, and the package's CUDA kernels where a test needs "_cuda", else why not."""
+    if not torch.cuda.is_available():
+        return "needs a GPU"
+    return native.cuda_unavailable() if extension else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print every reason for a skip once, with the number of tests that gave it."""
+    skipped = terminalreporter.getreports("skipped")
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:5} {reason}")

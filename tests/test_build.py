@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CHECKPOINT = ROOT / "blip3o_rt" / "embedded"
+PACKAGE = ROOT / "blip3o_rt"
+DATA = (".json", ".safetensors", ".html", ".css", ".js", ".svg", ".png")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 
@@ -195,7 +196,7 @@ def test_source_distribution_can_be_built_from(tmp_path: Path, tools: Path) -> N
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = (ROOT / "csrc", ROOT / "triton_kernels", CHECKPOINT)
+    folders = (ROOT / "csrc", ROOT / "triton_kernels", PACKAGE / "embedded")
     found = {
         str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("*") if path.is_file()
     }
@@ -203,8 +204,8 @@ def test_source_distribution_can_be_built_from(tmp_path: Path, tools: Path) -> N
     assert {"setup.py", "CMakeLists.txt", "pyproject.toml", "blip3o_rt/ops/registry.py"} | sources <= names
 
 
-def test_an_installed_package_carries_the_embedded_model(library: Path) -> None:
-    files = [path for path in CHECKPOINT.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert "model.safetensors" in {path.name for path in files}
+def test_an_installed_package_carries_every_data_file(library: Path) -> None:
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in DATA]
+    assert {"model.safetensors", "validate.html"} <= {path.name for path in files}
     for path in files:
         assert (library / path.relative_to(ROOT)).read_bytes() == path.read_bytes()

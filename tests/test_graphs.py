@@ -15,7 +15,7 @@ from blip3o_rt.errors import DeviceError, OpError, ParameterError
 from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, RunAhead, graphs_wanted
 from tests.recorded_graph import RecordedGraphs
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])

@@ -57,7 +57,7 @@ def test_lossless_files_come_back_as_they_were(tmp_path: Path, name: str) -> Non
     kind = {"a.jp2": "jpg_2000", "a.webp": "webp"}.get(name)
     if kind is not None and not features.check(kind):
         pytest.skip(f"needs Pillow with {kind}")
-    options: dict[str, object] = {"a.webp": {"lossless": True}, "a.ico": {"sizes": [(24, 16)]}}.get(name, {})
+    options = {"a.webp": {"lossless": True}, "a.ico": {"sizes": [(24, 16)]}}.get(name, {})
     path = saved(corners(), tmp_path / name, **options)
     assert np.array_equal(values(load_reference(path)), values(corners()))
     assert np.array_equal(values(load_reference(str(path))), values(corners()))

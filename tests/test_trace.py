@@ -224,7 +224,7 @@ def test_nvtx_needs_a_gpu() -> None:
         pass
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_nvtx_ranges_open_and_close() -> None:
     with trace.nvtx():
         ops.rms_norm(torch.ones(1, 4, device="cuda"), torch.ones(4, device="cuda"), 1e-6)

@@ -146,7 +146,7 @@ def accumulate_gradients(
     noises: int,
 ) -> dict[str, float]:
     """Adds every batch's gradients, weighted by its size, and reports its losses by name."""
-    report = {}
+    report: dict[str, float] = {}
     examples = sum(len(batch.scenes) for batch in batches.values())
     for name, batch in batches.items():
         losses, hidden = token_loss(model, batch)

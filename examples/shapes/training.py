@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+Module = TypeVar("Module", bound=nn.Module)
 SAVE_EVERY = 200  # steps: what a kill can cost
 
 
@@ -59,7 +60,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
-def finished_module(module: nn.Module, path: Path) -> nn.Module:
+def finished_module(module: Module, path: Path) -> Module:
     """Fills a module with the averaged weights a stage left behind, frozen, in evaluation mode."""
     state = load_state(path)
     if state is None:

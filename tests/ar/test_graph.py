@@ -13,7 +13,6 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.graphs import CudaGraphs, Recorder
-from blip3o_rt.ops import native
 from blip3o_rt.params import SamplingParams
 from tests import recorded_graph
 from tests.ar import test_stress
@@ -31,7 +30,7 @@ BUCKETS = (1, 2, 4, 5)
 LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
 
 
-needs_gpu = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
+needs_gpu = pytest.mark.gpu("_cuda")
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 
 

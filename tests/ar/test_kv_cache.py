@@ -54,9 +54,9 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(length: int) -> None:
     full = length // cache.page_size
     assert child.page_table[:full] == parent.page_table[:full]
     assert set(child.page_table[full:]).isdisjoint(parent.page_table)
-    for layer in range(2):
+    for index in range(2):
         for mine, theirs in zip(
-            cached(cache, layer, child, length), cached(cache, layer, parent, length), strict=True
+            cached(cache, index, child, length), cached(cache, index, parent, length), strict=True
         ):
             assert torch.equal(mine, theirs)
 

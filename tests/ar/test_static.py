@@ -23,7 +23,7 @@ from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 CONFIG = small_config()
 WEIGHTS = runtime_weights(CONFIG, oracle(CONFIG))
 needs_cpu_kernels = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
-needs_gpu = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
+needs_gpu = pytest.mark.gpu("_cuda")
 
 
 class Allocations(TorchDispatchMode):

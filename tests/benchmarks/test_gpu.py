@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,18 +95,59 @@ def test_a_machine_that_lacks_a_build_gets_it_again(site: Site, install: Install
     assert count(site, "top") == 2
 
 
-def test_a_piece_over_its_budget_is_ended_with_its_children(site: Site, install: Install) -> None:
+GRANDCHILD = """
+import fcntl, time
+file = open("held", "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+open("ready", "w")
+time.sleep(3600)
+"""
+CHILD = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("began", flush=True)
+try:
+    subprocess.Popen([sys.executable, "-c", {GRANDCHILD!r}])
+    time.sleep(3600)
+except KeyboardInterrupt:
+    open("kept", "w")
+"""
+
+
+class OverBudget(subprocess.Popen[bytes]):
+    """A process whose budget is over as soon as its own child is ready, however long that takes."""
+
+    def __init__(self, *arguments: Any, cwd: Path | None = None, **options: Any) -> None:
+        self.ready, self.over = Path(cwd or "", "ready"), False
+        super().__init__(*arguments, cwd=cwd, **options)
+
+    def wait(self, timeout: float | None = None) -> int:
+        while not self.over and self.poll() is None:
+            self.over = self.ready.exists()
+            if self.over:
+                raise subprocess.TimeoutExpired(self.args, 0)
+            time.sleep(0.01)
+        return super().wait()
+
+
+def test_a_piece_over_its_budget_is_ended_with_its_children(
+    site: Site, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is interrupted first, so that it can keep what it has, and its log is kept."""
-    child = "import subprocess, sys, time; print('began', flush=True)\n"
-    child += "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-    child += "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    open('kept', 'w')"
-    wanted = install(python("slow", child, budget=4), python("next", mark("next")))
-    begin = time.monotonic()
-    assert not Runner(site).run(wanted)
-    assert time.monotonic() - begin < 50
+    monkeypatch.setattr(gpu.subprocess, "Popen", OverBudget)
+    assert not Runner(site).run(install(python("slow", CHILD)))
+    monkeypatch.undo()
     assert State(site.root / site.results).pieces["slow"]["outcome"] == OVER_BUDGET
     assert (site.root / "kept").exists()
     assert "began" in (site.root / site.results / "logs" / "slow.log").read_text()
+    with (site.root / "held").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # waits for the grandchild to end
+
+
+def test_the_pieces_after_one_over_its_budget_run(site: Site, install: Install) -> None:
+    wanted = install(python("slow", "import time; time.sleep(3600)", budget=1), python("next", mark("next")))
+    assert not Runner(site).run(wanted)
+    assert State(site.root / site.results).pieces["slow"]["outcome"] == OVER_BUDGET
     assert count(site, "next") == 1
 
 

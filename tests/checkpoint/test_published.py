@@ -119,7 +119,7 @@ def test_unknown_configuration_values_are_refused(
 
 
 def test_encoder_and_decoder_must_have_as_many_stages(checkpoint: Path) -> None:
-    three = {"block_out_channels": [16, 32, 64], "layers_per_block": [1, 1, 1]}
+    three: dict[str, Any] = {"block_out_channels": [16, 32, 64], "layers_per_block": [1, 1, 1]}
     three |= {"block_types": "ResBlock", "qkv_multiscales": [[], [], []]}
     edit_json(checkpoint / VAE, {f"decoder_{key}": value for key, value in three.items()})
     with pytest.raises(ConfigError, match=r"decoder_block_out_channels.*as many stages as encoder"):

@@ -56,7 +56,7 @@ class FakePipeline:
                 if self.failure is not None and len(result) == self.fails_at:
                     raise self.failure
                 image = Image.new("RGB", (1, 1), (seed % 256, 0, 0))
-                image.info = image_fields(prompt, seed, {"steps": keywords["steps"]})
+                image.info.update(image_fields(prompt, seed, {"steps": keywords["steps"]}))
                 on_image(len(result), image)
                 result.append(image)
                 result.plans.append(SimpleNamespace(non_image_positions=self.non_image_positions))

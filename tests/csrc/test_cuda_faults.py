@@ -12,6 +12,8 @@ from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import PAGED, errors, examples, unseen_pages
 
+pytestmark = pytest.mark.exhaustive
+
 # With parts of kernels in them.
 HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h", "silu.h")
 

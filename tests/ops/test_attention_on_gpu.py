@@ -10,10 +10,9 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.measure.validate.case import copies, run_exact
 from blip3o_rt.measure.validate.sweep import cases_of, check_of
-from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS
 
-pytestmark = pytest.mark.skipif(native.cuda_unavailable() is not None, reason=str(native.cuda_unavailable()))
+pytestmark = pytest.mark.gpu("_cuda")
 
 LENGTHS = [1, 64, 65, 130, 700, 16, 1000, 333, 128, 5]
 LAUNCHES = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from blip3o_rt.ops import registry
 
 
 @pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[registry.Op]:
+def double(monkeypatch: pytest.MonkeyPatch) -> registry.Op[Any, Any]:
     """An op whose implementations add up to what was run: reference 2 x, picky 20 x, absent never."""
     monkeypatch.setattr(registry, "_ops", dict(registry._ops))
 

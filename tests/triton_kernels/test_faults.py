@@ -10,9 +10,12 @@ import pytest
 from tests.triton_kernels import interpreted
 
 KERNELS = Path(__file__).parents[2] / "triton_kernels"
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton (requirements-dev.txt)"
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs triton (requirements-dev.txt)"
+    ),
+]
 # Op, file, what is right, what is not (but touches no memory that is not the op's).
 FAULTS = [
     ("layer_norm_modulate", "layer_norm_modulate", "gain = 1.0 + ", "gain = "),

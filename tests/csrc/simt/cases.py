@@ -86,7 +86,7 @@ def main(folder: str, *flags: str) -> None:
     compiler = SimtCompiler(Path(folder), *flags)
     for file in FILES:
         kernels = compiler.build(file)
-        native.cuda = lambda kernels=kernels: kernels
+        native.cuda = lambda kernels=kernels: kernels  # type: ignore[misc]
         for op in ops_of(file):
             for case, exact in examples(op):
                 if found := errors(op, case, exact):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -152,8 +150,7 @@ def test_sizes_of_caches(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Emptying real caches takes a while."""
     monkeypatch.setattr(bench_ops, "LARGEST_CACHE_BYTES", 2**15)
     monkeypatch.setattr(bench_ops, "MORE_RUNS", 1)
-    return None

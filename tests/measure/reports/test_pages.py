@@ -261,6 +261,7 @@ def test_numbers_are_short_and_have_units(text: str, expected: str) -> None:
     assert text == expected
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("write", [bench_html, validate_html])
 def test_a_browser_opens_it_without_a_word(
@@ -272,6 +273,7 @@ def test_a_browser_opens_it_without_a_word(
     assert console(path) == []
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_browser_does_speak_of_errors(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
