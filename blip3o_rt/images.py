@@ -25,7 +25,9 @@ from blip3o_rt.metadata import (
     NEEDED_CHUNKS,
     PNG_SIGNATURE,
     inflated,
+    path_text,
     png_chunks,
+    shown,
     text_of,
 )
 
@@ -113,14 +115,12 @@ def load_reference(image: ReferenceImage) -> Image.Image:
         with _image_errors("the tensor"):
             return _from_tensor(image)
     if isinstance(image, str | os.PathLike):
-        return _from_file(os.fspath(image))
+        return _from_file(path_text(image))
     raise ImageError(_NO_IMAGE.format(type(image).__name__))
 
 
 def _from_file(given: str) -> Image.Image:
-    if not isinstance(given, str):
-        raise ImageError(_NO_IMAGE.format(type(given).__name__))
-    name = _shown(given)
+    name = shown(given)
     if given.lower().startswith("data:"):
         raise ImageError(
             f"'{given[:24]}...' is a data URI, which is not decoded: save its content and give the path"
@@ -135,11 +135,6 @@ def _from_file(given: str) -> Image.Image:
             raise ImageError(f"{name} is not a file: give the path of an image")
         with path.open("rb") as stream:
             return _decoded(stream, name)
-
-
-def _shown(path: str) -> str:
-    """A path as messages show it: quoted, in one line, and cut where it is very long."""
-    return repr(path if len(path) <= 300 else f"{path[:100]}...{path[-30:]}")
 
 
 @contextmanager

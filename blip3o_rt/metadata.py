@@ -71,6 +71,22 @@ def text_of(kind: bytes, data: bytes) -> tuple[str, str] | None:
     return keyword.decode("latin-1"), content.decode(encoding, "replace")
 
 
+def path_text(path: object) -> str:
+    """A path as text. Raises ImageError for what is none."""
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+    except Exception as error:  # whatever its __fspath__ raises
+        raise ImageError(f"a {type(path).__name__} is not a path: give the path of an image") from error
+    if not isinstance(text, str):
+        raise ImageError(f"a path of {type(text).__name__} is not read: give a string")
+    return text
+
+
+def shown(path: str) -> str:
+    """A path as messages show it: quoted, in one line, and cut where it is very long."""
+    return repr(path if len(path) <= 300 else f"{path[:100]}...{path[-30:]}")
+
+
 def image_fields(prompt: str, seed: int, parameters: Mapping[str, Any], **origin: Any) -> dict[str, Any]:
     """The metadata of one generated image, as save_png writes and read_metadata returns it.
 
@@ -142,17 +158,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ImageError: The file is missing or is not a PNG.
     """
+    name = shown(path_text(path))
     try:
         with Path(path).expanduser().open("rb") as stream:
             texts = dict(text for chunk in png_chunks(stream) if (text := text_of(*chunk)) is not None)
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist") from None
+        raise ImageError(f"{name} does not exist") from None
     except OSError as error:
         if error.strerror:
-            raise ImageError(f"{path} cannot be read: {error.strerror}") from error
-        raise ImageError(_not_png(path, error)) from error
-    except (TypeError, ValueError, RuntimeError) as error:  # of no path, of a NUL in it, of no home
-        raise ImageError(f"{path!r} is not the path of a PNG: {error}") from error
+            raise ImageError(f"{name} cannot be read: {error.strerror}") from error
+        raise ImageError(f"{name} {_not_png(path, error)}") from error
+    except (ValueError, RuntimeError) as error:  # of a NUL in it, of no home
+        raise ImageError(f"{name} is not the path of a PNG: {error}") from error
     if KEY in texts:
         found = _json(texts[KEY])
         return {field: found[field] for field in FIELDS if field in found} if isinstance(found, dict) else {}
@@ -167,10 +184,10 @@ def _not_png(path: str | os.PathLike[str], error: OSError) -> str:
     try:
         with Image.open(path) as image:
             if image.format != "PNG":
-                return f"{path} is a {image.format} file: accepted is a PNG"
+                return f"is a {image.format} file: accepted is a PNG"
     except Exception:  # PIL's, whatever it does not know
         pass
-    return f"{path} cannot be read as a PNG: {error}"
+    return f"cannot be read as a PNG: {error}"
 
 
 def _json(text: str) -> Any:

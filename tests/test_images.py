@@ -8,6 +8,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from blip3o_rt.images import (
     pixels_sha256,
     reference_pixels,
 )
+from blip3o_rt.metadata import read_metadata
 
 
 def corners() -> Image.Image:
@@ -746,6 +748,30 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HOME", str(tmp_path))
     saved(corners(), tmp_path / "a.png")
     assert np.array_equal(values(load_reference("~/a.png")), values(corners()))
+
+
+class NoPath:
+    """What claims to be a path and is none."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __fspath__(self) -> object:
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+@pytest.mark.parametrize("reader", [load_reference, read_metadata])
+@pytest.mark.parametrize(
+    "thing",
+    [NoPath(3), NoPath(b"a.png"), NoPath(ValueError("two\nlines")), "a\nb", "a\0b", "x" * 10**6],
+)
+def test_what_is_no_path_is_refused_in_one_line(reader: Callable[[object], object], thing: object) -> None:
+    with pytest.raises(ImageError) as caught:
+        reader(thing)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_a_hash_is_of_what_is_seen(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def failed(message: str) -> int:
     """Print why the command failed; returns the exit code."""
-    print(f"blip3o-rt: error: {message}", file=sys.stderr)
+    print(f"blip3o-rt: error: {' '.join(message.splitlines())}", file=sys.stderr)
     return FAILED
 
 
