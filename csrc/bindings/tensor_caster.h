@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "blip3o/dlpack.h"
-#include "blip3o/tensor_view.h"
+#include "blip3o/op.h"
 
 namespace blip3o::bindings {
 
@@ -45,6 +45,10 @@ inline DType dtype_of(dlpack::DataType type) {
     if (type.code == 0 && type.bits == 8) return DType::i8;
     if (type.code == 0 && type.bits == 32) return DType::i32;
     if (type.code == 0 && type.bits == 64) return DType::i64;
+    if (type.code == 2 && type.bits == 64) return DType::f64;
+    if (type.code == 2 && type.bits == 16) return DType::f16;
+    if (type.code == 1 && type.bits == 8) return DType::u8;
+    if (type.code == 6 && type.bits == 8) return DType::boolean;
     return DType::other;
 }
 
@@ -106,6 +110,24 @@ struct pybind11::detail::type_caster<blip3o::TensorView> {
         const auto& torch = blip3o::bindings::torch();
         if (!PyObject_TypeCheck(source.ptr(), torch.tensor_type)) return false;
         value = blip3o::bindings::view_of(blip3o::bindings::look_into(torch, source));
+        return true;
+    }
+};
+
+// A tensor, two of them (memory, counters), or anything else, which stands for none.
+template <>
+struct pybind11::detail::type_caster<blip3o::Scratch> {
+    PYBIND11_TYPE_CASTER(blip3o::Scratch, const_name("object"));
+
+    bool load(handle source, bool convert) {
+        type_caster<blip3o::TensorView> memory, counters;
+        if (isinstance<tuple>(source) && len(source) == 2) {
+            const auto pair = reinterpret_borrow<tuple>(source);
+            if (!memory.load(pair[0], convert) || !counters.load(pair[1], convert)) return false;
+        } else {
+            memory.load(source, convert);
+        }
+        value = {memory, counters};
         return true;
     }
 };

@@ -3,7 +3,7 @@
 // A coarse pixel is widened once, its channels are dealt out to the four corners in the first-level cache, and
 // each corner is added to its pixel of the result. Memory bound: an element of the result in and out, and its
 // share of x.
-#include "cpu/kernels.h"
+#include "blip3o/ops/add_pixel_shuffle.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
 

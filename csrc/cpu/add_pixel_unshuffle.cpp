@@ -3,7 +3,7 @@
 //
 // The four fine pixels of a coarse one are widened once into the first-level cache, averaged there and added.
 // Memory bound: each element of x in, and an element of the result in and out.
-#include "cpu/kernels.h"
+#include "blip3o/ops/add_pixel_unshuffle.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
 

@@ -1,5 +1,5 @@
 // Sampled tokens become the next tokens of their sequences: a few integers a row.
-#include "cpu/kernels.h"
+#include "blip3o/ops/advance_rows.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {
 

@@ -1,6 +1,6 @@
 // RMSNorm of the channels of each pixel, with bias, plus a residual, then ReLU where asked. A pixel is read
 // from memory once and passed over twice. Memory bound: two elements in (one without a residual) and one out.
-#include "cpu/kernels.h"
+#include "blip3o/ops/channel_rms_norm.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

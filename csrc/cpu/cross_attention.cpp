@@ -9,7 +9,7 @@
 // Bytes     query and result once per head's columns, keys and values once per range of queries.
 // FLOPs     4 M per element of the result, and one exponential for every d of them: bound by the multipliers
 //           (6.7 GFLOP for 1024 queries, 730 keys and 20 x 112 channels).
-#include "cpu/kernels.h"
+#include "blip3o/ops/cross_attention.h"
 #include "cpu/pair_products.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_products.h"

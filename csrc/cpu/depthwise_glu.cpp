@@ -7,7 +7,7 @@
 // Bytes     the input once and the result once: 3 x 2 C B H W in bfloat16.
 // FLOPs     36 for the taps and three exponentials and divisions per element of the result: bound by the
 //           multiply-add units at one core, by memory at many.
-#include "cpu/kernels.h"
+#include "blip3o/ops/depthwise_glu.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
 

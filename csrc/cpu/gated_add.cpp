@@ -1,6 +1,6 @@
 // residual += gate * x over rows, rounded once. Memory bound: two elements in and one out for one
 // multiply-add.
-#include "cpu/kernels.h"
+#include "blip3o/ops/gated_add.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

@@ -1,6 +1,6 @@
 // LayerNorm of rows, scaled by 1 + scale and shifted. A row is read from memory once: its mean, its squared
 // deviations and its result are three passes in the first-level cache. Memory bound: each element in and out.
-#include "cpu/kernels.h"
+#include "blip3o/ops/layer_norm_modulate.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

@@ -11,7 +11,7 @@
 //
 // An element of the result is one chain over pairs of steps in order: its bits depend on its row and column
 // alone. Without vdpbf16ps the product is that of row_linear.
-#include "cpu/kernels.h"
+#include "blip3o/ops/linear.h"
 #include "cpu/pair_products.h"
 #include "cpu/row_products.h"
 

@@ -2,8 +2,8 @@
 //
 // N C D multiply-adds; compute bound. A panel of codes stays in the second-level cache while all rows pass
 // it.
+#include "blip3o/ops/nearest_code.h"
 #include "cpu/dot_products.h"
-#include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

@@ -3,8 +3,8 @@
 // Online softmax in float32, page by page: scores of a page, new maximum, weights, and the accumulators
 // rescaled. Each page is read once, 2 x page_size x head_dim elements of K and V for all heads of the group;
 // memory bound.
+#include "blip3o/ops/paged_decode_attention.h"
 #include "cpu/dot_products.h"
-#include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

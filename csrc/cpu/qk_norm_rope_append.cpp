@@ -1,6 +1,6 @@
-// RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their cache
-// slot_mapping.
-#include "cpu/kernels.h"
+// RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their
+// slots of the cache.
+#include "blip3o/ops/qk_norm_rope_append.h"
 #include "cpu/simd.h"
 #include "cpu/thread_pool.h"
 

@@ -1,5 +1,5 @@
 // Rows in 8 bits: each as the nearest multiples of its scale, which is its largest element / 127. Memory bound.
-#include "cpu/kernels.h"
+#include "blip3o/ops/quantize_rows.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

@@ -7,7 +7,7 @@
 // Bytes     q and k twice (once for the norms), v once, the result once; per token 12 D in bfloat16.
 // FLOPs     4 d D per token and its norms: 0.6 GFLOP for 2048 tokens of 70 heads of 32, beside 55 MB; neither
 //           the units nor memory alone bound it.
-#include "cpu/kernels.h"
+#include "blip3o/ops/relu_linear_attention.h"
 #include "cpu/thread_pool.h"
 #include "cpu/tile_products.h"
 

@@ -1,5 +1,5 @@
 // RMSNorm of rows with an optional residual: one pass to add and sum squares, one to scale. Memory bound.
-#include "cpu/kernels.h"
+#include "blip3o/ops/rms_norm.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

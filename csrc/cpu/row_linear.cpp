@@ -1,14 +1,14 @@
 // x weight^T + bias for few rows of x.
 //
 // The weight is read once, K N elements for 2 M K N operations: one row runs at the speed of memory.
-#include "cpu/kernels.h"
+#include "blip3o/ops/row_linear.h"
 #include "cpu/row_products.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {
 namespace {
 
 template <class T, class Out>
-void product(const RowLinearArguments& a, int64_t begin, int64_t end) {
+void product(const RowProductArguments& a, int64_t begin, int64_t end) {
     const T* bias = static_cast<const T*>(a.bias);
     row_products<T, T, Out>(a.x, a.weight, a.out, begin, end, [&](int64_t column, float value) {
         return bias ? value + load(bias + column, 1)[0] : value;
@@ -17,7 +17,7 @@ void product(const RowLinearArguments& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void row_linear(const RowLinearArguments& arguments, int64_t begin, int64_t end) {
+void row_linear(const RowProductArguments& arguments, int64_t begin, int64_t end) {
     if (arguments.dtype == DType::f32) return product<float, float>(arguments, begin, end);
     arguments.out_dtype == DType::f32 ? product<bf16, float>(arguments, begin, end)
                                       : product<bf16, bf16>(arguments, begin, end);

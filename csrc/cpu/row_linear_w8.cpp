@@ -4,14 +4,14 @@
 // as a float, so nothing but the sum is rounded. Widening costs two instructions per vector, which one row
 // hides behind the memory; products of bytes (VNNI, x as three signed digits to keep its precision) were no
 // faster there and half as fast for four rows.
-#include "cpu/kernels.h"
+#include "blip3o/ops/row_linear_w8.h"
 #include "cpu/row_products.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {
 namespace {
 
 template <class T, class Out>
-void product(const RowLinearInt8Arguments& a, int64_t begin, int64_t end) {
+void product(const RowProductArguments& a, int64_t begin, int64_t end) {
     const T* bias = static_cast<const T*>(a.bias);
     row_products<T, int8_t, Out>(a.x, a.weight, a.out, begin, end, [&](int64_t column, float value) {
         const float scaled = value * a.scale[column];
@@ -21,7 +21,7 @@ void product(const RowLinearInt8Arguments& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void row_linear_w8(const RowLinearInt8Arguments& arguments, int64_t begin, int64_t end) {
+void row_linear_w8(const RowProductArguments& arguments, int64_t begin, int64_t end) {
     if (arguments.dtype == DType::f32) return product<float, float>(arguments, begin, end);
     arguments.out_dtype == DType::f32 ? product<bf16, float>(arguments, begin, end)
                                       : product<bf16, bf16>(arguments, begin, end);

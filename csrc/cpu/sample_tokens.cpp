@@ -3,7 +3,7 @@
 // Top-k finds the k-th logit with a histogram of the upper bits and a selection within one bin, so the
 // vocabulary is read a few times and only what is kept is ever sorted (for top-p) or given a random number.
 // Everything after the logits is double, as in the reference.
-#include "cpu/sample_tokens.h"
+#include "blip3o/ops/sample_tokens.h"
 
 #include <algorithm>
 #include <cmath>
@@ -126,6 +126,8 @@ int64_t draw(const std::vector<Candidate>& kept, double temperature, uint64_t se
 }
 
 }  // namespace
+
+void sample_rows(const SampleTokensArguments&, int64_t begin, int64_t end);
 
 void sample_rows(const SampleTokensArguments& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {

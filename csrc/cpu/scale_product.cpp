@@ -1,5 +1,5 @@
 // A product with quantized matrices times the scales of its columns and rows, plus a bias. Memory bound.
-#include "cpu/kernels.h"
+#include "blip3o/ops/scale_product.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

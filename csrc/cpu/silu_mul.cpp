@@ -1,5 +1,5 @@
 // silu(gate) * up, elementwise over rows (gate | up). Memory bound.
-#include "cpu/kernels.h"
+#include "blip3o/ops/silu_mul.h"
 #include "cpu/simd.h"
 
 namespace blip3o::cpu::BLIP3O_ISA {

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "blip3o/op_arguments.h"
+#include "blip3o/tensor_view.h"
 
 #define BLIP3O_INLINE inline __attribute__((always_inline))
 

@@ -2,8 +2,7 @@
 //
 // Tiling   a thread for each row.
 // Bytes    about 100 a row.
-// Bound    launch latency: it is one launch in slot of a dozen.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
+// Bound    launch latency: it is one launch instead of a dozen.
 //
 // Output slots are on the device, where a wrong one cannot be reported: such a row stays as it is.
 #include "cuda/launch.h"

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "blip3o/op_arguments.h"
+#include "blip3o/tensor_view.h"
 
 namespace blip3o::cuda {
 

@@ -8,7 +8,6 @@
 // FLOPs    4 D per key and query head, and about 12 per element of q per split.
 // Bound    memory; for one short sequence latency: of one launch instead of three, two loads (block table,
 //          then K and V; the norms hide behind them) and the count of arrivals.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
 // Queries, keys and values are rounded as qk_norm_rope_append rounds them, so the bits are those of the two ops
 // one after the other. A token whose position or slot is wrong gets NaN and is not written.

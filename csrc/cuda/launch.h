@@ -25,14 +25,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t s
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
 }
 
-// Multiprocessors of the current device. It does not touch the stream, so a graph may be being recorded.
+// Multiprocessors of the current device. It does not touch the stream, so a graph capture may be under way.
 inline int multiprocessors() {
     int device = 0, count = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     return count;
 }
-
-constexpr int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace blip3o::cuda

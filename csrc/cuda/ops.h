@@ -1,13 +1,21 @@
-// The ops on NVIDIA GPUs: arguments are checked before (blip3o/contracts.h); each call launches on `stream`
-// and returns at once, so that calls can be recorded into a graph. Errors are std::runtime_error with CUDA's
-// words.
+// The ops on NVIDIA GPUs, launched on `stream` with arguments that have been checked (blip3o/ops). A call returns
+// at once, so that a CUDA graph can capture it. Errors are std::runtime_error with CUDA's words.
 //
-// Shapes, dtypes and semantics: blip3o_rt/ops. Workspaces are scratch memory of the sizes in workspaces.h.
+// Shapes, dtypes and semantics: blip3o_rt/ops. Scratch memory has the sizes in workspaces.h.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include "blip3o/op_arguments.h"
+#include "blip3o/ops/advance_rows.h"
+#include "blip3o/ops/decode_attention.h"
+#include "blip3o/ops/norm_row_linear.h"
+#include "blip3o/ops/paged_prefill_attention.h"
+#include "blip3o/ops/rms_norm.h"
+#include "blip3o/ops/row_linear.h"
+#include "blip3o/ops/row_linear_add.h"
+#include "blip3o/ops/row_linear_w8.h"
+#include "blip3o/ops/sample_tokens.h"
+#include "blip3o/ops/silu_mul.h"
 #include "cuda/workspaces.h"
 
 namespace blip3o::cuda {

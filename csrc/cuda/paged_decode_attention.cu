@@ -9,7 +9,6 @@
 // FLOPs    4 D per key and query head.
 // Bound    memory; for one short sequence launch latency, and that of two loads (block table, then K and V)
 //          and of the count of arrivals.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
 // What it has in common with decode_attention.cu, and what it makes of wrong lengths and pages, is in
 // split_attention.h.

@@ -10,12 +10,11 @@
 //          bits of them, so that the second product counts twice. Tiles past a block's last query are not
 //          computed.
 // Bound    the tensor cores for a long prompt, latency for a short one: tiles are not loaded ahead.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
 // Tiles of keys begin at multiples of 64 from position 0, and a tile of which a query sees nothing leaves it
 // as it is: a query's bits depend on nothing but itself and the keys and values up to it, whatever it is read
-// together with and wherever its prompt was cut. Lengths and tables are on the device, so nobody can be told
-// of a wrong one: a length that the table does not hold or that is less than the sequence's queries, and a
+// together with and wherever its prompt was cut. Lengths and tables are on the device, so a wrong one cannot
+// be reported: a length that the table does not hold or that is less than the sequence's queries, and a
 // page that does not exist, give NaN. Tokens of no sequence are not written, nor those of one whose places in
 // q are wrong.
 #include "cuda/convert.h"

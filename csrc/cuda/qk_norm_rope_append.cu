@@ -1,5 +1,5 @@
-// RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their cache
-// slot_mapping.
+// RMSNorm and rotary embedding of the query and key heads of each token; keys and values go to their
+// slots of the cache.
 //
 // Tiling   one warp per head (query, key or value), four warps to a block, blocks over heads and tokens. A
 //          lane holds the same channels of both halves of a head, which rotation turns into each other.
@@ -7,9 +7,8 @@
 //          head (from a cache after the first). For Qwen3-1.7B in bfloat16: 16 KiB.
 // FLOPs    about 12 per element of q and k.
 // Bound    launch latency in a decoding step; memory for a long prompt.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
-// Positions and slot_mapping are on the device, so nobody can be told of a wrong one: a token whose position or slot
+// Positions and slot_mapping are on the device, so a wrong one cannot be reported: a token whose position or slot
 // is out of range gets a query of NaN and is not written.
 #include "cuda/convert.h"
 #include "cuda/launch.h"

@@ -7,7 +7,6 @@
 //          pass over the row finds it in the first-level cache. For bfloat16: 4 bytes, with a residual 8.
 // FLOPs    5 per element.
 // Bound    memory at every width; a decoding step's few rows are bound by launch latency.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"

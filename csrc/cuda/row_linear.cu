@@ -18,7 +18,6 @@
 //          bytes), 2 N K in bfloat16, N K in 8 bits; x comes from a cache.
 // FLOPs    2 M N K; the tensor cores do them for 8 rows of x at least.
 // Bound    memory.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
 // Which warp sums which channels in which order depends on K alone, and a column of the tensor cores' product
 // on that column alone: the bits of a row are the same whatever the other rows are and however many.

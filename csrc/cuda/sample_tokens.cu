@@ -8,7 +8,6 @@
 // FLOPs    for every token that may be drawn an exponential and two logarithms, in double.
 // Bound    latency: two launches and about thirty barriers. Without top_k, draw reads the whole row, by one
 //          block; without both limits gather draws for its part.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 //
 // A token's rank is one number that orders as (logit descending, index ascending), so that there are no ties.
 // The last kept rank is found as in a radix sort, from the highest digits on: nine bits at a time, the

@@ -5,7 +5,6 @@
 // Bytes    per element of the result: gate and up once, the result once. For bfloat16: 6 bytes.
 // FLOPs    about 12 per element, most of them the exponential.
 // Bound    memory; a decoding step's few rows are bound by launch latency.
-// State    not yet run on hardware; the logic is tested on the CPU (tests/csrc/simt).
 #include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"

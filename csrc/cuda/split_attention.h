@@ -3,10 +3,11 @@
 //
 // A context is cut at multiples of 64 and its splits are added up in their order, by the block that is the
 // last to arrive: a sequence's bits depend on nothing but its own query, keys and values. Lengths and tables
-// are on the device, so nobody can be told of a wrong one: a length that the table does not hold, and a page
+// are on the device, so a wrong one cannot be reported: a length that the table does not hold, and a page
 // that does not exist, give NaN.
 #pragma once
 
+#include "blip3o/ops/decode_attention.h"
 #include "cuda/convert.h"
 #include "cuda/norm_and_rotate.h"
 #include "cuda/paged_context.h"

@@ -5,8 +5,8 @@
 
 namespace blip3o::cuda {
 
-// Keys that one block of paged_decode_attention and decode_attention attends to. A context is always split at the same places,
-// whatever the batch and the capacity of its table, so that a sequence's result is always the same sum.
+// Keys that one block of paged_decode_attention and decode_attention attends to. A context is always split at the
+// same positions, whatever the batch and the width of the page table: a sequence's result is always the same sum.
 constexpr int kAttentionSplit = 64;
 
 // What paged_decode_attention and decode_attention need beside their arguments. `arrived` is zero before the

@@ -28,6 +28,7 @@ from blip3o_rt.params import MAX_BATCH
 from blip3o_rt.quantization import E4M3
 from tests.csrc.simt.build import SimtCompiler, ops_of
 from tests.csrc.simt.cases import FILES, OPS, PAGED, errors, unseen_pages
+from tests.ops.test_native import contract, parameters
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,11 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> SimtCompiler:
 @pytest.fixture(scope="module")
 def kernels(compiler: SimtCompiler) -> dict[str, Any]:
     return {op: built for file in FILES for built in [compiler.build(file)] for op in ops_of(file)}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_binding_takes_the_arguments_of_its_op(op: str, kernels: dict[str, Any]) -> None:
+    assert parameters(getattr(kernels[op], op))[1:] == contract(ops.all_ops()[op])  # but for self
 
 
 def table() -> Iterator[Any]:

@@ -15,7 +15,7 @@ PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 
-#include "blip3o/contracts.h"
+#include "blip3o/ops/rms_norm.h"
 
 using namespace blip3o;
 
@@ -34,7 +34,7 @@ int main(int, char** argv) {
     const TensorView x = view_on(atoi(argv[1])), weight = view_on(atoi(argv[2]));
     const TensorView bias = view_on(atoi(argv[3]));
     try {
-        check_rms_norm(Device::cuda, x, weight, 1e-6, bias, std::nullopt, x);
+        RmsNorm::check(Device::cuda, x, weight, 1e-6, bias, std::nullopt, x);
         puts("accepted");
     } catch (const ArgumentError& error) {
         puts(error.what());

@@ -13,13 +13,28 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
-#include "blip3o/op_arguments.h"
-
 namespace blip3o {
+
+enum class DType : uint8_t { f32, bf16, e4m3, i8, i32, i64, f64, f16, u8, boolean, other };
+
+// bfloat16 as it lies in memory: the upper half of a float.
+struct bf16 {
+    uint16_t bits;
+};
+
+// A matrix whose rows are contiguous and lie `stride` elements apart. data is null for an absent optional.
+struct Rows {
+    void* data;
+    int64_t count, width, stride;
+
+    template <class T>
+    __attribute__((always_inline)) T* row(int64_t index) const {
+        return static_cast<T*>(data) + index * stride;
+    }
+};
 
 enum class Device : uint8_t { cpu, cuda, other };
 
@@ -37,14 +52,22 @@ inline const char* name_of(DType dtype) {
             return "int32";
         case DType::i64:
             return "int64";
+        case DType::f64:
+            return "float64";
+        case DType::f16:
+            return "float16";
+        case DType::u8:
+            return "uint8";
+        case DType::boolean:
+            return "bool";
         case DType::other:
             break;
     }
-    return "another dtype";
+    return "that no op takes";
 }
 
 inline const char* name_of(Device device) {
-    return device == Device::cpu ? "the cpu" : device == Device::cuda ? "cuda" : "another device";
+    return device == Device::cpu ? "cpu" : device == Device::cuda ? "cuda" : "a device that no op runs on";
 }
 
 struct TensorView {
@@ -57,12 +80,15 @@ struct TensorView {
     int ndim = 0;
     int64_t shape[kMaxDims] = {};
     int64_t stride[kMaxDims] = {};  // in elements
-
-    template <class T>
-    T* as() const {
-        return static_cast<T*>(data);
-    }
 };
+
+using OptionalView = std::optional<TensorView>;
+
+constexpr DType dtype_of(const float*) { return DType::f32; }
+constexpr DType dtype_of(const int32_t*) { return DType::i32; }
+constexpr DType dtype_of(const int64_t*) { return DType::i64; }
+
+inline constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::bf16};
 
 // An argument broke an op's contract; the message is one line for people.
 class ArgumentError : public std::invalid_argument {
@@ -127,6 +153,7 @@ class Argument {
         std::string names;
         for (DType dtype : accepted) {
             if (view_->dtype == dtype) return *this;
+            if (names.find(name_of(dtype)) != std::string::npos) continue;
             names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
         }
         fail(std::string("has dtype ") + name_of(view_->dtype) + "; accepted: " + names);
@@ -153,6 +180,18 @@ class Argument {
             expected *= view_->shape[i];
         }
         return *this;
+    }
+
+    // A contiguous tensor: where it begins, or null for an absent optional.
+    void* array(DType accepted, std::initializer_list<Dim*> dims) const {
+        dtype({accepted}).shape(dims).contiguous();
+        return view_ ? view_->data : nullptr;
+    }
+
+    // The same of float, int32_t or int64_t.
+    template <class T>
+    T* array(std::initializer_list<Dim*> dims) const {
+        return static_cast<T*>(array(dtype_of(static_cast<const T*>(nullptr)), dims));
     }
 
     // Any number of leading dimensions, seen as `count` rows of contiguous elements at a constant distance.
@@ -188,11 +227,9 @@ class Argument {
     }
 
     static std::string list(const int64_t* values, int count) {
-        std::ostringstream text;
-        text << "[";
-        for (int i = 0; i < count; ++i) text << (i ? ", " : "") << values[i];
-        text << "]";
-        return text.str();
+        std::string text = "[";
+        for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+        return text + "]";
     }
 
     [[noreturn]] void fail(const std::string& what) const {
@@ -223,11 +260,11 @@ class Contract {
   public:
     Contract(const char* op, Device device) : op_(op), device_(device) {}
 
-    Argument operator()(const TensorView& view, const char* name) { return check_place(&view, name); }
+    Argument operator()(const TensorView& view, const char* name) { return argument_on_device(&view, name); }
 
     // An absent optional argument passes every check.
     Argument operator()(const std::optional<TensorView>& view, const char* name) {
-        return check_place(view ? &*view : nullptr, name);
+        return argument_on_device(view ? &*view : nullptr, name);
     }
 
     // A condition on numbers rather than on one tensor.
@@ -235,8 +272,15 @@ class Contract {
         if (!condition) throw ArgumentError(std::string(op_) + ": " + what);
     }
 
+    // Two matrices that must not begin at the same address, unless they are empty.
+    void require_apart(const Rows& one, const char* name, const Rows& other, const char* other_name) const {
+        if (other.count == 0 || other.width == 0 || one.data != other.data) return;
+        throw ArgumentError(std::string(op_) + ": " + name + " must not be the memory of " + other_name +
+                            "; give it memory of its own");
+    }
+
   private:
-    Argument check_place(const TensorView* view, const char* name) {
+    Argument argument_on_device(const TensorView* view, const char* name) {
         const Argument argument(op_, view, name);
         argument.on(device_);
         if (first_) {
@@ -253,5 +297,19 @@ class Contract {
     const TensorView* first_ = nullptr;
     const char* first_name_ = "";
 };
+
+// The element `argument`[i] or `argument`[i, j] of a tensor must be least .. most, which are `what`.
+inline void check_element(const char* op, const char* argument, int64_t i, int64_t j, int64_t value,
+                          int64_t least, int64_t most, const char* what) {
+    if (value >= least && value <= most) return;
+    const std::string index = std::to_string(i) + (j < 0 ? "" : ", " + std::to_string(j));
+    throw ArgumentError(std::string(op) + ": " + argument + "[" + index + "] is " + std::to_string(value) +
+                        "; accepted: " + std::to_string(least) + " to " + std::to_string(most) + ", " + what);
+}
+
+inline void check_element(const char* op, const char* argument, int64_t i, int64_t value, int64_t least,
+                          int64_t most, const char* what) {
+    check_element(op, argument, i, -1, value, least, most, what);
+}
 
 }  // namespace blip3o

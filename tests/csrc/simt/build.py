@@ -44,7 +44,8 @@ class SimtCompiler:
         self.folder = folder
         self.flags = flags
         module = folder / "simt_kernels.so"
-        includes = [CSRC / "bindings", pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [HERE / "include", CSRC / "bindings"]
+        includes += [pybind11.get_include(), sysconfig.get_path("include")]
         self._compile(HERE / "kernels.cpp", module, *(f"-I{path}" for path in includes))
         spec = importlib.util.spec_from_file_location("simt_kernels", module)
         assert spec is not None

@@ -4,21 +4,23 @@
 
 namespace {
 
+using blip3o::cuda::AttentionScratch;
+
 template <class Arguments>
-void call(void (*op)(const Arguments&, cudaStream_t), const void* arguments, void*) {
+void call(void (*op)(const Arguments&, cudaStream_t), const void* arguments, const AttentionScratch&) {
     op(*static_cast<const Arguments*>(arguments), nullptr);
 }
 
 template <class Arguments>
-void call(void (*op)(const Arguments&, void*, cudaStream_t), const void* arguments, void* workspace) {
-    op(*static_cast<const Arguments*>(arguments), workspace, nullptr);
+void call(void (*op)(const Arguments&, void*, cudaStream_t), const void* arguments,
+          const AttentionScratch& scratch) {
+    op(*static_cast<const Arguments*>(arguments), scratch.partials, nullptr);
 }
 
 template <class Arguments>
-void call(void (*op)(const Arguments&, const blip3o::cuda::AttentionScratch&, cudaStream_t),
-          const void* arguments, void* scratch) {
-    op(*static_cast<const Arguments*>(arguments), *static_cast<blip3o::cuda::AttentionScratch*>(scratch),
-       nullptr);
+void call(void (*op)(const Arguments&, const AttentionScratch&, cudaStream_t), const void* arguments,
+          const AttentionScratch& scratch) {
+    op(*static_cast<const Arguments*>(arguments), scratch, nullptr);
 }
 
 }  // namespace
@@ -29,6 +31,6 @@ EXPORT void simt_set_descending(bool descending) { simt::Block::descending = des
 
 EXPORT void simt_set_multiprocessors(int count) { simt::multiprocessors = count; }
 
-EXPORT void simt_call(const void* arguments, void* workspace) {
-    call(blip3o::cuda::KERNEL_OP, arguments, workspace);
+EXPORT void simt_call(const void* arguments, const void* scratch) {
+    call(blip3o::cuda::KERNEL_OP, arguments, *static_cast<const AttentionScratch*>(scratch));
 }
