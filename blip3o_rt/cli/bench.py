@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import trace
+from blip3o_rt.cli import bench_serve
 from blip3o_rt.cli.options import DEVICE, DIFFUSION, DTYPE, SWITCH, TA_TOK, TIER, add_options
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
@@ -93,7 +94,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="or", metavar="compare A.json B.json")
+    commands = parser.add_subparsers(title="or", metavar="compare | serve")
     summary = "what became faster or slower from record A to record B, beyond noise"
     compare = commands.add_parser("compare", help=summary, description=f"Say {summary}.")
     compare.add_argument("before", type=Path, metavar="A.json")
@@ -107,6 +108,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--force", action="store_true", help="even of different machines or models")
     compare.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     compare.set_defaults(run=run_compare)
+    bench_serve.add_parser(commands)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,8 +57,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 EVENTS = {
     "application/json": {},
     "text/event-stream": {
-        "schema": {"type": "string"},
-        "example": 'event: image_generation.completed\ndata: {"type":"image_generation.completed", ...}\n\n',
+        "schema": {
+            "type": "object",
+            "description": "An event: its name, and its data as JSON.",
+            "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+            "required": ["event", "data"],
+        },
     },
 }
 
@@ -67,7 +72,7 @@ def only(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: ERRORS[status] for status in statuses}
 
 
-def make_app(service: Service, jobs: Jobs) -> FastAPI:
+def make_app(service: Service, jobs: Jobs, keyed: bool) -> FastAPI:
     """The application: routes, error answers and the description of both."""
     app = FastAPI(
         title="blip3o-rt",
@@ -84,16 +89,16 @@ def make_app(service: Service, jobs: Jobs) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Blip3oError, _blip3o_error)
     app.add_exception_handler(Exception, _unexpected_error)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, service, keyed)  # type: ignore[method-assign]
     return app
 
 
 def image_routes(service: Service) -> APIRouter:
     """OpenAI's images."""
-    router = APIRouter(prefix="/v1/images", tags=["images"])
+    router = APIRouter(tags=["images"])
 
     @router.post(
-        "/generations",
+        "/v1/images/generations",
         response_model=ImagesResponse,
         responses={200: {"content": EVENTS}, **only(400, 401, 404, 408, 413, 429, 500, 503, 504)},
     )
@@ -103,7 +108,7 @@ def image_routes(service: Service) -> APIRouter:
         return await service.respond(request, body, (), GENERATION)
 
     @router.post(
-        "/edits",
+        "/v1/images/edits",
         response_model=ImagesResponse,
         responses={200: {"content": EVENTS}, **only(400, 401, 404, 408, 413, 429, 500, 503, 504)},
         openapi_extra={
@@ -118,7 +123,7 @@ def image_routes(service: Service) -> APIRouter:
             references = await read_uploads(service, uploads)
         return await service.respond(request, body, references, EDIT)
 
-    @router.get("/{name}", response_class=Response, responses=only(401, 404))
+    @router.get("/v1/results/{name}", response_class=Response, responses=only(401, 404))
     async def linked(name: str) -> Response:
         """An image of a response with `response_format` `url`."""
         data = await service.store.linked(name) if "/" not in name and not name.startswith(".") else None
@@ -147,12 +152,12 @@ def job_routes(service: Service, jobs: Jobs) -> APIRouter:
         mine = [job for job in found if owner is None or job.client.partition("/")[0] == owner]
         return JobList(data=[jobs.show(job) for job in mine[:limit]])
 
-    @router.get("/{id}", response_model=Job, responses=only(401, 404))
+    @router.get("/{id}", response_model=Job, responses=only(400, 401, 404))
     async def show(request: Request, id: JobId) -> Job:
         """How far a job is."""
         return jobs.show(await jobs.find(id, _owner(request)))
 
-    @router.post("/{id}/cancel", response_model=Job, responses=only(401, 404, 503))
+    @router.post("/{id}/cancel", response_model=Job, responses=only(400, 401, 404, 503))
     async def cancel(request: Request, id: JobId) -> Job:
         """Cancel a job; one that has ended stays as it is."""
         return jobs.show(await jobs.cancel(await jobs.find(id, _owner(request))))
@@ -321,7 +326,14 @@ def _card(info: ModelInfo, began: int) -> ModelCard:
 
 
 def _edit_schema() -> dict[str, Any]:
+    """The form of an edit; a field that is left out is the only null there is in a form."""
     schema = EditRequest.model_json_schema()
+    for field in schema["properties"].values():
+        for kind in field.pop("anyOf", []):
+            if kind != {"type": "null"}:
+                field.update(kind)
+        if field.get("default") is None:
+            field.pop("default", None)
     file = {"type": "string", "format": "binary"}
     schema["properties"] = {
         "image": {
@@ -335,24 +347,37 @@ def _edit_schema() -> dict[str, Any]:
         },
         **schema["properties"],
     }
+    schema["required"] = [*schema["required"], "image"]
     return schema
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The description, with keys and without the framework's own error shape."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for path, operations in schema["paths"].items():
-            for operation in operations.values():
-                operation.get("responses", {}).pop("422", None)
-                if path not in ("/health", "/ready"):
-                    operation["security"] = [{"key": []}]
-        components = schema.setdefault("components", {})
+def _openapi(app: FastAPI, service: Service, keyed: bool) -> dict[str, Any]:
+    """The description: with keys where they are asked for, this server's limits, and one shape of errors."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+    components = schema.setdefault("components", {})
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            operation.get("responses", {}).pop("422", None)
+            if keyed and path not in ("/health", "/ready"):
+                operation["security"] = [{"key": []}]
+    if keyed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for name in ("HTTPValidationError", "ValidationError"):
-            components.get("schemas", {}).pop(name, None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    form = schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"][
+        "schema"
+    ]
+    for body in (form, components["schemas"]["GenerationRequest"], components["schemas"]["JobRequest"]):
+        body["properties"]["n"]["maximum"] = service.max_images
+        body["properties"]["steps"]["maximum"] = service.max_steps
+        if service.client.info is not None:
+            info = service.client.info
+            body["properties"]["size"]["enum"] = ["auto", f"{info.width}x{info.height}"]
+    if service.client.info is not None:
         app.openapi_schema = schema
-    return app.openapi_schema
+    return schema
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
@@ -362,7 +387,17 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     messages = {404: f"there is no {request.url.path}", 405: f"{request.method} is not accepted here"}
     message = messages.get(error.status_code, str(error.detail))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})).response
+    headers = {"Allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
+    return ApiError(error.status_code, message, code=code, headers=headers).response
+
+
+def _allowed(request: Request) -> str:
+    """The methods that a path has; the framework knows those of one route only."""
+    methods: set[str] = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path):
+            methods |= {method.upper() for method in operations}
+    return ", ".join(sorted(methods)) or "GET"
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
@@ -380,7 +415,15 @@ def _first_error(errors: Any) -> ApiError:
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"there is no parameter {param!r}", param=param, code="unknown_parameter")
     text = first["msg"][:1].lower() + first["msg"][1:]
-    message = f"{param}: {text}" if param else f"the body is not as it should be: {text}"
+    if param == "prompt" and first["type"] in ("string_too_short", "string_pattern_mismatch"):
+        text = "the prompt is empty: say in words what to draw or change"
+        return ApiError(400, text, param=param, code="invalid_prompt")
+    given = first.get("input")
+    if isinstance(given, str | int | float) and len(str(given)) <= 40:
+        subject = f"{param} is {given!r}"
+    else:
+        subject = param or "the body is not as it should be"
+    message = f"{subject}: {text}"
     return ApiError(400, message, param=param, code="invalid_value")
 
 

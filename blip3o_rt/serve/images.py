@@ -7,7 +7,9 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -17,6 +19,7 @@ from blip3o_rt.metadata import text_chunks
 from blip3o_rt.serve.async_pipeline import pil_image, raw_image
 from blip3o_rt.serve.messages import RawImage
 
+T = TypeVar("T")
 UPLOADS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS = ("png", "jpeg", "webp")
 DEFAULT_COMPRESSION = 100  # as OpenAI's: the highest quality
@@ -46,7 +49,7 @@ class ImageWorkers:
         """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 

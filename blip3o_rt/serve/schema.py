@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from blip3o_rt.params import (
     MAX_GUIDANCE,
@@ -23,9 +23,20 @@ from blip3o_rt.serve.messages import RawImage, Submit
 RANDOM_SEED_BITS = 53  # so that every JSON reader holds a drawn seed exactly
 MAX_PROMPT = 32_000
 
+
+def _whole(value: Any) -> Any:
+    """A number without a fraction, as JSON has it: 4.0 is 4."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_SEED)]
+TopK = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**31 - 1)]
+Compression = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=100)]
+
 _diffusion, _sampling = DiffusionParams(), SamplingParams()
 
-Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT)]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
 
 
 class ImageRequest(BaseModel):
@@ -37,14 +48,14 @@ class ImageRequest(BaseModel):
         description="What to draw, or what to change.", examples=["a red circle on a blue background"]
     )
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="Images; image i uses seed + i.")
+    n: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Images; image i uses seed + i.")
     size: str = Field("auto", description="`auto` or the model's own, as `1024x1024`.", examples=["auto"])
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="The image itself, or a link."
     )
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="The file's format.")
-    output_compression: int | None = Field(
-        None, ge=0, le=100, description="Quality of JPEG and WebP; 100 where it is left out."
+    output_compression: Compression | None = Field(
+        None, description="Quality of JPEG and WebP; 100 where it is left out."
     )
     user: str | None = Field(None, max_length=256, description="Your user, for fairness between users.")
     quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
@@ -54,26 +65,22 @@ class ImageRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
 
-    seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Same seed, same image. Drawn and returned where left out."
-    )
-    steps: int = Field(_diffusion.steps, ge=1, le=MAX_STEPS, description="Denoising steps.")
+    seed: Seed | None = Field(None, description="Same seed, same image. Drawn and returned where left out.")
+    steps: Whole = Field(_diffusion.steps, ge=1, le=MAX_STEPS, description="Denoising steps.")
     guidance: float = Field(
         _diffusion.guidance, ge=0, le=MAX_GUIDANCE, description="How closely to follow the plan; 1 is off."
     )
     temperature: float = Field(
         _sampling.temperature, ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE, description="Of the tokens."
     )
-    top_k: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="Likeliest tokens to draw from; 0 is all, 1 is greedy."
-    )
+    top_k: TopK | None = Field(None, description="Likeliest tokens to draw from; 0 is all, 1 is greedy.")
     top_p: float = Field(_sampling.top_p, gt=0, le=1, description="Probability mass to draw from.")
-    draft_window: Literal[1] = Field(
-        1, description="Tokens that are drafted at a time. This engine drafts none: 1."
+    draft_window: Whole = Field(
+        1, ge=1, le=1, description="Tokens that are drafted at a time. This engine drafts none: 1."
     )
-    priority: Literal[-1, 0, 1] = Field(0, description="-1 is background work, 1 is urgent.")
+    priority: Whole = Field(0, ge=-1, le=1, description="-1 is background work, 1 is urgent.")
     timeout: float | None = Field(
-        None, gt=0, le=86_400, description="Seconds after which the request is given up."
+        None, ge=1, le=7 * 86_400, description="Seconds after which the request is given up."
     )
 
     def submit(self, references: tuple[RawImage, ...], client: str, **options: Any) -> Submit:
@@ -96,7 +103,7 @@ class StreamedRequest(ImageRequest):
     """A request whose response may be a stream of events."""
 
     stream: bool = Field(False, description="Answer with server-sent events.")
-    partial_images: int = Field(0, ge=0, le=3, description="Previews of every image in a stream.")
+    partial_images: Whole = Field(0, ge=0, le=3, description="Previews of every image in a stream.")
     progress: bool = Field(False, description="Events of progress and queue position in a stream too.")
 
 
@@ -126,7 +133,7 @@ class JobRequest(ImageRequest):
         json_schema_extra={"examples": [{"prompt": "a red circle on a blue background", "seed": 7, "n": 4}]},
     )
 
-    images: list[str] = Field(
+    images: list[Annotated[str, StringConstraints(min_length=1)]] = Field(
         default_factory=list,
         max_length=16,
         description="Reference images of an edit: files in base64, or data URLs.",

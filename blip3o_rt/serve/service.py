@@ -138,7 +138,7 @@ class Service:
             entry = image_data(handle, handle.images[index], seed)
             if request.response_format == "url":
                 name = await self.store.link(files[index], request.output_format)
-                entry.url = str(http.base_url) + f"v1/images/{name}"
+                entry.url = str(http.base_url) + f"v1/results/{name}"
             else:
                 entry.b64_json = base64.b64encode(files[index]).decode()
             data.append(entry)

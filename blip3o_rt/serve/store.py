@@ -120,7 +120,7 @@ class Store:
         return await self._run(self._read_references, id)
 
     async def add_image(
-        self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict
+        self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict[str, Any]
     ) -> None:
         """Put an image of a job on disk. Raises StorageError."""
         await self._run(self._add_image, id, number, seed, data, suffix, seconds)
@@ -193,7 +193,9 @@ class Store:
         )
         return [path.read_bytes() for path in files]
 
-    def _add_image(self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict) -> None:
+    def _add_image(
+        self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict[str, Any]
+    ) -> None:
         file = f"{number}.{suffix}"
         _write(self._jobs / id / file, data)
         with self._database as database:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typing_extensions import Self
 
 pytest.importorskip("fastapi")
 
@@ -20,17 +25,78 @@ from blip3o_rt.serve.server import Listener, ServerOptions, serve
 FAKES = "tests.serve.fakes:load"
 
 
-class RunningServer:
+class HttpServer:
+    """What tests ask of a server that runs somewhere."""
+
+    url: str
+    http: httpx.Client
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
+        """Wait for what happens in the server."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"not within {seconds} s: {self.health()}"
+            time.sleep(0.02)
+
+    def wait_ready(self) -> Self:
+        self.wait_until(lambda: self.http.get("/ready").status_code == 200, 120)
+        return self
+
+    def health(self) -> dict[str, Any]:
+        return self.http.get("/health").json()
+
+    def metric(self, line: str) -> float:
+        """The sum of the lines of /metrics that begin so."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(text.rpartition(" ")[2]) for text in lines if text.startswith(line))
+
+
+class ServerProcess(HttpServer):
+    """`blip3o-rt serve` as it is run, with the embedded model; more arguments may be given."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "blip3o_rt",
+            "serve",
+            "--port",
+            "0",
+            "--log-level",
+            "warning",
+            *arguments,
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().split()[1].rstrip("/")
+        self.http = httpx.Client(base_url=self.url, timeout=600)
+
+    def stop(self) -> int:
+        """End it as a service manager does; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+    def wait(self) -> int:
+        code = self.process.wait(60)
+        self.http.close()
+        return code
+
+
+class RunningServer(HttpServer):
     """A server in a thread of this process, its engine in a process of its own."""
 
     def __init__(self, options: ServerOptions) -> None:
-        self._listener: Listener | None = None
+        self._listener: Listener | None = None  # from its thread
         self._listening = threading.Event()
         self._thread = threading.Thread(target=self._run, args=[options], daemon=True)
         self._thread.start()
         assert self._listening.wait(30)
         assert self._listener is not None
-        self.listener = self._listener
+        self.listener: Listener = self._listener
         self.url = self.listener.url
         self.client = self.listener.server.client
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -41,27 +107,6 @@ class RunningServer:
     def _started(self, listener: Listener) -> None:
         self._listener = listener
         self._listening.set()
-
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
-        """Wait for what happens in the server."""
-        pause = threading.Event()
-        for _ in range(int(seconds / 0.02)):
-            if condition():
-                return
-            pause.wait(0.02)
-        raise AssertionError(f"not within {seconds} s: {self.health()}")
-
-    def wait_ready(self) -> RunningServer:
-        self.wait_until(lambda: self.http.get("/ready").status_code == 200, 120)
-        return self
-
-    def health(self) -> dict[str, Any]:
-        return self.http.get("/health").json()
-
-    def metric(self, line: str) -> float:
-        """The value of the line of /metrics that begins so; 0 where there is none."""
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(text.rpartition(" ")[2]) for text in lines if text.startswith(line))
 
     def stop(self) -> None:
         self.listener.should_exit = True
@@ -96,13 +141,3 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     ).wait_ready()
     yield running
     running.stop()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests run where they are asked for: -m exhaustive, -m browser."""
-    if config.option.markexpr:
-        return
-    for item in items:
-        for marker in ("exhaustive", "browser"):
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=f"long: pytest -m {marker}"))

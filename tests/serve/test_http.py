@@ -121,7 +121,7 @@ def test_formats_and_links(server: RunningServer, output_format: str) -> None:
     if output_format == "png":
         assert samples(image) == fake_image("a circle", 5, 4)
         assert json.loads(image.text["blip3o_rt"])["prompt"] == "a circle"  # type: ignore[attr-defined]
-    assert error(server.http.get("/v1/images/nothing.png"), 404)["code"] == "image_not_found"
+    assert error(server.http.get("/v1/results/nothing.png"), 404)["code"] == "image_not_found"
 
 
 @pytest.mark.parametrize("field", ["image", "image[]"])
@@ -129,6 +129,19 @@ def test_edits_take_a_file(server: RunningServer, field: str) -> None:
     answer = server.http.post(EDITS, data=body(n=2), files={field: ("a.png", png(77))}).json()
     for number, data in enumerate(answer["data"]):
         assert samples(opened(data["b64_json"])) == fake_image("a circle", 5 + number, 4, 77)
+
+
+def test_a_form_takes_every_field(server: RunningServer) -> None:
+    fields = body(guidance=1.5, temperature=0.5, top_k=3, top_p=0.5, draft_window=1, priority=1, timeout=60)
+    fields |= {
+        "size": "auto",
+        "response_format": "b64_json",
+        "output_format": "png",
+        "user": "me",
+        "quality": "auto",
+    }
+    answer = server.http.post(EDITS, data=fields, files={"image": png(3)})
+    assert answer.status_code == 200, answer.text
 
 
 def test_events_field_by_field(server: RunningServer) -> None:
@@ -184,7 +197,7 @@ def test_an_error_in_a_stream_is_an_event_and_one_before_it_a_status(server: Run
 @pytest.mark.parametrize(
     ("fields", "status", "param", "code"),
     [
-        ({"prompt": ""}, 400, "prompt", "invalid_value"),
+        ({"prompt": ""}, 400, "prompt", "invalid_prompt"),
         ({"prompt": "  "}, 400, "prompt", "invalid_prompt"),
         ({"prompt": 3}, 400, "prompt", "invalid_value"),
         ({"n": 0}, 400, "n", "invalid_value"),
@@ -204,7 +217,7 @@ def test_an_error_in_a_stream_is_an_event_and_one_before_it_a_status(server: Run
         ({"model": "dall-e-3"}, 404, "model", "model_not_found"),
         ({"prompt": "bug"}, 500, None, "generation_failed"),
         ({"prompt": "memory"}, 503, None, "insufficient_memory"),
-        ({"prompt": "slow", "timeout": 0.05}, 504, None, "deadline_exceeded"),
+        ({"prompt": "slow", "steps": 100, "timeout": 1}, 504, None, "deadline_exceeded"),
     ],
 )
 def test_refusals(
@@ -230,7 +243,9 @@ def test_files_that_cannot_be_edited(server: RunningServer) -> None:
 
     assert refused(image=b"")["code"] == "invalid_image"
     assert "not an image" in refused(image=b"text")["message"]
-    assert refused(image=png()[:60])["code"] == "invalid_image"
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(noise, "PNG")
+    assert refused(image=noise.getvalue()[:2000])["code"] == "invalid_image"
     assert "pixels" in refused(image=png(size=(400, 400)))["message"]  # 160,000 of 100,000
     assert refused(image=png(), mask=png())["code"] == "unsupported_parameter"
     assert refused(other=png())["param"] == "other"

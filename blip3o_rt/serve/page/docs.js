@@ -22,7 +22,7 @@ function kind(schema) {
   return [schema.format === "binary" ? "file" : schema.type ?? "object", ...bounds].filter(Boolean).join(" ");
 }
 
-function table(schema) {
+function table(schema, title) {
   const rows = Object.entries(schema.properties ?? {}).map(([name, field]) => {
     const usual = field.default === undefined || field.default === null ? "" : ` Left out: ${JSON.stringify(field.default)}.`;
     const cells = [made("td", "", made("code", name)), made("td", kind(field)), made("td", (field.description ?? "") + usual)];
@@ -33,7 +33,7 @@ function table(schema) {
   scroll.className = "scroll";
   scroll.tabIndex = 0;
   scroll.setAttribute("role", "region");
-  scroll.setAttribute("aria-label", "Fields");
+  scroll.setAttribute("aria-label", `Fields of ${title}`);
   return scroll;
 }
 
@@ -52,7 +52,7 @@ for (const [path, methods] of Object.entries(api.paths)) {
       const schema = resolved(body.schema);
       const code = made("pre", "", made("code", example(method, path, type, schema)));
       code.tabIndex = 0;
-      article.append(code, table(schema));
+      article.append(code, table(schema, `${method.toUpperCase()} ${path}`));
     }
     const answers = Object.entries(operation.responses).map(([status, answer]) => made("li", `${status}: ${answer.description}`));
     article.append(made("h3", "Answers"), made("ul", "", ...answers));

@@ -92,6 +92,7 @@ async function draw() {
   const controller = (running = new AbortController());
   const count = Number(found.n ?? 1);
   const cards = [];
+  cards.before = element("grid").firstChild; // the newest request stands first, its images in order
   const image = reference;
   const done = {};
   busy(true);
@@ -147,11 +148,11 @@ function stage(text, part) {
 // Results
 
 function card(cards, event, found) {
-  return (cards[event.index] ??= new Card(found, event.index));
+  return (cards[event.index] ??= new Card(found, cards.before));
 }
 
 class Card {
-  constructor(found) {
+  constructor(found, before) {
     this.found = found;
     this.done = false;
     this.item = document.createElement("li");
@@ -161,7 +162,7 @@ class Card {
     this.actions = document.createElement("div");
     this.actions.className = "card-actions";
     this.item.append(this.image, this.caption, this.facts, this.actions);
-    element("grid").prepend(this.item);
+    element("grid").insertBefore(this.item, before);
   }
 
   show(event, preview, drawn, ofFile) {

@@ -1,0 +1,135 @@
+"""blip3o-rt bench serve: load on a server of OpenAI's images API, ours or any other."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.errors import ParameterError
+
+SUMMARY = "what clients of an images server see: latency, queue, first preview, images/s"
+PROMPTS = (
+    "a red circle on a blue background",
+    "a green square",
+    "a yellow triangle on a black background",
+    "a small white circle",
+    "a large blue square on a red background",
+    "a purple triangle",
+    "an orange circle on a green background",
+    "a black square on a white background",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser to those of bench."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve", help=SUMMARY, description=f"Measure {SUMMARY}."
+    )
+    where = parser.add_argument_group("server")
+    where.add_argument("--url", help="a server's address; without: one of ours is started")
+    where.add_argument("--key", help="bearer key")
+    where.add_argument("--model", type=Path, metavar="DIR", help="checkpoint of the server that is started")
+    where.add_argument(
+        "--max-batch", type=int, default=8, metavar="N", help="of the server that is started (%(default)s)"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--requests", type=int, default=32, metavar="N", help="requests in all (%(default)s)")
+    load.add_argument(
+        "--concurrency", type=int, default=8, metavar="N", help="closed loop: in flight (%(default)s)"
+    )
+    load.add_argument(
+        "--rate", type=float, metavar="R", help="open loop: requests a second; inf: all at once"
+    )
+    load.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (eight of shapes)")
+    load.add_argument("--steps", type=int, help="denoising steps (the server's)")
+    load.add_argument("--size", help="size of the images, for servers that need it")
+    load.add_argument("--previews", type=int, default=1, help="partial images, 0: no stream (%(default)s)")
+    load.add_argument("--no-seed", action="store_true", help="send no seed, for servers that know none")
+    load.add_argument("--warm-up", type=int, default=1, metavar="N", help="requests before (%(default)s)")
+    load.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (%(default)g)"
+    )
+    result = parser.add_argument_group("result")
+    result.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="say which share was done within it"
+    )
+    result.add_argument(
+        "--one-call", action="store_true", help="then time `generate` with the same prompts in one call"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the record (out/serve-DATE-TIME)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and write the record; 0 done, 1 where a request failed."""
+    if arguments.requests < 1 or arguments.concurrency < 1 or (arguments.rate or 1.0) <= 0:
+        raise ParameterError("requests, concurrency and rate: accepted is a number above 0")
+    if arguments.one_call and arguments.url is not None:
+        raise ParameterError("--one-call needs a server that is started here: leave --url out")
+    try:
+        from blip3o_rt.measure.serve import record
+        from blip3o_rt.measure.serve.load import Load
+        from blip3o_rt.measure.serve.subject import local_server, one_call
+    except ModuleNotFoundError as error:
+        raise ParameterError(f"bench serve needs {error.name}: pip install 'blip3o_rt[bench]'") from None
+
+    prompts = PROMPTS
+    if arguments.prompts is not None:
+        prompts = tuple(filter(None, arguments.prompts.read_text(encoding="utf-8").splitlines()))
+    body = {
+        name: getattr(arguments, name) for name in ("steps", "size") if getattr(arguments, name) is not None
+    }
+
+    def load_on(url: str) -> Load:
+        return Load(
+            url,
+            prompts,
+            arguments.requests,
+            None if arguments.rate is not None else arguments.concurrency,
+            arguments.rate or 1.0,
+            body,
+            None if arguments.no_seed else 0,
+            arguments.previews,
+            arguments.timeout,
+            arguments.key,
+        )
+
+    if arguments.url is not None:
+        found, samples = _measure(load_on(arguments.url.rstrip("/")), arguments)
+    else:
+        queue = str(max(64, arguments.requests))
+        options = [
+            "--max-batch",
+            str(arguments.max_batch),
+            "--max-queue",
+            queue,
+            "--max-queue-per-client",
+            queue,
+        ]
+        model = {} if arguments.model is None else {"path": str(arguments.model)}
+        with local_server([*options, *(["--model", str(arguments.model)] if arguments.model else [])]) as url:
+            found, samples = _measure(load_on(url), arguments)
+        if arguments.one_call:
+            repeated = [prompts[number % len(prompts)] for number in range(arguments.requests)]
+            found["one_call"] = one_call({**model, "max_batch": arguments.max_batch}, repeated, 0, body)
+    out = arguments.out or Path("out") / f"serve-{datetime.now():%Y%m%d-%H%M%S}"
+    print(record.table(found))
+    for path in record.write(out, found, samples):
+        print(path)
+    return 1 if found["failed"] else 0
+
+
+def _measure(load: Any, arguments: argparse.Namespace) -> Any:
+    """Warm up, send the load, and sum it up."""
+    import dataclasses
+
+    from blip3o_rt.measure.serve import record
+    from blip3o_rt.measure.serve.load import run as send
+
+    if arguments.warm_up:
+        asyncio.run(send(dataclasses.replace(load, requests=arguments.warm_up)))
+    samples = asyncio.run(send(load))
+    return record.summary(load, samples, arguments.deadline), samples
