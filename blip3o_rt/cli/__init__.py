@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # what a shell gives for a program ended by Ctrl-C
 INTERRUPTED_LINE = "blip3o-rt: interrupted"
+_interrupts: list[int] = []  # signals of this command: libraries may lose the exception or raise another
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,16 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 done and not good enough, 2 refused or failed, 130 interrupted, 141 unread.
     """
+    _interrupts.clear()
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else it is ignored, as in the background, or the caller's own
         signal.signal(signal.SIGINT, interrupt)
     try:
         from blip3o_rt.cli.commands import run_safely
 
-        return run_safely(argv)
-    except KeyboardInterrupt:
+        code = run_safely(argv)
+    except BaseException as error:  # what became of KeyboardInterrupt on its way here
+        if not (_interrupts or isinstance(error, KeyboardInterrupt)):
+            raise
         print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
+    else:
+        return INTERRUPTED if _interrupts else code
     finally:
         if before is signal.default_int_handler:  # a process of its own has nothing left to interrupt
             signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
@@ -45,6 +51,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     An exception that passes through the initialization of a C extension is lost there or aborts the process.
     Nothing is half written at that time.
     """
+    _interrupts.append(number)
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, f"{INTERRUPTED_LINE}\n".encode())

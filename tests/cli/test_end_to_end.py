@@ -158,6 +158,31 @@ def test_an_interrupt_during_an_import_ends_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_that_a_library_turns_into_another_error(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """argparse's cleanup fails where its parsing is cut short."""
+    program = (
+        "import argparse, os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "usage = argparse.ArgumentParser.format_usage\n"
+        "def interrupt(self):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return usage(self)\n"
+        "argparse.ArgumentParser.format_usage = interrupt\n"
+        "from blip3o_rt.cli import main; sys.exit(main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "generate", "x"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "blip3o-rt: interrupted\n")
+
+
 def test_nothing_heavy_is_imported_before_interrupts_are_answered(environment: dict[str, str]) -> None:
     program = "import sys; before = set(sys.modules); import blip3o_rt.cli; print(*set(sys.modules) - before)"
     printed = subprocess.run(
