@@ -8,9 +8,10 @@
 
 namespace blip3o::cpu::BLIP3O_ISA {
 
-// Accumulators of a tile must fit the registers: 32 with AVX-512, 16 else.
-constexpr int kTileRows = kLanes == 16 ? 4 : 2;
-constexpr int kTileColumns = 4;
+// The sums of a tile, a vector of each column and one of x fit the registers: 32 with AVX-512, 16 else. Rows share
+// the conversion of a column to floats, so there are as many as that leaves.
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = kLanes == 16 ? 4 : 3;
 
 // Where the rows of w are. Four rows of a matrix in memory at a time are something that the hardware's
 // prefetchers follow badly (half the speed of one stream), so a tile fetches the next four in one stream
@@ -44,18 +45,27 @@ __attribute__((noinline)) void dot_tile(const float* x, int64_t x_stride, const 
     }
 }
 
+template <class T>
+using DotTile = void (*)(const float*, int64_t, const T*, int64_t, int64_t, const char*, float*);
+
+// The tile for `rows` (1 .. kTileRows) rows.
+template <bool kFetch, int kColumns, class T>
+BLIP3O_INLINE DotTile<T> tile_of(int64_t rows) {
+    constexpr DotTile<T> kTiles[kTileRows] = {
+        dot_tile<kFetch, 1, kColumns, T>, dot_tile<kFetch, 2, kColumns, T>, dot_tile<kFetch, 3, kColumns, T>,
+        dot_tile<kFetch, 4, kColumns, T>};
+    return kTiles[rows - 1];
+}
+
 // All rows of x with kColumns rows of w, tile by tile; `next`, unless null, is fetched during the first.
 template <int kColumns, class T, class Emit>
 BLIP3O_INLINE void dot_column_block(const float* x, int64_t x_stride, int64_t rows, const T* w,
                                     int64_t w_stride, int64_t size, const char* next, const Emit& emit) {
     float products[kTileRows * kColumns];
     for (int64_t r = 0; r < rows; next = nullptr) {
-        const int64_t left = rows - r, tile_rows = left >= kTileRows ? kTileRows : left >= 2 ? 2 : 1;
+        const int64_t tile_rows = smaller(rows - r, kTileRows);
         const auto tile =
-            tile_rows == 1 ? (next ? dot_tile<true, 1, kColumns, T> : dot_tile<false, 1, kColumns, T>)
-            : tile_rows == 2
-                ? (next ? dot_tile<true, 2, kColumns, T> : dot_tile<false, 2, kColumns, T>)
-                : (next ? dot_tile<true, kTileRows, kColumns, T> : dot_tile<false, kTileRows, kColumns, T>);
+            next ? tile_of<true, kColumns, T>(tile_rows) : tile_of<false, kColumns, T>(tile_rows);
         tile(x + r * x_stride, x_stride, w, w_stride, size, next, products);
         for (int64_t i = 0; i < tile_rows; ++i, ++r) {
             for (int64_t c = 0; c < kColumns; ++c) emit(r, c, products[i * kColumns + c]);
