@@ -301,6 +301,12 @@ class ModelConfig:
         fits = tokens.image_token_range.stop <= vocabulary
         accepted = f"as many ids as fit below vocab_size, {vocabulary}"
         _require(fits, "num_image_tokens", tokens.num_image_tokens, accepted)
+        codes = self.ta_tok.codebook_size if self.ta_tok else tokens.num_image_tokens
+        accepted = f"the image tokenizer's codebook_size, {codes}"
+        _require(tokens.num_image_tokens == codes, "num_image_tokens", tokens.num_image_tokens, accepted)
+        count, positions = tokens.tokens_per_image, self.ar.max_position_embeddings
+        accepted = f"more than the {count} tokens of an image, of which there is at least one"
+        _require(0 < count < positions, "max_position_embeddings", positions, accepted)
         latent, dit = self.vae.latent_channels, self.dit
         noisy = [latent, 2 * latent] if self.edit.use_und_image_vae_as_noise else [latent]
         _require(
@@ -310,6 +316,8 @@ class ModelConfig:
             f"{' or '.join(map(str, noisy))}, from the autoencoder's {latent} latent channels (twice that "
             "only with use_und_image_vae_as_noise)",
         )
+        fits = dit.sample_size % dit.patch_size == 0
+        _require(fits, "sample_size", dit.sample_size, f"a multiple of patch_size, {dit.patch_size}")
         fits = dit.out_channels in (latent, dit.in_channels)
         _require(fits, "out_channels", dit.out_channels, f"{latent} or {dit.in_channels}")
 

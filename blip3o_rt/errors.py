@@ -66,3 +66,8 @@ class GenerationError(Blip3oError):
 
 class Cancelled(Blip3oError):
     """The caller's callback asked to stop between two tokens or two steps."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import CheckpointError, GenerationError, ImageError, ParameterError
+from blip3o_rt.errors import GenerationError, ImageError, ParameterError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.images import ReferenceImage, load_reference, pixels_sha256, reference_pixels, tower_pixels
 from blip3o_rt.inputs import check_noise, check_token_ids, prompt_list, reference_list, which_prompt
@@ -169,6 +168,8 @@ class Pipeline:
         switches: Mapping[str, str] | None = None,
         diffusion: str | Path | None = None,
         ta_tok: str | Path | None = None,
+        variant: str | None = None,
+        allow_base_weights: bool = False,
         cache_dir: str | Path | None = None,
         max_batch: int = 4,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
@@ -176,7 +177,9 @@ class Pipeline:
         """Load a checkpoint in the published layout or as written by `blip3o-rt convert`.
 
         path: its folder; None is the embedded model. diffusion, ta_tok: the diffusion model's folder and the
-        image tokenizer's file, where the checkpoint names ones that are not here. device: "auto" (a GPU if
+        image tokenizer's file, where the checkpoint names ones that are not here. variant: which weights, as
+        "fp16" of model.fp16.safetensors (None: the plain ones). allow_base_weights: draw with the diffusion
+        folder's untrained transformer where the checkpoint has lost its own. device: "auto" (a GPU if
         there is one), "cpu", "cuda" or "cuda:N". dtype: "auto" (bfloat16 where the device computes in it,
         else float32), "fp32" or "bf16". tier: "exact", the published mathematics, or "fast" with the lossy
         switches that are given, as {"ar_weights": "int8"} (None: those of small cost, docs/fast-tier.md).
@@ -189,17 +192,14 @@ class Pipeline:
         check_tier(tier, switches)
         check_max_batch(max_batch)
         check_max_prompt_tokens(max_prompt_tokens)
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise CheckpointError(f"path is {path!r}: accepted is the folder of a checkpoint")
         target = resolve_device(device)
         chosen = check_tier(tier, switches, target.type)
         check_device(chosen, target.type)
         check_fork()
         kept = resolve_dtype(dtype, target)
+        folder = embedded_checkpoint() if path is None else path
         with OwnSettings(target, torch.get_num_threads()):
-            opened = open_checkpoint(
-                Source(embedded_checkpoint() if path is None else path, diffusion, ta_tok)
-            )
+            opened = open_checkpoint(Source(folder, diffusion, ta_tok, variant, allow_base_weights))
             require_room(opened.config, kept, chosen, target, max_batch, max_prompt_tokens)
             checkpoint = opened.load(target, kept, switches=chosen, cache_dir=cache_dir)
         pipeline = cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)

@@ -11,7 +11,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerFast
 
 from blip3o_rt.config import ImageTokenConfig
-from blip3o_rt.errors import CheckpointError, PromptError
+from blip3o_rt.errors import CheckpointError, PromptError, first_line
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: {prompt}"
@@ -20,6 +20,7 @@ IMAGE_START = "<|vision_start|>"
 IMAGE_PAD = "<|image_pad|>"
 IMAGE_END = "<|vision_end|>"
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
+PROBE = "a red circle"  # every template is tried with it
 # Every generation starts at the first scale token.
 GENERATION_SUFFIX = "<im_start><S0>"
 
@@ -51,6 +52,10 @@ class PromptEncoder:
         if "<I0>" in self._tokenizer.get_vocab():
             self._require_id("<I0>", image_tokens.image_start_token_id)
         self.image_pad_id = cast(int, self._tokenizer.convert_tokens_to_ids(IMAGE_PAD))
+        if PROBE not in self._rendered(PROBE)[0]:
+            raise CheckpointError(
+                f"{tokenizer_dir}: the chat template leaves the message out; copy the checkpoint's own"
+            )
 
     def check(self, prompt: str) -> None:
         """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
@@ -91,9 +96,7 @@ class PromptEncoder:
         content = wording.format_map({"prompt": prompt})
         if image_ids:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        ids = self._ids(text + GENERATION_SUFFIX)
+        ids = self._rendered(content)[1]
         if len(ids) > self._max_tokens:
             larger = f", or load with a larger max_prompt_tokens, to {self._positions}"
             raise PromptError(
@@ -112,6 +115,20 @@ class PromptEncoder:
     def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         with self._lock:
             return list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _rendered(self, content: str) -> tuple[str, list[int]]:
+        """The chat that the template makes of a message, and its ids with those that start an image."""
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        try:
+            text = str(
+                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
+            return text, self._ids(text + GENERATION_SUFFIX)
+        except Exception as error:  # a template is a program of somebody else's
+            raise CheckpointError(
+                f"the tokenizer's chat template fails ({first_line(error)}); use the tokenizer files that "
+                "came with the checkpoint"
+            ) from error
 
     def _require_id(self, token: str, expected: int) -> None:
         found = self._tokenizer.convert_tokens_to_ids(token)
@@ -136,7 +153,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises what its JSON, Rust and template readers raise
-        raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+        raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {first_line(error)}") from error
     tokenizer.model_max_length = 10**9  # longer prompts are refused here; the library would print a line
     if not tokenizer.chat_template:
         raise CheckpointError(

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from blip3o_rt import __version__
+from blip3o_rt.checkpoint.lora import merge_lora
 from blip3o_rt.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER_FOLDER,
@@ -22,11 +23,21 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     is_converted,
 )
-from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint, layouts, pieces, weight_bytes
+from blip3o_rt.checkpoint.parts import (
+    DTYPES,
+    Extremes,
+    extreme_values,
+    layout_fingerprint,
+    layouts,
+    pieces,
+    weight_bytes,
+)
 from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
-from blip3o_rt.checkpoint.source import PathName, Source
+from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, local_path
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
+from blip3o_rt.config import MAX_POSITIONS
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.switches import check_stored
 from blip3o_rt.weights import TensorSpec
 
@@ -37,6 +48,8 @@ def convert(
     *,
     dtype: str = "bf16",
     switches: Mapping[str, str] | None = None,
+    lora: PathName | None = None,
+    lora_scale: float = 1.0,
     progress: bool = True,
     force: bool = False,
 ) -> Manifest:
@@ -58,6 +71,8 @@ def convert(
         destination: A new folder.
         dtype: "bf16" or "fp32", of the weights written.
         switches: Of the fast tier, to write the weights for: a lossy form that no other tier then loads.
+        lora: The folder of a LoRA adapter that is merged into the weights, in float32.
+        lora_scale: What its product is multiplied with, beside its own alpha.
         progress: Whether to show a progress bar.
         force: Whether an earlier conversion at the destination is replaced.
 
@@ -68,19 +83,23 @@ def convert(
         CheckpointError, ConfigError: What cannot be read, or a destination that is taken or out of space.
         ParameterError: A switch that is not of the weights.
     """
-    source, target = Source.of(source), Path(destination)
+    source = Source.of(source)
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
     check_stored(switches)
-    if is_converted(Path(source.path)):
+    if is_converted(checkpoint_folder(source.path)):
         raise CheckpointError(f"{source.path}: already converted; accepted: a published checkpoint")
     published = open_published(source)
-    return convert_opened(published, target, dtype=dtype, switches=switches, progress=progress, force=force)
+    if lora is not None:
+        published = merge_lora(published, lora, lora_scale)
+    return convert_opened(
+        published, destination, dtype=dtype, switches=switches, progress=progress, force=force
+    )
 
 
 def convert_opened(
     published: PublishedCheckpoint,
-    target: Path,
+    destination: PathName,
     *,
     dtype: str,
     switches: Mapping[str, str] | None = None,
@@ -88,19 +107,23 @@ def convert_opened(
     force: bool = False,
 ) -> Manifest:
     """`convert` of a checkpoint that is opened."""
-    chosen = check_stored(switches)
-    _restore_replaced(target)
-    _check_destination(target, force)
+    chosen, extremes = check_stored(switches), Extremes()
     output_bytes = sum(weight_bytes(published.config, DTYPES[dtype], chosen).values())
-    source_bytes = sum(path.stat().st_size for path in published.files)
-    _check_space(target, output_bytes)
-    total = output_bytes + source_bytes
+    with _disk_errors(destination, output_bytes):
+        target = _target(destination)
+        _restore_replaced(target)
+        _check_destination(target, force)
+        _check_space(target, output_bytes)
+        total = output_bytes + sum(path.stat().st_size for path in published.files)
+    PromptEncoder(
+        published.path, published.config.image_tokens, MAX_POSITIONS
+    )  # raises for what cannot be used
     with (
         _disk_errors(target, output_bytes),
         _partial_folder(target) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar,
     ):
-        files = _write_parts(published, folder, DTYPES[dtype], chosen, bar.update)
+        files = _write_parts(published, folder, DTYPES[dtype], chosen, extremes, bar.update)
         files |= _copy_tokenizer(published, folder)
         manifest = Manifest(
             package_version=__version__,
@@ -110,12 +133,24 @@ def convert_opened(
             files=files,
             layout=layout_fingerprint(published.config, chosen),
             config=published.config,
-            warnings=published.warnings,
+            warnings=published.warnings + extreme_values(extremes),
             switches=chosen,
         )
         manifest.write(folder)
         _publish(folder, target, force)
     return manifest
+
+
+def _target(destination: PathName) -> Path:
+    """The folder to write: what a link points to, and no place that another folder cannot be renamed to."""
+    target = local_path(destination, "destination")
+    if target.is_symlink() or target.name in ("", ".."):
+        target = target.resolve()
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target}: a mount point, which cannot be replaced; give a new folder in it")
+    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(f"{target}: the current folder or one above it; give the name of a new one")
+    return target
 
 
 def _is_free(target: Path) -> bool:
@@ -154,9 +189,8 @@ def _check_destination(target: Path, force: bool) -> None:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    with _disk_errors(target, needed):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise CheckpointError(
             f"{target}: no room, the conversion needs {needed / 2**30:.1f} GiB there and "
@@ -165,12 +199,13 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path, needed: int) -> Iterator[None]:
+def _disk_errors(target: PathName, needed: int) -> Iterator[None]:
     """Turn the system's errors while writing into one line for people."""
     try:
         yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+    except (OSError, ValueError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"{target}: not written, {reason}; the conversion needs {needed / 2**30:.1f} GiB there; nothing "
             "was left behind, run it again"
@@ -241,6 +276,7 @@ def _write_parts(
     folder: Path,
     dtype: torch.dtype,
     switches: Mapping[str, str],
+    extremes: Extremes,
     progress: Callable[[int], object],
 ) -> dict[str, FileRecord]:
     records = {}
@@ -250,7 +286,7 @@ def _write_parts(
         headers = aligned_order([TensorHeader(s.name, s.shape, s.dtype or dtype) for s in specs])
         with SafetensorsWriter(path, headers, progress) as writer:
             for header in headers:
-                for piece in pieces(published.sources[part], by_name[header.name], dtype):
+                for piece in pieces(published.sources[part], by_name[header.name], dtype, extremes):
                     writer.write(piece)
         records[path.name] = FileRecord(writer.written, writer.sha256)
     return records

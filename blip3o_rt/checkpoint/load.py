@@ -23,9 +23,17 @@ from blip3o_rt.checkpoint.manifest import (
     Manifest,
     check_files,
 )
-from blip3o_rt.checkpoint.parts import DTYPES, assemble, dtype_name, layout_fingerprint, layouts
+from blip3o_rt.checkpoint.parts import (
+    DTYPES,
+    Extremes,
+    assemble,
+    dtype_name,
+    extreme_values,
+    layout_fingerprint,
+    layouts,
+)
 from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
-from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder
+from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, is_file, local_path
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import Blip3oWarning, CheckpointError
@@ -124,7 +132,7 @@ class OpenedCheckpoint:
         if isinstance(self._layout, Manifest):
             return _load_converted(self.path, self._layout, wanted, device, parts, chosen, verify)
         if cache_dir is not None:
-            cached = _cached(Path(cache_dir), self._layout, wanted, chosen)
+            cached = _cached(cache_dir, self._layout, wanted, chosen)
             manifest = Manifest.read(cached)
             return _load_converted(cached, manifest, wanted, device, parts, chosen, verify)
         return _load_published(self._layout, wanted, device, parts, chosen)
@@ -139,7 +147,7 @@ def open_checkpoint(source: Source | PathName) -> OpenedCheckpoint:
     """
     source = Source.of(source)
     root = checkpoint_folder(source.path)
-    if not (root / MANIFEST).is_file():
+    if not is_file(root / MANIFEST):
         published = open_published(source)
         return OpenedCheckpoint(root, published.config, published.stored_dtype, published)
     if source.diffusion is not None or source.ta_tok is not None:
@@ -171,13 +179,15 @@ def _load_published(
     parts: Collection[str] | None,
     switches: Mapping[str, str],
 ) -> Checkpoint:
-    _warn(published.warnings)
+    root, extremes = published.path, Extremes()
     weights = {
-        part: {spec.name: assemble(published.sources[part], spec, dtype).to(device) for spec in specs}
+        part: {
+            spec.name: assemble(published.sources[part], spec, dtype, extremes).to(device) for spec in specs
+        }
         for part, specs in layouts(published.config, switches).items()
         if parts is None or part in parts
     }
-    root = published.path
+    _warn(published.warnings + extreme_values(extremes))
     return Checkpoint(published.config, weights, root, dtype, device, root, switches)
 
 
@@ -201,7 +211,7 @@ def _load_converted(
     weights = {}
     for part, specs in layouts(manifest.config, manifest.switches).items():
         if parts is None or part in parts:
-            tensors = _mapped(root / f"{part}.safetensors", specs, dtype, device)
+            tensors = _mapped(root / f"{part}.safetensors", specs, manifest.torch_dtype, dtype, device)
             weights[part] = quantizers.get(part, dict)(tensors)
     return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
 
@@ -222,25 +232,35 @@ def _warn(messages: Iterable[str]) -> None:
 
 
 def _mapped(
-    path: Path, specs: list[TensorSpec], dtype: torch.dtype, device: torch.device
+    path: Path, specs: list[TensorSpec], stored: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """A part's tensors by name: mapped where device and dtype are the file's, copied where they are not."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for spec in specs:
                 tensor = file.get_tensor(spec.name)
-                if tuple(tensor.shape) != spec.shape:
+                found, accepted = (tensor.dtype, tensor.shape), (spec.dtype or stored, torch.Size(spec.shape))
+                if found != accepted:
                     raise CheckpointError(
-                        f"{path}: tensor {spec.name!r} has shape {list(tensor.shape)}; accepted: "
-                        f"{list(spec.shape)}"
+                        f"{path}: tensor {spec.name!r} has shape {list(found[1])}, {found[0]}; accepted: "
+                        f"{list(accepted[1])}, {accepted[0]}; convert the checkpoint again"
                     )
+                if tensor.dim() > 1 and _is_zero(tensor):
+                    raise CheckpointError(f"{path}: tensor {spec.name!r} is zero throughout; copy it again")
                 yield spec.name, tensor.to(spec.dtype or dtype)
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
 
 
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether a matrix is zero; all of it is read only where a few elements of the middle and the end are."""
+    flat = tensor.reshape(-1)
+    places = (slice(flat.numel() // 2, flat.numel() // 2 + 16), slice(-16, None), slice(None))
+    return not any(flat[place].view(torch.uint8).any() for place in places)
+
+
 def _cached(
-    cache: Path, published: PublishedCheckpoint, dtype: torch.dtype, switches: Mapping[str, str]
+    cache_dir: PathName, published: PublishedCheckpoint, dtype: torch.dtype, switches: Mapping[str, str]
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     switches = weight_switches(switches)
@@ -248,12 +268,12 @@ def _cached(
     layout = layout_fingerprint(published.config, switches)
     key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    cache = local_path(cache_dir, "cache_dir")
     destination = cache / f"{published.path.resolve().name}-{dtype_name(dtype)}-{digest}"
-    if not (destination / MANIFEST).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
+    if not is_file(destination / MANIFEST):
         try:
             convert_opened(published, destination, dtype=dtype_name(dtype), switches=switches, progress=False)
         except CheckpointError:
-            if not (destination / MANIFEST).is_file():  # another process may have been faster
+            if not is_file(destination / MANIFEST):  # another process may have been faster
                 raise
     return destination

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from blip3o_rt.checkpoint.parts import DTYPES, layout_fingerprint
-from blip3o_rt.checkpoint.tensor_file import file_sha256
+from blip3o_rt.checkpoint.tensor_file import WEIGHT_DTYPES, file_sha256, read_safetensors
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError, ConfigError
 from blip3o_rt.switches import check_stored
@@ -69,14 +69,15 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: not found; accepted: a folder written by blip3o-rt convert"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not readable ({error}); convert the checkpoint again") from None
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise CheckpointError(f"{path}: not a manifest of a converted checkpoint")
         version = data.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: format version {version}; accepted: {FORMAT_VERSION}; convert the checkpoint again"
+                f"{path}: format version {version!r:.80}; accepted: {FORMAT_VERSION}; convert the "
+                "checkpoint again"
             )
         try:
             manifest = cls(**{**data, **_parsed(data)})
@@ -95,6 +96,8 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     if data["dtype"] not in DTYPES:
         raise ValueError(f"dtype {data['dtype']!r}")
     check_stored(data.get("switches"))
+    if not all(isinstance(warning, str) for warning in data["warnings"]):
+        raise ValueError("warnings that are not text")
     for name in data["files"]:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"file name {name!r}")
@@ -109,13 +112,14 @@ def is_converted(folder: Path) -> bool:
     """Whether a folder holds a converted checkpoint (of whatever version)."""
     try:
         data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
-    """Compare a converted checkpoint's files with its manifest: sizes, and with `checksums` their SHA-256.
+    """Compare a converted checkpoint's files with its manifest: sizes, and with `checksums` their SHA-256 and
+    that every number is finite.
 
     Raises CheckpointError for a file that is missing, of another size, or of other content.
     """
@@ -135,3 +139,15 @@ def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
                     f"{folder / name}: checksum mismatch, its content has changed since it was written; "
                     "convert the checkpoint again"
                 )
+            if name.endswith(".safetensors"):
+                _check_finite(folder / name)
+
+
+def _check_finite(path: Path) -> None:
+    for name, tensor in read_safetensors(path).items():
+        if tensor.dtype in WEIGHT_DTYPES:
+            for piece in tensor.chunks():
+                if not torch.stack(torch.aminmax(piece)).isfinite().all():
+                    raise CheckpointError(
+                        f"{path}: tensor {name!r} contains NaN or infinity; convert it again"
+                    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ar.layout import layout as ar_layout
-from blip3o_rt.checkpoint.tensor_file import StoredTensor, Tensors
+from blip3o_rt.checkpoint.tensor_file import StoredTensor, Tensors, filled, whole_tensor
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
@@ -34,6 +34,9 @@ PREFIXES = {
 HEAD = "lm_head.weight"  # the one tensor of the decoder that stands outside `model.`
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SAMPLE = 2**16  # elements of a tensor that are looked at for zeros
+LEAST_FILLED = 100  # of so many elements of a matrix, one at least is not zero
+LARGEST_TRAINED = 1e6  # of any trained weight, with room: float16 ends at 65504
 VALUES = {INT8: torch.int8, FP8: E4M3}  # of matrices that a switch keeps in 8 bits
 
 
@@ -119,44 +122,53 @@ class PartSource:
         return published_name(self.part, source) if self.prefixed else source
 
 
-def pieces(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Iterator[Tensor]:
+Extremes = dict[str, float]  # tensors with values that no training leaves, and the largest of these
+
+
+def pieces(source: PartSource, spec: TensorSpec, dtype: torch.dtype, extremes: Extremes) -> Iterator[Tensor]:
     """A runtime tensor's elements in order, as contiguous one-dimensional pieces of its final dtype.
 
     Where the sources are only put one after another, no more than one piece is ever in memory; a tensor that
     is rearranged (the autoencoder's convolutions and grouped projections) or computed (TA-Tok's codebook) is
     made whole. A piece may be overwritten when the next is taken.
-    Raises CheckpointError for a value that is not a finite number.
+    Every value is looked at: it must be finite, also in the final dtype. `extremes` is added to.
+    Raises CheckpointError.
     """
+    final = spec.dtype or dtype
+    limit = dtype if spec.rows is not None else final
     stored = [source.tensors[source.name(original.name)] for original in spec.sources]
     if spec.rows is not None and spec.combine is concatenate_rows:
         for tensor in stored:
-            for block in row_blocks(tensor, _finite_chunks(tensor)):
-                yield spec.rows(block.to(dtype)).to(spec.dtype or dtype).reshape(-1)
+            for block in row_blocks(tensor, _sound_chunks(tensor, limit, extremes)):
+                yield spec.rows(block.to(dtype)).to(final).reshape(-1)
     elif spec.combine is concatenate_rows:
         for tensor in stored:
-            for piece in _finite_chunks(tensor):
-                yield piece.to(spec.dtype or dtype)
+            for piece in _sound_chunks(tensor, limit, extremes):
+                yield piece.to(final)
     else:
-        yield spec.build([_whole(tensor) for tensor in stored], dtype).reshape(-1)
+        whole = [whole_tensor(tensor, _sound_chunks(tensor, limit, extremes)) for tensor in stored]
+        made = spec.build(whole, dtype).reshape(-1)
+        if not torch.stack(torch.aminmax(made)).isfinite().all():
+            raise CheckpointError(
+                f"{stored[0].path}: {stored[0].name!r} leads to numbers that are not finite"
+            )
+        yield made
 
 
-def assemble(source: PartSource, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    """A whole runtime tensor in memory."""
-    return _filled(spec.shape, spec.dtype or dtype, pieces(source, spec, dtype))
+def assemble(source: PartSource, spec: TensorSpec, dtype: torch.dtype, extremes: Extremes) -> Tensor:
+    """A whole runtime tensor in memory; `extremes` is added to."""
+    return filled(spec.shape, spec.dtype or dtype, pieces(source, spec, dtype, extremes))
 
 
-def _whole(stored: StoredTensor) -> Tensor:
-    assert isinstance(stored.dtype, torch.dtype)
-    return _filled(stored.shape, stored.dtype, _finite_chunks(stored))
-
-
-def _filled(shape: tuple[int, ...], dtype: torch.dtype, found: Iterator[Tensor]) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
-    flat, filled = tensor.reshape(-1), 0
-    for piece in found:
-        flat[filled : filled + piece.numel()] = piece
-        filled += piece.numel()
-    return tensor
+def extreme_values(extremes: Extremes) -> list[str]:
+    """At most one warning, which sums up the tensors with values that no training leaves."""
+    if not extremes:
+        return []
+    name, value = max(extremes.items(), key=lambda item: item[1])
+    others = f" (and {len(extremes) - 1} other tensors)" if len(extremes) > 1 else ""
+    return [
+        f"{name}{others} holds values as large as {value:.3g}: the file is damaged, or its training diverged"
+    ]
 
 
 def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -171,12 +183,28 @@ def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tenso
         rest = joined[whole:].clone() if whole < joined.numel() else None
 
 
-def _finite_chunks(stored: StoredTensor) -> Iterator[Tensor]:
+def _sound_chunks(stored: StoredTensor, limit: torch.dtype, extremes: Extremes) -> Iterator[Tensor]:
+    """A tensor's chunks. Raises CheckpointError for what is not finite in `limit`, and after the last one
+    for a matrix that is zero throughout, or all but so, as a sample of its elements shows."""
+    where = f"{stored.path}: tensor {stored.name!r}"
+    stride = max(1, math.prod(stored.shape) // SAMPLE)
+    sampled = filled = 0
     for piece in stored.chunks():
-        low, high = torch.aminmax(piece)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
+        ends = torch.stack(torch.aminmax(piece))
+        if not ends.isfinite().all():
             raise CheckpointError(
-                f"{stored.path}: tensor {stored.name!r} contains NaN or infinity; accepted: finite numbers "
-                "(the file is damaged, or its training diverged)"
+                f"{where} contains NaN or infinity; accepted: finite numbers (the file is damaged, or its "
+                "training diverged)"
             )
+        if not ends.to(limit).isfinite().all():
+            raise CheckpointError(f"{where} has numbers beyond the range of {limit}; accepted: smaller ones")
+        largest = float(ends.abs().max())
+        if largest > LARGEST_TRAINED:
+            extremes[stored.name] = max(largest, extremes.get(stored.name, 0.0))
+        sample = piece[::stride]
+        sampled, filled = sampled + sample.numel(), filled + int(sample.count_nonzero())
         yield piece
+    if len(stored.shape) > 1 and filled * LEAST_FILLED < sampled:
+        raise CheckpointError(
+            f"{where} is zero (all but {filled} of {sampled} numbers looked at); copy or download it again"
+        )

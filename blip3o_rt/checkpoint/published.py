@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from blip3o_rt.checkpoint.parts import HEAD, PREFIXES, PartSource, layouts, published_name
+from blip3o_rt.checkpoint.contents import check_contents
+from blip3o_rt.checkpoint.parts import HEAD, PREFIXES, PartSource, published_name
 from blip3o_rt.checkpoint.published_config import (
     ConfigFile,
     parse_ar,
@@ -30,9 +30,10 @@ from blip3o_rt.checkpoint.source import (
     checkpoint_folder,
     is_file,
     known_folder,
+    local_path,
+    refuse_lfs_pointer,
 )
 from blip3o_rt.checkpoint.tensor_file import (
-    WEIGHT_DTYPES,
     StoredTensor,
     Tensors,
     read_safetensors,
@@ -41,7 +42,6 @@ from blip3o_rt.checkpoint.tensor_file import (
 )
 from blip3o_rt.config import DiTConfig, ModelConfig, TATokConfig
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.weights import Source as Needed
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,16 +59,9 @@ COMPONENTS = {
     "scheduler": "scheduler/scheduler_config.json",
 }
 STOCK_WEIGHTS = "diffusion_pytorch_model"  # how files of a diffusers component begin
-
-# Tensors that a published checkpoint has and inference does not use.
-_TOWER = re.escape(PREFIXES["ta_tok"])
-UNUSED = re.compile(
-    rf"lm_head\.weight$|.*rotary_emb\.inv_freq$|model\.sana\.patch_embed\.pos_embed$|.*position_ids$"
-    rf"|model\.(und_image_vae|und_image_vae_as_noise|tar_siglip_features)_connector\."
-    rf"|(?:{_TOWER})?(decoder|decode_task_layer|bottleneck\.out_linear|scale_layer|teacher)\."
-    rf"|(?:{_TOWER})?encoder\.(post_layernorm|head|encoder\.layers)\."
-    rf"|(?:{_TOWER})?bottleneck\.regularizer\.stochastic_temperature_inv$"
-)
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,5})-of-(?P<total>\d{1,5})\.safetensors")
+# What wrappers put before a name: torch.compile, data-parallel models, PEFT, FSDP, a model within a model.
+WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|base_model|model|_fsdp_wrapped_module)\.)*")
 
 
 @dataclass(frozen=True)
@@ -102,8 +95,9 @@ def open_published(source: Source) -> PublishedCheckpoint:
         CheckpointError: Files or tensors that are missing, damaged, or of another shape or type.
     """
     root = checkpoint_folder(source.path)
+    _refuse_adapter(root)
     config = ConfigFile.read(root / "config.json")
-    tensors = read_tensors(root, "model")
+    tensors = unwrapped(read_tensors(root, "model", source.variant), "embed_tokens.weight", PREFIXES["ar"])
     folder = _diffusion_folder(root, config, source)
     tower = _Tower.find(root, config, tensors, source)
     parts = {name: ConfigFile.read(folder / file) for name, file in COMPONENTS.items()}
@@ -119,8 +113,8 @@ def open_published(source: Source) -> PublishedCheckpoint:
     )
     config.checked(model)
     sources = {part: PartSource(part, tensors, str(root), True) for part in ("ar", "connector")}
-    sources["dit"] = _diffusion_source("dit", tensors, root, folder / "transformer")
-    sources["vae"] = _diffusion_source("vae", tensors, root, folder / "vae")
+    sources["dit"] = _diffusion_source("dit", tensors, root, folder / "transformer", source)
+    sources["vae"] = _diffusion_source("vae", tensors, root, folder / "vae", source)
     if tower.source is not None:
         sources["ta_tok"] = tower.source
     configs = [folder / file for file in COMPONENTS.values()] + tower.config_files
@@ -131,14 +125,31 @@ def open_published(source: Source) -> PublishedCheckpoint:
         files=list(_files_read(root, configs, sources)),
         tokenizer_files=_tokenizer_files(root),
         stored_dtype=_stored_dtype(tensors),
-        warnings=tower.warnings(model) + _check_tensors(model, sources),
+        warnings=list(_notes(model, sources)) + check_contents(model, config.name, sources),
     )
 
 
-def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """The tensors of the safetensors files named `stem`*: those its index lists, else all of them."""
+def _refuse_adapter(root: Path) -> None:
+    """Raise CheckpointError for the folder of a LoRA adapter, with or without a model in it."""
+    if is_file(root / "adapter_config.json"):
+        raise CheckpointError(
+            f"{root}: a LoRA adapter (adapter_config.json), which is merged into its base first: "
+            "blip3o-rt convert BASE DST --lora DIR"
+        )
+
+
+def _notes(model: ModelConfig, sources: Mapping[str, PartSource]) -> Iterator[str]:
+    """What a user of the opened checkpoint should know."""
+    if not sources["dit"].prefixed:
+        yield f"the diffusion transformer's weights are the untrained ones of {sources['dit'].where}"
+    if model.ta_tok is None and model.edit.use_tar_siglip_features:
+        yield "use_tar_siglip_features is set but there is no vision tower: editing is not possible"
+
+
+def read_tensors(folder: Path, stem: str, variant: str | None = None) -> dict[str, StoredTensor]:
+    """The tensors of the safetensors files of one name (and variant), by name."""
     found: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder, stem):
+    for path in _weight_files(folder, stem, variant):
         for name, tensor in read_safetensors(path).items():
             if name in found:
                 raise CheckpointError(
@@ -148,20 +159,67 @@ def read_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return found
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    indexes = sorted(folder.glob(f"{stem}*.safetensors.index.json"))
-    if indexes:
-        return [folder / name for name in _shard_names(indexes[0])]
-    single = folder / f"{stem}.safetensors"
-    found = [single] if single.is_file() else sorted(folder.glob(f"{stem}*.safetensors"))
-    if found:
-        return found
-    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-    hint = f" ({pickles[0].name} is a pickle; save it as safetensors)" if pickles else ""
-    raise CheckpointError(
-        f"{folder}: no weights{hint}; accepted: {stem}.safetensors, or shards with "
-        f"{stem}.safetensors.index.json"
-    )
+def _weight_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
+    """One whole file, or the shards that an index lists, or all of a numbered set."""
+    name = f"{stem}.{variant}" if variant else stem
+    whole, indexes = folder / f"{name}.safetensors", [folder / f"{name}.safetensors.index.json"]
+    if variant:
+        indexes.append(folder / f"{stem}.safetensors.index.{variant}.json")
+    for index in filter(is_file, indexes):
+        shards = _shard_names(index)
+        if is_file(whole) and shards != [whole.name]:
+            raise CheckpointError(
+                f"{index}: lists other files beside a whole {whole.name}; remove what is left over"
+            )
+        return [folder / shard for shard in shards]
+    if is_file(whole):
+        return [whole]
+    numbered = {path: SHARD.fullmatch(path.name) for path in sorted(folder.glob(f"{name}-*.safetensors"))}
+    found = {path: match for path, match in numbered.items() if match and match["stem"] == name}
+    if not found:
+        raise CheckpointError(f"{folder}: no weights{_other_weights(folder, stem)}")
+    total = max(int(match["total"]) for match in found.values())
+    for number in range(1, total + 1):
+        if number not in {int(match["number"]) for match in found.values()}:
+            first = next(iter(found)).name
+            raise CheckpointError(
+                f"{folder}: shard {number} of {total} is missing beside {first}; copy it again"
+            )
+    return list(found)
+
+
+def _other_weights(folder: Path, stem: str) -> str:
+    """What is there in place of weights, for a message."""
+    accepted = f"accepted: {stem}.safetensors, or shards with {stem}.safetensors.index.json"
+    for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
+        return f" ({path.name} is a pickle; save it as safetensors); {accepted}"
+    for path in sorted(folder.glob(f"{stem}.*.safetensors*")) + sorted(
+        folder.glob(f"{stem}.*-*.safetensors")
+    ):
+        variant = re.split(r"[.-]", path.name.removeprefix(f"{stem}."))[0]
+        return f" but those of variant {variant} ({path.name}); {accepted}, or --variant {variant}"
+    return f"; {accepted}"
+
+
+def unwrapped(tensors: Tensors, anchor: str, prefix: str = "") -> Tensors:
+    """The tensors by their own names, without what wraps the name of every one of them.
+
+    Args:
+        tensors: As stored, perhaps by a compiled, distributed or adapted model, or by a part of one.
+        anchor: The end of a name that is always among them.
+        prefix: What stands before the anchor in a plain file.
+    """
+    before = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
+    wrapper = next((text for text in before if WRAPPERS.fullmatch(text)), prefix)
+    if wrapper == "" != prefix:
+        return {name if name == HEAD else prefix + name: tensor for name, tensor in tensors.items()}
+    wrapper = wrapper.removesuffix(prefix)
+    bare = next((name for name in tensors if not name.startswith(wrapper)), None)
+    if bare is not None:
+        raise CheckpointError(
+            f"{tensors[bare].path}: names begin with {wrapper!r} but {bare!r} does not; accepted: all or none"
+        )
+    return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
 
 
 def _shard_names(index_path: Path) -> list[str]:
@@ -203,14 +261,19 @@ def _diffusion_folder(root: Path, config: ConfigFile, source: Source) -> Path:
     return known
 
 
-def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path) -> PartSource:
+def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path, source: Source) -> PartSource:
     """The checkpoint's own tensors where it has the part (trained further), else the diffusers folder's."""
     if any(name.startswith(PREFIXES[part]) for name in tensors):
         return PartSource(part, tensors, str(root), True)
+    missing = f"{root}: no tensors under {PREFIXES[part]}"
+    if part == "dit" and not source.allow_base_weights:
+        raise CheckpointError(
+            f"{missing}, the trained diffusion transformer; accepted: a complete copy of the checkpoint "
+            f"(--allow-base-weights takes the untrained ones of the diffusers folder)"
+        )
     if KNOWN in stock.parents:
         raise CheckpointError(
-            f"{root}: no tensors under {PREFIXES[part]} and no diffusers folder to take them from; "
-            "give one with --diffusion"
+            f"{missing} and no diffusers folder to take them from; give one with --diffusion"
         )
     return PartSource(part, read_tensors(stock, STOCK_WEIGHTS), str(stock), False)
 
@@ -241,7 +304,7 @@ class _Tower:
     def find(cls, root: Path, config: ConfigFile, tensors: Tensors, given: Source) -> _Tower:
         """Weights: of the file given, else of the checkpoint, else of a ta_tok.pth it names or has beside it.
         Settings: of the ta_tok.pth where there is one, else those that the weights' shapes tell."""
-        file = _ta_tok_file(root, config) if given.ta_tok is None else Path(given.ta_tok).expanduser()
+        file = _ta_tok_file(root, config) if given.ta_tok is None else local_path(given.ta_tok, "ta_tok")
         settings, loose = (None, None) if file is None else _read_ta_tok(file)
         inside = any(name.startswith(PREFIXES["ta_tok"]) for name in tensors)
         if not inside and loose is None:
@@ -255,18 +318,13 @@ class _Tower:
         ta_tok = parse_ta_tok(settings, _vision_section(vision_path))
         return cls(ta_tok, source, ta_tok.tokens, [path for path in (file, vision_path) if path is not None])
 
-    def warnings(self, model: ModelConfig) -> list[str]:
-        if self.config is None and model.edit.use_tar_siglip_features:
-            return ["use_tar_siglip_features is set but there is no vision tower: editing is not possible"]
-        return []
-
 
 def _ta_tok_file(root: Path, config: ConfigFile) -> Path | None:
     named = config.text("mm_vision_tower", "ta_tok.pth")
     return next(filter(is_file, (root / named, root / "ta_tok.pth")), None)
 
 
-def _read_ta_tok(path: Path) -> tuple[ConfigFile, dict[str, StoredTensor]]:
+def _read_ta_tok(path: Path) -> tuple[ConfigFile, Tensors]:
     """Settings and tensors of a ta_tok.pth, {"model": {"args": settings, "sd": tensors}}."""
     data = read_torch_file(path)
     model = data.get("model") if isinstance(data, dict) else None
@@ -276,7 +334,8 @@ def _read_ta_tok(path: Path) -> tuple[ConfigFile, dict[str, StoredTensor]]:
         raise CheckpointError(
             f'{path}: not a TA-Tok file; accepted: {{"model": {{"args": settings, "sd": tensors}}}}'
         )
-    return ConfigFile(f"{path}: args", arguments), torch_tensors(path, state)
+    tensors = unwrapped(torch_tensors(path, state), "bottleneck.regularizer.embedding.weight")
+    return ConfigFile(f"{path}: args", arguments), tensors
 
 
 def _tokens_without_tower(root: Path) -> int:
@@ -318,13 +377,11 @@ def _vision_config(root: Path, ta_tok: Path | None, settings: ConfigFile) -> Pat
 
 
 def _tokenizer_files(root: Path) -> list[Path]:
-    found = [root / name for name in TOKENIZER_FILES if (root / name).is_file()]
-    names = {path.name for path in found}
-    if "tokenizer_config.json" not in names or not ({"tokenizer.json", "vocab.json"} & names):
-        raise CheckpointError(
-            f"{root}: no tokenizer; accepted: tokenizer_config.json with tokenizer.json (or vocab.json and "
-            "merges.txt)"
-        )
+    found = [root / name for name in TOKENIZER_FILES if is_file(root / name)]
+    if not {"tokenizer_config.json", "tokenizer.json"} <= {path.name for path in found}:
+        raise CheckpointError(f"{root}: no tokenizer; accepted: tokenizer.json with tokenizer_config.json")
+    for path in found:
+        refuse_lfs_pointer(path)
     return found
 
 
@@ -334,54 +391,3 @@ def _files_read(root: Path, configs: list[Path], sources: Mapping[str, PartSourc
     for source in sources.values():
         paths += sorted({tensor.path for tensor in source.tensors.values()})
     yield from dict.fromkeys(paths)
-
-
-def _check_tensors(model: ModelConfig, sources: Mapping[str, PartSource]) -> list[str]:
-    """Check that every needed tensor is there, of the right shape and of a floating-point type.
-
-    Returns one warning per tensor that is neither needed nor known to be unused. Raises CheckpointError.
-    """
-    needed = {
-        part: {source.name(n.name): n for spec in layouts(model)[part] for n in spec.sources}
-        for part, source in sources.items()
-    }
-    files = {id(source.tensors): source.tensors for source in sources.values()}
-    used = {
-        key: {name for part, s in sources.items() if id(s.tensors) == key for name in needed[part]}
-        for key in files
-    }
-    for part, source in sources.items():
-        for name, tensor in needed[part].items():
-            _check_tensor(source, name, tensor, used[id(source.tensors)])
-    elsewhere = tuple(
-        PREFIXES[part]
-        for part in ("dit", "vae", "ta_tok")
-        if part not in sources or not sources[part].prefixed
-    )
-    return [
-        f"{name} is not known and was left out"
-        for key, tensors in files.items()
-        for name in sorted(set(tensors) - used[key])
-        if not UNUSED.match(name) and not name.startswith(elsewhere)
-    ]
-
-
-def _check_tensor(source: PartSource, name: str, needed: Needed, used: set[str]) -> None:
-    if name not in source.tensors:
-        spare = difflib.get_close_matches(name, sorted(set(source.tensors) - used), n=1, cutoff=0.8)
-        hint = f"; the closest unused name there is {spare[0]!r}" if spare else ""
-        tied = " (absent only where tie_word_embeddings is true)" if name == HEAD else ""
-        raise CheckpointError(
-            f"{source.where}: tensor {name!r} of shape {list(needed.shape)} is missing{tied}{hint}"
-        )
-    tensor = source.tensors[name]
-    if tensor.shape != needed.shape:
-        raise CheckpointError(
-            f"{tensor.path}: tensor {name!r} has shape {list(tensor.shape)}; accepted: {list(needed.shape)}, "
-            "as the configuration files say"
-        )
-    if tensor.dtype not in WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}; accepted: floating point "
-            "of 16, 32 or 64 bits"
-        )

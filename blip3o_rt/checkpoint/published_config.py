@@ -57,12 +57,12 @@ class ConfigFile:
     def read(cls, path: Path) -> ConfigFile:
         """Parse a file. Raises CheckpointError when it is missing or not a JSON object."""
         try:
+            refuse_lfs_pointer(path)
             content = path.read_bytes()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found; accepted: a checkpoint folder that has it") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
-        refuse_lfs_pointer(path, content)
         if content.startswith(b"\xef\xbb\xbf"):
             raise CheckpointError(
                 f"{path}: begins with a byte order mark (BOM); save it as UTF-8 without one"
@@ -115,7 +115,7 @@ class ConfigFile:
         if isinstance(value, bool) or not isinstance(value, int | float) or (positive and not value > 0):
             raise self.error(key, accepted)
         if not abs(value) <= sys.float_info.max:
-            raise self.error(key, accepted)
+            raise self.error(key, f"{accepted} that is finite")
         return float(value)
 
     def boolean(self, key: str, default: Any = REQUIRED) -> bool:
@@ -203,9 +203,14 @@ def _rope_theta(config: ConfigFile) -> float:
             continue
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
             raise config.error(key, 'null or {"rope_type": "default"}')
-    nested = config.data.get("rope_parameters")
-    if config.data.get("rope_theta") is None and isinstance(nested, dict):
-        return config.section("rope_parameters").number("rope_theta")
+        strange = [name for name in rope if name not in ("rope_type", "type", "rope_theta")]
+        if strange:
+            raise config.error(key, f"rope_type and rope_theta, not {strange[0]!r}")
+        if rope.get("rope_theta") is not None:
+            theta = config.section(key).number("rope_theta")
+            if config.number("rope_theta", theta) != theta:
+                raise config.error("rope_theta", f"{theta:g}, as {key} says, or one of the two")
+            return theta
     return config.number("rope_theta")
 
 
@@ -322,8 +327,11 @@ def _counts(values: object, minimum: int) -> bool:
 
 
 def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
-    """The Euler schedule. Whatever class the folder was written for, only these keys reach it: a `flow_shift`
-    is another class's key and has no effect."""
+    """The Euler schedule. Published folders are written for DPMSolverMultistep, whose key `flow_shift` has no
+    effect on it; no other schedule or prediction is computed."""
+    classes = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+    config.choice("_class_name", classes, classes[0])
+    config.only("prediction_type", "flow_prediction")
     for key in SCHEDULER_SWITCHES:
         config.only(key, False)
     config.only("shift_terminal", None)

@@ -28,16 +28,38 @@ class Source:
         path: Its folder, published or converted, or a hub cache's `models--OWNER--NAME`.
         diffusion: A diffusers folder in place of the one that config.json names.
         ta_tok: A ta_tok.pth in place of the image tokenizer that the checkpoint has or names.
+        variant: Which weights are read, as "fp16" of model.fp16.safetensors; None are the plain ones.
+        allow_base_weights: Whether the diffusers folder's untrained transformer may stand in for one that
+            the checkpoint does not have.
     """
 
     path: PathName
     diffusion: PathName | None = None
     ta_tok: PathName | None = None
+    variant: str | None = None
+    allow_base_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("path", "diffusion", "ta_tok"):
+            if name == "path" or getattr(self, name) is not None:
+                local_path(getattr(self, name), name)
+        if self.variant is not None and not re.fullmatch(r"[\w-]+", str(self.variant)):
+            raise CheckpointError(f"variant is {self.variant!r}; accepted: a word, as fp16")
 
     @classmethod
     def of(cls, source: Source | PathName) -> Source:
         """A source, of which the path alone may be given."""
         return source if isinstance(source, Source) else cls(source)
+
+
+def local_path(name: PathName, what: str) -> Path:
+    """A path that a user gives, `~` expanded. Raises CheckpointError for what is no path."""
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"{what} is {name!r}; accepted: the name of a folder or file")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # no such user
+        raise CheckpointError(f"{what} is {os.fspath(name)!r}: {error}") from None
 
 
 def is_file(path: Path) -> bool:
@@ -48,9 +70,11 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def refuse_lfs_pointer(path: Path, head: bytes) -> None:
-    """Raise CheckpointError where a file's first bytes are those of a git-lfs pointer."""
-    if head.startswith(LFS_POINTER):
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise CheckpointError where a file is a git-lfs pointer; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        head = file.read(len(LFS_POINTER))
+    if head == LFS_POINTER:
         raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` there")
 
 
@@ -68,7 +92,7 @@ def known_folder(name_or_path: str, name: str) -> Path | None:
 
 def checkpoint_folder(name: PathName) -> Path:
     """The folder that a user names. Raises CheckpointError where there is none."""
-    folder = Path(name).expanduser()
+    folder = local_path(name, "path")
     try:
         if folder.is_dir():
             return newest_snapshot(folder)
@@ -78,7 +102,7 @@ def checkpoint_folder(name: PathName) -> Path:
     hint = ""
     if HUB_NAME.fullmatch(os.fspath(name)):
         hint = f"; download it with `hf download {name} --local-dir DIR` and give DIR"
-    raise CheckpointError(f"{name}: {reason}; accepted: a checkpoint folder with config.json{hint}")
+    raise CheckpointError(f"{name}: {reason}; accepted: a folder with config.json{hint}")
 
 
 def newest_snapshot(folder: Path) -> Path:

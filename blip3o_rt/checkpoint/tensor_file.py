@@ -8,17 +8,18 @@ import json
 import math
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from blip3o_rt.checkpoint.source import LFS_POINTER, refuse_lfs_pointer
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.checkpoint.source import refuse_lfs_pointer
+from blip3o_rt.errors import CheckpointError, first_line
 
 CHUNK_BYTES = 16 * 2**20  # read, convert and write at most about this much at once
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -50,18 +51,39 @@ class StoredTensor:
         path: The file.
         name: Its name there.
         shape: Its shape there.
-        dtype: What its elements are, in the file's own word where torch has no such type.
-        chunks: Reads its elements in order, as one-dimensional pieces that are valid until the next is taken.
+        dtype: What its elements are, in words where they are nothing that torch computes with.
+        read: `chunks`.
     """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype | str
-    chunks: Callable[[], Iterator[Tensor]]
+    read: Callable[[int], Iterator[Tensor]]
+
+    def chunks(self, every: int = 1) -> Iterator[Tensor]:
+        """Its elements in order, as one-dimensional pieces that are valid until the next is taken; or one in
+        `every` of these."""
+        return self.read(every)
 
 
 Tensors = Mapping[str, StoredTensor]  # by name
+
+
+def whole_tensor(stored: StoredTensor, chunks: Iterator[Tensor] | None = None) -> Tensor:
+    """A tensor in memory, as stored; of its chunks where these are given."""
+    assert isinstance(stored.dtype, torch.dtype)  # who reads has checked
+    return filled(stored.shape, stored.dtype, stored.chunks() if chunks is None else chunks)
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype, chunks: Iterator[Tensor]) -> Tensor:
+    """A tensor of the elements that come in one-dimensional chunks."""
+    tensor = torch.empty(shape, dtype=dtype)
+    flat, done = tensor.reshape(-1), 0
+    for chunk in chunks:
+        flat[done : done + chunk.numel()] = chunk
+        done += chunk.numel()
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -83,22 +105,21 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
             entries, data_start = _read_header(path, file, size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; accepted: a complete copy of the checkpoint") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({first_line(error)}); check the disk") from None
     return {
         name: StoredTensor(path, name, entry.shape, entry.dtype, partial(_chunks, path, entry, data_start))
         for name, entry in entries.items()
     }
 
 
-def _chunks(path: Path, entry: _Entry, data_start: int) -> Iterator[Tensor]:
-    if isinstance(entry.dtype, str):
-        raise CheckpointError(f"{path}: values stored as {entry.dtype} are not read")
+def _chunks(path: Path, entry: _Entry, data_start: int, every: int) -> Iterator[Tensor]:
+    assert isinstance(entry.dtype, torch.dtype)  # who reads has checked
     step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
     buffer = torch.empty(min(step, entry.end - entry.begin), dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
-        file.seek(data_start + entry.begin)
-        for position in range(entry.begin, entry.end, step):
+        for position in range(entry.begin, entry.end, step * every):
+            file.seek(data_start + position)
             piece = buffer[: min(step, entry.end - position)]
             _fill(path, file, piece)
             yield piece.view(entry.dtype)
@@ -122,10 +143,9 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, _Entry], int]:
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
+    length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > HEADER_LIMIT:
-        refuse_lfs_pointer(path, start + file.read(len(LFS_POINTER)))
+        refuse_lfs_pointer(path)
         raise _damaged(path, "its header length makes no sense")
     if size < 8 + length:
         raise _truncated(path)
@@ -162,6 +182,7 @@ def read_torch_file(path: Path) -> object:
     Raises CheckpointError when it is missing, damaged, or a pickle that wants to run code.
     """
     try:
+        refuse_lfs_pointer(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; accepted: a ta_tok.pth file") from None
@@ -170,28 +191,51 @@ def read_torch_file(path: Path) -> object:
             f"{path}: refused, it holds Python objects that would run code when loaded; "
             "accepted: tensors and plain values only"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library raises what its archive and pickle readers raise
         raise CheckpointError(
             f"{path}: truncated or not a torch file ({first_line(error)}); copy or download it again"
         ) from None
 
 
 def torch_tensors(path: Path, state: Mapping[object, object]) -> dict[str, StoredTensor]:
-    """The plain tensors of a torch file's state dictionary; their pages are read only as they are used."""
+    """The tensors of a torch file's state dictionary; their pages are read only as they are used."""
     return {
-        str(name): StoredTensor(path, str(name), tuple(value.shape), value.dtype, partial(_split, value))
+        str(name): StoredTensor(
+            path, str(name), tuple(value.shape), _kind(value), partial(_split, path, value)
+        )
         for name, value in state.items()
-        if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
+        if isinstance(value, Tensor)
     }
 
 
-def _split(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.detach().reshape(-1).split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))
+def _kind(tensor: Tensor) -> torch.dtype | str:
+    if tensor.is_meta:
+        return "a shape without values (meta)"
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return tensor.dtype if plain else f"{tensor.dtype}, quantized or sparse"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _split(path: Path, tensor: Tensor, every: int) -> Iterator[Tensor]:
+    stat = path.stat()
+    _check_archive(path, stat.st_size, stat.st_mtime_ns)
+    yield from tensor.detach().reshape(-1).split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))[::every]
+
+
+@lru_cache(maxsize=1)
+def _check_archive(path: Path, size: int, modified: int) -> None:
+    """Compare a torch file with the checksums in it, once; the oldest kind of file has none."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+            damaged = first_line(error)
+        if damaged is not None:
+            raise CheckpointError(
+                f"{path}: damaged, a checksum differs ({damaged}); copy or download it again"
+            )
 
 
 @dataclass(frozen=True)

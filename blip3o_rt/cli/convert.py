@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from blip3o_rt.cli.options import BASE_WEIGHTS, DIFFUSION, TA_TOK, VARIANT, add_options
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.report import peak_memory_bytes
 from blip3o_rt.switches import parse_switches
@@ -24,10 +25,11 @@ def add_parser(subparsers: Any) -> None:
         "source", nargs="?", type=Path, metavar="SRC", help="the published checkpoint's folder"
     )
     parser.add_argument("destination", nargs="?", type=Path, metavar="DST", help="a new folder")
+    add_options(parser, DIFFUSION, TA_TOK, VARIANT, BASE_WEIGHTS)
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="a LoRA adapter to merge into the weights")
     parser.add_argument(
-        "--diffusion", type=Path, metavar="DIR", help="the diffusers folder (transformer/, vae/, scheduler/)"
+        "--lora-scale", type=float, default=1.0, metavar="X", help="of the adapter (default: 1)"
     )
-    parser.add_argument("--ta-tok", type=Path, metavar="FILE", help="the image tokenizer's ta_tok.pth")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)"
     )
@@ -74,10 +76,18 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     manifest = convert(
-        Source(arguments.source, arguments.diffusion, arguments.ta_tok),
+        Source(
+            arguments.source,
+            arguments.diffusion,
+            arguments.ta_tok,
+            arguments.variant,
+            arguments.allow_base_weights,
+        ),
         arguments.destination,
         dtype=arguments.dtype,
         switches=parse_switches(arguments.switch),
+        lora=arguments.lora,
+        lora_scale=arguments.lora_scale,
         progress=not arguments.quiet,
         force=arguments.force,
     )

@@ -38,6 +38,8 @@ def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
         switches=parse_switches(arguments.switch),
         diffusion=arguments.diffusion,
         ta_tok=arguments.ta_tok,
+        variant=arguments.variant,
+        allow_base_weights=arguments.allow_base_weights,
         cache_dir=arguments.cache_dir,
         **{name: size for name, size in sizes.items() if size is not None},
         **options,

@@ -48,6 +48,12 @@ DIFFUSION = option(
     "--diffusion", type=user_path, metavar="DIR", help="the published checkpoint's diffusers folder"
 )
 TA_TOK = option("--ta-tok", type=user_path, metavar="FILE", help="the published checkpoint's ta_tok.pth")
+VARIANT = option("--variant", metavar="NAME", help="of the weights, as fp16 (the plain ones)")
+BASE_WEIGHTS = option(
+    "--allow-base-weights",
+    action="store_true",
+    help="take the diffusers folder's untrained transformer where the checkpoint has none",
+)
 DEVICE = option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
 DTYPE = option("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic (%(default)s)")
 TIER = option(
@@ -93,6 +99,8 @@ MODEL = (
     option("--model", type=user_path, metavar="DIR", help="a checkpoint, converted or as published"),
     DIFFUSION,
     TA_TOK,
+    VARIANT,
+    BASE_WEIGHTS,
     DEVICE,
     DTYPE,
     TIER,

@@ -101,6 +101,8 @@ def server_options(arguments: argparse.Namespace) -> Any:
         "switches": parse_switches(arguments.switch),
         "diffusion": arguments.diffusion,
         "ta_tok": arguments.ta_tok,
+        "variant": arguments.variant,
+        "allow_base_weights": arguments.allow_base_weights,
         "cache_dir": arguments.cache_dir,
         "max_batch": arguments.max_batch,
     }

@@ -24,6 +24,7 @@ def test_defaults_are_the_published_ones(command: Command, pipeline: type[FakePi
     assert command("generate", "a red circle") == 0
     load, generate = pipeline.calls
     places = {"diffusion": None, "ta_tok": None, "cache_dir": None}
+    places |= {"variant": None, "allow_base_weights": False}  # type: ignore[dict-item]
     tier = {"tier": "exact", "switches": {}}
     assert load == ("load", (None,), {"device": "auto", "dtype": "auto", **tier, **places})
     assert generate == (
@@ -49,6 +50,7 @@ def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePip
         "-n 2 --seed 5 --steps 4 --guidance 1.5 --temperature 0.5 --top-k 7 --top-p 0.9 --whole-vocabulary"
     )
     places = "--model m --diffusion d --ta-tok t.pth --cache-dir c --device cpu --dtype bf16 --quiet"
+    places += " --variant fp16 --allow-base-weights"
     sizes = "--max-batch 8 --max-prompt-tokens 99 --tier fast --switch ar_weights=int8"
     assert command("generate", "x", "y", *options.split(), *places.split(), *sizes.split()) == 0
     load, generate = pipeline.calls
@@ -60,6 +62,8 @@ def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePip
         "switches": {"ar_weights": "int8"},
         "diffusion": Path("d"),
         "ta_tok": Path("t.pth"),
+        "variant": "fp16",
+        "allow_base_weights": True,
         "cache_dir": Path("c"),
         "max_batch": 8,
         "max_prompt_tokens": 99,
@@ -87,7 +91,15 @@ def test_the_real_pipeline_takes_these_arguments() -> None:
     inspect.signature(Pipeline.edit).bind(None, "x", [Image.new("RGB", (1, 1))], on_image=print, **keywords)
     sizes = {"max_batch": 4, "max_prompt_tokens": 1536}
     inspect.signature(Pipeline.load).bind(
-        None, device="auto", dtype="auto", diffusion=None, ta_tok=None, cache_dir=None, **sizes
+        None,
+        device="auto",
+        dtype="auto",
+        diffusion=None,
+        ta_tok=None,
+        variant=None,
+        allow_base_weights=False,
+        cache_dir=None,
+        **sizes,
     )
 
 

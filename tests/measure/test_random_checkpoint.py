@@ -53,7 +53,13 @@ def test_weights_keep_activations_sane(tmp_path: Path) -> None:
 def moved(config: ModelConfig, first: int) -> ModelConfig:
     """The image vocabulary elsewhere, in another order and with a gap."""
     tokens = ImageTokenConfig(first + 9, first, first + 2, first + 10, 40, 64)
-    return replace(config, image_tokens=tokens, ar=replace(config.ar, vocab_size=first + 60))
+    assert config.ta_tok is not None
+    return replace(
+        config,
+        image_tokens=tokens,
+        ar=replace(config.ar, vocab_size=first + 60),
+        ta_tok=replace(config.ta_tok, codebook_size=40),
+    )
 
 
 @pytest.mark.parametrize("first", [None, 262, 1000])
