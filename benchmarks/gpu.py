@@ -1,14 +1,12 @@
-"""Everything that a GPU is asked for, in pieces of under ten minutes: build, suite, sanitizers, validation,
-benchmarks, trace.
+"""Numbers from a GPU in eight minutes, with nothing installed and no network.
 
-    python -m benchmarks.gpu                  run what is not done yet
-    python -m benchmarks.gpu --within 570     only what fits in so many seconds
-    python -m benchmarks.gpu --archive DIR    and pack the results into one file there, after every piece
-    python -m benchmarks.gpu --dry-run        check on any machine that every piece could run
-    python -m benchmarks.gpu --take FILE      put what another machine sent back into benchmarks/results
+    python3 -m benchmarks.gpu --seconds 480            build, check, measure; pack everything into --out
+    python3 -m benchmarks.gpu --seconds 200 --second   compiled baselines, and what the first call left undone
+    python -m benchmarks.gpu --dry-run --seconds 480   on any machine: would all that matters fit?
+    python -m benchmarks.gpu --take results.tar.gz     unpack what came back into benchmarks/results
 
-Results go to benchmarks/results/GPU/, with a state file that says which pieces are done: a finished piece is
-not run again unless forced, or unless it is a check and the code is at another commit.
+Pieces run in order, each within its seconds. One that would take the time of an essential piece is left out.
+Results are packed after every piece. Only one GPU is used.
 """
 
 from __future__ import annotations
@@ -17,194 +15,130 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
-from datetime import datetime, timezone
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from tabulate import tabulate
+from benchmarks.pieces import BUILD_PACKAGES, PACKAGES, PIECES, ROOT, Piece, Site, missing
 
-from benchmarks import pieces
-from benchmarks.dry_run import check
-from benchmarks.pieces import EXPECTED, PIECES, Piece, Site, find_gpu
-from benchmarks.targets import newest_rows, read_records, slower_than, standings
-from blip3o_rt.measure.provenance import commit
-
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 STATE = "state.json"
-ARCHIVE_BYTES = 15 * 2**20  # so that it is easily sent
-DONE, FAILED, OVER_BUDGET, LEFT_OUT = "done", "failed", "over its budget", "left out"
+PACKING = 15.0  # seconds kept for the last packing
+GRACE = 4.0  # of a piece's seconds, to write what it has after it was interrupted
+TREE_BYTES = 64 * 2**20  # that a checkout may have to travel to a machine
+DONE, FAILED, CUT, LEFT_OUT = "done", "failed", "cut short", "left out: no time"
 
 
-class State:
-    """What became of each piece on one GPU, saved after every change."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / STATE
-        self.pieces: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            self.pieces = json.loads(self.path.read_text(encoding="utf-8"))
-
-    def done(self, piece: Piece) -> bool:
-        """Whether it ended well; a check, at this commit (that results make a checkout dirty matters not)."""
-        entry = self.pieces.get(piece.name, {})
-        at, here = ((of or "").removesuffix("-dirty") for of in (entry.get("commit"), commit()))
-        return bool(entry.get("outcome") == DONE) and (not piece.checks or at == here)
-
-    def set(self, name: str, outcome: str, **facts: Any) -> None:
-        self.pieces[name] = {
-            "outcome": outcome,
-            "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
-            **facts,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.pieces, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+class Clock(Protocol):
+    def __call__(self) -> float: ...
 
 
-class Runner:
-    """Runs pieces on a site.
+class Run:
+    """Runs pieces one after the other until the seconds are over.
 
-    within: seconds for all of them, None is no limit. archive: folder that the results are also packed into.
+    Args:
+        execute: runs a piece for so many seconds; returns its outcome.
+        clock: what the seconds are counted by.
     """
 
     def __init__(
-        self, site: Site, *, force: bool = False, within: float | None = None, archive: Path | None = None
+        self,
+        site: Site,
+        seconds: float,
+        execute: Callable[[Piece, float], str],
+        clock: Clock = time.monotonic,
     ) -> None:
-        self.site, self.force, self.archive = site, force, archive
-        self.results = site.root / site.results
-        self.state = State(self.results)
-        self.end = float("inf") if within is None else time.monotonic() + within
-        self.tried: set[str] = set()
+        self.site, self.execute, self.clock = site, execute, clock
+        self.begin = clock()
+        self.end = self.begin + seconds - PACKING
+        self.state: dict[str, dict[str, Any]] = {}
+        path = site.results / STATE
+        if path.is_file():
+            self.state = json.loads(path.read_text(encoding="utf-8"))
 
-    def run(self, wanted: Sequence[Piece]) -> bool:
-        """Run them in order, each after what it needs; whether all that were not left out are done."""
-        for piece in wanted:
-            self.piece(piece)
-        return all(self.settled(piece) for piece in wanted)
+    def all(self, pieces: Sequence[Piece]) -> None:
+        """Every piece that fits beside the essential ones after it."""
+        for place, piece in enumerate(pieces):
+            kept = sum(later.seconds for later in pieces[place + 1 :] if later.essential)
+            if self.clock() + piece.seconds + (0 if piece.essential else kept) > self.end:
+                self.note(piece, LEFT_OUT)
+                continue
+            began = self.clock()
+            outcome = self.execute(piece, piece.seconds)
+            self.note(piece, outcome, seconds=round(self.clock() - began, 1))
 
-    def settled(self, piece: Piece) -> bool:
-        """Whether there is nothing more to do for a piece."""
-        if piece.left_out(self.site) is not None and piece.ready is None:
-            return True
-        return piece.ready(self.site) if piece.ready else self.state.done(piece)
+    def note(self, piece: Piece, outcome: str, **facts: Any) -> None:
+        """Print and keep what became of a piece."""
+        at = self.clock() - self.begin
+        print(f"{at:5.0f} s  {piece.name}: {outcome}", flush=True)
+        self.state[piece.name] = {"outcome": outcome, **facts}
+        if self.site.results.is_dir():
+            (self.site.results / STATE).write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
 
-    def piece(self, piece: Piece) -> None:
-        """Run one piece unless it is done, cannot run, or does not fit in the time left."""
-        if piece.name in self.tried:
-            return
-        self.tried.add(piece.name)
-        if self.settled(piece) and not (self.force and piece.ready is None):
-            self.say(piece, DONE if piece.ready else piece.left_out(self.site) or DONE)
-            return
-        if (reason := piece.left_out(self.site)) is not None:
-            self.state.set(piece.name, LEFT_OUT, reason=reason)
-            self.say(piece, reason)
-            return
-        for name in piece.needs:
-            self.piece(pieces.named(name))
-        undone = [name for name in piece.needs if not self.usable(pieces.named(name))]
-        if undone:
-            self.say(piece, f"not run: {', '.join(undone)} is not done")
-        elif time.monotonic() + piece.budget > self.end:
-            self.say(piece, f"not run: its {piece.budget} s do not fit in the time left")
-        else:
-            self.start(piece)
-        self.pack()
+    def undone(self) -> list[Piece]:
+        """Pieces of the first call that have not ended well."""
+        return [p for p in PIECES if p.call == 1 and self.state.get(p.name, {}).get("outcome") != DONE]
 
-    def usable(self, piece: Piece) -> bool:
-        """Whether what needs a piece can run: packages that cannot be installed may be there all the same."""
-        if piece.left_out(self.site) is not None:
-            return piece.ready is None or piece.ready(self.site)
-        return self.settled(piece)
 
-    def start(self, piece: Piece) -> None:
-        command = piece.command(self.site)
-        self.say(piece, f"at most {piece.budget} s: {shlex.join(command)}")
-        log = self.results / "logs" / f"{piece.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        begin = time.monotonic()
-        environment = {**self.site.environment(), **piece.environment}
-        code = run_within(command, self.site.root, environment, log, piece.budget)
-        seconds = round(time.monotonic() - begin, 1)
-        outcome = OVER_BUDGET if code is None else DONE if code == 0 else FAILED
-        words = ["python" if word == self.site.python else word for word in command]
-        self.state.set(piece.name, outcome, seconds=seconds, exit_code=code, command=words)
-        self.say(piece, f"{outcome} after {seconds:.0f} s")
+def execute(site: Site, out: Path) -> Callable[[Piece, float], str]:
+    """Runs a piece's command in a process group of its own; then packs the results."""
+
+    def run(piece: Piece, seconds: float) -> str:
+        command = piece.command(site)
+        print(f"        {shlex.join(command)}", flush=True)
+        log = site.results / f"{piece.name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=site.environment(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+            outcome = wait(process, seconds)
         if outcome != DONE:
-            print("\n".join(f"  {line}" for line in last_lines(log)), flush=True)
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(f"        {line}" for line in lines[-8:]), flush=True)
+        pack(site, out)
+        return outcome
 
-    def pack(self) -> None:
-        """All results in one archive, where that is asked for."""
-        if self.archive is not None and self.results.is_dir():
-            self.archive.mkdir(parents=True, exist_ok=True)
-            for name in pack(self.results, self.archive / f"{self.results.name}.tar.gz"):
-                print(f"{name} does not fit in the archive", flush=True)
-
-    @staticmethod
-    def say(piece: Piece, text: str) -> None:
-        print(f"{piece.name}: {text}", flush=True)
+    return run
 
 
-def run_within(
-    command: Sequence[str], folder: Path, environment: dict[str, str], log: Path, seconds: float
-) -> int | None:
-    """The exit code of a command whose output goes to a log; None where it was ended after so many seconds.
+def wait(process: subprocess.Popen[bytes], seconds: float) -> str:
+    """The outcome of a process that has so many seconds.
 
-    It runs in a process group of its own, all of which is ended: first asked, so that a bench keeps what it
-    has, then killed.
+    It is interrupted as Ctrl-C does, so that it keeps what it has, and then killed with its children.
     """
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            return process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.poll() is None:
-                end(process)
+    try:
+        return DONE if process.wait(timeout=max(0.1, seconds - GRACE)) == 0 else FAILED
+    except subprocess.TimeoutExpired:
+        for kind in (signal.SIGINT, signal.SIGKILL):
+            try:
+                os.killpg(process.pid, kind)
+                process.wait(timeout=GRACE)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        return CUT
 
 
-def end(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
-    """Interrupt a process group as Ctrl-C does, and kill what is left of it."""
-    for kind in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, kind)
-            process.wait(timeout=patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
-
-
-def last_lines(log: Path, count: int = 15) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-
-
-def pack(folder: Path, archive: Path, limit: int = ARCHIVE_BYTES) -> list[str]:
-    """Write a folder's files to an archive of at most so many bytes, the small ones first; names left out."""
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    partial = archive.with_suffix(".part")
-    left_out = []
-    with partial.open("wb") as output, tarfile.open(fileobj=output, mode="w:gz") as packed:
-        for path in files:
-            output.flush()
-            if output.tell() + path.stat().st_size > limit:
-                left_out.append(str(path.relative_to(folder)))
-            else:
-                packed.add(path, Path(folder.name) / path.relative_to(folder))
-    partial.replace(archive)
-    return left_out
+def pack(site: Site, out: Path) -> None:
+    """The results in one archive, and the built module beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "results.part"
+    with tarfile.open(partial, mode="w:gz") as packed:
+        packed.add(site.results, site.results.name)
+    partial.replace(out / "results.tar.gz")
+    for module in (ROOT / "blip3o_rt").glob("_cuda*.so"):
+        shutil.copy2(module, out / module.name)
 
 
 def take(archive: Path, results: Path) -> Path:
@@ -220,25 +154,74 @@ def take(archive: Path, results: Path) -> Path:
     return results / top.pop()
 
 
-def shortfalls(site: Site, gpu_name: str | None) -> str:
-    """What the records say about the targets of a GPU (None: of any), and where a peer is faster."""
-    records = read_records(site.root / site.results, "bench")
-    found = standings(records, gpu_name, "cuda")
-    body = [[s.target.label, s.target.bound, s.target.text(s.value), s.word] for s in found]
-    table = tabulate(body, ["target", "wanted", "measured", ""], disable_numparse=True)
-    return "\n".join([table, *(f"slower: {line}" for line in slower_than(newest_rows(records)))])
+def unpack_wheels(wheels: Path, folder: Path) -> None:
+    """Carried packages, of Python alone, without pip."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
 
 
-def outcomes(state: State) -> str:
-    """The state as a table."""
-    body = []
-    for piece in PIECES:
-        entry = state.pieces.get(piece.name, {})
-        seconds = entry.get("seconds")
-        took = f"{seconds:.0f} s" if seconds is not None else ""
-        facts = [entry.get("outcome", ""), took, entry.get("commit") or ""]
-        body.append([piece.name, *facts, entry.get("reason", piece.what)])
-    return tabulate(body, ["piece", "outcome", "took", "commit", ""], disable_numparse=True)
+# Without a GPU
+
+
+def dry_run(pieces: Sequence[Piece], seconds: float, wheels: Path | None) -> int:
+    """Walk through the pieces with a clock that takes each at its budget; 1 where something would not do."""
+    site = Site(Path("results"), Path("work"))
+    problems = [problem for piece in pieces for problem in command_problems(piece.command(site))]
+    now = 0.0
+
+    def take_all(piece: Piece, allowed: float) -> str:
+        nonlocal now
+        now += allowed
+        return DONE
+
+    run = Run(site, seconds, take_all, clock=lambda: now)
+    run.all(pieces)
+    for piece in pieces:
+        if piece.essential and run.state[piece.name]["outcome"] != DONE:
+            problems.append(f"{piece.name} does not fit in {seconds:.0f} s")
+    size = tree_bytes(wheels)
+    if size > TREE_BYTES:
+        problems.append(f"the checkout has {size / 2**20:.0f} MiB: at most 64 MiB travel")
+    print(f"{now + PACKING:5.0f} s  packed; a checkout of {size / 2**20:.1f} MiB")
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    return 1 if problems else 0
+
+
+def command_problems(command: Sequence[str]) -> list[str]:
+    """Whether blip3o-rt takes its arguments, by its own parser, and files of tests are there."""
+    from blip3o_rt.cli.commands import build_parser
+    from blip3o_rt.errors import Blip3oError
+
+    found = [
+        f"{word} is not in the checkout"
+        for word in command
+        if word.startswith("tests/") and not (ROOT / word).exists()
+    ]
+    if "blip3o_rt" in command:
+        arguments = list(command[command.index("blip3o_rt") + 1 :])
+        try:
+            build_parser().parse_args(arguments)
+        except (Blip3oError, SystemExit) as error:
+            found.append(f"blip3o-rt does not take {shlex.join(arguments)}: {error}")
+    return found
+
+
+def tree_bytes(wheels: Path | None) -> int:
+    """Bytes of the files that travel: tracked, untracked and not ignored, and carried wheels."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    paths = {ROOT / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name}
+    paths.update(wheels.glob("*.whl") if wheels is not None else ())
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+# The command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -249,100 +232,75 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--seconds", type=float, default=480.0, help="of everything (%(default)s)")
+    parser.add_argument("--second", action="store_true", help="the second call")
+    parser.add_argument("--only", metavar="PIECE,...", help="these pieces, as if all were essential")
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        "--list", action="store_true", help="the pieces, what became of them and at which commit"
+        "--dry-run", action="store_true", help="run nothing; fail where what matters does not fit"
     )
-    action.add_argument(
-        "--dry-run", action="store_true", help="run nothing; check that every piece could run"
-    )
+    action.add_argument("--ready", action="store_true", help="0 where this Python needs no more packages")
     action.add_argument("--take", type=Path, metavar="FILE", help="unpack an archive that came back")
-    parser.add_argument("--only", metavar="PIECE,...", help="these pieces, after what they need")
-    parser.add_argument("--force", action="store_true", help="run finished pieces again")
+    out = Path(os.environ.get("OUT", "out/gpu"))
     parser.add_argument(
-        "--within",
-        type=float,
-        metavar="SECONDS",
-        help="start no piece that may take longer, all together (no limit)",
+        "--out", type=Path, default=out, metavar="DIR", help="archive goes here ($OUT, out/gpu)"
     )
     parser.add_argument(
-        "--archive", type=Path, metavar="DIR", help="pack the results into DIR/GPU.tar.gz after every piece"
+        "--work", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="(build/gpu)"
     )
     parser.add_argument(
-        "--work", type=Path, metavar="DIR", help="checkpoints and packages (build/gpu; 30 GB of disk)"
-    )
-    parser.add_argument(
-        "--wheels", type=Path, metavar="DIR", help="wheels to install, for a machine without a network"
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="DIR", help="recorded runs t2i/ and edit/ (BLIP3O_REFERENCE)"
-    )
-    parser.add_argument(
-        "--there",
-        type=Path,
-        metavar="FILE",
-        help="with --dry-run: names of the packages that the machine has, to check the wheels against",
+        "--wheels", type=Path, metavar="DIR", help="carried wheels of pure Python, as diffusers"
     )
     return parser
 
 
-def chosen(text: str | None) -> list[Piece]:
-    """The pieces of --only, in their order; all without it."""
-    if text is None:
-        return list(PIECES)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    known = [piece.name for piece in PIECES]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise SystemExit(f"--only is {text}: accepted are {', '.join(known)}, joined by commas")
-    return [piece for piece in PIECES if piece.name in names]
-
-
-def site(arguments: argparse.Namespace, gpu: pieces.Gpu) -> Site:
-    """Where the options say."""
-    environment = os.environ.get("BLIP3O_REFERENCE")
-    reference = arguments.reference or (Path(environment) if environment else None)
-    return Site(
-        root=ROOT,
-        results=(RESULTS / gpu.folder).relative_to(ROOT),
-        work=in_checkout(arguments.work or ROOT / "build" / "gpu"),
-        gpu=gpu,
-        wheels=in_checkout(arguments.wheels) if arguments.wheels else None,
-        reference=in_checkout(reference) if reference else None,
-    )
-
-
-def in_checkout(path: Path) -> Path:
-    """A path as commands in the checkout name it."""
-    found = path.resolve()
-    return found.relative_to(ROOT) if found.is_relative_to(ROOT) else found
+def chosen(arguments: argparse.Namespace, run: Run | None = None) -> list[Piece]:
+    """The pieces of a call: the second one builds again, and ends with what the first left undone."""
+    if arguments.only is not None:
+        names = [name.strip() for name in arguments.only.split(",")]
+        unknown = set(names).difference(piece.name for piece in PIECES)
+        if unknown:
+            accepted = ", ".join(piece.name for piece in PIECES)
+            raise SystemExit(f"--only is {arguments.only}: accepted are {accepted}, joined by commas")
+        return [piece for piece in PIECES if piece.name in names]
+    if not arguments.second:
+        return [piece for piece in PIECES if piece.call == 1]
+    build = PIECES[0]
+    undone = [piece for piece in run.undone() if piece is not build] if run is not None else []
+    return [build, *(piece for piece in PIECES if piece.call == 2), *undone]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 all pieces are done or left out, 1 some are not, 2 there is no GPU."""
+    """Exit code: 0 all pieces are done, 1 some are not, 2 there is no GPU or a package is missing."""
     arguments = build_parser().parse_args(argv)
-    wanted = chosen(arguments.only)
     if arguments.take is not None:
         print(f"{take(arguments.take, RESULTS)}: now python -m benchmarks.render")
         return 0
-    gpu = find_gpu()
     if arguments.dry_run:
-        here = site(arguments, gpu or EXPECTED)
-        code = check(here, wanted, arguments.there, arguments.within)
-        print(f"\n{shortfalls(here, gpu.name if gpu else None)}")
-        return code
-    if gpu is None and not arguments.list:
-        print("no GPU that PyTorch can use: --dry-run checks the pieces without one", file=sys.stderr)
+        return dry_run(chosen(arguments), arguments.seconds, arguments.wheels)
+    lacking = missing((*PACKAGES, *BUILD_PACKAGES))
+    if lacking or arguments.ready:
+        print("missing packages: " + ", ".join(lacking) if lacking else "nothing is missing", file=sys.stderr)
+        return 2 if lacking else 0
+    import torch
+
+    if not torch.cuda.is_available():
+        print("no GPU that PyTorch can use: --dry-run walks through without one", file=sys.stderr)
         return 2
-    here = site(arguments, gpu or EXPECTED)
-    if arguments.list:
-        print(outcomes(State(ROOT / here.results)))
-        return 0
-    runner = Runner(here, force=arguments.force, within=arguments.within, archive=arguments.archive)
-    complete = runner.run(wanted)
-    runner.pack()
-    print(f"\n{outcomes(runner.state)}\n\n{shortfalls(here, here.gpu.name)}")
-    return 0 if complete else 1
+    name = torch.cuda.get_device_name(0)
+    folder = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    work = arguments.work.resolve()
+    site = Site(work / folder, work)
+    if (RESULTS / folder).is_dir() and not site.results.exists():
+        shutil.copytree(RESULTS / folder, site.results)  # what the first call brought back
+    site.results.mkdir(parents=True, exist_ok=True)
+    if arguments.wheels is not None:
+        unpack_wheels(arguments.wheels, work / "packages")
+    run = Run(site, arguments.seconds, execute(site, arguments.out.resolve()))
+    pieces = chosen(arguments, run)
+    run.all(pieces)
+    pack(site, arguments.out.resolve())
+    return 0 if all(run.state[piece.name]["outcome"] == DONE for piece in pieces) else 1
 
 
 if __name__ == "__main__":

@@ -1,412 +1,259 @@
-"""The pieces of a run on a GPU: what each one does, its command, what it needs and how long it may take."""
+"""The pieces of a run on a GPU in order of worth: what each does, its command and its seconds.
+
+    python -m benchmarks.pieces build|embedded|products|kernels FOLDER    run one of those that are Python
+
+Nothing is needed but a checkout, PyTorch with Triton and transformers, the packages the runtime depends on,
+pytest, cmake, nvcc and pybind11's headers: no network, no pip, no installed package, no checkpoint.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-CALL_SECONDS = 570.0  # of one command, where a dry run counts how many there would be
-LONGEST = 600  # seconds that a piece may take at most: what is interrupted starts over
-NO_DEPENDENCIES = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade")
-
-# Import name -> name of the distribution: what the pieces need besides PyTorch.
-PACKAGES = {
-    "transformers": "transformers",
-    "diffusers": "diffusers",
-    "importlib_metadata": "importlib_metadata",  # of diffusers
-    "zipp": "zipp",
-    "safetensors": "safetensors",
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "tqdm": "tqdm",
-    "psutil": "psutil",
-    "tabulate": "tabulate",
-    "jinja2": "jinja2",
-    "matplotlib": "matplotlib",
-    "scipy": "scipy",
-    "pytest": "pytest",
-    "hypothesis": "hypothesis",
-    "pybind11": "pybind11",
-    "setuptools": "setuptools",
-}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as PyTorch names it, and its architecture as CMake does."""
-
-    name: str
-    architecture: str
-
-    @property
-    def folder(self) -> str:
-        """Its name as that of a folder."""
-        words = "".join(letter if letter.isalnum() else " " for letter in self.name.lower()).split()
-        return "-".join(words)
-
-
-EXPECTED = Gpu("no GPU here", "90a-real")  # what a dry run stands on
-
-
-def find_gpu() -> Gpu | None:
-    """The first GPU that PyTorch can use."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    feature = "a" if (major, minor) == (9, 0) else ""  # Hopper's own instructions
-    return Gpu(torch.cuda.get_device_name(0), f"{major}{minor}{feature}-real")
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "PIL", "tqdm", "psutil", "tabulate")
+BUILD_PACKAGES = ("pytest", "pybind11")
+SIZE = ("--size", "published", "--dtype", "bf16", "--device", "cuda", "--quiet")
+FAST = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
+SANITIZED = "cuda and (row_linear or decode_attention or sample_tokens or rms_norm)"
+GPU_TESTS = ("tests/ops/test_attention_on_gpu.py", "tests/ops/test_fused_on_gpu.py", "tests/test_graphs.py")
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where pieces run: the checkout, where results and checkpoints go, and what was brought along.
+    """Where pieces run. results, work: folders of what is measured and of what is made on the way."""
 
-    Paths below the checkout are relative to it, as commands are run there: records name no machine's folders.
-    """
-
-    root: Path
     results: Path
     work: Path
-    gpu: Gpu
-    wheels: Path | None = None
-    reference: Path | None = None
+    architecture: str = "90a-real"
     python: str = sys.executable
 
-    @property
-    def packages(self) -> Path:
-        """Where carried wheels are installed, apart from the machine's own packages."""
-        return self.work / "packages"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The random checkpoint of the published size, as bench leaves it in its work folder."""
-        from blip3o_rt.measure.validate.checkpoint import converted_folder  # PyTorch takes seconds to import
-
-        return converted_folder("published", "bf16", self.work)
-
     def environment(self) -> dict[str, str]:
-        """Of every command."""
-        paths = [str(self.root / self.packages), os.environ.get("PYTHONPATH", "")]
+        """Of every command: carried packages are found, and Triton's cache is shared."""
+        paths = [str(self.work / "packages"), os.environ.get("PYTHONPATH", "")]
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PYTHONUNBUFFERED": "1",
-            **({"BLIP3O_REFERENCE": str(self.root / self.reference)} if self.reference else {}),
+            "TRITON_CACHE_DIR": str(self.work / "triton"),
         }
-
-
-def nowhere(_: Site) -> str | None:
-    """A piece that is never left out."""
-    return None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One step of the run.
+    """One step of a run.
 
-    budget: seconds, after which it is ended. command: program and arguments. needs: pieces that must be done
-    on this machine first. tools: programs it calls. left_out: why it does not run here, None where it does.
-    ready: of a piece that changes the machine, not the results: whether the machine is as it leaves it.
-    checks: it says whether the code is right, so its outcome holds for that commit only.
+    Attributes:
+        seconds: after which it is ended; what it has written by then counts.
+        command: program and arguments.
+        essential: whether time is kept for it, whatever comes before it.
+        call: of the first or of the second call.
     """
 
     name: str
     what: str
-    budget: int
+    seconds: int
     command: Callable[[Site], list[str]]
-    needs: tuple[str, ...] = ("packages", "build")
-    tools: tuple[str, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    left_out: Callable[[Site], str | None] = nowhere
-    ready: Callable[[Site], bool] | None = None
-    checks: bool = False
+    essential: bool = False
+    call: int = 1
 
 
-# Packages and build
+def python(name: str) -> Callable[[Site], list[str]]:
+    """The command of a piece that is a function of this file."""
+    return lambda site: [site.python, "-m", "benchmarks.pieces", name, str(site.results)]
 
 
-def missing_packages(site: Site) -> list[str]:
-    """Distributions that neither the machine nor the folder of carried ones has."""
-    return [
-        distribution
-        for module, distribution in PACKAGES.items()
-        if find_spec(module) is None and not (site.root / site.packages / module).exists()
-    ]
+def bench(folder: str, *options: str) -> Callable[[Site], list[str]]:
+    """The command of a bench at the published size."""
+
+    def command(site: Site) -> list[str]:
+        places = ("--work", str(site.work), "--out", str(site.results / folder))
+        return [site.python, "-m", "blip3o_rt", "bench", *SIZE, *options, *places]
+
+    return command
 
 
-def install_wheels(site: Site) -> list[str]:
-    wheels = sorted(map(str, (site.root / site.wheels).glob("*.whl"))) if site.wheels else []
-    return [site.python, *NO_DEPENDENCIES, "--target", str(site.packages), *wheels]
-
-
-def no_wheels(site: Site) -> str | None:
-    if site.wheels:
-        return None
-    missing = ", ".join(missing_packages(site)) or "nothing"
-    return f"{missing} is missing, and no wheels were brought along (--wheels)"
-
-
-def built(site: Site) -> bool:
-    """Whether the CUDA kernels can run here; asked of a process of its own, which sees a new build."""
-    question = "import sys; from blip3o_rt.ops import native; sys.exit(native.cuda_unavailable() is not None)"
-    command = [site.python, "-c", question]
-    return subprocess.run(command, cwd=site.root, env=site.environment(), check=False).returncode == 0
-
-
-def build(site: Site) -> list[str]:
-    settings = ["BLIP3O_CUDA=on", f"BLIP3O_CUDA_ARCHS={site.gpu.architecture}"]
-    return ["env", *settings, site.python, "setup.py", "build_ext", "--inplace"]
-
-
-# Checks
-
-
-WITHOUT_A_GPU = ("tests/csrc", "tests/triton_kernels")  # kernels compiled and interpreted on the CPU
-
-
-def pytest(site: Site, *options: str) -> list[str]:
-    """pytest, on several processes where that is installed."""
-    parallel = ["-n", "8"] if find_spec("xdist") else []
-    return [site.python, "-m", "pytest", "-p", "no:cacheprovider", *parallel, *options]
-
-
-def suite(site: Site) -> list[str]:
-    """The suite but for what runs the same without a GPU."""
-    return pytest(site, *(f"--ignore={folder}" for folder in WITHOUT_A_GPU), "tests")
-
-
-def suite_without_a_gpu(site: Site) -> list[str]:
-    """The rest of the suite."""
-    return pytest(site, *WITHOUT_A_GPU)
+def tests(*options: str) -> Callable[[Site], list[str]]:
+    return lambda site: [site.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
 
 
 def sanitized(tool: str) -> Callable[[Site], list[str]]:
-    """The op table on the GPU under one of compute-sanitizer's tools."""
+    """Some of the op table under one of compute-sanitizer's tools."""
 
     def command(site: Site) -> list[str]:
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
-        table = ["tests/ops/test_ops.py", "-k", "cuda or triton", "-p", "no:cacheprovider"]
-        return [sanitizer, *options, site.python, "-m", "pytest", *table]
+        return [sanitizer, *options, *tests("tests/ops/test_ops.py", "-k", SANITIZED)(site)]
 
     return command
 
 
-def validate(folder: str, *options: str) -> Callable[[Site], list[str]]:
-    def command(site: Site) -> list[str]:
-        place = ["--device", "cuda", "--out", str(site.results / folder)]
-        return [site.python, "-m", "blip3o_rt", "validate", *options, *place]
-
-    return command
+def compiled(line: str) -> Piece:
+    options = ("--lines", line, "--baselines", "compiled,graphed", "--runs", "3")
+    what = f"{line} beside compiled and graphed baselines"
+    return Piece(f"compiled-{line}", what, 50, bench(f"compiled-{line}", *options), call=2)
 
 
-def golden(name: str) -> Callable[[Site], list[str]]:
-    def command(site: Site) -> list[str]:
-        folder = (site.reference or Path("REFERENCE")) / name
-        return validate(f"validate-golden-{name}", "--against", str(folder))(site)
-
-    return command
-
-
-def no_golden(name: str) -> Callable[[Site], str | None]:
-    def left_out(site: Site) -> str | None:
-        if site.reference is None:
-            return "no recorded runs were brought along (--reference)"
-        return (
-            None if (site.root / site.reference / name).is_dir() else f"{site.reference} has no folder {name}"
-        )
-
-    return left_out
-
-
-def validate_published(site: Site) -> list[str]:
-    command = validate("validate-published", "--size", "published")(site)
-    return [*command, "--work", str(site.work / "validate")]
-
-
-# Measurements
-
-
-def bench(folder: str, minutes: float, *options: str) -> Callable[[Site], list[str]]:
-    def command(site: Site) -> list[str]:
-        model = ["--size", "published", "--dtype", "bf16", "--device", "cuda", "--work", str(site.work)]
-        effort = ["--budget", f"{minutes:g}", "--out", str(site.results / folder)]
-        return [site.python, "-m", "blip3o_rt", "bench", *model, *options, *effort]
-
-    return command
-
-
-def no_fp8(site: Site) -> str | None:
-    """Architectures before 8.9 multiply no 8-bit floats."""
-    number = int("".join(filter(str.isdigit, site.gpu.architecture)))
-    return None if number >= 89 else f"a GPU of architecture {number} has no products of 8-bit floats"
-
-
-def checkpoint(site: Site) -> list[str]:
-    """The smallest bench of the published size, for the random checkpoint that it leaves."""
-    options = ["--stages", "dit.tables", "--peers", "none", "--quick", "--quiet"]
-    command = bench("unused", 0.1, *options)(site)
-    command[command.index("--out") + 1] = str(site.work / "first-bench")
-    return command
-
-
-def trace(site: Site) -> list[str]:
-    """A short request of the published size: a published picture has too many tokens to look at."""
-    options = [
-        "--model",
-        str(site.checkpoint),
-        "--device",
-        "cuda",
-        "--dtype",
-        "bf16",
-        "--steps",
-        "3",
-        "--quiet",
-    ]
-    files = ["--trace", str(site.results / "trace" / "published.json.gz"), "--trace-tokens", "4"]
-    out = ["--out", str(site.work / "traced.png")]
-    return [site.python, "-m", "blip3o_rt", "generate", "a red circle", *options, *files, *out]
-
-
-def trace_stages(site: Site) -> list[str]:
-    """A call of every stage alone; the record that comes with it is of too few runs to keep."""
-    files = ["--trace", str(site.results / "trace" / "stages.json.gz")]
-    command = bench("unused", 0.1, "--stages", "all", "--peers", "none", "--quick", "--quiet", *files)(site)
-    command[command.index("--out") + 1] = str(site.work / "traced-bench")
-    return command
-
-
-ALL_PEERS = ("--peers", "transformers,diffusers,published,compiled,graphed")
-FAST_SWITCHES = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
-MEASURES = ("packages", "build", "checkpoint")
-
+HEADLINE = ("--lines", "ar.token,dit.step,vae.decode,image", "--baselines", "none", "--runs", "5")
+EAGER = ("--lines", "ar.token,ar.second_pass,dit.step,vae.decode", "--runs", "3")
 PIECES = (
     Piece(
-        "packages",
-        "install the wheels brought along, apart from the machine's own packages",
-        60,
-        install_wheels,
-        needs=(),
-        left_out=no_wheels,
-        ready=lambda site: not missing_packages(site),
+        "build", "build _cuda for this GPU, and compile Triton's kernels beside it", 35, python("build"), True
     ),
     Piece(
-        "build",
-        "build _cpu and _cuda for this GPU",
-        200,
-        build,
-        needs=("packages",),
-        tools=("nvcc", "cmake", "ninja", "c++"),
-        ready=built,
+        "ops",
+        "ops and graphs against their definitions",
+        50,
+        tests("tests/ops", *GPU_TESTS, "-k", "cuda or triton or gpu"),
     ),
-    Piece("suite", "the tests on this machine", 420, suite, checks=True),
+    Piece("embedded", "the embedded model: eager against replay, twice in a row", 35, python("embedded")),
+    Piece("products", "the transformer's matrix products alone", 30, python("products")),
+    Piece("headline", "a token, a step, decoding and whole images", 65, bench("headline", *HEADLINE), True),
+    Piece("kernels", "the kernels of a token, a step and decoding, one by one", 15, python("kernels")),
+    Piece("eager", "the same beside eager baselines", 60, bench("eager", *EAGER), True),
+    Piece("memcheck", "no access out of bounds", 45, sanitized("memcheck")),
+    Piece("racecheck", "no race in shared memory", 45, sanitized("racecheck")),
     Piece(
-        "memcheck",
-        "the op table under compute-sanitizer: no access out of bounds",
-        150,
-        sanitized("memcheck"),
-        tools=("compute-sanitizer",),
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # every tensor an allocation of its own
-        checks=True,
-    ),
-    Piece(
-        "racecheck",
-        "the op table under compute-sanitizer: no race in shared memory",
-        150,
-        sanitized("racecheck"),
-        tools=("compute-sanitizer",),
-        checks=True,
+        "batch",
+        "tokens and images of 8 and 32 at a time",
+        40,
+        bench("batch", "--lines", "ar.token,image", "--batch", "8,32", "--baselines", "none", "--runs", "1"),
     ),
     Piece(
-        "validate-shapes",
-        "the embedded model",
-        60,
-        validate("validate-shapes", "--size", "shapes"),
-        checks=True,
+        "fast",
+        "the same in the fast tier",
+        35,
+        bench("fast", "--tier", "fast", *FAST, *HEADLINE[:4], "--runs", "3"),
     ),
-    *(
-        Piece(
-            f"validate-golden-{name}",
-            f"the recorded run {name}",
-            60,
-            golden(name),
-            left_out=no_golden(name),
-            checks=True,
-        )
-        for name in ("t2i", "edit")
-    ),
-    Piece("validate-published", "random weights of the published size", 240, validate_published, checks=True),
-    Piece(
-        "checkpoint",
-        "write the random checkpoint of the published size",
-        180,
-        checkpoint,
-        ready=lambda site: (site.root / site.checkpoint).is_dir(),
-    ),
-    Piece(
-        "bench-ops",
-        "every kernel alone, out of the cache",
-        120,
-        bench("bench-ops", 1, "--ops"),
-        needs=MEASURES,
-    ),
-    Piece(
-        "bench-ar",
-        "prompt and tokens beside all peers",
-        400,
-        bench("bench-ar", 4, "--stages", "ar", *ALL_PEERS),
-        needs=MEASURES,
-    ),
-    Piece(
-        "bench-dit",
-        "connector, diffusion transformer and autoencoder beside all peers",
-        420,
-        bench("bench-dit", 4, "--stages", "connector,tatok,dit,vae", *ALL_PEERS),
-        needs=MEASURES,
-    ),
-    Piece(
-        "bench-image",
-        "pictures end to end beside all peers",
-        420,
-        bench("bench-image", 4, "--stages", "image", *ALL_PEERS),
-        needs=MEASURES,
-    ),
-    Piece(
-        "bench-batch",
-        "tokens and pictures of several at a time",
-        300,
-        bench("bench-batch", 3, "--stages", "ar.token,image", "--batch", "1,4,8,32", "--peers", "none"),
-        needs=MEASURES,
-    ),
-    Piece(
-        "bench-fast",
-        "a picture end to end in the fast tier",
-        300,
-        bench("bench-fast", 3, "--stages", "image", "--peers", "none", "--tier", "fast", *FAST_SWITCHES),
-        needs=MEASURES,
-        left_out=no_fp8,
-    ),
-    Piece(
-        "bench-ablate",
-        "every switch off against on",
-        420,
-        bench("bench-ablate", 3, "--ablate"),
-        needs=MEASURES,
-    ),
-    Piece("trace", "a request with all its ranges and kernels", 120, trace, needs=MEASURES),
-    Piece("trace-stages", "a call of every stage with all its kernels", 120, trace_stages, needs=MEASURES),
-    Piece("suite-without-gpu", "the tests of kernels on the CPU", 540, suite_without_a_gpu, checks=True),
+    compiled("ar.token"),
+    compiled("dit.step"),
+    compiled("vae.decode"),
 )
 
 
-def named(name: str) -> Piece:
-    """The piece of that name. Raises KeyError."""
-    return next(piece for piece in PIECES if piece.name == name)
+def missing(names: Iterable[str]) -> list[str]:
+    """Those of these packages that cannot be imported here."""
+    return [name for name in names if find_spec(name) is None]
+
+
+# Pieces that are Python
+
+
+def build(results: Path) -> None:
+    """Build _cuda by cmake, while a process beside it compiles Triton's kernels of the published size."""
+    import pybind11
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(0)
+    site = Site(results, results.parent, f"{major}{minor}{'a' if (major, minor) == (9, 0) else ''}-real")
+    warm_up = bench("warm-up", "--lines", "dit.step", "--baselines", "none", "--quick", "--runs", "1")(site)
+    with (results / "warm-up.log").open("wb") as log:
+        beside = subprocess.Popen(warm_up, cwd=ROOT, env=site.environment(), stdout=log, stderr=log)
+    folder = site.work / "cuda"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    settings = [
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DBLIP3O_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={site.architecture}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *settings], check=True)
+    subprocess.run(["cmake", "--build", str(folder), "--target", "_cuda", "--parallel"], check=True)
+    for module in folder.glob("_cuda*.so"):
+        shutil.copy2(module, ROOT / "blip3o_rt" / module.name)
+    beside.wait()
+
+
+def embedded(results: Path) -> None:
+    """Tokens and latents of the embedded model: eager, replayed, and replayed with other work between."""
+    import torch
+
+    from blip3o_rt import Pipeline
+    from blip3o_rt.graphs import ENVIRONMENT_VARIABLE
+
+    prompt, found = "a large red circle on a blue background", []
+    for graphs in ("off", "on", "on"):
+        os.environ[ENVIRONMENT_VARIABLE] = graphs
+        pipeline = Pipeline.load(device="cuda", dtype="bf16")
+        for seed in (7, 8, 7):
+            plan = pipeline.plan(prompt, seed=seed)
+            found.append(
+                (
+                    plan.token_ids,
+                    pipeline.render(plan, output="latent"),
+                    pipeline.render(plan, output="tensor"),
+                )
+            )
+    names = ("tokens", "latent", "pixels")
+    same = {
+        f"{name}: {what}": all(torch.equal(found[0][i], found[other][i]) for other in others)
+        for i, name in enumerate(names)
+        for what, others in (("eager twice", (2,)), ("replay twice", (5, 6)), ("eager and replay", (3, 8)))
+    }
+    save(results / "embedded.json", same)
+    if not all(same.values()):
+        raise SystemExit("bits differ: " + ", ".join(name for name, equal in same.items() if not equal))
+
+
+def products(results: Path) -> None:
+    """Seconds of each matrix product of a denoising step."""
+    import torch
+
+    from blip3o_rt import ops
+    from blip3o_rt.measure.bench.op_shapes import op_shapes
+    from blip3o_rt.measure.bench.ops import time_shape
+    from blip3o_rt.measure.bench.rooflines import measure
+    from blip3o_rt.measure.random_checkpoint import preset
+
+    device, found = torch.device("cuda", 0), {}
+    rooflines = {r.key: r.per_second for r in measure(device)}
+    for shape in op_shapes(preset("published"), (1,)):
+        if shape.op == "linear" and shape.label.startswith("dit"):
+            for entry in time_shape(ops.all_ops()["linear"], shape, torch.bfloat16, device, 10, 1.0):
+                mfu = (entry.flops or 0) / (entry.median or 1) / rooflines["matmul bf16"]
+                found[f"{shape.label}, {entry.implementation}"] = {"seconds": entry.median, "mfu": mfu}
+                save(results / "products.json", {"rooflines": rooflines, "products": found})
+
+
+def kernels(results: Path) -> None:
+    """Every kernel of a token, a denoising step and decoding: how often it runs, and its seconds."""
+    import torch
+
+    from blip3o_rt.measure.bench.count import kernel_seconds
+    from blip3o_rt.measure.bench.lines import BY_NAME
+    from blip3o_rt.measure.bench.subject import prepare
+
+    subject = prepare("published", torch.bfloat16, torch.device("cuda", 0), results.parent)
+    found: dict[str, Any] = {}
+    for line in ("ar.token", "dit.step", "vae.decode"):
+        spec = BY_NAME[line]
+        assert spec.part is not None
+        assert spec.ours is not None
+        candidate = spec.ours(subject.load([spec.part]))
+        with torch.no_grad():
+            candidate.prepare()
+            candidate.call()
+            found[line] = kernel_seconds(candidate.call)
+        save(results / "kernels.json", found)
+
+
+def save(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    {"build": build, "embedded": embedded, "products": products, "kernels": kernels}[sys.argv[1]](
+        Path(sys.argv[2])
+    )

@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.render import RESULTS, ROOT, markdown
-from benchmarks.targets import read_records
 from blip3o_rt.checkpoint.load import QUANTIZERS, load_checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.cli import INTERRUPTED
@@ -31,8 +30,8 @@ from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.cli.score import few_threads
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.machine import resolve_device
-from blip3o_rt.measure.bench.samples import median
 from blip3o_rt.measure.provenance import record_head, write_record
+from blip3o_rt.measure.records import median, read_records
 from blip3o_rt.measure.shapes.score import Drawn, check_model, draw_and_judge, wilson_interval
 from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
 from blip3o_rt.measure.units import ratio_text
@@ -58,7 +57,7 @@ BEGIN = "<!-- Written by `python -m benchmarks.switches --render` from the recor
 END = "<!-- The end of what is written. -->"
 STEPS = DiffusionParams().steps
 COUNT = 25
-WHOLE = "whole picture"
+WHOLE = "whole image"
 
 # The stage that a switch acts in, and the settings that are measured, each with a number of steps.
 STAGES = {
@@ -203,7 +202,7 @@ def table(record: Mapping[str, Any]) -> str:
         "faster",
         "of",
     ]
-    return markdown(headers, [_row(entry) for entry in record["entries"]])
+    return markdown((headers, [_row(entry) for entry in record["entries"]]))
 
 
 def _row(entry: Mapping[str, Any]) -> list[str]:
@@ -228,7 +227,7 @@ def rendered(text: str, results: Path = RESULTS) -> str:
     """The page with the tables of the newest record of every machine between its two marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    newest = {_machine(record): record for record in read_records(results, KIND)}
+    newest = {_machine(record): record for record in read_records(results, KIND, dict)}
     sections = [
         f"{name}, `{_command(record)}`:\n\n{table(record)}" for name, record in sorted(newest.items())
     ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from blip3o_rt.measure.reports.reading import Record, Row, peers, rows, set_apart
+from blip3o_rt.measure.bench.lines import ORDER
+from blip3o_rt.measure.records import BenchRecord, Row, rows
 from blip3o_rt.measure.units import number_text, ratio_text, share_text, time_text
 
 FILE = Path(__file__).parent / "targets.json"
@@ -18,9 +18,12 @@ FILE = Path(__file__).parent / "targets.json"
 class Target:
     """One figure to reach.
 
-    measure: "seconds" of a call, "rate" per second, "share" of the ceiling, "ratio" of `peer`'s time to ours,
-    or "memory", our peak to that of `peer`. least or most: the bound. switches: of the fast tier, all that
-    are on. gpu: what the GPU's name contains, where the figure is one of that GPU only.
+    Attributes:
+        measure: "seconds" of a call, "rate" per second, "utilization" of the roofline, "ratio" of a
+            baseline's time to ours, or "memory", our peak to that of the baseline.
+        least, most: the bound.
+        switches: of the fast tier, all that are on.
+        gpu: what the GPU's name contains, where the figure is one of that GPU only.
     """
 
     name: str
@@ -35,7 +38,7 @@ class Target:
     tier: str = "exact"
     switches: Mapping[str, str] = field(default_factory=dict)
     gpu: str | None = None
-    peer: str | None = None
+    baseline: str | None = None
 
     def of_machine(self, machine: str | None, device: str) -> bool:
         """Whether it is a target of that GPU or processor (None: of any), on cuda or cpu."""
@@ -46,31 +49,28 @@ class Target:
         """The name, with the GPU where it is about one only."""
         return self.name if self.gpu is None else f"{self.name}, {self.gpu}"
 
-    def matches(self, record: Record) -> bool:
+    def matches(self, record: BenchRecord) -> bool:
         """Whether a bench record measures the model, dtype, tier and switches that it is about."""
-        model = record.get("model") or {}
         wanted = {"size": self.size, "dtype": self.dtype, "tier": self.tier}
-        on_device = str(model.get("device", "")).startswith(self.device)
-        same = all(model.get(key) == value for key, value in wanted.items())
-        return on_device and same and set_apart(model) == self.switches
+        same = all(record.model.get(key) == value for key, value in wanted.items())
+        return same and record.device == self.device and record.switches == self.switches
 
     def found(self, row: Row) -> float | None:
         """The figure that a row has."""
-        line = row.ours
+        line, other = row.ours, row.lines.get(self.baseline or "")
         if line is None:
             return None
         if self.measure == "ratio":
-            return row.ratio(str(self.peer))
+            return row.ratio(str(self.baseline))
         if self.measure == "memory":
-            peer = row.lines.get(str(self.peer))
-            if peer is None or not peer.peak_memory or line.peak_memory is None:
+            if other is None or not other.peak_memory or line.peak_memory is None:
                 return None
-            return line.peak_memory / peer.peak_memory
-        return {"seconds": line.median, "rate": line.rate, "share": line.share}[self.measure]
+            return line.peak_memory / other.peak_memory
+        return {"seconds": line.median, "rate": line.rate, "utilization": line.utilization}[self.measure]
 
     def remark(self, row: Row) -> str:
-        """What the record says of the lines that the figure is of: composed, the only run, and the like."""
-        lines = [row.ours, *([row.lines.get(self.peer)] if self.peer is not None else [])]
+        """What the record says of the lines that the figure is of: composed, and the like."""
+        lines = [row.ours, row.lines.get(self.baseline or "")]
         found = ["composed" if line.composed else line.note for line in lines if line is not None]
         return "; ".join(dict.fromkeys(filter(None, found)))
 
@@ -78,7 +78,12 @@ class Target:
         """A figure of this target in its unit."""
         if value is None:
             return ""
-        form = {"seconds": time_text, "share": share_text, "ratio": ratio_text, "memory": share_text}
+        form = {
+            "seconds": time_text,
+            "utilization": share_text,
+            "ratio": ratio_text,
+            "memory": share_text,
+        }
         return form[self.measure](value) if self.measure in form else f"{number_text(value)}/s"
 
     @property
@@ -115,43 +120,15 @@ def targets(path: Path = FILE) -> list[Target]:
     return [Target(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def read_records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a kind anywhere below a folder, oldest first."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(f"{kind}.json"))]
-    return sorted((r for r in found if r.get("kind") == kind), key=lambda record: str(record.get("created")))
-
-
-def newest_rows(records: Iterable[Record]) -> list[Row]:
-    """Stages of several records, oldest first, as if they were one: the newest of each name and batch.
-
-    A row is taken whole, so that a peer is only ever compared with what was timed beside it.
-    """
-    found = {(row.name, row.batch): row for record in records for row in rows(record)}
-    order = rows({"lines": [{"name": name, "batch": batch} for name, batch in found]})
-    return [found[row.name, row.batch] for row in order]
-
-
-def standings(records: Sequence[Record], machine: str | None, device: str) -> list[Standing]:
+def standings(records: Sequence[BenchRecord], machine: str | None, device: str) -> list[Standing]:
     """Where a machine's records stand with its targets. machine: its GPU or processor, None for any."""
     result = []
     for target in targets():
         if target.of_machine(machine, device):
-            table = newest_rows(record for record in records if target.matches(record))
+            table = rows((record for record in records if target.matches(record)), ORDER)
             row = next((row for row in table if (row.name, row.batch) == (target.line, target.batch)), None)
             if row is None:
                 result.append(Standing(target, None))
             else:
                 result.append(Standing(target, target.found(row), target.remark(row)))
     return result
-
-
-def slower_than(table: Sequence[Row]) -> list[str]:
-    """Where a peer takes less time than ours, in words."""
-    found = []
-    for row in table:
-        for who in peers([row]):
-            ratio = row.ratio(who)
-            if ratio is not None and ratio < 1:
-                batch = f" at batch {row.batch}" if row.batch > 1 else ""
-                found.append(f"{row.name}{batch}: {who} takes {ratio:.2f} of our time")
-    return found

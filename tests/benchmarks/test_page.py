@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import render
-from benchmarks.targets import newest_rows, slower_than, standings, targets
+from benchmarks.targets import standings, targets
+from blip3o_rt.measure.records import BenchRecord, rows, slower_than
 from tests.measure.reports.records import bench_record, validate_record
 
 
@@ -46,7 +47,7 @@ def test_without_records_everything_is_blank(tmp_path: Path) -> None:
         assert row(page, target.label)[2:] == ["", "not measured"]
 
 
-def test_memory_is_ours_beside_that_of_a_peer(tmp_path: Path) -> None:
+def test_memory_is_ours_beside_that_of_a_baseline(tmp_path: Path) -> None:
     record = bench_record()
     for line in record["lines"]:
         if line["name"] == "dit.step":
@@ -67,14 +68,14 @@ def test_figures_are_those_of_the_record(tmp_path: Path) -> None:
     assert "Not yet run on hardware" in page
     assert "### Imaginary 9000" in page
     ratio = median(record, "dit.step", "diffusers") / median(record, "dit.step", "ours")
-    assert f"{ratio:.2f}x" in row(page, "dit.step", "1")
+    assert f"{ratio:.2f}x" in row(page, "dit.step", "one guided step", "1")
     target = row(page, "a denoising step beside diffusers")
     assert target[1:] == ["at least 1.45x", f"{ratio:.2f}x", "met" if ratio >= 1.45 else "falls short"]
     assert "5 of 6 checks passed." in page
     assert "failed: ops, silu_mul, bf16" in page
     assert row(page, "native row_linear")[-1] == "1.55x"
-    assert "read 31.2 GB/s, copy 33.0 GB/s, matmul fp32 200 GFLOP/s" in page
-    assert row(page, "silu_mul", "cpu")[-2:] == ["0.020", "0.010"]
+    assert "rooflines: read 31.2 GB/s, copy 33.0 GB/s, matmul fp32 200 GFLOP/s" in page
+    assert row(page, "silu_mul", "cpu")[-3:] == ["0.020", "0.010", "WRONG"]
 
 
 def test_a_gpu_has_its_own_section_and_targets(tmp_path: Path) -> None:
@@ -87,11 +88,11 @@ def test_a_gpu_has_its_own_section_and_targets(tmp_path: Path) -> None:
     assert "a decoded token, H200" not in render.page(tmp_path)
 
 
-def test_the_newest_of_several_records_counts_with_its_peers() -> None:
+def test_the_newest_of_several_records_counts_with_its_baselines() -> None:
     old = {**bench_record(), "created": "2026-01-01"}
     line = next(line for line in old["lines"] if line["name"] == "dit.step")
     new = {"created": "2026-01-02", "lines": [{**line, "median": 10.0}]}
-    table = {found.name: found for found in newest_rows([old, new]) if found.batch == 1}
+    table = {found.name: found for found in rows(map(BenchRecord.of, (old, new))) if found.batch == 1}
     assert list(table["dit.step"].lines) == ["ours"]
     assert table["dit.step"].ours is not None
     assert table["dit.step"].ours.median == 10.0
@@ -100,10 +101,10 @@ def test_the_newest_of_several_records_counts_with_its_peers() -> None:
 
 def test_targets_are_judged_on_the_size_and_dtype_they_are_about() -> None:
     record = bench_record()
-    found = {s.target.name: s for s in standings([record], "Imaginary 9000", "cpu")}
+    found = {s.target.name: s for s in standings([BenchRecord.of(record)], "Imaginary 9000", "cpu")}
     assert found["a decoded token beside transformers"].word == "met"
     other = {**record, "model": {**record["model"], "size": "shapes"}}
-    assert {s.word for s in standings([other], "Imaginary 9000", "cpu")} == {"not measured"}
+    assert {s.word for s in standings([BenchRecord.of(other)], "Imaginary 9000", "cpu")} == {"not measured"}
 
 
 def test_other_switches_are_another_table(tmp_path: Path) -> None:
@@ -128,9 +129,9 @@ def test_other_switches_are_another_table(tmp_path: Path) -> None:
     ]
     (target,) = (found for found in targets() if found.tier == "fast")
     records = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.rglob("bench.json")}
-    assert [name for name, found in records.items() if target.matches(found)] == ["faster"]
-    (exact,) = (found for found in targets() if found.name == "a picture")
-    assert [name for name, found in records.items() if exact.matches(found)] == ["exact"]
+    assert [name for name, found in records.items() if target.matches(BenchRecord.of(found))] == ["faster"]
+    (exact,) = (found for found in targets() if found.name == "an image")
+    assert [name for name, found in records.items() if exact.matches(BenchRecord.of(found))] == ["exact"]
 
 
 def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path) -> None:
@@ -142,23 +143,23 @@ def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path)
             line["note"] = parts if line["who"] == "ours" else "its only run is its first"
     write(record, tmp_path / "imaginary")
     page = render.page(tmp_path)
-    ours = row(page, "image", "1")
-    assert ours[2].endswith(" (composed)")
-    assert ours[3:5] == ["", ""]  # p90 and n
+    ours = row(page, "image", "one picture", "1")
+    assert ours[3].endswith(" (composed)")
+    assert ours[4:6] == ["", ""]  # p90 and n
     assert f"* image, ours: {parts}.\n" in page
     assert "* image, published: its only run is its first.\n" in page
-    picture = row(page, "a picture beside the published way")[-1]
+    picture = row(page, "an image beside the published code")[-1]
     assert picture.endswith(" (composed; its only run is its first)")
     assert "(" not in row(page, "a denoising step beside diffusers")[-1]
 
 
-def test_a_faster_peer_is_named() -> None:
+def test_a_faster_baseline_is_named() -> None:
     record = bench_record()
-    assert slower_than(newest_rows([record])) == []
+    assert slower_than(rows([BenchRecord.of(record)])) == []
     for line in record["lines"]:
         if line["who"] == "diffusers" and line["name"] == "vae.decode":
             line["median"] /= 2
-    (sentence,) = slower_than(newest_rows([record]))
+    (sentence,) = slower_than(rows([BenchRecord.of(record)]))
     assert sentence.startswith("vae.decode: diffusers takes 0.")
 
 
@@ -171,5 +172,5 @@ def test_a_record_without_a_part_gives_a_page(key: str, tmp_path: Path) -> None:
 def test_every_target_can_be_read() -> None:
     for target in targets():
         assert (target.least is None) != (target.most is None)
-        assert target.measure in ("seconds", "rate", "share", "ratio", "memory")
-        assert (target.peer is not None) == (target.measure in ("ratio", "memory"))
+        assert target.measure in ("seconds", "rate", "utilization", "ratio", "memory")
+        assert (target.baseline is not None) == (target.measure in ("ratio", "memory"))

@@ -39,17 +39,16 @@ def record() -> dict[str, Any]:
 
 
 def test_lines_with_units_and_files(command: Command, work: Path) -> None:
-    options = quick(work, "--stages", "ar.token,dit.step", "--dtype", "fp32", "--batch", "1,2")
+    options = quick(work, "--lines", "ar.token,dit.step", "--dtype", "fp32", "--batch", "1,2")
     assert command(*options, "--trace", "r/trace.json") == 0
     assert command.files() == ["r/bench.html", "r/bench.json", "r/trace.json"]
     first, second, *rows = command.output.splitlines()
     assert first.startswith("model: tiny, fp32, exact, cpu, ")
-    assert second.startswith("ceilings: read ")
+    assert second.startswith("rooflines: read ")
     assert " GB/s, " in second
     (header,) = (row for row in rows if row.startswith("line "))
-    assert {"cold", "median", "p90", "min", "n", "rate", "peak", "of ceiling", "op calls", "ours is"} <= set(
-        filter(None, (cell.strip() for cell in header.split("  ")))
-    )
+    wanted = {"cold", "median", "p90", "fastest", "n", "rate", "peak memory", "utilization", "op calls"}
+    assert wanted | {"ratio"} <= set(filter(None, (cell.strip() for cell in header.split("  "))))
     (step,) = (row for row in rows if row.startswith("dit.step") and " ours " in row)
     assert "s/step" in step
     assert sum("tokens/s" in row for row in rows) == 6  # two batches; ours, transformers and published
@@ -58,8 +57,17 @@ def test_lines_with_units_and_files(command: Command, work: Path) -> None:
     assert record()["command"][:1] == ["blip3o-rt"]
 
 
+def test_old_names_of_options_still_work(command: Command, work: Path) -> None:
+    options = ("--stages", "connector", "--peers", "none", "--budget", "5", "--quiet")
+    assert command(*quick(work, *options)) == 0
+    assert [line["who"] for line in record()["lines"]] == ["ours"]
+    assert "--stages is deprecated: its name is --lines" in command.errors
+    assert "--peers is deprecated: its name is --baselines" in command.errors
+    assert "--budget is deprecated and ignored" in command.errors
+
+
 def test_quiet_says_where_the_record_is(command: Command, work: Path) -> None:
-    assert command(*quick(work, "--stages", "connector", "--quiet")) == 0
+    assert command(*quick(work, "--lines", "connector", "--quiet")) == 0
     assert command.output.splitlines() == ["r/bench.json", "r/bench.html"]
     assert command.errors == ""
 
@@ -78,35 +86,37 @@ def test_the_switches_of_one_line(command: Command, work: Path) -> None:
     assert "ar_weights=int8" in {entry["switch"] for entry in record()["ablations"]}
     assert record()["lines"] == []
     assert command(*quick(work, "--ablate", "connector")) == 2
-    assert "ablate has 'connector': accepted are all, ar, " in command.errors
+    assert "ablate has 'connector': accepted are all, tatok, " in command.errors
 
 
-@pytest.mark.parametrize("place", ["ceilings", "line"])
+@pytest.mark.parametrize("place", ["rooflines", "line"])
 def test_interrupted(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """Before anything is measured, and on the way: record and page are there, and say that it is not all."""
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if place == "ceilings":
-        monkeypatch.setattr(bench_run.Run, "ceilings", interrupted)
+    if place == "rooflines":
+        monkeypatch.setattr(bench_run.Run, "rooflines", interrupted)
     else:
         monkeypatch.setattr(stages.ConnectorStage, "run", interrupted)
-    assert command(*quick(work, "--stages", "connector")) == 130
+    assert command(*quick(work, "--lines", "connector")) == 130
     assert command.errors.endswith("blip3o-rt: interrupted\n")
     assert "interrupted: this is what had been measured until then" in command.output
     assert not record()["complete"]
     assert Path("r/bench.html").is_file()
 
 
-def test_without_the_peers_packages(command: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_baselines_packages(
+    command: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What they would have been beside is measured all the same, and one line says what to do."""
 
     def missing(name: str) -> None:
         raise ImportError(f"No module named '{name}'")
 
     monkeypatch.setattr(peer_modules.importlib, "import_module", missing)
-    assert command(*quick(work, "--stages", "connector", "--peers", "diffusers,published")) == 0
+    assert command(*quick(work, "--lines", "connector", "--baselines", "diffusers,published")) == 0
     (note,) = (line for line in command.errors.splitlines() if "left out" in line)
     assert note.startswith("diffusers, published left out: ")
     assert note.endswith("pip install 'blip3o_rt[bench]'")
@@ -141,13 +151,12 @@ def test_compare(command: Command) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--stages", "foo"), "stages has 'foo': accepted are all, ar, "),
-        (("--peers", "vllm"), "peers has 'vllm': accepted are transformers, "),
+        (("--lines", "foo"), "lines has 'foo': accepted are all, tatok, "),
+        (("--baselines", "vllm"), "baselines has 'vllm': accepted are transformers, "),
         (("--batch", "0"), "batch is '0': accepted are numbers from 1 to 256"),
         (("--batch", "1,x"), "batch is '1,x'"),
         (("--size", "nowhere"), "size is 'nowhere': accepted are published, shapes, tiny or"),
         (("--ops", "nosuch"), "there is no op 'nosuch'; the ops are: "),
-        (("--budget", "-1"), "budget is -1 minutes: accepted is"),
         (("--runs", "0"), "runs is 0: accepted is 1 to"),
         (("--kernel", "no.py"), "no.py: there is no such file"),
         (("--trace", "x.txt"), "a trace goes to a file ending in .json"),
@@ -159,11 +168,11 @@ def test_refusals(options: tuple[str, ...], message: str, command: Command) -> N
     assert command.files() == []
 
 
-def test_a_compiled_peer_is_left_out_where_torch_cannot_compile(
+def test_a_compiled_baseline_is_left_out_where_torch_cannot_compile(
     command: Command, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "compile_problem", lambda _: "torch.compile does not work here (no compiler)")
-    assert command(*quick(work, "--stages", "connector", "--peers", "compiled,graphed")) == 0
+    assert command(*quick(work, "--lines", "connector", "--baselines", "compiled,graphed")) == 0
     assert "note: compiled left out: torch.compile does not work here (no compiler)" in command.output
     assert "note: graphed left out: CUDA graphs need a GPU" in command.output
 

@@ -1,15 +1,14 @@
 """What changed between two bench records, and whether it is more than noise.
 
 A change is the ratio of the medians, after over before. Its interval is a bootstrap over the samples (95%).
-Where both records timed the same peer on a line, in the same version, the change is taken relative to the
-peer's own: a machine that was slower altogether slowed the peer as much.
+Where both records timed the same baseline on a line, in the same version, the change is taken relative to the
+baseline's own: a machine that was slower altogether slowed the baseline as much.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,7 @@ import numpy as np
 from tabulate import tabulate
 
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.measure.bench.compose import OURS
-from blip3o_rt.measure.provenance import RECORD_VERSION
-from blip3o_rt.measure.reports.reading import set_apart
+from blip3o_rt.measure.records import OURS, BenchRecord, Line
 
 FASTER, SLOWER, SAME, UNSURE = "faster", "slower", "same", "unsure"
 RESAMPLES = 4000
@@ -34,7 +31,7 @@ OTHER_PACKAGES = ("diffusers", "transformers", "torch")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of both records. change: median after / before, relative to `peer` where there is one."""
+    """One line of both records. change: median after / before, relative to `baseline` where there is one."""
 
     line: str
     before: float
@@ -43,12 +40,13 @@ class Verdict:
     low: float
     high: float
     samples: int
-    peer: str | None
+    baseline: str | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return asdict(self)
+        """JSON-ready dictionary; `baseline` has the key "peer"."""
+        found = asdict(self)
+        return {"peer" if key == "baseline" else key: value for key, value in found.items()}
 
 
 def compare_files(before: Path, after: Path, *, force: bool = False) -> list[Verdict]:
@@ -57,55 +55,38 @@ def compare_files(before: Path, after: Path, *, force: bool = False) -> list[Ver
     Raises ParameterError for a file that is no bench record, and, unless forced, for records of different
     machines or models.
     """
-    first, second = read_record(before), read_record(after)
+    first, second = BenchRecord.load(before), BenchRecord.load(after)
     found = differences(first, second)
     if found and not force:
         raise ParameterError(f"the records are not comparable: {'; '.join(found)} (--force compares anyway)")
     return compare_records(first, second)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A bench record. Raises ParameterError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise ParameterError(f"{path} is not JSON ({error}): accepted is a bench.json") from None
-    if not isinstance(data, dict) or data.get("kind") != "bench":
-        raise ParameterError(f"{path} is not a bench record: accepted is a bench.json")
-    if data.get("version") != RECORD_VERSION:
-        raise ParameterError(
-            f"{path} is a record of version {data.get('version')}: accepted is {RECORD_VERSION}"
-        )
-    return data
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def differences(before: BenchRecord, after: BenchRecord) -> list[str]:
     """What makes two records incomparable, in words."""
-    compared = {
-        "machine": ("cpu", "cores", "gpu", "instruction_sets"),
-        "model": ("size", "dtype", "tier", "device", "threads"),
-    }
-    pairs = [
-        (key, before[part].get(key), after[part].get(key)) for part, keys in compared.items() for key in keys
-    ]
-    first, second = set_apart(before["model"]), set_apart(after["model"])
+    machine = ("cpu", "cores", "gpu", "instruction_sets")
+    model = ("size", "dtype", "tier", "device", "threads")
+    pairs = [(key, before.machine.get(key), after.machine.get(key)) for key in machine]
+    pairs += [(key, before.model.get(key), after.model.get(key)) for key in model]
+    first, second = before.switches, after.switches
     pairs += [(key, first.get(key), second.get(key)) for key in {**first, **second}]
     return [f"{key} is {old} in the first, {new} in the second" for key, old, new in pairs if old != new]
 
 
-def compare_records(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Verdict]:
+def compare_records(before: BenchRecord, after: BenchRecord) -> list[Verdict]:
     """Verdicts of all lines of ours and ops that both records have samples of."""
     found = []
     first, second = _lines(before), _lines(after)
-    for name, batch, who in first:
+    for (name, batch, who), line in first.items():
         if who == OURS and (name, batch, who) in second:
-            peer = _common_peer(name, batch, before, after)
-            controls = (first[name, batch, peer], second[name, batch, peer]) if peer else None
-            label = f"{name} x{batch}" if batch > 1 else name
-            old, new = first[name, batch, who], second[name, batch, who]
-            found.append(judge(label, old, new, peer=peer, controls=controls))
-    old_ops, new_ops = _ops(before), _ops(after)
-    found += [judge(label, old_ops[label], new_ops[label]) for label in old_ops if label in new_ops]
+            baseline = _common_baseline(line, before, after)
+            controls = None
+            if baseline is not None:
+                controls = first[name, batch, baseline].samples, second[name, batch, baseline].samples
+            new = second[name, batch, who].samples
+            found.append(judge(line.label, line.samples, new, baseline=baseline, controls=controls))
+    ops = [{op.label: op.samples for op in record.ops if op.samples} for record in (before, after)]
+    found += [judge(label, ops[0][label], ops[1][label]) for label in ops[0] if label in ops[1]]
     return found
 
 
@@ -114,10 +95,10 @@ def judge(
     before: Sequence[float],
     after: Sequence[float],
     *,
-    peer: str | None = None,
+    baseline: str | None = None,
     controls: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Verdict:
-    """The verdict on two lists of samples; controls are a peer's at the same two times."""
+    """The verdict on two lists of samples; controls are a baseline's at the same two times."""
     lists = [before, after, *(controls or ())]
     centres = [float(np.median(samples)) for samples in lists]
     change = _change(centres)
@@ -127,7 +108,7 @@ def judge(
     low, high = (float(x) for x in np.quantile(_change(resampled), (tail, 1 - tail)))
     fewest = min(len(samples) for samples in lists)
     verdict = _verdict(low, high, fewest)
-    return Verdict(line, centres[0], centres[1], change, low, high, fewest, peer, verdict)
+    return Verdict(line, centres[0], centres[1], change, low, high, fewest, baseline, verdict)
 
 
 def _change(medians: Sequence[Any]) -> Any:
@@ -168,7 +149,7 @@ def as_text(verdicts: Sequence[Verdict]) -> str:
             _percent(verdict.change),
             f"{_percent(verdict.low)} to {_percent(verdict.high)}",
             str(verdict.samples),
-            f"relative to {verdict.peer}" if verdict.peer else "",
+            f"relative to {verdict.baseline}" if verdict.baseline else "",
             verdict.verdict,
         ]
         for verdict in verdicts
@@ -183,30 +164,17 @@ def _percent(change: float) -> str:
     return f"{100 * (change - 1):+.1f}%" if math.isfinite(change) else ""
 
 
-def _lines(record: Mapping[str, Any]) -> dict[tuple[str, int, str], list[float]]:
-    return {
-        (line["name"], line["batch"], line["who"]): line["samples"]
-        for line in record["lines"]
-        if line["samples"]
-    }
+def _lines(record: BenchRecord) -> dict[tuple[str, int, str], Line]:
+    return {(line.name, line.batch, line.who): line for line in record.lines if line.samples}
 
 
-def _ops(record: Mapping[str, Any]) -> dict[str, list[float]]:
-    return {
-        f"{entry['op']} {entry['implementation']} {entry['dtype']}, {entry['shape']}": entry["samples"]
-        for entry in record["ops"]
-        if entry["samples"]
-    }
-
-
-def _common_peer(name: str, batch: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """The peer that both records timed most often on a line, in the same version of its packages."""
-    first, second = _lines(before), _lines(after)
-    found = []
-    for other, other_batch, who in first:
-        key = (other, other_batch, who)
+def _common_baseline(line: Line, before: BenchRecord, after: BenchRecord) -> str | None:
+    """The baseline that both records timed most often on a line, in the same version of its packages."""
+    second, found = _lines(after), {}
+    for key, other in _lines(before).items():
+        name, batch, who = key
         packages = PACKAGE_OF.get(who, OTHER_PACKAGES)
-        same = all(before["versions"].get(p) == after["versions"].get(p) for p in packages)
-        if (other, other_batch) == (name, batch) and who != OURS and key in second and same:
-            found.append((min(len(first[key]), len(second[key])), who))
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+        same = all(before.versions.get(p) == after.versions.get(p) for p in packages)
+        if (name, batch) == (line.name, line.batch) and who != OURS and key in second and same:
+            found[who] = min(other.count, second[key].count)
+    return max(found, key=lambda who: found[who], default=None)

@@ -157,13 +157,27 @@ def operator_calls(call: Callable[[], Any]) -> int:
 
 def kernel_launches(call: Callable[[], Any]) -> int:
     """Kernels, copies and fills that a GPU runs during a call, those of replayed graphs among them."""
+    return len(_device_events(call))
+
+
+def kernel_seconds(call: Callable[[], Any]) -> dict[str, dict[str, float]]:
+    """Kernel -> how often a GPU runs it during a call, and its seconds in all; the longest first."""
+    found: dict[str, dict[str, float]] = {}
+    for event in _device_events(call):
+        entry = found.setdefault(event.name, {"launches": 0, "seconds": 0.0})
+        entry["launches"] += 1
+        entry["seconds"] += event.device_time / 1e6
+    return dict(sorted(found.items(), key=lambda item: -item[1]["seconds"]))
+
+
+def _device_events(call: Callable[[], Any]) -> list[Any]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         call()
         torch.cuda.synchronize()
-    return sum(1 for event in found.events() if event.device_type == DeviceType.CUDA)
+    return [event for event in found.events() if event.device_type == DeviceType.CUDA]
 
 
 # Calls that are only counted

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.parts import DTYPES
-from blip3o_rt.config import ModelConfig
+from blip3o_rt.graphs import Recorder
 from blip3o_rt.measure.bench.op_shapes import OpShape, op_shapes
-from blip3o_rt.measure.bench.record import Record
-from blip3o_rt.measure.bench.samples import summary
-from blip3o_rt.measure.bench.timing import quiet, seconds
-from blip3o_rt.measure.bench.work import Work
+from blip3o_rt.measure.bench.subject import Subject
+from blip3o_rt.measure.bench.timing import Candidate, device_clock, quiet, sample
+from blip3o_rt.measure.records import BenchRecord, OpTime
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.measure.validate.case import Case, copies
 from blip3o_rt.measure.validate.finding import Finding
@@ -36,24 +35,25 @@ LARGEST_CACHE_BYTES = 2**28
 MAX_COPIES = 256
 
 
-def time_ops(
-    config: ModelConfig, device: torch.device, settings: Settings, record: Record, say: Callable[[str], None]
-) -> None:
+def time_ops(subject: Subject, settings: Settings, record: BenchRecord, log: Callable[[str], None]) -> None:
     """Record every chosen op x shape x dtype x implementation that runs on the device."""
-    names = settings.op_names or ()
+    names, runs = settings.op_names or (), settings.runs * MORE_RUNS
     limit = QUICK_SECONDS if settings.quick else SECONDS
-    for shape in op_shapes(config, settings.batches):
+    for shape in op_shapes(subject.config(), settings.batches):
         if shape.op not in names:
             continue
         op = ops.all_ops()[shape.op]
         for name, dtype in DTYPES.items():
             if dtype in shape.dtypes:
-                for entry in time_shape(op, shape, dtype, device, settings.runs, limit):
-                    moved = Work(entry["bytes"], entry["flops"] or 0)
-                    memory = "read" if shape.reads else "copy"
-                    entry = {**entry, "dtype": name, **record.share(moved, name, entry["median"], memory)}
-                    record.add_op(entry)
-                    say(spoken(entry))
+                for entry in time_shape(op, shape, dtype, subject.device, runs, limit):
+                    bound = record.bound(
+                        entry.bytes or 0, entry.flops or 0, name, "read" if shape.reads else "copy"
+                    )
+                    if bound is not None and entry.median:
+                        entry.roofline, entry.utilization = bound[0], bound[1] / entry.median
+                    entry.dtype = name
+                    record.add(entry)
+                    log(summary(entry))
 
 
 def time_shape(
@@ -63,7 +63,7 @@ def time_shape(
     device: torch.device,
     runs: int,
     limit: float,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[OpTime]:
     """An entry for each implementation that takes the shape in the dtype; they are timed in turns.
 
     One that gives no result of the right kind is not timed.
@@ -81,19 +81,18 @@ def time_shape(
     gc.collect()
     for name in names:
         finding = checked[name]
-        yield {
-            "op": op.name,
-            "implementation": name,
-            "shape": shape.label,
-            "samples": samples[name],
-            **summary(samples[name]),
-            "bytes": work.bytes,
-            "flops": work.flops or None,
-            "error": finding.found if math.isfinite(finding.found) else None,
-            "bound": finding.bound,
-            "ok": finding.passed,
-            "note": finding.detail or None,
-        }
+        yield OpTime(
+            op=op.name,
+            implementation=name,
+            shape=shape.label,
+            samples=tuple(samples[name]),
+            bytes=work.bytes,
+            flops=work.flops or None,
+            error=finding.found if math.isfinite(finding.found) else None,
+            bound=finding.bound,
+            ok=finding.passed,
+            note=finding.detail or None,
+        )
 
 
 def check(
@@ -141,26 +140,49 @@ def rotate(
     runs: int,
     limit: float,
 ) -> dict[str, list[float]]:
-    """Samples of each implementation, in turns; at least one, then no more than `limit` seconds allow."""
+    """Samples of each implementation, in turns; at least one, then no more than `limit` seconds allow.
+
+    On a GPU a sample is the replay of a graph that has a call on every copy of the inputs.
+    """
     samples: dict[str, list[float]] = {name: [] for name in names}
     spent = dict.fromkeys(names, 0.0)
-
-    def call(name: str) -> float:
-        arguments, options = rotation.take()
-        return seconds(partial(op.named(name).run, *arguments, **options), device)
-
+    clock = device_clock(device)
+    take: dict[str, Callable[[], float]]
+    if clock is None:
+        take = {name: partial(_cold_call, op.named(name).run, rotation) for name in names}
+    else:
+        graphs = {name: Candidate(name, _graph(op.named(name).run, rotation, device)) for name in names}
+        copies_made = len(rotation.arguments)
+        take = {name: lambda c=graph: sample(c, clock)[0] / copies_made for name, graph in graphs.items()}
     with quiet():
-        for number in range(-1, runs * MORE_RUNS):
+        for number in range(-1, runs):
             for name in names:
                 if number > 0 and spent[name] * (number + 1) / number > limit:
                     continue
-                taken = call(name)
-                while rotation.emptied:
-                    taken = call(name)
+                taken = take[name]()
                 if number >= 0:  # the first round warms up
                     samples[name].append(taken)
                     spent[name] += taken
     return samples
+
+
+def _cold_call(run: Callable[..., Any], rotation: Rotation) -> float:
+    """Seconds of a call on inputs that no cache holds, its code in the cache."""
+    while True:
+        arguments, options = rotation.take()
+        taken, _ = sample(Candidate("", partial(run, *arguments, **options)), None)
+        if not rotation.emptied:
+            return taken
+
+
+def _graph(run: Callable[..., Any], rotation: Rotation, device: torch.device) -> Callable[[], Any]:
+    """A captured call on every copy of the inputs."""
+
+    def everything() -> None:
+        for arguments, options in rotation.arguments:
+            run(*arguments, **options)
+
+    return Recorder.of(device).record("bench op", everything)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -178,8 +200,6 @@ def _cache_size(path: Path) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text or 0)
 
 
-def spoken(entry: dict[str, Any]) -> str:
+def summary(entry: OpTime) -> str:
     """An entry in one line of text."""
-    verdict = "" if entry["ok"] else " WRONG"
-    name = f"{entry['op']} {entry['implementation']} {entry['dtype']}"
-    return f"{name}, {entry['shape']}: {time_text(entry['median'])} (n={entry['n']}){verdict}"
+    return f"{entry.label}: {time_text(entry.median)} (n={entry.count}){'' if entry.ok else ' WRONG'}"

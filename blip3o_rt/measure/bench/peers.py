@@ -52,7 +52,7 @@ def available(names: tuple[str, ...], device: torch.device) -> tuple[tuple[str, 
 def unavailable(name: str, device: torch.device) -> str | None:
     """None where a peer can run on the device, else why not. Raises ParameterError for an unknown name."""
     if name not in PEERS:
-        raise ParameterError(f"peers has {name!r}: accepted are {', '.join(PEERS)} and none")
+        raise ParameterError(f"baselines has {name!r}: accepted are {', '.join(PEERS)} and none")
     if name == "graphed" and device.type != "cuda":
         return "CUDA graphs need a GPU"
     reason = peer_modules.missing_package(PACKAGE.get(name, "diffusers"))

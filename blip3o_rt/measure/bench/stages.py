@@ -121,10 +121,14 @@ class ArStage:
         length = length or len(self.prompt_ids)
         return work.ar_prefill(self.config.ar, weight_itemsize or self.itemsize, length=length)
 
-    def tokens(self, batch: int) -> TokenSteps:
-        """The token loop of `batch` pictures, a token of each at a call; ends the loop before it."""
+    def tokens(self, batch: int, queued: int = 1) -> TokenSteps:
+        """The token loop of `batch` images, a token of each at a call; ends the loop before it.
+
+        Args:
+            queued: calls between two preparations.
+        """
         self._steps.close()
-        self._steps = TokenSteps(self.engine, self.context, self.sampling, batch)
+        self._steps = TokenSteps(self.engine, self.context, self.sampling, batch, queued)
         return self._steps
 
     def head_rows(self) -> range:
@@ -145,28 +149,35 @@ class ArStage:
 
 
 class TokenSteps:
-    """The engine's token loop taken one token at a time, begun anew when the pictures are finished."""
+    """The engine's token loop taken one token at a time, begun anew when the images are finished."""
 
-    def __init__(self, engine: TokenEngine, context: list[int], sampling: SamplingParams, batch: int) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: TokenEngine, context: list[int], sampling: SamplingParams, batch: int, queued: int = 1
+    ) -> None:
+        self._engine, self._queued = engine, queued
         samples = [replace(sampling, seed=sampling.seed + image) for image in range(batch)]
         self._prompt = TokenPrompt(context, samples)
         self._request: Request | None = None
+        self._left = 0  # tokens to draw until the images are finished
 
     def prepare(self) -> None:
-        """Read the context again where no token is left to draw; the first token after it is drawn here."""
-        if self._request is None or self._request.done:
+        """Read the context again where too few tokens are left; the first token after it is drawn here."""
+        if self._left < self._queued:
+            self.close()
             self._request = self._engine.submit(self._prompt)
-            self._engine.step()
+            self._left = self._engine.image_tokens.tokens_per_image
+            self()
 
     def __call__(self) -> Tensor:
         """Vocabulary ids int64 [batch]."""
+        self._left -= 1
         return self._engine.step()
 
     def close(self) -> None:
         """Return the pages of the cache."""
-        if self._request is not None:
+        if self._request is not None and not self._request.done:
             self._engine.cancel(self._request)
+        self._request = None
 
 
 class ConnectorStage:
@@ -230,6 +241,13 @@ class DitStage:
         self._step: Callable[[], None] = nothing
         self._recorder = Recorder.of(self.dit.device)
         self._picture: RecordedPicture | None = None
+
+    def every_token(self) -> None:
+        """Take each unconditional token as if no other were identical to it: the same condition."""
+        tokens = self.tokens
+        counts = torch.tensor(tokens.null_counts, device=tokens.null.device)
+        every = tokens.null.repeat_interleave(counts, dim=0, output_size=sum(tokens.null_counts))
+        self.tokens = replace(tokens, null=every, null_counts=(1,) * len(every))
 
     def tables(self) -> ScheduleTables:
         return self.dit.prepare_schedule(self.schedule)

@@ -1,37 +1,46 @@
-"""The model that is measured: where its checkpoint lies, and the parts of it that a stage needs."""
+"""The model that is measured: where its weights come from, and the parts of it that a stage needs."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Mapping
+import hashlib
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from blip3o_rt.checkpoint.convert import convert
-from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
-from blip3o_rt.checkpoint.parts import dtype_name, weight_bytes
+from blip3o_rt.checkpoint.load import QUANTIZERS, Checkpoint, load_checkpoint
+from blip3o_rt.checkpoint.parts import layouts
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.machine import format_bytes
-from blip3o_rt.measure.random_checkpoint import preset
-from blip3o_rt.measure.validate.checkpoint import converted_folder, sized_checkpoint
-from blip3o_rt.switches import NO_SWITCHES
+from blip3o_rt.measure.random_checkpoint import folder_name, preset
+from blip3o_rt.measure.random_tokenizer import write_tokenizer
+from blip3o_rt.measure.validate.checkpoint import EDITING
+from blip3o_rt.switches import check_device, weight_switches
+from blip3o_rt.weights import Source as TensorSource
+from blip3o_rt.weights import TensorSpec
 
 RANDOM_SIZES = ("published", "tiny")
 SHAPES = "shapes"
+SEED = 0
+NOISE = 2**24 + 43  # normal numbers that all random weights are taken from
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint on disk, and the dtype and device it is measured in.
+    """A model, and the dtype and device it is measured in.
 
-    size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or the
-    checkpoint's path as the user gave it. cache_dir holds the converted form of a published checkpoint.
-    switches: of the fast tier; none in the exact one. diffusion and ta_tok: as in `Source`.
+    Attributes:
+        size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or a
+            checkpoint's path as the user gave it.
+        folder: of the checkpoint; of the tokenizer where the weights are random.
+        cache_dir: holds the converted form of a published checkpoint.
+        switches: of the fast tier; none in the exact one.
+        diffusion, ta_tok: as in `Source`.
     """
 
     size: str
@@ -44,7 +53,9 @@ class Subject:
     ta_tok: Path | None = None
 
     def load(self, parts: Collection[str] | None = None) -> Checkpoint:
-        """The named parts, all without names. On the CPU they are mapped: memory is taken by what is used."""
+        """The named parts, all without names."""
+        if self.size in RANDOM_SIZES:
+            return self._random(parts)
         return load_checkpoint(
             Source(self.folder, self.diffusion, self.ta_tok),
             dtype=self.dtype,
@@ -54,9 +65,51 @@ class Subject:
             switches=self.switches,
         )
 
+    def _random(self, parts: Collection[str] | None) -> Checkpoint:
+        """Weights made in memory on the device: no disk holds or reads them."""
+        check_device(self.switches, self.device.type)
+        config = self.config()
+        quantizers = dict(QUANTIZERS[switch] for switch in weight_switches(self.switches).items())
+        weights = {
+            part: quantizers.get(part, dict)(random_weights(specs, self.dtype, self.device).items())
+            for part, specs in layouts(config).items()
+            if parts is None or part in parts
+        }
+        return Checkpoint(
+            config, weights, self.folder, self.dtype, self.device, self.folder, dict(self.switches)
+        )
+
     def config(self) -> ModelConfig:
         """The model's geometry."""
-        return self.load(()).config
+        return preset(self.size, EDITING) if self.size in RANDOM_SIZES else self.load(()).config
+
+
+def random_weights(
+    specs: Collection[TensorSpec], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Runtime tensors of seeded random weights, about the same model in each dtype and on every device.
+
+    They are scaled (variance 1 / fan-in; norms about 1) so that activations stay sane.
+    """
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(SEED)).repeat(2)
+    on_device = noise.to(device)
+    found = {}
+    for spec in specs:
+        made_from = noise if spec.dtype is not None else on_device  # what is computed is computed by the host
+        sources = [_random_source(source, made_from).to(dtype) for source in spec.sources]
+        found[spec.name] = spec.build(sources, dtype).to(device)
+    return found
+
+
+def _random_source(source: TensorSource, noise: Tensor) -> Tensor:
+    """A tensor of the published layout: consecutive noise from a place that its name decides."""
+    count = math.prod(source.shape)
+    place = int.from_bytes(hashlib.sha256(source.name.encode()).digest()[:4], "little") % NOISE
+    whole, rest = divmod(count, NOISE)
+    values = torch.cat([noise[place : place + NOISE]] * whole + [noise[place : place + rest]])
+    if len(source.shape) > 1:
+        return values.reshape(source.shape) / math.sqrt(math.prod(source.shape[1:]))
+    return 1 + 0.1 * values if source.name.endswith("weight") else 0.02 * values
 
 
 def prepare(
@@ -64,19 +117,20 @@ def prepare(
     dtype: torch.dtype,
     device: torch.device,
     work: Path,
-    say: Callable[[str], None],
-    switches: Mapping[str, str] = NO_SWITCHES,
+    switches: Mapping[str, str] | None = None,
     diffusion: Path | None = None,
     ta_tok: Path | None = None,
 ) -> Subject:
-    """The subject that `--size` names; a random one is written into the work folder unless it is there.
+    """The subject that `--size` names; the tokenizer of a random one is kept in the work folder.
 
-    Raises CheckpointError where there is no such checkpoint or no room for a random one, or where a diffusion
-    folder or ta_tok file is given with one that is not in the published layout.
+    Raises CheckpointError where there is no such checkpoint.
     """
     folder = Path(size)
     if size in RANDOM_SIZES:
-        folder = random_checkpoint(size, dtype, work, say)
+        folder = work / f"{folder_name(preset(size, EDITING))}-tokenizer"
+        if not (folder / "tokenizer_config.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tokenizer(folder, preset(size, EDITING))
     elif size == SHAPES:
         folder = embedded_checkpoint()
     elif not folder.is_dir():
@@ -84,26 +138,4 @@ def prepare(
             f"size is {size!r}: accepted are published, shapes, tiny or a checkpoint's folder"
         )
     cache = work / "converted-checkpoints"
-    return Subject(size, folder, dtype, device, cache, switches, diffusion, ta_tok)
-
-
-def random_checkpoint(size: str, dtype: torch.dtype, work: Path, say: Callable[[str], None]) -> Path:
-    """A converted checkpoint of seeded random weights: the same in every run and on every machine.
-
-    It is drawn in bfloat16 whatever the dtype, so that both are the same model. The published form that it is
-    converted from stays beside it.
-    """
-    name = dtype_name(dtype)
-    converted = converted_folder(size, name, work)
-    if converted.exists():
-        return converted
-    with sized_checkpoint(size, work, say) as published:
-        needed, free = sum(weight_bytes(preset(size), dtype).values()), shutil.disk_usage(work).free
-        if needed > free:
-            raise CheckpointError(
-                f"{work}: converting the checkpoint needs {format_bytes(needed)} on disk and "
-                f"{format_bytes(free)} are free: name another folder with --work"
-            )
-        say(f"converting it to {converted}")
-        convert(published, converted, dtype=name, progress=False)
-    return converted
+    return Subject(size, folder, dtype, device, cache, dict(switches or {}), diffusion, ta_tok)

@@ -8,38 +8,39 @@ from pathlib import Path
 from blip3o_rt import trace
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.machine import exact_arithmetic
-from blip3o_rt.measure.bench.compose import OURS
-from blip3o_rt.measure.bench.lines import GROUPS, Choice, Group
+from blip3o_rt.measure.bench.lines import LINES, Cases, Choice
 from blip3o_rt.measure.bench.subject import Subject
+from blip3o_rt.measure.records import OURS
 
 BATCH = 1
 
 
-def trace_stages(subject: Subject, stages: frozenset[str], path: Path, say: Callable[[str], None]) -> None:
-    """Write a trace (see blip3o_rt.trace) of one call of each stage line; `say` hears of those left out.
+def trace_stages(subject: Subject, lines: frozenset[str], path: Path, log: Callable[[str], None]) -> None:
+    """Write a trace (see blip3o_rt.trace) of one call of each stage line; `log` hears of those left out.
 
     A call is the range "bench LINE"; "load" and "warm-up" before it are what it took to get there.
     """
-    choice = Choice(stages, peers=(), batches=(BATCH,))
+    choice = Choice(lines, baselines=(), batches=(BATCH,))
+    chosen = [(spec.cases, spec.part) for spec in LINES if spec.name in lines]
     with exact_arithmetic(subject.device), trace.recorded(path, subject.device):
-        for group in GROUPS:
-            if stages.intersection(group.names):
+        for cases, part in dict.fromkeys(chosen):
+            if cases is not None:
                 try:
-                    trace_group(subject, group, choice)
+                    trace_part(subject, cases, part, choice)
                 except Blip3oError as error:
-                    say(f"not traced: {error}")
+                    log(f"not traced: {error}")
 
 
-def trace_group(subject: Subject, group: Group, choice: Choice) -> None:
-    """The lines of ours that share the group's parts of the checkpoint."""
+def trace_part(subject: Subject, cases: Cases, part: str | None, choice: Choice) -> None:
+    """The cases of ours that share a part of the checkpoint."""
     with trace.span("load"):
-        checkpoint = subject.load(group.parts)
-    for line in group.lines(checkpoint, choice):
-        for entry in line.entries:
-            if entry.contender.who == OURS:
+        checkpoint = subject.load([part] if part else None)
+    for case in cases(checkpoint, choice):
+        for candidate in case.candidates:
+            if candidate.who == OURS:
                 with trace.span("warm-up"):
-                    entry.contender.prepare()
-                    entry.contender.call()
-                    entry.contender.prepare()
-                with trace.span(f"bench {line.name}"):
-                    entry.contender.call()
+                    candidate.prepare()
+                    candidate.call()
+                    candidate.prepare()
+                with trace.span(f"bench {case.name}"):
+                    candidate.call()

@@ -34,8 +34,8 @@ def data_uri(content: bytes, suffix: str) -> str:
     return f"data:{MEDIA_TYPES[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
-def picture_uri(file: Path) -> str | None:
-    """The same of a file; None where it is missing or no picture that a page can show."""
+def image_uri(file: Path) -> str | None:
+    """The same of a file; None where it is missing or no image that a page can show."""
     if file.suffix.lower() not in MEDIA_TYPES or not file.is_file():
         return None
     return data_uri(file.read_bytes(), file.suffix.lower())

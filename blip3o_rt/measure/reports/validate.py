@@ -1,4 +1,4 @@
-"""The page of a validate record: what passed and what failed, by how much and why, and the pictures."""
+"""The page of a validate record: what passed and what failed, by how much and why, and the images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.measure.reports.bench import shape_text
-from blip3o_rt.measure.reports.page import picture_uri, write_page
-from blip3o_rt.measure.reports.reading import Record, entries, number, provenance
+from blip3o_rt.measure.records import Record, number, shape_text
+from blip3o_rt.measure.reports.page import image_uri, write_page
+from blip3o_rt.measure.tables import provenance
 from blip3o_rt.measure.units import number_text, significant
 
 GROUPS = {
@@ -18,15 +18,15 @@ GROUPS = {
     "vae": "Autoencoder against diffusers",
     "tatok": "Image tokenizer against transformers",
     "pipeline": "Whole pipeline against the published one",
-    "determinism": "Same seed, same picture",
+    "determinism": "Same seed, same image",
     "golden": "Recorded runs",
 }
-PICTURES = {"ours": "ours", "reference": "reference", "difference": "difference, amplified"}
+IMAGES = {"ours": "ours", "reference": "reference", "difference": "difference, amplified"}
 MORE_IS_BETTER = ("psnr", "ssim")  # measures of which more is better: their bound is the least allowed
 
 
 def validate_html(record: dict[str, Any], path: str | Path) -> None:
-    """Write the page of a validate record, pictures included, in one file that needs nothing else.
+    """Write the page of a validate record, images included, in one file that needs nothing else.
 
     The files that the record's images name are looked for beside `path`. A record that is partial, or lacks
     parts, gives a page that says in words what is missing.
@@ -37,17 +37,22 @@ def validate_html(record: dict[str, Any], path: str | Path) -> None:
         "title": "blip3o-rt validate",
         "summary": summary(record, lines),
         "complete": record.get("complete", True),
-        "provenance": provenance(record),
+        "provenance": list(provenance(Record.of(record))),
         "record": record,
         "notes": [str(note) for note in record.get("notes") or ()],
         "failures": [line for line in lines if line["passed"] is False],
         "groups": grouped(lines),
-        "pictures": [picture_cells(entry, folder) for entry in entries(record, "images")],
+        "images": [image_cells(entry, folder) for entry in entries(record, "images")],
     }
     write_page("validate.html", path, context)
 
 
-def summary(record: Record, lines: Sequence[Mapping[str, Any]]) -> str:
+def entries(record: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """A list of the record; empty where it is missing or null."""
+    return [entry for entry in record.get(key) or [] if isinstance(entry, Mapping)]
+
+
+def summary(record: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
     """How many checks passed, on what."""
     model = record.get("model") or {}
     size = f" on the {model['size']} model" if model.get("size") else ""
@@ -83,7 +88,7 @@ def grouped(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def line_cells(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The cells of one check; empty where the record says nothing."""
     measure = str(entry.get("measure") or "")
-    bound = number(entry, "bound")
+    bound = number(entry.get("bound"))
     relation = "≥" if measure.lower().startswith(MORE_IS_BETTER) else "≤"
     parts = [
         entry.get("name"),
@@ -99,9 +104,9 @@ def line_cells(entry: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(entry.get("dtype") or ""),
         "shape": shape_text(entry.get("shape")),
         "measure": measure,
-        "found": value_text(number(entry, "found"), measure),
+        "found": value_text(number(entry.get("found")), measure),
         "bound": "" if bound is None else f"{relation} {value_text(bound, measure)}",
-        "reference_error": value_text(number(entry, "reference_error"), measure),
+        "reference_error": value_text(number(entry.get("reference_error")), measure),
         "passed": entry.get("passed"),
         "why": sentence(entry.get("why")),
         "detail": sentence(entry.get("detail")),
@@ -124,18 +129,18 @@ def sentence(text: object) -> str:
     return found if not found or found.endswith((".", "!", "?")) else f"{found}."
 
 
-def picture_cells(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A compared picture: its three images as addresses that need no file, and how alike two of them are."""
-    psnr, ssim = number(entry, "psnr"), number(entry, "ssim")
+def image_cells(entry: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A compared image: its three images as addresses that need no file, and how alike two of them are."""
+    psnr, ssim = number(entry.get("psnr")), number(entry.get("ssim"))
     quality = (
         ["no pixel differs"] if psnr is None and ssim == 1.0 else []
     )  # a PSNR without bound is no number
     quality += [f"PSNR {number_text(psnr)} dB"] if psnr is not None else []
     quality += [f"SSIM {ssim:.4f}"] if ssim is not None else []
     parts = []
-    amplified = number(entry, "amplified")
-    labels = {**PICTURES, "difference": f"difference, times {amplified:.0f}"} if amplified else PICTURES
+    amplified = number(entry.get("amplified"))
+    labels = {**IMAGES, "difference": f"difference, times {amplified:.0f}"} if amplified else IMAGES
     for key, label in labels.items():
         file = entry.get(key)
-        parts.append((label, picture_uri(folder / str(file)) if file else None, file))
-    return {"name": str(entry.get("name") or "picture"), "quality": ", ".join(quality), "parts": parts}
+        parts.append((label, image_uri(folder / str(file)) if file else None, file))
+    return {"name": str(entry.get("name") or "image"), "quality": ", ".join(quality), "parts": parts}

@@ -14,7 +14,7 @@ from blip3o_rt.measure.bench.subject import Subject, prepare
 @pytest.fixture(scope="session")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     work: Path = tmp_path_factory.mktemp("bench")
-    return prepare("tiny", torch.float32, torch.device("cpu"), work, lambda _: None)
+    return prepare("tiny", torch.float32, torch.device("cpu"), work)
 
 
 @pytest.fixture(scope="session")

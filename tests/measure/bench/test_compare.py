@@ -12,6 +12,7 @@ import pytest
 
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.measure.bench import compare
+from blip3o_rt.measure.records import BenchRecord
 
 MACHINE = {"cpu": "a", "cores": 2, "memory_bytes": 1, "gpu": None, "driver": None, "instruction_sets": []}
 MODEL = {"size": "shapes", "dtype": "bf16", "tier": "exact", "device": "cpu", "threads": 2, "switches": {}}
@@ -33,6 +34,10 @@ def record(*lines: tuple[str, str, list[float]], ops: list[dict[str, Any]] | Non
         "lines": [{"name": n, "who": w, "batch": 1, "samples": found} for n, w, found in lines],
         "ops": ops or [],
     }
+
+
+def compared(before: dict[str, Any], after: dict[str, Any]) -> list[compare.Verdict]:
+    return compare.compare_records(BenchRecord.of(before), BenchRecord.of(after))
 
 
 def verdict(before: list[float], after: list[float]) -> str:
@@ -72,32 +77,32 @@ def test_the_same_records_give_the_same_verdict() -> None:
     assert compare.judge("line", before, after) == compare.judge("line", before, after)
 
 
-def tokens(seed: int, ours: float, peer: float) -> dict[str, Any]:
+def tokens(seed: int, ours: float, baseline: float) -> dict[str, Any]:
     return record(
         ("ar.token", "ours", samples(seed, ours, 20)),
-        ("ar.token", "transformers", samples(seed + 1, peer, 20)),
+        ("ar.token", "transformers", samples(seed + 1, baseline, 20)),
     )
 
 
-def test_a_slower_machine_slows_the_peer_as_much() -> None:
+def test_a_slower_machine_slows_the_baseline_as_much() -> None:
     before, after = tokens(1, 1.0, 2.0), tokens(3, 1.3, 2.6)
-    (found,) = compare.compare_records(before, after)
-    assert (found.peer, found.verdict) == ("transformers", "same")
+    (found,) = compared(before, after)
+    assert (found.baseline, found.verdict) == ("transformers", "same")
     assert found.change == pytest.approx(1.0, abs=0.05)
-    after["versions"]["transformers"] = "6.0"  # another peer altogether
-    (found,) = compare.compare_records(before, after)
-    assert (found.peer, found.verdict) == (None, "slower")
+    after["versions"]["transformers"] = "6.0"  # another baseline altogether
+    (found,) = compared(before, after)
+    assert (found.baseline, found.verdict) == (None, "slower")
 
 
-def test_a_change_of_ours_shows_beside_a_steady_peer() -> None:
-    (found,) = compare.compare_records(tokens(1, 1.0, 2.0), tokens(3, 0.7, 2.0))
+def test_a_change_of_ours_shows_beside_a_steady_baseline() -> None:
+    (found,) = compared(tokens(1, 1.0, 2.0), tokens(3, 0.7, 2.0))
     assert (found.line, found.verdict) == ("ar.token", "faster")
 
 
 def test_lines_of_one_record_and_those_that_failed_are_passed_over() -> None:
     before = record(("a", "ours", [1.0] * 5), ("b", "ours", [1.0] * 5), ("c", "ours", []))
     after = record(("a", "ours", [1.0] * 5), ("c", "ours", [1.0]), ("d", "ours", [1.0]))
-    assert [v.line for v in compare.compare_records(before, after)] == ["a"]
+    assert [v.line for v in compared(before, after)] == ["a"]
     assert compare.as_text([]) == "the records have no line in common"
 
 
@@ -106,7 +111,7 @@ def test_ops_are_compared_by_shape_and_dtype() -> None:
         entry = {"op": "rms_norm", "implementation": "cpu", "shape": "decode x1"}
         return {**entry, "dtype": dtype, "samples": samples(1, seconds, 10)}
 
-    found = compare.compare_records(
+    found = compared(
         record(ops=[op(1.0, "bf16"), op(1.0, "fp32")]), record(ops=[op(2.0, "bf16"), op(1.0, "fp32")])
     )
     assert [(v.line, v.verdict) for v in found] == [
@@ -146,9 +151,9 @@ def test_other_switches_are_another_model() -> None:
     before["model"]["switches"] = {"BLIP3O_OPS": None, "ar_weights": "int8"}
     after = copy.deepcopy(before)
     after["model"]["switches"] |= {"BLIP3O_OPS": "rms_norm=torch", "graphs": "on"}  # not in older records
-    assert compare.differences(before, after) == []
+    assert compare.differences(BenchRecord.of(before), BenchRecord.of(after)) == []
     after["model"]["switches"] |= {"step_cache": "2", "graphs": "off"}
-    assert compare.differences(before, after) == [
+    assert compare.differences(BenchRecord.of(before), BenchRecord.of(after)) == [
         "step_cache is None in the first, 2 in the second",
         "graphs is None in the first, off in the second",
     ]

@@ -56,13 +56,14 @@ def shape(request: pytest.FixtureRequest) -> OpShape:
 def test_every_implementation_is_right_and_timed(shape: OpShape) -> None:
     for dtype in shape.dtypes:
         entries = list(time_shape(ops.all_ops()[shape.op], shape, dtype, CPU, runs=1, limit=0.0))
-        assert "torch" in {entry["implementation"] for entry in entries}
+        assert "torch" in {entry.implementation for entry in entries}
         for entry in entries:
-            assert entry["ok"], entry
-            assert entry["error"] <= entry["bound"]
-            assert entry["n"] == len(entry["samples"]) >= 1
-            assert entry["bytes"] > 0
-            assert entry["note"] is None
+            assert entry.ok, entry
+            assert entry.error is not None
+            assert entry.error <= (entry.bound or 0.0)
+            assert entry.count == len(entry.samples) >= 1
+            assert entry.bytes
+            assert entry.note is None
 
 
 def test_a_wrong_kernel_is_timed_and_named_wrong(tmp_path: Path) -> None:
@@ -71,16 +72,16 @@ def test_a_wrong_kernel_is_timed_and_named_wrong(tmp_path: Path) -> None:
     shape = next(shape for shape in SHAPES.values() if shape.op == "silu_mul")
     with load_kernels([path]):
         entries = {
-            entry["implementation"]: entry
+            entry.implementation: entry
             for entry in time_shape(ops.silu_mul, shape, torch.float32, CPU, runs=1, limit=0.0)
         }
-    assert not entries["wrong"]["ok"]
-    assert entries["wrong"]["error"] > entries["wrong"]["bound"]
-    assert entries["wrong"]["n"] >= 1
-    assert not entries["raises"]["ok"]
-    assert entries["raises"]["note"] == "raised ValueError: not today"
-    assert (entries["raises"]["n"], entries["raises"]["median"]) == (0, None)
-    assert entries["torch"]["ok"]
+    assert not entries["wrong"].ok
+    assert (entries["wrong"].error or 0.0) > (entries["wrong"].bound or 0.0)
+    assert entries["wrong"].count >= 1
+    assert not entries["raises"].ok
+    assert entries["raises"].note == "raised ValueError: not today"
+    assert (entries["raises"].count, entries["raises"].median) == (0, None)
+    assert entries["torch"].ok
 
 
 def work_of(op_name: str, text: str, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from blip3o_rt.dit.layout import layout
 from blip3o_rt.errors import ConfigError, ParameterError
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.bench import lines, peers, stages
-from blip3o_rt.measure.bench.lines import Choice, Line
+from blip3o_rt.measure.bench.lines import Case, Choice
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.params import SamplingParams
 
@@ -174,7 +174,7 @@ def test_peers_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.Mon
         "compiled left out: torch.compile does not work here (no compiler)",
         "graphed left out: CUDA graphs need a GPU",
     ]
-    with pytest.raises(ParameterError, match="peers has 'vllm': accepted are transformers"):
+    with pytest.raises(ParameterError, match="baselines has 'vllm': accepted are transformers"):
         peers.available(("vllm",), CPU)
 
 
@@ -195,17 +195,18 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 # Which lines there are
 
 
-def all_lines(checkpoint: Checkpoint, choice: Choice) -> list[Line]:
-    return [line for group in lines.GROUPS for line in group.lines(checkpoint, choice)]
+def all_cases(checkpoint: Checkpoint, choice: Choice) -> list[Case]:
+    builders = dict.fromkeys(spec.cases for spec in lines.LINES if spec.cases is not None)
+    return [case for cases in builders for case in cases(checkpoint, choice)]
 
 
-def who_is_on(found: list[Line]) -> dict[tuple[str, int], list[str]]:
-    return {(line.name, line.batch): [entry.contender.who for entry in line.entries] for line in found}
+def who_is_on(found: list[Case]) -> dict[tuple[str, int], list[str]]:
+    return {(case.name, case.batch): [c.who for c in case.candidates] for case in found}
 
 
-def test_every_line_has_its_peers(checkpoint: Checkpoint) -> None:
+def test_every_line_has_its_baselines(checkpoint: Checkpoint) -> None:
     choice = Choice(lines.select(["all"]), peers.DEFAULT_PEERS, (1, 2))
-    assert who_is_on(all_lines(checkpoint, choice)) == {
+    assert who_is_on(all_cases(checkpoint, choice)) == {
         ("ar.prefill", 1): ["ours", "transformers"],
         ("ar.token", 1): ["ours", "transformers", "published"],
         ("ar.token", 2): ["ours", "transformers", "published"],
@@ -221,24 +222,25 @@ def test_every_line_has_its_peers(checkpoint: Checkpoint) -> None:
     }
 
 
-def test_without_peers_there_is_ours_alone(checkpoint: Checkpoint) -> None:
-    found = all_lines(checkpoint, Choice(lines.select(["all"]), (), (1,)))
+def test_without_baselines_there_is_ours_alone(checkpoint: Checkpoint) -> None:
+    found = all_cases(checkpoint, Choice(lines.select(["all"]), (), (1,)))
     assert {who for whos in who_is_on(found).values() for who in whos} == {"ours"}
 
 
 def test_every_entry_says_what_it_must_do(checkpoint: Checkpoint) -> None:
-    for line in all_lines(checkpoint, Choice(lines.select(["all"]), peers.DEFAULT_PEERS, (1,))):
-        for entry in line.entries:
-            assert entry.work is not None
-            assert entry.work.bytes > 0
-            assert entry.work.flops > 0
+    for case in all_cases(checkpoint, Choice(lines.select(["all"]), peers.DEFAULT_PEERS, (1,))):
+        assert set(case.work) == {candidate.who for candidate in case.candidates}
+        for work in case.work.values():
+            assert work is not None
+            assert work.bytes > 0
+            assert work.flops > 0
 
 
-def test_names_of_stages() -> None:
+def test_names_of_lines() -> None:
     assert lines.select(["ar"]) == {"ar.prefill", "ar.token", "ar.second_pass"}
     assert lines.select(["dit"]) == {"dit.tables", "dit.condition", "dit.step", "dit.step.edit"}
     assert lines.select(["dit.step", "image"]) == {"dit.step", "image", "image.host"}
     assert lines.select([]) == frozenset()
     assert lines.select(["all"]) == frozenset(lines.NAMES)
-    with pytest.raises(ParameterError, match="stages has 'dti': accepted are all, ar, connector"):
+    with pytest.raises(ParameterError, match="lines has 'dti': accepted are all, tatok, vae, ar"):
         lines.select(["dti"])

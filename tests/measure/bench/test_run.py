@@ -15,29 +15,27 @@ from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import CheckpointError, ParameterError
 from blip3o_rt.graphs import Recorder
 from blip3o_rt.measure.baselines.measure import relative_l2
-from blip3o_rt.measure.bench import ablation, ceilings, lines, peers, run, stages, timing, work
-from blip3o_rt.measure.bench.record import FILE, Record
+from blip3o_rt.measure.bench import ablation, lines, peers, rooflines, run, stages, timing
+from blip3o_rt.measure.bench.command import FILE
 from blip3o_rt.measure.bench.run import Run, Settings, model_entry
 from blip3o_rt.measure.bench.subject import Subject, prepare
-from blip3o_rt.measure.bench.table import as_text
-from blip3o_rt.measure.bench.timing import Timing
-from blip3o_rt.measure.bench.work import Work
 from blip3o_rt.measure.random_checkpoint import folder_name, preset
-from blip3o_rt.measure.reports.reading import set_apart
+from blip3o_rt.measure.records import BenchRecord, Line, OpTime, Roofline
+from blip3o_rt.measure.tables import as_text
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.measure.validate.checkpoint import EDITING
 from tests.recorded_graph import RecordedGraphs
 
-LINE_KEYS = """name what who batch samples cold median p90 min n per bytes flops ceiling share peak_memory
-launches operator_calls note"""
+LINE_KEYS = """samples median p90 min n name what who batch per cold host bytes flops ceiling share
+peak_memory launches operator_calls note"""
 OP_KEYS = (
     "op implementation dtype shape samples median p90 min n bytes flops ceiling share error bound ok note"
 )
 ABLATION_KEYS = "switch off on line samples_off samples_on ratio"
-CEILINGS = [
-    ceilings.Ceiling("read", None, "GB/s", 10.0, [9.0, 10.0]),
-    ceilings.Ceiling("copy", None, "GB/s", 5.0, [5.0]),
-    ceilings.Ceiling("matmul", "fp32", "GFLOP/s", 100.0, [100.0]),
+ROOFLINES = [
+    Roofline(name="read", unit="GB/s", value=10.0, samples=(9.0, 10.0)),
+    Roofline(name="copy", unit="GB/s", value=5.0, samples=(5.0,)),
+    Roofline(name="matmul", dtype="fp32", unit="GFLOP/s", value=100.0, samples=(100.0,)),
 ]
 
 
@@ -45,12 +43,11 @@ def settings(*names: str, **changes: Any) -> Settings:
     usual: dict[str, Any] = {
         "tier": "exact",
         "batches": (1,),
-        "stages": lines.select(names),
-        "peers": (),
+        "lines": lines.select(names),
+        "baselines": (),
         "op_names": None,
         "ablate": frozenset(),
         "runs": 2,
-        "seconds": 60.0,
         "quick": True,
         "steps": 2,
     }
@@ -58,13 +55,15 @@ def settings(*names: str, **changes: Any) -> Settings:
 
 
 @pytest.fixture
-def execute(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Record]:
-    """Runs with these settings; the ceilings are given, the record is in the test's folder."""
-    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+def execute(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BenchRecord]:
+    """Runs with these settings; the rooflines are given, the record is in the test's folder."""
+    monkeypatch.setattr(rooflines, "measure", lambda *_, **__: ROOFLINES)
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # a quarter of a second before every line
 
-    def with_settings(chosen: Settings) -> Record:
-        record = Record(tmp_path, ["blip3o-rt", "bench"], model_entry(subject, chosen.tier, []))
+    def with_settings(chosen: Settings) -> BenchRecord:
+        record = BenchRecord.begin(
+            tmp_path / FILE, ["blip3o-rt", "bench"], model_entry(subject, chosen.tier, [])
+        )
         Run(subject, chosen, record, lambda _: None).everything()
         return record
 
@@ -79,11 +78,11 @@ def by_name(data: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
     return {(line["name"], line["who"]): line for line in data["lines"]}
 
 
-def test_record_of_all_stages(execute: Callable[..., Record], tmp_path: Path) -> None:
+def test_record_of_all_stages(execute: Callable[..., BenchRecord], tmp_path: Path) -> None:
     everybody = ("transformers", "diffusers", "published")
-    record = execute(settings("all", peers=everybody, runs=1, seconds=600.0))
+    record = execute(settings("all", baselines=everybody, runs=1))
     data = saved(tmp_path)
-    assert data == record.data
+    assert data == json.loads(json.dumps(record.to_json()))
     assert (data["kind"], data["version"], data["complete"]) == ("bench", 1, True)
     assert {"size", "dtype", "tier", "device", "threads", "switches"} <= set(data["model"])
     assert data["model"]["size"] == "tiny"
@@ -105,18 +104,18 @@ def test_record_of_all_stages(execute: Callable[..., Record], tmp_path: Path) ->
             floor = max(line["bytes"] / 10e9, line["flops"] / 100e9)
             assert line["share"] == pytest.approx(floor / line["median"])
             assert line["ceiling"] in ("read", "matmul fp32")
-    assert found["ar.token", "ours"]["n"] == lines.MORE_RUNS["ar.token"]
+    assert found["ar.token", "ours"]["n"] == run.MORE_RUNS["ar.token"]
     for who in ("ours", "transformers"):
         assert found["ar.token", who]["operator_calls"] > 10
     assert found["image.host", "ours"]["median"] < found["image", "ours"]["median"]
-    text = as_text(data)
+    text = as_text(record)
     for name in lines.NAMES:
         assert name in text
 
 
-def test_batches_are_of_tokens_and_pictures(execute: Callable[..., Record]) -> None:
+def test_batches_are_of_tokens_and_pictures(execute: Callable[..., BenchRecord]) -> None:
     record = execute(settings("ar.token", "connector", "image", batches=(1, 3), runs=1))
-    assert {(line["name"], line["batch"], line["per"]) for line in record.lines} == {
+    assert {(line.name, line.batch, line.per) for line in record.lines} == {
         ("ar.token", 1, 1),
         ("ar.token", 3, 3),
         ("connector", 1, 1),
@@ -127,104 +126,51 @@ def test_batches_are_of_tokens_and_pictures(execute: Callable[..., Record]) -> N
     }
 
 
-def test_a_picture_that_takes_too_long_is_composed_and_says_so(execute: Callable[..., Record]) -> None:
-    record = execute(settings("ar", "connector", "dit", "vae.decode", "image", seconds=0.0))
-    (image,) = (line for line in record.lines if line["name"] == "image")
-    medians = {line["name"]: line["median"] for line in record.lines}
+def test_an_image_that_is_not_drawn_is_composed_and_says_so(execute: Callable[..., BenchRecord]) -> None:
+    record = execute(settings("ar", "connector", "dit", "vae.decode"))
+    (image,) = (line for line in record.lines if line.name == "image")
+    medians = {line.name: line.median or 0.0 for line in record.lines}
     counts = {"ar.prefill": 1, "ar.token": 64, "dit.tables": 1, "connector": 1, "dit.condition": 1}
     counts |= {"dit.step": 2, "vae.decode": 1}
-    assert image["median"] == pytest.approx(sum(count * medians[name] for name, count in counts.items()))
-    assert image["note"].startswith("composed: 1 x ar.prefill (ours) + 64 x ar.token (ours)")
-    assert image["n"] == 1
+    assert image.median == pytest.approx(sum(count * medians[name] for name, count in counts.items()))
+    assert (image.note or "").startswith("composed: 1 x ar.prefill (ours) + 64 x ar.token (ours)")
+    assert (image.count, image.composed) == (1, True)
     assert "image.host" not in medians
 
 
-def test_time_that_is_too_short_for_a_picture_is_the_other_lines(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Half of a minute is not enough for pictures of forty seconds; alone they may take all of it."""
-    monkeypatch.setattr(Run, "least_seconds", lambda *_: 40.0)
-    taken: list[float] = []
-    take = run.Budget.take
-    monkeypatch.setattr(run.Budget, "take", lambda self, name: taken.append(take(self, name)) or taken[-1])
-    execute(settings("connector", "image"))
-    assert taken[0] == pytest.approx(60.0, rel=0.1)
-    taken.clear()
-    record = execute(settings("image"))
-    assert {line["name"] for line in record.lines} == {"image", "image.host"}
-
-
-def test_a_picture_that_can_neither_be_drawn_nor_composed_is_left_out(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Run, "least_seconds", lambda *_: 90.0)
-    record = execute(settings("image"))
-    assert record.lines == []
-    assert (
-        "image left out: drawing takes at least 90.0 s and the budget is 60.0 s" in record.data["notes"][-1]
-    )
-
-
-def test_the_least_a_picture_takes(subject: Subject, tmp_path: Path) -> None:
-    """At the ceilings, if everybody did no more than ours."""
-    record = Record(tmp_path, [], model_entry(subject, "exact", []))
-    alone, beside = (Run(subject, settings("image", peers=p), record, print) for p in ((), ("published",)))
-    assert alone.least_seconds(1) is None
-    record.add_ceilings(CEILINGS)
-    least = alone.least_seconds(1)
-    assert least is not None
-    config = subject.config()
-    step = work.dit_step(config, 4, shortened=True)
-    assert least > 2 * max(step.bytes / 10e9, step.flops / 100e9)
-    assert beside.least_seconds(1) == pytest.approx(2 * least)
-    batch = alone.least_seconds(4)
-    assert batch is not None
-    assert least < batch < 4 * least
-
-
-def test_a_picture_that_fits_once_is_drawn_once(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Run, "estimate", lambda *_: 40.0)  # of 60 seconds
-    record = execute(settings("image"))
-    (image,) = (line for line in record.lines if line["name"] == "image")
-    assert image["samples"] == [image["cold"]]
-    assert image["note"] == "its only run is its first"
-
-
 def test_a_line_that_fails_says_why_and_the_others_go_on(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("the first line\nthe second")
 
     monkeypatch.setattr(stages.VaeStage, "decode", fail)
     record = execute(settings("vae"))
-    found = by_name(record.data)
+    found = by_name(record.to_json())
     assert found["vae.decode", "ours"]["note"] == "failed: RuntimeError: the first line"
     assert (found["vae.decode", "ours"]["n"], found["vae.decode", "ours"]["median"]) == (0, None)
     assert found["vae.encode", "ours"]["n"] == 2
     assert record.failed
-    assert record.data["complete"]
-    assert "failed: RuntimeError" in as_text(record.data)
+    assert record.complete
+    assert "failed: RuntimeError" in as_text(record)
 
 
-def test_a_peer_that_fails_is_noted_and_fails_nothing(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+def test_a_baseline_that_fails_is_noted_and_fails_nothing(
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("it cannot run here")
 
     monkeypatch.setattr(peers.ConnectorPeer, "run", fail)
-    record = execute(settings("connector", peers=("published",)))
-    found = by_name(record.data)
+    record = execute(settings("connector", baselines=("published",)))
+    found = by_name(record.to_json())
     assert "failed: RuntimeError: it cannot run here" in found["connector", "published"]["note"]
     assert found["connector", "ours"]["n"] == 2
     assert not record.failed
 
 
 def test_an_interruption_keeps_what_was_measured(
-    execute: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = iter(range(100))
 
@@ -242,25 +188,28 @@ def test_an_interruption_keeps_what_was_measured(
 
 
 def test_a_part_that_the_checkpoint_lacks_is_left_out_with_a_note(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(*_: object) -> None:
-        raise CheckpointError("this checkpoint has none")
+    load = Subject.load
 
-    group = lines.Group(("tatok.encode",), ("ta_tok",), nothing)  # type: ignore[arg-type]
-    monkeypatch.setattr(run, "GROUPS", (group, lines.GROUPS[1]))
+    def without_tower(self: Subject, parts: Any = None) -> Checkpoint:
+        if parts == ["ta_tok"]:
+            raise CheckpointError("this checkpoint has none")
+        return load(self, parts)
+
+    monkeypatch.setattr(Subject, "load", without_tower)
     record = execute(settings("tatok", "connector"))
-    assert [line["name"] for line in record.lines] == ["connector"]
-    assert record.data["notes"] == [
-        "quick: the ceilings are too small to mean anything",
+    assert [line.name for line in record.lines] == ["connector"]
+    assert record.notes == [
+        "quick: the rooflines are too small to mean anything",
         "tatok.encode left out: this checkpoint has none",
     ]
     assert not record.failed
 
 
-def test_ops_are_recorded(execute: Callable[..., Record]) -> None:
+def test_ops_are_recorded(execute: Callable[..., BenchRecord]) -> None:
     record = execute(settings(op_names=("gated_add", "nearest_code")))
-    entries = record.data["ops"]
+    entries = [op.to_json() for op in record.ops]
     assert {entry["op"] for entry in entries} == {"gated_add", "nearest_code"}
     assert {entry["dtype"] for entry in entries if entry["op"] == "gated_add"} == {"fp32", "bf16"}
     for entry in entries:
@@ -269,25 +218,24 @@ def test_ops_are_recorded(execute: Callable[..., Record]) -> None:
     gated = next(entry for entry in entries if entry["op"] == "gated_add")
     assert gated["ceiling"] == "copy" or gated["dtype"] == "bf16"  # no matmul ceiling of bf16 was given
     assert record.lines == []
-    assert "gated_add" in as_text(record.data)
+    assert "gated_add" in as_text(record)
 
 
 def test_switches_are_recorded_and_leave_no_trace(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation, "MORE_RUNS", {})
-    record = execute(settings(ablate=ablation.select(["all"]), runs=1))
-    entries = record.data["ablations"]
-    assert {entry["line"] for entry in entries} == {*ablation.LINES} - {"dit.denoise"}
+    record = execute(settings(ablate=lines.select(["all"], lines.ABLATED), runs=1))
+    entries = [entry.to_json() for entry in record.ablations]
+    assert {entry["line"] for entry in entries} == {*lines.ABLATED} - {"dit.denoise"}
     assert {"image rows of the head", "key/value pages", "batching"} <= {entry["switch"] for entry in entries}
     for line in ("dit.step", "dit.step.edit"):
-        assert "null tokens" in {entry["switch"] for entry in entries if entry["line"] == line}
+        assert "unconditional tokens" in {entry["switch"] for entry in entries if entry["line"] == line}
     assert "ar_weights=int8" in {entry["switch"] for entry in entries if entry["line"] == "ar.prefill"}
     for entry in entries:
         assert set(entry) == set(ABLATION_KEYS.split())
         assert entry["ratio"] == pytest.approx(entry["samples_off"][0] / entry["samples_on"][0])
     assert not record.failed
-    assert all(switch in as_text(record.data) for switch in ("batching", "key/value pages"))
+    assert all(switch in as_text(record) for switch in ("batching", "key/value pages"))
 
 
 def test_a_switch_is_listed_for_the_device_that_takes_it() -> None:
@@ -312,25 +260,29 @@ def test_switches_of_the_fast_tier_are_those_of_weights_and_those_given(subject:
     assert fast("dit.denoise", given) == {"step_cache=3", "guidance_interval=0:0.9"}
 
 
+def switches_of(subject: Subject, tier: str) -> dict[str, str]:
+    return BenchRecord(model=model_entry(subject, tier, [])).switches
+
+
 def test_a_record_says_its_switches_and_whether_there_were_graphs(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = replace(subject, switches={"step_cache": "3"})
-    assert set_apart(model_entry(subject, "exact", [])) == {}
-    assert set_apart(model_entry(given, "fast", [])) == {"step_cache": "3"}
+    assert switches_of(subject, "exact") == {}
+    assert switches_of(given, "fast") == {"step_cache": "3"}
     monkeypatch.setenv("BLIP3O_GRAPHS", "off")
-    assert set_apart(model_entry(given, "fast", [])) == {"step_cache": "3", "graphs": "off"}
+    assert switches_of(given, "fast") == {"step_cache": "3", "graphs": "off"}
 
 
-def test_a_step_of_8_bit_products_has_no_share_of_another_ceiling(
+def test_a_step_of_8_bit_products_has_no_utilization_of_another_roofline(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = replace(subject, switches={"dit_weights": "int8"})
-    record = Record(tmp_path, [], model_entry(given, "fast", []))
-    chosen = settings("dit.step", peers=("diffusers",), runs=1, tier="fast")
-    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+    record = BenchRecord.begin(tmp_path / FILE, [], model_entry(given, "fast", []))
+    chosen = settings("dit.step", baselines=("diffusers",), runs=1, tier="fast")
+    monkeypatch.setattr(rooflines, "measure", lambda *_, **__: ROOFLINES)
     Run(given, chosen, record, lambda _: None).everything()
-    found = by_name(record.data)
+    found = by_name(record.to_json())
     assert found["dit.step", "ours"]["n"] == 1
     assert found["dit.step", "ours"]["share"] is None
     assert found["dit.step", "diffusers"]["share"] is not None
@@ -340,12 +292,12 @@ def test_switches_that_are_given_are_measured(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of all steps on a line of their own, beside the rest of what was given; tiles in the decoder."""
-    monkeypatch.setattr(ceilings, "measure", lambda *_, **__: CEILINGS)
+    monkeypatch.setattr(rooflines, "measure", lambda *_, **__: ROOFLINES)
     given = replace(subject, switches={"step_cache": "3", "vae_tiles": "2"})
-    record = Record(tmp_path, [], model_entry(given, "fast", []))
-    chosen = settings(ablate=ablation.select(["dit.denoise"]), runs=2, tier="fast")
+    record = BenchRecord.begin(tmp_path / FILE, [], model_entry(given, "fast", []))
+    chosen = settings(ablate=frozenset(["dit.denoise"]), runs=2, tier="fast")
     Run(given, chosen, record, lambda _: None).everything()
-    (entry,) = record.data["ablations"]
+    (entry,) = [entry.to_json() for entry in record.ablations]
     assert (entry["switch"], entry["line"]) == ("step_cache=3", "dit.denoise")
     assert stages.DitStage(given.load(["dit"])).kinds != stages.DitStage(subject.load(["dit"])).kinds
     decoders = [stages.VaeStage(s.load(["vae"])).autoencoder for s in (subject, given)]
@@ -379,14 +331,14 @@ def either_way(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("edit", [False, True])
 def test_a_step_with_every_unconditional_token_is_the_same_step(checkpoint: Checkpoint, edit: bool) -> None:
     whole, without = (
-        ablation.dit_step(checkpoint, edit=edit),
-        ablation.dit_step(checkpoint, edit=edit, null_written_out=True),
+        lines.dit_step(checkpoint, edit=edit),
+        lines.dit_step(checkpoint, edit=edit, every_token=True),
     )
     results = []
     with torch.no_grad():
-        for contender in (whole, without):
-            contender.prepare()
-            results.append(contender.call())
+        for candidate in (whole, without):
+            candidate.prepare()
+            results.append(candidate.call())
     assert relative_l2(results[1], results[0]) < 1e-5
 
 
@@ -409,22 +361,21 @@ def test_what_a_request_replays_is_replayed(subject: Subject, monkeypatch: pytes
 
 
 def test_a_switch_that_cannot_be_built_fails_alone(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: object) -> None:
         raise RuntimeError("no such piece")
 
-    monkeypatch.setattr(ablation, "MORE_RUNS", {})
-    monkeypatch.setattr(ablation, "written_out", fail)
-    record = execute(settings(ablate=ablation.select(["dit.step.edit"]), runs=1))
-    found = {entry["switch"] for entry in record.data["ablations"]}
-    assert "null tokens" not in found
+    monkeypatch.setattr(stages.DitStage, "every_token", fail)
+    record = execute(settings(ablate=frozenset(["dit.step.edit"]), runs=1))
+    found = {entry["switch"] for entry in [entry.to_json() for entry in record.ablations]}
+    assert "unconditional tokens" not in found
     assert record.failed
-    assert "switch null tokens of dit.step.edit failed: RuntimeError: no such piece" in record.data["notes"]
+    assert "switch unconditional tokens of dit.step.edit failed: RuntimeError: no such piece" in record.notes
 
 
 def test_a_switch_that_this_machine_cannot_take_is_left_out(
-    execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+    execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = Subject.load
 
@@ -434,35 +385,34 @@ def test_a_switch_that_this_machine_cannot_take_is_left_out(
         return load(self, *parts)
 
     monkeypatch.setattr(Subject, "load", exact_alone)
-    record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
-    assert record.data["ablations"] == []
-    assert "switch ar_weights=int8 of ar.prefill left out: it has no kernel here" in record.data["notes"]
+    record = execute(settings(ablate=frozenset(["ar.prefill"]), runs=1))
+    assert record.ablations == []
+    assert "switch ar_weights=int8 of ar.prefill left out: it has no kernel here" in record.notes
     assert not record.failed
 
 
-def test_one_switch_table_alone(execute: Callable[..., Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation, "MORE_RUNS", {})
-    record = execute(settings(ablate=ablation.select(["ar.prefill"]), runs=1))
-    assert {entry["line"] for entry in record.data["ablations"]} == {"ar.prefill"}
+def test_one_switch_table_alone(execute: Callable[..., BenchRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    record = execute(settings(ablate=frozenset(["ar.prefill"]), runs=1))
+    assert {entry["line"] for entry in [entry.to_json() for entry in record.ablations]} == {"ar.prefill"}
     assert record.lines == []
-    assert ablation.select(["dit"]) == {"dit.step", "dit.step.edit", "dit.denoise"}
-    with pytest.raises(ParameterError, match="ablate has 'connector': accepted are all, ar, tatok, dit, vae"):
-        ablation.select(["connector"])
+    assert lines.select(["dit"], lines.ABLATED) == {"dit.step", "dit.step.edit", "dit.denoise"}
+    with pytest.raises(ParameterError, match="ablate has 'connector': accepted are all, tatok, ar, dit, vae"):
+        lines.select(["connector"], lines.ABLATED, "ablate")
 
 
 @pytest.mark.usefixtures("either_way")
 def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = subject.load(stages.ArStage.parts)
-    switches = {s.name: s for s in ablation.op_switches("ar.token", ablation.ar_token(checkpoint))}
+    switches = {s.name: s for s in ablation.op_switches("ar.token", checkpoint)}
     if "rms_norm" not in switches:
         pytest.skip("no op has a native implementation here")
-    contender = ablation._under(switches["rms_norm"].off, "ar.token", subject, checkpoint)
+    candidate = ablation._under(switches["rms_norm"].off, "ar.token", subject, checkpoint)
     from blip3o_rt import ops
 
     with ablation._restored([switches["rms_norm"].off]):
-        contender.prepare()
+        candidate.prepare()
         with ops.recording_usage() as used:
-            contender.call()
+            candidate.call()
     assert used["rms_norm"] == {"torch"}
     assert used["row_linear"] == {"cpu"}
     with ops.recording_usage() as used:
@@ -475,7 +425,7 @@ def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.
 
 
 def test_a_record_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Record(tmp_path, [], {"dtype": "fp32"})
+    record = BenchRecord.begin(tmp_path / FILE, [], {"dtype": "fp32"})
     record.note("first")
     before = (tmp_path / FILE).read_text()
 
@@ -489,25 +439,40 @@ def test_a_record_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_shares_of_ceilings(tmp_path: Path) -> None:
-    record = Record(tmp_path, [], {"dtype": "fp32"})
-    assert record.share(Work(1, 1), "fp32", 1.0) == {"ceiling": None, "share": None}
-    record.add_ceilings(CEILINGS)
-    assert record.share(Work(10**9, 1), "fp32", 0.2) == {"ceiling": "read", "share": pytest.approx(0.5)}
-    assert record.share(Work(10**9, 1), "fp32", 0.2, "copy") == {"ceiling": "copy", "share": 1.0}
-    assert record.share(Work(1, 10**10), "fp32", 0.2) == {
-        "ceiling": "matmul fp32",
-        "share": pytest.approx(0.5),
-    }
-    assert record.share(None, "fp32", 0.2)["share"] is None
-    assert record.share(Work(1, 1), "fp32", None)["share"] is None
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = BenchRecord.begin(tmp_path / FILE, ["bench"], {"dtype": "fp32"})
+    record.rooflines = ROOFLINES
+    record.add(Line(name="ar.token", samples=(1.0, 2.0), note="a note"))
+    record.add(OpTime(op="rms_norm", shape=[1, 2], samples=(1.0,), ok=True))
+    record.finish()
+    found = BenchRecord.load(tmp_path / FILE)
+    assert found.to_json() == record.to_json()
+    assert found.rooflines == ROOFLINES
+    assert found.lines == record.lines
 
 
-def test_a_peer_is_compared_with_ours(tmp_path: Path) -> None:
-    record = Record(tmp_path, [], {"dtype": "fp32"})
+def test_what_bounds_some_work() -> None:
+    record = BenchRecord()
+    assert record.bound(1, 1, "fp32") is None
+    record.rooflines = ROOFLINES
+    assert record.bound(10**9, 1, "fp32") == ("read", pytest.approx(0.1))
+    assert record.bound(10**9, 1, "fp32", "copy") == ("copy", pytest.approx(0.2))
+    assert record.bound(1, 10**10, "fp32") == ("matmul fp32", pytest.approx(0.1))
+
+
+@pytest.mark.parametrize(("bf16", "key"), [(20.0, "matmul fp32"), (400.0, "matmul bf16")])
+def test_the_arithmetic_in_use_bounds_products_of_bfloat16(bf16: float, key: str) -> None:
+    """Where a processor has no products of bfloat16, operands are widened and multiplied in float32."""
+    products = Roofline(name="matmul", dtype="bf16", unit="GFLOP/s", value=bf16)
+    record = BenchRecord(rooflines=[*ROOFLINES, products])
+    assert record.bound(1, 10**10, "bf16") == (key, pytest.approx(10 / max(bf16, 100.0)))
+
+
+def test_a_baseline_is_compared_with_ours(tmp_path: Path) -> None:
+    record = BenchRecord(model={"dtype": "fp32"})
     for who, seconds in (("ours", 0.1), ("transformers", 0.22)):
-        record.add_line("ar.token", "a token", who, Timing(samples=[seconds] * 3), batch=1, per=1)
-    row = next(line for line in as_text(record.data).splitlines() if "transformers" in line)
+        record.add(Line(name="ar.token", what="a token", who=who, samples=(seconds,) * 3))
+    row = next(line for line in as_text(record).splitlines() if "transformers" in line)
     assert row.split()[-1] == "2.20x"
     assert "4.55 tokens/s" in row
 
@@ -533,34 +498,39 @@ def test_seconds_in_words(seconds: float | None, text: str) -> None:
 # The subject
 
 
-def test_a_random_checkpoint_is_written_once(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_random_model_keeps_nothing_but_its_tokenizer(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    first = prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append)
-    assert first.folder == tmp_path / f"{folder_name(preset('tiny', EDITING))}-bf16"
-    count = len(said)
-    assert count > 0
-    assert prepare("tiny", torch.bfloat16, cpu, tmp_path, said.append) == first
-    assert len(said) == count
+    first = prepare("tiny", torch.bfloat16, cpu, tmp_path)
+    assert first.folder == tmp_path / f"{folder_name(preset('tiny', EDITING))}-tokenizer"
+    assert {path.name for path in first.folder.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert prepare("tiny", torch.bfloat16, cpu, tmp_path) == first
     assert first.load(["dit"]).weights.keys() == {"dit"}
     with pytest.raises(
         CheckpointError, match="accepted are published, shapes, tiny or a checkpoint's folder"
     ):
-        prepare(str(tmp_path / "none"), torch.bfloat16, cpu, tmp_path, said.append)
+        prepare(str(tmp_path / "none"), torch.bfloat16, cpu, tmp_path)
 
 
-def test_both_dtypes_are_the_same_model(tmp_path: Path) -> None:
+def test_random_weights_are_the_same_model_every_time(tmp_path: Path) -> None:
+    """In both dtypes; each tensor has numbers of its own, scaled by its fan-in."""
     cpu = torch.device("cpu")
-    wide, narrow = (
-        prepare("tiny", dtype, cpu, tmp_path, lambda _: None).load(["dit"]).weights["dit"]
-        for dtype in (torch.float32, torch.bfloat16)
+    wide, again, narrow = (
+        prepare("tiny", dtype, cpu, tmp_path).load(["ar", "ta_tok"]).weights
+        for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
-    assert all(torch.equal(wide[name], narrow[name].float()) for name in wide)
+    for part, tensors in wide.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, again[part][name])
+            assert relative_l2(narrow[part][name].float(), tensor) < 2**-8
+    one, other = (wide["ar"][f"layers.{layer}.mlp.down_proj.weight"] for layer in (0, 1))
+    assert not torch.equal(one, other)
+    assert one.std() == pytest.approx(one.shape[1] ** -0.5, rel=0.05)
+    assert wide["ar"]["norm.weight"].mean() == pytest.approx(1.0, abs=0.1)
 
 
-def test_ceilings_of_this_machine() -> None:
-    found = ceilings.measure(torch.device("cpu"), quick=True)
-    assert [ceiling.key for ceiling in found] == ["read", "copy", "matmul fp32", "matmul bf16"]
-    for ceiling in found:
-        assert ceiling.value == max(ceiling.samples) > 0
-        assert len(ceiling.samples) == ceilings.RUNS
+def test_rooflines_of_this_machine() -> None:
+    found = rooflines.measure(torch.device("cpu"), quick=True)
+    assert [roofline.key for roofline in found] == ["read", "copy", "matmul fp32", "matmul bf16"]
+    for roofline in found:
+        assert roofline.value == max(roofline.samples) > 0
+        assert len(roofline.samples) == rooflines.RUNS

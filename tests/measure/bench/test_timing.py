@@ -1,4 +1,4 @@
-"""Statistics, and races: turns, budgets, failures and interruptions."""
+"""Statistics, and races: turns, failures, interruptions, and the host off a device's path."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from blip3o_rt.measure.bench import timing
 from blip3o_rt.measure.bench.memory import PeakMemory
-from blip3o_rt.measure.bench.samples import median, percentile, summary
-from blip3o_rt.measure.bench.timing import Contender, Plan, Timing, quiet, race
+from blip3o_rt.measure.bench.timing import Candidate, Timing, quiet, race
+from blip3o_rt.measure.records import Line, median, percentile
 
 CPU = torch.device("cpu")
 
@@ -23,42 +23,39 @@ def test_statistics_are_numpys(count: int) -> None:
     assert median(samples) == pytest.approx(np.median(samples))
     for fraction in (0.0, 0.5, 0.9, 1.0):
         assert percentile(samples, fraction) == pytest.approx(np.quantile(samples, fraction))
-    found = summary(samples)
-    assert found == {
-        "median": median(samples),
-        "p90": percentile(samples, 0.9),
-        "min": min(samples),
-        "n": count,
-    }
+    found = Line(samples=tuple(samples))
+    assert (found.median, found.p90) == (median(samples), percentile(samples, 0.9))
+    assert (found.fastest, found.count) == (min(samples), count)
 
 
 def test_no_samples_have_no_statistics() -> None:
-    assert summary([]) == {"median": None, "p90": None, "min": None, "n": 0}
+    found = Line()
+    assert (found.median, found.p90, found.fastest, found.count) == (None, None, None, 0)
 
 
 class Diary:
-    """Contenders that write down when they are called."""
+    """Candidates that write down when they are called."""
 
     def __init__(self) -> None:
         self.entries: list[str] = []
 
-    def contender(self, who: str, call: Callable[[], object] = lambda: None) -> Contender:
+    def candidate(self, who: str, call: Callable[[], object] = lambda: None) -> Candidate:
         def noted() -> None:
             self.entries.append(who)
             call()
 
-        return Contender(who, noted, prepare=lambda: self.entries.append(f"prepare {who}"))
+        return Candidate(who, noted, prepare=lambda: self.entries.append(f"prepare {who}"))
 
 
-def run(contenders: list[Contender], runs: int, seconds: float = 60.0) -> list[Timing]:
-    timings = [Timing() for _ in contenders]
-    race(contenders, timings, CPU, Plan(runs, seconds))
+def run(candidates: list[Candidate], runs: int) -> list[Timing]:
+    timings = [Timing() for _ in candidates]
+    race(candidates, timings, CPU, runs)
     return timings
 
 
-def test_contenders_are_cold_once_and_then_take_turns() -> None:
+def test_candidates_are_cold_once_and_then_take_turns() -> None:
     diary = Diary()
-    timings = run([diary.contender("a"), diary.contender("b")], runs=3)
+    timings = run([diary.candidate("a"), diary.candidate("b")], runs=3)
     assert [entry for entry in diary.entries if "prepare" not in entry] == list("abbaabba")
     assert diary.entries[::2] == [f"prepare {entry}" for entry in diary.entries[1::2]]
     for found in timings:
@@ -91,21 +88,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def test_a_spent_budget_ends_after_the_first_round(clock: Clock) -> None:
-    (found,) = run([Contender("a", clock.taking(1.0))], 50, seconds=0.0)
-    assert (found.cold, found.samples) == (1.0, [1.0])
-
-
-def test_no_round_is_begun_that_would_pass_the_budget(clock: Clock) -> None:
-    """Ten seconds hold two cold calls of one and two seconds, and two rounds of three."""
-    short, long = run(
-        [Contender("a", clock.taking(1.0)), Contender("b", clock.taking(2.0))], 50, seconds=10.0
-    )
-    assert (short.samples, long.samples) == ([1.0] * 2, [2.0] * 2)
-
-
 def test_preparation_is_not_timed(clock: Clock) -> None:
-    (found,) = run([Contender("a", clock.taking(1.0), prepare=clock.taking(5.0))], runs=2)
+    (found,) = run([Candidate("a", clock.taking(1.0), prepare=clock.taking(5.0))], runs=2)
     assert found.samples == [1.0, 1.0]
 
 
@@ -117,7 +101,7 @@ def test_one_that_fails_keeps_its_error_and_the_others_go_on() -> None:
             raise ValueError("no more")
 
     late, never, sound = run(
-        [Contender("late", fails_late), Contender("never", lambda: 1 / 0), Contender("sound", lambda: None)],
+        [Candidate("late", fails_late), Candidate("never", lambda: 1 / 0), Candidate("sound", lambda: None)],
         4,
     )
     assert isinstance(late.error, ValueError)
@@ -136,9 +120,9 @@ def test_an_interruption_leaves_what_was_timed() -> None:
             raise KeyboardInterrupt
 
     timings = [Timing(), Timing()]
-    contenders = [Contender("a", lambda: None), Contender("b", interrupted)]
+    candidates = [Candidate("a", lambda: None), Candidate("b", interrupted)]
     with pytest.raises(KeyboardInterrupt):
-        race(contenders, timings, CPU, Plan(10, 60.0))
+        race(candidates, timings, CPU, 10)
     assert [len(found.samples) for found in timings] == [2, 2]
     assert gc.isenabled()
 
@@ -166,3 +150,74 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
     assert after is not None
     assert peak >= before + size * 3 // 4  # the allocator may have had some of it
     assert after < peak
+
+
+class FakeDevice:
+    """A device that works off a queue beside a host, both with clocks that only a test moves."""
+
+    def __init__(self) -> None:
+        self.host_time = 0.0
+        self.done = 0.0  # when the last of what is queued will be done
+
+    def launch(self, host: float, device: float) -> None:
+        """Queue work of so many seconds, which takes the host so many."""
+        self.host_time += host
+        self.done = max(self.done, self.host_time) + device
+
+    def host(self) -> float:
+        return self.host_time
+
+    def synchronize(self) -> None:
+        self.host_time = self.done = max(self.host_time, self.done)
+
+    def sleep(self, seconds: float) -> None:
+        self.launch(0.0, seconds)
+
+    def mark(self) -> float:
+        self.done = max(self.done, self.host_time)
+        return self.done
+
+    def between(self, first: float, last: float) -> float:
+        self.synchronize()
+        return last - first
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
+    found = FakeDevice()
+    monkeypatch.setattr(timing, "device_clock", lambda _: found)
+    return found
+
+
+@pytest.mark.parametrize("queued", [1, 128])
+@pytest.mark.parametrize("host", [0.0, 1e-4, 1e-3, 1e-2])
+def test_the_host_is_not_on_the_devices_path(device: FakeDevice, host: float, queued: int) -> None:
+    """A call of 1 ms is one of 1 ms, even where the host takes ten times as long to queue it."""
+    candidate = Candidate("a", lambda: device.launch(host, 1e-3), queued=queued)
+    (found,) = run([candidate], runs=5)
+    assert found.samples == pytest.approx([1e-3] * 5)
+    assert found.host == pytest.approx(host)
+
+
+def test_the_host_is_part_of_an_eager_call(device: FakeDevice) -> None:
+    (found,) = run([Candidate("a", lambda: device.launch(1e-2, 1e-3), eager=True)], runs=3)
+    assert found.samples == pytest.approx([1.1e-2] * 3)
+
+
+def test_every_sample_is_prepared(device: FakeDevice) -> None:
+    """One that is taken again, because the device slept too short a while, too."""
+    left = 0
+
+    def prepare() -> None:
+        nonlocal left
+        left = 8
+
+    def call() -> None:
+        nonlocal left
+        left -= 1
+        assert left >= 0
+        device.launch(1e-3, 1e-4)
+
+    (found,) = run([Candidate("a", call, prepare, queued=8)], runs=3)
+    assert found.error is None
+    assert found.samples == pytest.approx([1e-4] * 3)
