@@ -8,9 +8,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_LINE = 800  # characters of an error
+MAX_SHOWN = 80  # characters of a wrong value in an error
+
 
 class Blip3oError(Exception):
     """Base of all errors raised on purpose by blip3o_rt; the message is one line meant for people."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text with what a terminal cannot show as it is escaped (newlines, lone surrogates); cut if long."""
+    text = text if len(text) <= MAX_LINE else f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shown(value: object) -> str:
+    """A wrong value as an error names it: its repr if that is short, else its type and shape."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more digits than Python prints, a class of the caller's
+        text = ""
+    if text and len(text) <= MAX_SHOWN and "\n" not in text:
+        return text
+    if isinstance(value, str | bytes):
+        return f"{text[:MAX_SHOWN]}..."
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {list(shape)}" if isinstance(shape, tuple) else "")
 
 
 class Blip3oWarning(UserWarning):

@@ -1,13 +1,13 @@
 """Work that is captured once, as a CUDA graph, and replayed; where there are no graphs the work itself runs.
 
-    recorder = Recorder.of(device)
-    step = recorder.record("ar.step x4", work)  # a few runs of work(), then its capture: before ready
-    step()                                      # a replay: the same kernels on the same addresses
+    runner = GraphRunner.of(device)
+    step = runner.capture("ar.step x4", work)  # a few runs of work(), then its capture: before ready
+    step()                                     # a replay: the same kernels on the same addresses
 
 A caller has one path on every device. What it must keep to is what a graph demands: `work` reads and writes
 tensors that stay where they are, reads nothing back, and finds what a replay is to work on in those tensors;
 running it a few times before the capture must do no harm. What a replay returns are the tensors of the
-capture: the next replay of anything that the recorder has captured may overwrite them, because all its graphs
+capture: the next replay of anything that the runner has captured may overwrite them, because all its graphs
 take their memory from one pool. Capture the largest first, so that the smaller ones fit in its memory.
 
 BLIP3O_GRAPHS=off turns graphs off, to measure what they gain or to do without them.
@@ -16,18 +16,24 @@ BLIP3O_GRAPHS=off turns graphs off, to measure what they gain or to do without t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from blip3o_rt import trace
 from blip3o_rt.errors import DeviceError, OpError, ParameterError
 from blip3o_rt.ops import registry
 
 R = TypeVar("R")
+Shapes = tuple[tuple[int, ...], ...]
 
 ENVIRONMENT_VARIABLE = "BLIP3O_GRAPHS"
+_capturing = threading.Lock()  # torch captures one graph of a device at a time
 WARM_UPS = 2  # runs before a capture: libraries allocate, kernels are loaded and compiled
 
 
@@ -67,7 +73,7 @@ class CudaGraphs:
         return graph.replay, result
 
 
-class Recorded(Generic[R]):
+class Captured(Generic[R]):
     """Captured work: a call replays it and returns the tensors that the captured run returned.
 
     A replay runs the implementations of the capture. A call raises OpError where one of the work's ops is
@@ -79,7 +85,7 @@ class Recorded(Generic[R]):
         self._range = f"{name} [graph]"
         self._work = work  # holds what the graph's addresses belong to
         try:
-            with registry.recording_usage() as self._used:
+            with _capturing, registry.recording_usage() as self._used:
                 self._replay, self._result = graphs.capture(work)
         except RuntimeError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
@@ -97,42 +103,95 @@ class Recorded(Generic[R]):
 
     def _check_forced(self) -> None:
         for op_name, implementation in registry.forced().items():
-            recorded = self._used.get(op_name, {implementation})
-            if recorded != {implementation}:
+            captured = self._used.get(op_name, {implementation})
+            if captured != {implementation}:
                 raise OpError(
-                    f"op {op_name} is forced to '{implementation}', and {self._name} was recorded with "
-                    f"{' and '.join(map(repr, sorted(recorded)))}: force it before the pipeline is loaded, "
+                    f"op {op_name} is forced to '{implementation}', and {self._name} was captured with "
+                    f"{' and '.join(map(repr, sorted(captured)))}: force it before the pipeline is loaded, "
                     f"or run with {ENVIRONMENT_VARIABLE}=off to do without graphs"
                 )
 
 
-class Recorder:
-    """Records work for one device, as graphs of one memory pool; without graphs the work stays as it is.
-
-    `not_recorded` names the work that ran without a graph although there are graphs, for a report: whoever
-    finds no recording of the shapes at hand adds to it, and whoever begins a report clears it.
-    """
+class GraphRunner:
+    """Captures work for one device, as graphs of one memory pool; without graphs the work stays as it is."""
 
     def __init__(self, graphs: Graphs | None) -> None:
         self._graphs = graphs
-        self.not_recorded: set[str] = set()
+        self.eager: set[str] = set()  # what ran so although there are graphs
 
     @classmethod
-    def of(cls, device: torch.device) -> Recorder:
-        """The recorder of a device: CUDA graphs on a GPU unless they are turned off, no graphs elsewhere."""
+    def of(cls, device: torch.device) -> GraphRunner:
+        """The runner of a device: CUDA graphs on a GPU unless they are turned off, no graphs elsewhere."""
         return cls(CudaGraphs(device) if device.type == "cuda" and graphs_wanted() else None)
 
     @property
     def captures(self) -> bool:
-        """Whether recorded work is replayed, so that every shape it comes in must be recorded beforehand."""
+        """Whether work is replayed, so that every shape it comes in must be captured beforehand."""
         return self._graphs is not None
 
-    def record(self, name: str, work: Callable[[], R]) -> Callable[[], R]:
+    def capture(self, name: str, work: Callable[[], R]) -> Callable[[], R]:
         """Capture `work` under the name that traces and errors give it; where nothing is captured, `work`.
 
         Raises DeviceError where it cannot be captured.
         """
-        return work if self._graphs is None else Recorded(name, work, self._graphs)
+        return work if self._graphs is None else Captured(name, work, self._graphs)
+
+    def note_eager(self, name: str) -> None:
+        """Note work that runs eagerly although there are graphs, because its shapes were not captured."""
+        self.eager.add(name)
+
+    @contextmanager
+    def noting_eager(self) -> Iterator[set[str]]:
+        """What is noted within the block."""
+        outer, self.eager = self.eager, set()
+        try:
+            yield self.eager
+        finally:
+            self.eager = outer
+
+
+class CapturedFunction(Generic[R]):
+    """Calls of `function`: replayed for the shapes that were captured, eager for others.
+
+    The function takes tensors on one device and of one dtype each, and keeps to what a graph demands. Where
+    there are graphs, the runner is told of eager calls.
+    """
+
+    def __init__(self, name: str, function: Callable[..., R], runner: GraphRunner) -> None:
+        self._name = name
+        self._function = function
+        self._runner = runner
+        self._captured: dict[Shapes, tuple[list[Tensor], Callable[[], R]]] = {}
+
+    def capture(self, *examples: Tensor) -> None:
+        """Capture calls with arguments like these; without graphs make one, which compiles its kernels."""
+        buffers = [torch.zeros_like(example) for example in examples]
+        work = self._runner.capture(_described(self._name, buffers), lambda: self._function(*buffers))
+        if self._runner.captures:
+            self._captured[_shapes(buffers)] = buffers, work
+        else:
+            work()
+
+    def __call__(self, *arguments: Tensor) -> R:
+        """The function's result, which no later call overwrites."""
+        with trace.span(self._name):
+            captured = self._captured.get(_shapes(arguments))
+            if captured is None:
+                if self._runner.captures:
+                    self._runner.note_eager(_described(self._name, arguments))
+                return self._function(*arguments)
+            buffers, work = captured
+            for buffer, argument in zip(buffers, arguments, strict=True):
+                buffer.copy_(argument)
+            return tree_map(Tensor.clone, work())
+
+
+def _shapes(tensors: list[Tensor] | tuple[Tensor, ...]) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def _described(name: str, tensors: list[Tensor] | tuple[Tensor, ...]) -> str:
+    return f"{name} of {', '.join(str(list(tensor.shape)) for tensor in tensors)}"
 
 
 def graphs_wanted() -> bool:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from blip3o_rt.errors import ParameterError
+from blip3o_rt.errors import ImageError, ParameterError, PromptError, shown
+
+if TYPE_CHECKING:
+    from blip3o_rt.images import ReferenceImage
+
+DEFAULT_BATCH = 4
+DEFAULT_PROMPT_TOKENS = 1536
+OUTPUTS = ("pil", "tensor", "latent")  # what a rendering gives
 
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 64
@@ -24,31 +35,81 @@ PUBLISHED_NUM_IMAGE_TOKENS = 65536
 
 def _integer(name: str, value: object, low: int, high: int, accepted: str) -> int:
     """The value as an int in [low, high], or ParameterError naming what is accepted."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ParameterError(f"{name} is {value!r}: accepted is {accepted}")
-    number = int(value)
-    if not low <= number <= high:
-        raise ParameterError(f"{name} is {number}: accepted is {accepted}")
-    return number
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise ParameterError(f"{name} is {shown(value)}: accepted is {accepted}")
+    return int(value)
 
 
-def _number(name: str, value: object, accepted: str) -> float:
-    """The value as a finite float, or ParameterError naming what is accepted."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ParameterError(f"{name} is {value!r}: accepted is {accepted}")
+def _number(name: str, value: Any, low: float, high: float, accepted: str) -> float:
+    """The value as a float in [low, high], or ParameterError naming what is accepted."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not low <= cast(float, value) <= high:
+        raise ParameterError(f"{name} is {shown(value)}: accepted is {accepted}")
+    return float(value)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ParameterError unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise ParameterError(f"{name} is {shown(value)}: accepted is True or False")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[str]) -> None:
+    """Raise ParameterError unless the value is one of the accepted texts."""
+    if not isinstance(value, str) or value not in accepted:
+        raise ParameterError(f"{name} is {shown(value)}: accepted are {', '.join(accepted)}")
+
+
+def check_callback(name: str, callback: object, *arguments: str) -> None:
+    """Raise ParameterError unless the value is None or can be called with so many arguments."""
+    if callback is None:
+        return
+    accepted = f"accepted is a function of ({', '.join(arguments)}), or None"
+    if not callable(callback):
+        raise ParameterError(f"{name} is {shown(callback)}: {accepted}")
     try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ParameterError(f"{name} is {number}: accepted is {accepted}")
-    return number
+        inspect.signature(callback).bind(*arguments)
+    except ValueError:  # written in C, without a signature
+        return
+    except TypeError as error:
+        raise ParameterError(f"{name} cannot be called ({error}): {accepted}") from None
 
 
-def _exactly(number: float) -> str:
-    """A number in as few digits as it takes to tell it from every other."""
-    short = f"{number:g}"
-    return short if float(short) == number else repr(number)
+def check_dense(name: str, tensor: Any) -> None:
+    """Raise ParameterError for a tensor without plain values in memory: sparse, nested, quantized or meta."""
+    kind = str(getattr(tensor, "layout", "torch.strided")).removeprefix("torch.")
+    for flag in ("is_quantized", "is_meta", "is_nested"):
+        kind = flag.removeprefix("is_") if getattr(tensor, flag, False) is True else kind
+    if kind != "strided":
+        raise ParameterError(f"{name} is a {kind} tensor: accepted is a dense one that holds its values")
+
+
+def prompt_list(prompt: str | Sequence[str]) -> list[str]:
+    """The prompts of a call as a list. Raises PromptError for what is neither text nor a list of texts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise PromptError(f"prompt is {shown(prompt)}: accepted is a string, or a list of at least one")
+    return list(prompt)
+
+
+@contextmanager
+def which_prompt(index: int, count: int) -> Iterator[None]:
+    """Say which prompt of a list it was, in the PromptError of a block that works on one."""
+    try:
+        yield
+    except PromptError as error:
+        if count == 1:
+            raise
+        raise PromptError(f"prompt {index + 1} of {count}: {error}") from error
+
+
+def reference_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[ReferenceImage]:
+    """The reference images of a call as a list. Raises ImageError where there is none."""
+    found = list(images) if isinstance(images, list | tuple) else [images]
+    if not found or found[0] is None:
+        raise ImageError("an edit needs at least one reference image")
+    return found  # type: ignore[return-value]
 
 
 def check_seed(seed: object) -> int:
@@ -94,21 +155,13 @@ class SamplingParams:
     image_tokens_only: bool = True
 
     def __post_init__(self) -> None:
-        temperature_range = f"a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} (greedy is top_k=1)"
-        temperature = _number("temperature", self.temperature, temperature_range)
-        if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-            raise ParameterError(f"temperature is {_exactly(temperature)}: accepted is {temperature_range}")
-        top_p_range = "a number above 0 and at most 1 (1 is off)"
-        top_p = _number("top_p", self.top_p, top_p_range)
-        if not 0.0 < top_p <= 1.0:
-            raise ParameterError(f"top_p is {_exactly(top_p)}: accepted is {top_p_range}")
+        temperatures = f"a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} (greedy is top_k=1)"
+        temperature = _number("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, temperatures)
+        top_p = _number("top_p", self.top_p, math.ulp(0.0), 1.0, "a number above 0 and at most 1 (1 is off)")
         if self.top_k is not None:
             accepted = "a whole number from 0 (off) to the vocabulary's size, or None"
             object.__setattr__(self, "top_k", _integer("top_k", self.top_k, 0, 2**31 - 1, accepted))
-        if not isinstance(self.image_tokens_only, bool):
-            raise ParameterError(
-                f"image_tokens_only is {self.image_tokens_only!r}: accepted is True or False"
-            )
+        check_flag("image_tokens_only", self.image_tokens_only)
         object.__setattr__(self, "seed", check_seed(self.seed))
         object.__setattr__(self, "temperature", temperature)
         object.__setattr__(self, "top_p", top_p)
@@ -137,18 +190,7 @@ class DiffusionParams:
 
     def __post_init__(self) -> None:
         steps = _integer("steps", self.steps, 1, MAX_STEPS, f"a whole number from 1 to {MAX_STEPS}")
-        guidance_range = f"a number from 0 to {MAX_GUIDANCE:g} (1 is no guidance)"
-        guidance = _number("guidance", self.guidance, guidance_range)
-        if not 0.0 <= guidance <= MAX_GUIDANCE:
-            raise ParameterError(f"guidance is {_exactly(guidance)}: accepted is {guidance_range}")
+        accepted = f"a number from 0 to {MAX_GUIDANCE:g} (1 is no guidance)"
+        guidance = _number("guidance", self.guidance, 0.0, MAX_GUIDANCE, accepted)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "guidance", guidance)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told: done of total units of "tokens" (with the prompt), "denoise" or "decode"."""
-
-    stage: str
-    done: int
-    total: int

@@ -1,18 +1,153 @@
-"""What a request gives: a plan of the first stage, and pictures that say how they were made."""
+"""What a request gives: plans, images and a report; and a request while it runs: its time and progress."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from tabulate import tabulate
 from torch import Tensor
+from tqdm import tqdm
 
-from blip3o_rt.errors import GenerationError
+from blip3o_rt import ops
+from blip3o_rt.errors import Cancelled, GenerationError
+from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.isolation import OwnSettings
 from blip3o_rt.metadata import save_png
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.report import Report
+
+# What one unit of a stage is called; one not named here has no unit. "tokens" includes reading the prompt.
+BARS = ("tokens", "denoise", "decode")  # stages that callbacks and progress bars are told of
+STAGE_UNITS = {
+    "reference": "image",
+    "tokens": "token",
+    "denoise": "step",
+    "decode": "image",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Time spent in one stage, summed over a request, and the units of work it did (0: not counted)."""
+
+    name: str
+    seconds: float
+    work: int
+
+    @property
+    def rate(self) -> str:
+        """Tokens per second, or milliseconds per step or image; empty where there is nothing to count."""
+        if not self.work or self.seconds <= 0.0 or self.name not in STAGE_UNITS:
+            return ""
+        unit = STAGE_UNITS[self.name]
+        if unit == "token":
+            return f"{self.work / self.seconds:.1f} tokens/s"
+        return f"{1000.0 * self.seconds / self.work:.1f} ms/{unit}"
+
+    @property
+    def work_text(self) -> str:
+        """The units of work in words, for a table."""
+        if not self.work or self.name not in STAGE_UNITS:
+            return ""
+        return f"{self.work} {STAGE_UNITS[self.name]}{'' if self.work == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one request took on this machine.
+
+    implementations: op name -> names of the implementations its calls ran on.
+    peak_memory_bytes: on a GPU the most allocated during the request; on the CPU the most the process has
+    held resident since it started. not_captured: what ran without a graph on a device that has graphs.
+    """
+
+    stages: tuple[Stage, ...]
+    implementations: Mapping[str, tuple[str, ...]]
+    peak_memory_bytes: int
+    device: str
+    dtype: str
+    tier: str
+    switches: Mapping[str, str] = field(default_factory=dict)
+    not_captured: tuple[str, ...] = ()
+
+    @property
+    def not_recorded(self) -> tuple[str, ...]:
+        """Deprecated: `not_captured`."""
+        warnings.warn("report.not_recorded is deprecated: use not_captured", DeprecationWarning, stacklevel=2)
+        return self.not_captured
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def stage(self, name: str) -> Stage:
+        """One stage by name; a stage that did not run took 0 seconds."""
+        return next((stage for stage in self.stages if stage.name == name), Stage(name, 0.0, 0))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Image tokens drawn per second of the token stage, which includes the prompt; 0 where none were."""
+        tokens = self.stage("tokens")
+        return tokens.work / tokens.seconds if tokens.seconds > 0.0 else 0.0
+
+    @property
+    def milliseconds_per_step(self) -> float:
+        """Milliseconds per denoising step; 0 where none ran."""
+        denoise = self.stage("denoise")
+        return 1000.0 * denoise.seconds / denoise.work if denoise.work else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary: seconds per stage, rates, implementations, bytes."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "tier": self.tier,
+            "switches": dict(self.switches),
+            "stages": {stage.name: {"seconds": stage.seconds, "work": stage.work} for stage in self.stages},
+            "total_seconds": self.total_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "milliseconds_per_step": self.milliseconds_per_step,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "implementations": {op: list(names) for op, names in self.implementations.items()},
+            "not_captured": list(self.not_captured),
+            "not_recorded": list(self.not_captured),  # deprecated name
+        }
+
+    def table(self) -> str:
+        """The timing table a person reads."""
+        rows = [[stage.name, f"{stage.seconds:.3f}", stage.work_text, stage.rate] for stage in self.stages]
+        rows.append(["total", f"{self.total_seconds:.3f}", "", ""])
+        headers = ["stage", "seconds", "work", "rate"]
+        body = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
+        memory = f"{self.peak_memory_bytes / 2**20:.0f} MiB"
+        switches = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
+        tier = f"tier {self.tier}" + (f" ({switches})" if switches else "")
+        machine = f"{self.device}, {self.dtype}, {tier}; peak memory {memory}"
+        eager = [f"without a graph: {', '.join(self.not_captured)}"] if self.not_captured else []
+        return "\n".join([body, machine, *self._implementation_lines(), *eager])
+
+    def _implementation_lines(self) -> list[str]:
+        """One line per implementation, with the ops that ran on it."""
+        names = sorted({name for used in self.implementations.values() for name in used})
+        return [
+            f"on {name}: {', '.join(op for op, used in sorted(self.implementations.items()) if name in used)}"
+            for name in names
+        ]
+
+    def __str__(self) -> str:
+        return self.table()
 
 
 @dataclass(frozen=True)
@@ -57,3 +192,124 @@ class Result(list[Image.Image]):
         for image, path in zip(self, paths, strict=True):
             save_png(image, path, image.info)
         return paths
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told: done of total units of "tokens" (with the prompt), "denoise" or "decode"."""
+
+    stage: str
+    done: int
+    total: int
+
+
+ProgressCallback = Callable[[Progress], "bool | None"]
+ImageCallback = Callable[[int, Image.Image], None]  # an image's index in the result, and the image
+
+
+class Run:
+    """One request while it runs: the time of its stages, its progress, and the implementations it uses.
+
+    A context: what runs within is noted for its report. Callbacks run under the caller's settings of torch.
+    `callback` may return False, which ends the request with Cancelled between two tokens or two steps. `show`
+    draws progress bars on standard error where that is a terminal, and in a notebook.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        runner: GraphRunner,
+        settings: OwnSettings,
+        callback: ProgressCallback | None = None,
+        on_image: ImageCallback | None = None,
+        *,
+        show: bool = False,
+    ) -> None:
+        self._device, self._runner, self._show = device, runner, show
+        self._callback = callback and settings.outside(callback)
+        self._on_image = on_image and settings.outside(on_image)
+        self._seconds: dict[str, float] = {}
+        self._work: dict[str, int] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Run:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._used = self._exit.enter_context(ops.recording_usage())
+        self._not_captured = self._exit.enter_context(self._runner.noting_eager())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A stage of `total` units of work; the block is given a function to call with the units done so far.
+
+        On a GPU the clock is read once the queued work has finished. A block that raises did no units.
+        """
+        done, begin = 0, self._now()
+        try:
+            bar = _bar(name, total) if self._show and name in BARS else None
+            with ExitStack() as stack:
+                if bar is not None:
+                    stack.callback(bar.close)
+
+                def update(units: int) -> None:
+                    if bar is not None:
+                        bar.update(units - bar.n)
+                    if self._callback is not None and _refuses(self._callback(Progress(name, units, total))):
+                        raise Cancelled(f"cancelled by the callback at {name} {units} of {total}")
+
+                yield update
+                done = total
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - begin
+            self._work[name] = self._work.get(name, 0) + done
+
+    def drawn(self, index: int, image: Image.Image) -> None:
+        """Tell the caller of an image that is done."""
+        if self._on_image is not None:
+            self._on_image(index, image)
+
+    def report(self, *, dtype: torch.dtype, tier: str, switches: Mapping[str, str]) -> Report:
+        """The report of everything so far."""
+        return Report(
+            tuple(Stage(name, seconds, self._work[name]) for name, seconds in self._seconds.items()),
+            {op: tuple(sorted(names)) for op, names in sorted(self._used.items())},
+            peak_memory_bytes(self._device),
+            device=str(self._device),
+            dtype="fp32" if dtype == torch.float32 else "bf16",
+            tier=tier,
+            switches=dict(switches),
+            not_captured=tuple(sorted(self._not_captured)),
+        )
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _refuses(answer: object) -> bool:
+    """Whether a callback's answer is False, Python's or numpy's."""
+    return isinstance(answer, bool | np.bool_) and not answer
+
+
+def _bar(name: str, total: int) -> Any:
+    """A progress bar: a widget or text in a notebook, text on a terminal, None elsewhere."""
+    if "ipykernel.zmqshell" in sys.modules:
+        if importlib.util.find_spec("ipywidgets") is not None:
+            from tqdm.notebook import tqdm as widget
+
+            return widget(total=total, desc=name, leave=False)
+        return tqdm(total=total, desc=name, leave=False)
+    return tqdm(total=total, desc=name, leave=False) if sys.stderr.isatty() else None
+
+
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """The most memory held: on a GPU since the last request began, on the CPU since the process began."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

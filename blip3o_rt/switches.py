@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from blip3o_rt.errors import ParameterError
+from blip3o_rt.errors import ParameterError, shown
 
 EXACT, FAST = "exact", "fast"
 AR_WEIGHTS = "ar_weights"
@@ -135,18 +135,20 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
 
 def check_switches(switches: Mapping[str, str] | None) -> dict[str, str]:
     """The switches by name, in one order. Raises ParameterError for an unknown one or an unknown setting."""
-    given = {name: str(setting) for name, setting in (switches or {}).items()}
-    for name, text in given.items():
+    if not isinstance(switches, Mapping | None):
+        raise ParameterError(f"switches is {shown(switches)}: accepted is a mapping of names to settings")
+    given = switches or {}
+    for name, value in given.items():
         if name not in SWITCHES:
-            raise ParameterError(f"there is no switch {name!r}: accepted are {', '.join(SWITCHES)}")
+            raise ParameterError(f"there is no switch {shown(name)}: accepted are {', '.join(SWITCHES)}")
         try:
-            SWITCHES[name].parse(text)
+            SWITCHES[name].parse(str(value))
         except ValueError:
             accepted = SWITCHES[name].accepted
             raise ParameterError(
-                f"switch {name} is {text!r}: accepted is {accepted}, or no such switch"
+                f"switch {name} is {shown(value)}: accepted is {accepted}, or no such switch"
             ) from None
-    return {name: given[name] for name in SWITCHES if name in given}
+    return {name: str(given[name]) for name in SWITCHES if name in given}
 
 
 def setting(switches: Mapping[str, str], name: str) -> Any:
@@ -189,17 +191,17 @@ def check_tier(
     Raises ParameterError where tier and switches do not go together.
     """
     found = check_switches(switches)
+    if not isinstance(tier, str) or tier not in (EXACT, FAST):
+        raise ParameterError(
+            f"tier is {shown(tier)}: accepted is 'exact', the published mathematics, or 'fast', whose "
+            f"switches are {', '.join(SWITCHES)}"
+        )
     if tier == EXACT:
         if found:
             raise ParameterError(
                 f"switch {next(iter(found))} is lossy and tier is 'exact': choose tier 'fast', or no switch"
             )
         return {}
-    if tier != FAST:
-        raise ParameterError(
-            f"tier is {tier!r}: accepted is 'exact', the published mathematics, or 'fast', whose switches "
-            f"are {', '.join(SWITCHES)}"
-        )
     if not found:
         found = {
             name: switch.default

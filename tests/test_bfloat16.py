@@ -156,7 +156,7 @@ def test_noise_prediction(stages: Stages, step: int) -> None:
         Connector(weights["connector"], "und_image_vae_connector") if stages.references else None,
     )
     dit = DiT(stages.ours.config.dit, weights["dit"])
-    tables = dit.prepare_schedule(flow_schedule(SchedulerConfig(), STEPS))
+    tables = dit.schedule_tables(flow_schedule(SchedulerConfig(), STEPS))
     found = dit.predict(latent, tables.step(step), dit.condition(tokens))
 
     def published(model: PublishedModel) -> Tensor:
@@ -178,7 +178,7 @@ def test_latent_after_all_steps(stages: Stages) -> None:
     )
     beside = [replace(reference, latent=reference.latent[:, :, rows]) for reference in stages.references]
     dit = DiT(stages.ours.config.dit, weights["dit"])
-    tables = dit.prepare_schedule(flow_schedule(SchedulerConfig(), STEPS))
+    tables = dit.schedule_tables(flow_schedule(SchedulerConfig(), STEPS))
     found = denoise(
         dit,
         noise,

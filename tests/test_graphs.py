@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_rt import ops, trace
 from blip3o_rt.errors import DeviceError, OpError, ParameterError
-from blip3o_rt.graphs import CudaGraphs, Graphs, Recorder, RunAhead, graphs_wanted
+from blip3o_rt.graphs import CudaGraphs, GraphRunner, Graphs, RunAhead, graphs_wanted
 from tests.recorded_graph import RecordedGraphs
 
 needs_gpu = pytest.mark.gpu
@@ -29,13 +29,13 @@ def graphs(device: torch.device) -> Graphs:
 
 
 def test_without_graphs_recorded_work_is_the_work() -> None:
-    recorder = Recorder.of(torch.device("cpu"))
+    runner = GraphRunner.of(torch.device("cpu"))
 
     def work() -> int:
         return 3
 
-    assert not recorder.captures
-    assert recorder.record("work", work) is work
+    assert not runner.captures
+    assert runner.capture("work", work) is work
 
 
 def test_a_replay_runs_no_python_and_sees_what_its_memory_holds(graphs: Graphs, device: torch.device) -> None:
@@ -51,7 +51,7 @@ def test_a_replay_runs_no_python_and_sees_what_its_memory_holds(graphs: Graphs, 
         total.add_(doubled)
         return doubled + torch.arange(8, device=device)
 
-    replay = Recorder(graphs).record("work", work)
+    replay = GraphRunner(graphs).capture("work", work)
     runs = 0
     total.zero_()
     expected = torch.zeros_like(total)
@@ -85,14 +85,14 @@ def test_what_a_graph_cannot_hold_is_refused_in_one_line(
 ) -> None:
     x = torch.ones(3)
     with pytest.raises(DeviceError, match=r"^the work could not be captured .* BLIP3O_GRAPHS=off") as error:
-        Recorder(RecordedGraphs()).record("the work", lambda: work(x))
+        GraphRunner(RecordedGraphs()).capture("the work", lambda: work(x))
     assert "\n" not in str(error.value)
 
 
 def test_the_results_of_a_replay_last_until_the_next_of_any_graph() -> None:
-    recorder = Recorder(RecordedGraphs())
-    first = recorder.record("first", lambda: torch.zeros(3) + 1)
-    second = recorder.record("second", lambda: torch.zeros(2) + 2)
+    runner = GraphRunner(RecordedGraphs())
+    first = runner.capture("first", lambda: torch.zeros(3) + 1)
+    second = runner.capture("second", lambda: torch.zeros(2) + 2)
     one = first()
     assert one.tolist() == [1, 1, 1]
     two = second()
@@ -102,7 +102,7 @@ def test_the_results_of_a_replay_last_until_the_next_of_any_graph() -> None:
 
 def test_memory_that_a_graph_uses_and_nobody_keeps_is_missed() -> None:
     held = [torch.ones(3)]
-    replay = Recorder(RecordedGraphs()).record("work", lambda: held[0] + 1)
+    replay = GraphRunner(RecordedGraphs()).capture("work", lambda: held[0] + 1)
     assert replay().tolist() == [2, 2, 2]
     held[0] = torch.zeros(3)
     with pytest.raises(AssertionError, match=r"memory of \[3\] torch.float32 that a graph uses is gone"):
@@ -111,7 +111,7 @@ def test_memory_that_a_graph_uses_and_nobody_keeps_is_missed() -> None:
 
 def test_a_replay_notes_the_ops_of_its_capture() -> None:
     x = torch.ones(2, 8)
-    replay = Recorder(RecordedGraphs()).record("work", lambda: ops.rms_norm(x, x[0], 0.0))
+    replay = GraphRunner(RecordedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
     with ops.recording_usage() as used:
         ops.silu_mul(x)
         assert list(used) == ["silu_mul"]
@@ -125,7 +125,7 @@ def test_a_replay_notes_the_ops_of_its_capture() -> None:
 def test_a_forced_implementation_is_what_is_captured() -> None:
     x = torch.ones(2, 8)
     with ops.force("rms_norm", "torch"):
-        replay = Recorder(RecordedGraphs()).record("work", lambda: ops.rms_norm(x, x[0], 0.0))
+        replay = GraphRunner(RecordedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
     x.copy_(torch.arange(16.0).view(2, 8))
     with ops.recording_usage() as used:
         assert torch.equal(replay(), ops.rms_norm.reference(x, x[0], 0.0))
@@ -135,7 +135,7 @@ def test_a_forced_implementation_is_what_is_captured() -> None:
 def test_what_is_forced_later_is_refused_and_not_ignored() -> None:
     x = torch.ones(2, 8)
     with ops.force("rms_norm", "torch"):
-        replay = Recorder(RecordedGraphs()).record("the step", lambda: ops.rms_norm(x, x[0], 0.0))
+        replay = GraphRunner(RecordedGraphs()).capture("the step", lambda: ops.rms_norm(x, x[0], 0.0))
         replay()
     replay()  # nothing is forced, and the recording is as good as any
     with (
@@ -146,7 +146,7 @@ def test_what_is_forced_later_is_refused_and_not_ignored() -> None:
     ):
         replay()
     assert str(error.value) == (
-        "op rms_norm is forced to 'cpu', and the step was recorded with 'torch': force it before the "
+        "op rms_norm is forced to 'cpu', and the step was captured with 'torch': force it before the "
         "pipeline is loaded, or run with BLIP3O_GRAPHS=off to do without graphs"
     )
     assert used == {}
@@ -162,7 +162,7 @@ def test_a_replay_is_one_range_of_a_trace() -> None:
         return nullcontext()
 
     x = torch.ones(2, 8)
-    replay = Recorder(RecordedGraphs()).record("step", lambda: ops.rms_norm(x, x[0], 0.0))
+    replay = GraphRunner(RecordedGraphs()).capture("step", lambda: ops.rms_norm(x, x[0], 0.0))
     with trace.ranges(make_range):
         replay()
     assert seen == ["step [graph]"]

@@ -23,12 +23,12 @@ from PIL import Image
 
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import Cancelled, ForkError, PromptError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import FairLock
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.params import Progress
 from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.result import Progress
 from tests.recorded_graph import RecordedGraphs
 
 BOTH = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
@@ -163,7 +163,7 @@ def test_many_requests_of_many_threads_are_those_of_single_calls(
         together = list(executor.map(lambda kind: bits(kinds[kind]()), order))
     wrong = [kind for kind, found in zip(order, together, strict=True) if found != alone[kind]]
     assert wrong == []
-    assert pipeline._engine.cache.free_pages == pipeline._engine.cache.num_pages
+    assert pipeline._planner.engine.cache.free_pages == pipeline._planner.engine.cache.num_pages
 
 
 def test_a_request_that_asyncio_gave_up_on_does_not_spoil_the_next(pipeline: Pipeline) -> None:
@@ -203,8 +203,8 @@ def test_a_callback_may_make_requests(checkpoint: Path, stage: str, captured: bo
     pipeline = Pipeline.load(checkpoint, device="cpu", dtype="fp32")
     alone = [bits(pipeline.generate(prompt, seed=3, steps=3)) for prompt in PROMPTS[:2]]
     if captured:
-        pipeline = Pipeline(pipeline_checkpoint(checkpoint), recorder=Recorder(RecordedGraphs()))
-        pipeline.prepare()
+        pipeline = Pipeline(pipeline_checkpoint(checkpoint), runner=GraphRunner(RecordedGraphs()))
+        pipeline.warm_up()
     inner: list[list[bytes]] = []
 
     def callback(progress: Progress) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import EditConfig
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from tests.recorded_graph import RecordedGraphs
@@ -33,8 +33,8 @@ class Pair:
         checkpoint = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"))
         self.graphs = RecordedGraphs()
         self.eager = Pipeline(checkpoint)
-        self.recorded = Pipeline(checkpoint, recorder=Recorder(self.graphs))
-        self.recorded.prepare()
+        self.recorded = Pipeline(checkpoint, runner=GraphRunner(self.graphs))
+        self.recorded.warm_up()
 
 
 @pytest.fixture(scope="module", params=EDITS)
@@ -56,7 +56,7 @@ def test_pictures_from_words(pair: Pair) -> None:
     for steps in (STEPS, 2):
         found = pair.recorded.generate("a circle", n=2, seed=3, steps=steps)
         assert same(found, pair.eager.generate("a circle", n=2, seed=3, steps=steps))
-        assert found.report.not_recorded == ()
+        assert found.report.not_captured == ()
         assert found.report.implementations.keys() == {
             *pair.eager.generate("a", steps=1).report.implementations
         }
@@ -66,7 +66,7 @@ def test_pictures_from_words(pair: Pair) -> None:
 def test_edits(pair: Pair) -> None:
     found = pair.recorded.edit("make it green", picture(), n=2, seed=4, steps=STEPS)
     assert same(found, pair.eager.edit("make it green", picture(), n=2, seed=4, steps=STEPS))
-    assert found.report.not_recorded == ()
+    assert found.report.not_captured == ()
 
 
 def test_what_the_caller_keeps_is_his_own(pair: Pair) -> None:
@@ -85,5 +85,5 @@ def test_a_geometry_that_was_not_recorded_is_drawn_and_named(pair: Pair) -> None
     found = pair.recorded.edit("make it green", pictures, seed=4, steps=STEPS)
     assert same(found, pair.eager.edit("make it green", pictures, seed=4, steps=STEPS))
     if pair.recorded._renderer.takes_references:
-        assert "2 references" in " ".join(found.report.not_recorded)
+        assert "2 references" in " ".join(found.report.not_captured)
         assert "without a graph: denoising of" in str(found.report)

@@ -28,7 +28,7 @@ from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
 from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig, ImageTokenConfig
 from blip3o_rt.errors import GenerationError, ParameterError, PromptError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import SamplingParams
 
 TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises to cancel
@@ -85,7 +85,7 @@ class TokenEngine:
 
     `max_prompt_tokens` bounds a prompt with its template and reference tokens. `num_pages`, where given, is a
     cache smaller than `max_batch` images of the longest prompt take: then pages limit who joins, not rows.
-    `recorder` records the token step; None is that of the weights' device.
+    `runner` captures the token step; None is that of the weights' device.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TokenEngine:
         page_size: int = DEFAULT_PAGE_SIZE,
         num_pages: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
-        recorder: Recorder | None = None,
+        runner: GraphRunner | None = None,
     ) -> None:
         embedding = weights["embed_tokens.weight"]
         self.image_tokens = image_tokens
@@ -118,7 +118,7 @@ class TokenEngine:
         self._token_steps = TokenSteps(
             self.decoder,
             image_tokens,
-            recorder or Recorder.of(self.decoder.device),
+            runner or GraphRunner.of(self.decoder.device),
             max_batch=max_batch,
             max_blocks=self._max_blocks,
         )
@@ -128,10 +128,10 @@ class TokenEngine:
         self._running: list[_Image] = []  # in the order they joined
         self._batch: TokenBatch | None = None  # of those who run, until one joins or leaves
 
-    def prepare(self) -> None:
-        """Record the token step as graphs, where the device has them; before the first request, which would
+    def capture(self) -> None:
+        """Capture the token step as graphs, where the device has them; before the first request, which would
         run without."""
-        self._token_steps.prepare()
+        self._token_steps.capture()
 
     def submit(self, prompt: TokenPrompt) -> Request:
         """Put the images of a prompt at the end of the queue, any number of them.

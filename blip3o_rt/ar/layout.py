@@ -11,10 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blip3o_rt import quantization
 from blip3o_rt.config import ARConfig
-from blip3o_rt.quantization import in_8_bits, quantized_specs
-from blip3o_rt.weights import TensorSpec, direct, packed
+from blip3o_rt.weights import TensorSpec, direct, in_8_bits, packed, quantized_specs, quantized_tensors
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 QUANTIZED = ("_proj.weight", HEAD)  # how the names of the matrices end that are kept in 8 bits where asked
@@ -36,7 +34,7 @@ def layout(config: ARConfig, *, values: torch.dtype | None = None) -> list[Tenso
 
 def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
     """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
-    found = quantization.quantized(tensors, QUANTIZED, values)
+    found = quantized_tensors(tensors, QUANTIZED, values)
     if HEAD not in found:  # tied
         found.update(in_8_bits(HEAD, found[EMBEDDING], values))
     return found

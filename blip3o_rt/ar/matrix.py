@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.quantization import SCALE
+from blip3o_rt.weights import SCALE
 
 FEW_ROWS = 8  # with more, a product is worth widening an 8-bit weight to the dtype of the rows
 

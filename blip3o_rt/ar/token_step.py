@@ -1,13 +1,13 @@
-"""A token of every image of a batch as one piece of work on fixed memory: recorded once, replayed per token.
+"""A token of every image of a batch as one piece of work on fixed memory: captured once, replayed per token.
 
 A step is: each row's last hidden state, its logits, a draw, the draw as the next token, the decoder, the new
 hidden state kept. What differs from row to row and from step to step lies in buffers on the device, counters
 among them, which the step itself moves on: nothing is read back, and nothing of a step is the host's to know.
 
-Where work is recorded as graphs, there is one for every bucket of rows (1, 2, 4, .. the largest batch), and
+Where work is captured as graphs, there is one for every bucket of rows (1, 2, 4, .. the largest batch), and
 for each vocabulary to draw from. A batch takes the smallest that holds it, and the rows beyond its own are
 padding: rows of no context, which write to no page and to a lane of nobody. Members that change change the
-buffers. A batch that draws from both vocabularies is not recorded; it runs as the same work without a graph.
+buffers. A batch that draws from both vocabularies runs as the same work, eagerly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from blip3o_rt.ar.kv_cache import Sequence
 from blip3o_rt.ar.model import Decoder, DecodeStep
 from blip3o_rt.ar.upload import upload
 from blip3o_rt.config import ImageTokenConfig
-from blip3o_rt.graphs import Recorder, RunAhead
+from blip3o_rt.graphs import GraphRunner, RunAhead
 from blip3o_rt.params import SamplingParams
 
 TOKENS_AHEAD = 16  # replays that the host may queue ahead of the device: what cancelling has to wait for
@@ -68,7 +68,7 @@ class TokenSteps:
         self,
         decoder: Decoder,
         image_tokens: ImageTokenConfig,
-        recorder: Recorder,
+        runner: GraphRunner,
         *,
         max_batch: int,
         max_blocks: int,
@@ -81,20 +81,20 @@ class TokenSteps:
         self.logits = torch.empty(
             max_batch * decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
         )
-        self._recorder = recorder
-        self._buckets: list[int] = []  # the recorded ones
+        self._runner = runner
+        self._buckets: list[int] = []  # the captured ones
         self._max_batch = max_batch
         self._batches: dict[int, TokenBatch] = {}
 
-    def prepare(self) -> None:
-        """Record the step for every bucket, the largest first; where nothing is captured, do nothing."""
-        if not self._recorder.captures or self._buckets:
+    def capture(self) -> None:
+        """Capture the step for every bucket, the largest first; where nothing is captured, do nothing."""
+        if not self._runner.captures or self._buckets:
             return
         smaller = [
             1 << power for power in range(self._max_batch.bit_length()) if 1 << power < self._max_batch
         ]
         for size in (self._max_batch, *reversed(smaller)):
-            self._batch(size).record(self._recorder)
+            self._batch(size).capture(self._runner)
         self._buckets = [*smaller, self._max_batch]
 
     def lay_out(self, rows: list[Row]) -> TokenBatch:
@@ -103,9 +103,9 @@ class TokenSteps:
         mixed = rows[0].params.image_tokens_only != rows[-1].params.image_tokens_only
         buckets = [] if mixed else self._buckets
         bucket = next((bucket for bucket in buckets if bucket >= len(rows)), None)
-        if bucket is None and self._recorder.captures:
+        if bucket is None and self._runner.captures:
             which = "pictures that draw from different vocabularies" if mixed else f"{len(rows)} pictures"
-            self._recorder.not_recorded.add(f"tokens of {which}")
+            self._runner.note_eager(f"tokens of {which}")
         batch = self._batch(bucket or len(rows))
         batch.lay_out(rows)
         return batch
@@ -150,17 +150,17 @@ class TokenBatch:
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
         self._hidden = column(steps.decoder.dtype, steps.decoder.config.hidden_size)
         self._kept_tokens, self._kept_hidden = results.tokens.flatten(), results.hidden.flatten(0, 1)
-        self._recorded: dict[bool, Callable[[], Tensor]] = {}  # by whether the rows draw image tokens only
+        self._captured: dict[bool, Callable[[], Tensor]] = {}  # by whether the rows draw image tokens only
         self._run: Callable[[], Tensor] = lambda: self._token_ids
         self._rows = 0
         self.remaining = 0
 
-    def record(self, recorder: Recorder) -> None:
-        """Record the step of rows that draw image tokens only, and of rows that draw from everything."""
+    def capture(self, runner: GraphRunner) -> None:
+        """Capture the step of rows that draw image tokens only, and of rows that draw from everything."""
         for image_only in (False, True):
             self._write([], image_only)
             name = f"the token step of {self._size} rows ({'image tokens' if image_only else 'all tokens'})"
-            self._recorded[image_only] = recorder.record(name, self._work(self._size if image_only else 0))
+            self._captured[image_only] = runner.capture(name, self._work(self._size if image_only else 0))
 
     def lay_out(self, rows: list[Row]) -> None:
         """Make these the batch's rows; `remaining` is how many tokens the first to be finished has left."""
@@ -168,8 +168,8 @@ class TokenBatch:
         self._rows = len(rows)
         self.remaining = self._steps.results.places - 1 - max(row.drawn for row in rows)
         self._write(rows, image_rows > 0)
-        recorded = self._recorded.get(image_rows > 0) if image_rows in (0, len(rows)) else None
-        self._run = recorded or self._work(image_rows)
+        captured = self._captured.get(image_rows > 0) if image_rows in (0, len(rows)) else None
+        self._run = captured or self._work(image_rows)
 
     def step(self) -> Tensor:
         """Draw a token of every row and run it through the decoder; returns vocabulary ids int64 [rows].

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from blip3o_rt import __version__
+from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.lora import merge_lora
 from blip3o_rt.checkpoint.manifest import (
     MANIFEST,
@@ -37,7 +38,6 @@ from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, loc
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.config import MAX_POSITIONS
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.switches import check_stored
 from blip3o_rt.weights import TensorSpec
 

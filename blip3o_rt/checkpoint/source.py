@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.errors import CheckpointError, shown
 
 PathName = str | os.PathLike[str]
 
@@ -43,8 +43,8 @@ class Source:
         for name in ("path", "diffusion", "ta_tok"):
             if name == "path" or getattr(self, name) is not None:
                 local_path(getattr(self, name), name)
-        if self.variant is not None and not re.fullmatch(r"[\w-]+", str(self.variant)):
-            raise CheckpointError(f"variant is {self.variant!r}; accepted: a word, as fp16")
+        if not isinstance(self.variant, str | None) or not re.fullmatch(r"[\w-]+", self.variant or "plain"):
+            raise CheckpointError(f"variant is {shown(self.variant)}; accepted: a word, as fp16")
 
     @classmethod
     def of(cls, source: Source | PathName) -> Source:
@@ -55,7 +55,7 @@ class Source:
 def local_path(name: PathName, what: str) -> Path:
     """A path that a user gives, `~` expanded. Raises CheckpointError for what is no path."""
     if not isinstance(name, str | os.PathLike):
-        raise CheckpointError(f"{what} is {name!r}; accepted: the name of a folder or file")
+        raise CheckpointError(f"{what} is {shown(name)}; accepted: the name of a folder or file")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:  # no such user

@@ -10,7 +10,6 @@ from typing import Any
 
 from blip3o_rt.cli.options import BASE_WEIGHTS, DIFFUSION, TA_TOK, VARIANT, add_options
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.report import peak_memory_bytes
 from blip3o_rt.switches import parse_switches
 
 
@@ -93,6 +92,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     for warning in manifest.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    from blip3o_rt.result import peak_memory_bytes  # with PyTorch, which takes seconds to import
+
     size = sum(record.size for record in manifest.files.values())
     print(
         f"{arguments.destination}: {size / 1e9:.2f} GB in {manifest.dtype}, "

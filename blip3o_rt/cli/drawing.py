@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from blip3o_rt.pipeline import Pipeline
-    from blip3o_rt.report import Report
-    from blip3o_rt.result import Result
+    from blip3o_rt.result import Report, Result
 
 
 def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import trace
+from blip3o_rt.dit.captured import CapturedImage
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.recorded import RecordedPicture
 from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
@@ -64,21 +64,21 @@ def denoise(
     *,
     reference_latent: Tensor | None = None,
     kinds: Sequence[StepKind] | None = None,
-    recorded: RecordedPicture | None = None,
+    captured: CapturedImage | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
     """The latent [1, C, H, W] in fp32 that the noise [1, C, H, W] becomes (still times the scaling factor).
 
     reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `model_input`. `kinds`
     says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
-    `recorded` holds steps recorded for this geometry, whose condition is the one given. The callback runs
+    `captured` holds steps captured for this geometry, whose condition is the one given. The callback runs
     after every step; whatever it raises (Cancelled) ends the loop. Raises ParameterError for shapes that do
     not fit.
     """
-    if recorded is None:
+    if captured is None:
         steps = Steps(dit, StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent))
     else:
-        steps = recorded.begin(noise, tables, guidance_scale, reference_latent)
+        steps = captured.begin(noise, tables, guidance_scale, reference_latent)
     denoising = Denoising(steps, tables, kinds)
     while denoising.done < denoising.total:
         denoising.step()

@@ -10,10 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from blip3o_rt import quantization
 from blip3o_rt.config import DiTConfig
-from blip3o_rt.quantization import quantized_specs
-from blip3o_rt.weights import TensorSpec, direct, packed, reshaped
+from blip3o_rt.weights import TensorSpec, direct, packed, quantized_specs, quantized_tensors, reshaped
 
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
@@ -39,7 +37,7 @@ def layout(config: DiTConfig, *, values: torch.dtype | None = None) -> list[Tens
 
 def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
     """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
-    return quantization.quantized(tensors, QUANTIZED, values)
+    return quantized_tensors(tensors, QUANTIZED, values)
 
 
 def _layout(config: DiTConfig) -> list[TensorSpec]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt import ops
-from blip3o_rt.quantization import LARGEST, SCALE
+from blip3o_rt.weights import LARGEST, SCALE
 
 BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
 

@@ -1,6 +1,6 @@
 """The SANA diffusion transformer (arXiv 2410.10629), token-major, its loop invariants computed ahead.
 
-Three calls, from rare to frequent: `prepare_schedule` once per number of steps, `condition` once per picture,
+Three calls, from rare to frequent: `schedule_tables` once per number of steps, `condition` once per picture,
 `predict` once per step.
 """
 
@@ -81,7 +81,7 @@ class DiT:
         self.out_weight, self.out_bias = self._wide_linear("proj_out")
 
     @trace.spanned("dit.tables")
-    def prepare_schedule(self, schedule: Schedule) -> ScheduleTables:
+    def schedule_tables(self, schedule: Schedule) -> ScheduleTables:
         """Time embedding and modulation of every step."""
         return self.tables(Schedule(schedule.sigmas.to(self.device), schedule.timesteps.to(self.device)))
 

@@ -39,7 +39,7 @@ def flow_schedule(config: SchedulerConfig, steps: int) -> Schedule:
         raise ParameterError(f"steps must be at least 1, got {steps}")
     even = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
     shifted = torch.from_numpy(config.shift * even / (1 + (config.shift - 1) * even))
-    sigmas = torch.cat([shifted, torch.zeros(1)])
+    sigmas = torch.cat([shifted, shifted.new_zeros(1)])
     return Schedule(sigmas, shifted * config.num_train_timesteps)
 
 

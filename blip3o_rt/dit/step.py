@@ -1,4 +1,4 @@
-"""A step of the denoising loop over tensors that stay where they are, so that it can be recorded once."""
+"""A step of the denoising loop over tensors that stay where they are, so that it can be captured once."""
 
 from __future__ import annotations
 
@@ -104,16 +104,16 @@ def guided_step(dit: DiT, state: StepState) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one picture, called one after the other: recorded kinds are replayed, others run."""
+    """The steps of one picture, called one after the other: captured kinds are replayed, others run."""
 
     dit: DiT
     state: StepState
-    recorded: Mapping[StepKind, Callable[[], None]] = field(default_factory=dict)
+    captured: Mapping[StepKind, Callable[[], None]] = field(default_factory=dict)
 
     def __call__(self, kind: StepKind = guided_step) -> None:
         """Make the next step."""
-        if kind in self.recorded:
-            self.recorded[kind]()
+        if kind in self.captured:
+            self.captured[kind]()
         else:
             kind(self.dit, self.state)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from blip3o_rt.ops import triton_backend
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import arithmetic_dtype
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.weights import E4M3
 
 UNIT = 16  # a library's product takes matrices whose sides are multiples of it
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from blip3o_rt.ops import native, triton_backend
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype
-from blip3o_rt.quantization import E4M3, largest_value
+from blip3o_rt.weights import E4M3, largest_value
 
 
 @op(tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6})

@@ -12,7 +12,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import FLOATS, op
 from blip3o_rt.ops.rounding import arithmetic_dtype, deliver
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.weights import E4M3
 
 WIDENED_ROWS = 4096  # rows of the weight that exist as wide floating-point numbers at a time
 

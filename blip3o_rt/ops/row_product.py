@@ -7,7 +7,7 @@ from torch import Tensor
 
 from blip3o_rt.ops.row_linear import row_linear
 from blip3o_rt.ops.row_linear_w8 import row_linear_w8
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.weights import E4M3
 
 
 def unknown_weight(x: Tensor, weight: Tensor, scale: Tensor | None) -> str | None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ops import native
+from blip3o_rt.ops.random import token_uniforms
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.rounding import deliver
 from blip3o_rt.ops.scratch import Scratch
-from blip3o_rt.random import token_uniforms
 
 
 @op(tolerance={torch.float32: 0.0})
@@ -27,7 +27,7 @@ def sample_tokens(
     """One token per row: logits float32 [B, V] -> int64 [B].
 
     temperature float32 [B] > 0; top_k int32 [B], 0 for all; top_p float32 [B], 1 for all; seeds int64 [B] and
-    positions int32 [B] name the random numbers of the draw (blip3o_rt.random, stream TOKENS). scratch: memory
+    positions int32 [B] name the random numbers of the draw (ops/random.py, stream TOKENS). scratch: memory
     that a call may use (its own if there is none).
 
     Tokens are ordered by (logit descending, index ascending). The first top_k are kept; of those, the

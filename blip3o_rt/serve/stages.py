@@ -20,7 +20,8 @@ from blip3o_rt.errors import Blip3oError, GenerationError, ImageError, Insuffici
 from blip3o_rt.machine import format_bytes, memory
 from blip3o_rt.metadata import generated_image
 from blip3o_rt.params import DiffusionParams, SamplingParams
-from blip3o_rt.pipeline import NO_REFERENCE, Pipeline, _Reference, _Run
+from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.planner import NO_REFERENCE, Reference
 from blip3o_rt.result import Plan
 from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
 
@@ -37,7 +38,7 @@ def load(model: Mapping[str, Any], memory_reserve: int) -> Stages:
 class Prepared:
     """A request whose references are encoded and whose prompt is ids: what its images have in common."""
 
-    def __init__(self, submit: Submit, prompt: TokenPrompt, reference: _Reference) -> None:
+    def __init__(self, submit: Submit, prompt: TokenPrompt, reference: Reference) -> None:
         self.submit, self.prompt, self.reference = submit, prompt, reference
         self.diffusion = DiffusionParams(**submit.diffusion)
 
@@ -51,10 +52,10 @@ class Stages:
 
     def __init__(self, pipeline: Pipeline, name: str, memory_reserve: int = 0) -> None:
         self._pipeline = pipeline
-        self._engine = pipeline._engine
+        self._engine = pipeline._planner.engine
         self._memory_reserve = memory_reserve
         config = pipeline.config
-        edits = pipeline._tokenizer is not None
+        edits = pipeline._planner.edits
         several = edits and not pipeline._renderer.sees_reference
         self.info = ModelInfo(
             name=name,
@@ -64,7 +65,7 @@ class Stages:
             max_references=(MAX_REFERENCES if several else 1) if edits else 0,
             tokens_per_image=config.image_tokens.tokens_per_image,
             max_batch=self._engine.max_batch,
-            max_prompt_tokens=pipeline._prompts._max_tokens,
+            max_prompt_tokens=pipeline._planner.max_prompt_tokens,
             device=str(pipeline.device),
             dtype="fp32" if pipeline.dtype == torch.float32 else "bf16",
             tier=pipeline.tier,
@@ -80,7 +81,7 @@ class Stages:
         pipeline = self._pipeline
         DiffusionParams(**submit.diffusion)
         for _, seed in submit.seeds:
-            pipeline._sampling(seed, **self._sampling_of(submit))
+            pipeline._planner.check([submit.prompt], SamplingParams(seed, **self._sampling_of(submit)))
         if len(submit.references) > self.info.max_references:
             if not self.info.edits:
                 raise ImageError("this checkpoint has no image tokenizer and only draws from text")
@@ -95,19 +96,16 @@ class Stages:
                 f"the request needs {format_bytes(needed)} of free memory, there are {format_bytes(free)}: "
                 "try again later"
             )
-        if not submit.references:
-            return len(pipeline._prompts.text_to_image(submit.prompt))
-        tokens = pipeline._tokenizer.config.tokens * len(submit.references)  # type: ignore[union-attr]
-        return len(pipeline._prompts.edit(submit.prompt, [pipeline._prompts.image_pad_id] * tokens))
+        return pipeline._planner.count_tokens(submit.prompt, len(submit.references))
 
     def prepare(self, submit: Submit) -> Prepared:
         """Encode the references of a request and its prompt."""
         images = [_pil(image) for image in submit.references]
         reference = NO_REFERENCE
         if images:
-            with self._pipeline._isolation.turn() as settings:
-                reference = self._pipeline._look_at(images, _Run(self._pipeline, settings, None, False))
-        return Prepared(submit, self._pipeline._token_prompt(submit.prompt, reference, []), reference)
+            with self._pipeline._run() as run:
+                reference = self._pipeline._reference(images, run)
+        return Prepared(submit, self._pipeline._planner.token_prompt(submit.prompt, [], reference), reference)
 
     def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
         """Put one image into the token batch."""
@@ -139,7 +137,7 @@ class Stages:
         if found.error is not None:
             raise found.error
         sampling = tokens.prompt.samples[0]
-        plan = self._pipeline._plan(
+        plan = self._pipeline._planner.plan(
             prepared.submit.prompt, tokens.prompt, sampling, found, prepared.reference
         )
         return Drawing(self._pipeline, plan, prepared.diffusion)
@@ -170,11 +168,9 @@ class Drawing:
 
     def __init__(self, pipeline: Pipeline, plan: Plan, params: DiffusionParams) -> None:
         self._pipeline, self._plan, self._params = pipeline, plan, params
-        noise = pipeline._noise(plan.sampling.seed)
+        noise = pipeline._renderer.noise(plan.sampling.seed)
         self._stack = ExitStack()
-        self._denoising = self._stack.enter_context(
-            pipeline._renderer.denoising(plan.hidden_states[0], plan.reference_latents, noise, params)
-        )
+        self._denoising = self._stack.enter_context(pipeline._renderer.denoising(plan, params, noise))
 
     def close(self) -> None:
         """Give the buffers of the steps back."""
@@ -203,7 +199,7 @@ class Drawing:
         return self._decoded(self._denoising.latent)
 
     def _decoded(self, latent: Tensor) -> RawImage:
-        fields = self._pipeline._fields(self._plan, self._params, self._plan.sampling.seed)
+        fields = self._pipeline._renderer.fields(self._plan, self._params, self._plan.sampling.seed)
         image = generated_image(self._pipeline._renderer.decode(latent), fields)
         return RawImage(
             image.width,

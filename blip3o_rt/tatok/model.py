@@ -10,10 +10,9 @@ from torch import Tensor
 
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ImageError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.nearest_code import nearest_code
-from blip3o_rt.recorded_function import RecordedFunction
 
 Weights = Mapping[str, Tensor]
 
@@ -22,11 +21,11 @@ class ImageTokenizer:
     """TA-Tok (arXiv 2506.18898) over its weights.
 
     `weights` are the runtime tensors of part "ta_tok" (tatok/layout.py), on one device and of one dtype, but
-    for the float32 codebook. Encoder layers above the selected hidden state are never run. `recorder` records
-    what `prepare` asks for; None is that of the weights' device.
+    for the float32 codebook. Encoder layers above the selected hidden state are never run. `runner` captures
+    what `capture` asks for; None is that of the weights' device.
     """
 
-    def __init__(self, config: TATokConfig, weights: Weights, recorder: Recorder | None = None) -> None:
+    def __init__(self, config: TATokConfig, weights: Weights, runner: GraphRunner | None = None) -> None:
         self.config = config
         self.codebook = weights["codebook"]
         self.patch_weight = weights["encoder.embeddings.patch_embedding.weight"].flatten(1)
@@ -44,17 +43,15 @@ class ImageTokenizer:
         )
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device
-        recorder = recorder or Recorder.of(self.device)
-        self._encode = RecordedFunction("tatok.encode", self._encode_picture, recorder)
+        runner = runner or GraphRunner.of(self.device)
+        self._encode = CapturedFunction("tatok.encode", self._encode_picture, runner)
 
-    @torch.no_grad()
-    def prepare(self) -> None:
-        """Record `encode`; run it once where there are no graphs."""
+    def capture(self) -> None:
+        """Capture `encode`; run it once where there are no graphs."""
         size = self.config.image_size
         shape = (1, self.config.image_channels, size, size)
-        self._encode.prepare(torch.empty(shape, dtype=self.dtype, device=self.device))
+        self._encode.capture(torch.empty(shape, dtype=self.dtype, device=self.device))
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ImageError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.ops.rounding import arithmetic_dtype
-from blip3o_rt.recorded_function import RecordedFunction
 from blip3o_rt.vae.blocks import (
     Convolution,
     Downsampling,
@@ -33,35 +32,32 @@ class Autoencoder:
     `weights` are the runtime tensors of part "vae" (vae/layout.py), all of one dtype and on one device;
     activations have that dtype, norms and attention accumulate in float32. Pictures go through one at a time:
     a result does not depend, in its last bit, on what shares the batch, and the memory is that of one.
-    `recorder` records what `prepare_decode` and `prepare_encode` ask for; None is that of the weights'
+    `runner` captures what `capture_decode` and `capture_encode` ask for; None is that of the weights'
     device. `tiles` is the number along a side in which the stages without attention are computed (tiles.py).
     """
 
     def __init__(
-        self, config: VAEConfig, weights: Weights, recorder: Recorder | None = None, tiles: int = 1
+        self, config: VAEConfig, weights: Weights, runner: GraphRunner | None = None, tiles: int = 1
     ) -> None:
         self.config = config
         self.dtype = weights["decoder.conv_in.weight"].dtype
         self.device = weights["decoder.conv_in.weight"].device
         self._decoder = tiled_end(_decoder(config, weights), tiles)
         self._encoder = tiled_beginning(_encoder(config, weights), tiles)
-        recorder = recorder or Recorder.of(self.device)
-        self._decode = RecordedFunction("vae.decode", self._decode_picture, recorder)
-        self._encode = RecordedFunction("vae.encode", self._encode_picture, recorder)
+        runner = runner or GraphRunner.of(self.device)
+        self._decode = CapturedFunction("vae.decode", self._decode_picture, runner)
+        self._encode = CapturedFunction("vae.encode", self._encode_picture, runner)
 
-    @torch.no_grad()
-    def prepare_decode(self, height: int, width: int) -> None:
+    def capture_decode(self, height: int, width: int) -> None:
         """Record `decode` of latents of h x w; run it once where there are no graphs."""
         latent = torch.empty(1, self.config.latent_channels, height, width, device=self.device)
-        self._decode.prepare(latent)
+        self._decode.capture(latent)
 
-    @torch.no_grad()
-    def prepare_encode(self, height: int, width: int) -> None:
+    def capture_encode(self, height: int, width: int) -> None:
         """Record `encode` of pictures of H x W pixels; run it once where there are no graphs."""
         pixels = torch.empty(1, self.config.image_channels, height, width, device=self.device)
-        self._encode.prepare(pixels)
+        self._encode.capture(pixels)
 
-    @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
 
@@ -71,7 +67,6 @@ class Autoencoder:
         latents = latent.to(self.device, arithmetic_dtype(latent))
         return torch.cat([self._decode(single) for single in latents.split(1)])
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """The latent of a picture: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
 
@@ -87,7 +82,8 @@ class Autoencoder:
 
     def _decode_picture(self, latent: Tensor) -> Tensor:
         x = latent / self.config.scaling_factor + self.config.shift_factor
-        return self._run(self._decoder, x).div_(2).add_(0.5).clamp_(0, 1)
+        pixels = self._run(self._decoder, x).div_(2).add_(0.5)
+        return pixels.masked_fill_(pixels.isinf(), torch.nan).clamp_(0, 1)  # what overflowed stays to be seen
 
     def _encode_picture(self, pixels: Tensor) -> Tensor:
         latent = self._run(self._encoder, pixels)

@@ -12,7 +12,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
-from blip3o_rt.graphs import CudaGraphs, Recorder
+from blip3o_rt.graphs import CudaGraphs, GraphRunner
 from blip3o_rt.params import SamplingParams
 from tests import recorded_graph
 from tests.ar import test_stress
@@ -51,7 +51,7 @@ class CountedCudaGraphs(CudaGraphs):
 
 
 def make_engine(
-    recorder: Recorder | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    runner: GraphRunner | None, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> TokenEngine:
     return TokenEngine(
         CONFIG,
@@ -61,7 +61,7 @@ def make_engine(
         max_prompt_tokens=28,
         page_size=4,
         prefill_chunk=8,
-        recorder=recorder,
+        runner=runner,
     )
 
 
@@ -70,8 +70,8 @@ def graphed(
 ) -> tuple[TokenEngine, RecordedGraphs | CountedCudaGraphs]:
     """An engine that has recorded its steps and now runs nothing but replays."""
     graphs = RecordedGraphs() if device == "cpu" else CountedCudaGraphs(torch.device(device))
-    engine = make_engine(Recorder(graphs), dtype, device)
-    engine.prepare()
+    engine = make_engine(GraphRunner(graphs), dtype, device)
+    engine.capture()
     return engine, graphs
 
 
@@ -88,7 +88,7 @@ def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: Any) -> To
 
 def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """Each image is what an engine without graphs draws for it alone, bit for bit."""
-    engine = make_engine(Recorder(None), dtype, device)
+    engine = make_engine(GraphRunner(None), dtype, device)
     for request in requests:
         for plan, params in zip(request.plans, request.prompt.samples, strict=True):
             alone = engine.generate([dataclasses.replace(request.prompt, samples=[params])])[0][0]
@@ -148,26 +148,26 @@ def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> None:
-    recorder = Recorder(RecordedGraphs())
-    engine = make_engine(recorder)
-    engine.prepare()
+    runner = GraphRunner(RecordedGraphs())
+    engine = make_engine(runner)
+    engine.capture()
     requests = [engine.submit(make_prompt(LONG[:5], image_tokens_only=only)) for only in (True, False)]
     requests.append(engine.submit(make_prompt(LONG[:7], seed=9)))
     while engine.busy:
         engine.step()
-    assert recorder.not_recorded == {"tokens of pictures that draw from different vocabularies"}
+    assert runner.eager == {"tokens of pictures that draw from different vocabularies"}
     assert_as_alone(requests)
 
 
 def test_an_engine_that_did_not_prepare_runs_without_graphs_and_the_report_is_told() -> None:
     graphs = RecordedGraphs()
-    recorder = Recorder(graphs)
-    engine = make_engine(recorder)
+    runner = GraphRunner(graphs)
+    engine = make_engine(runner)
     request = engine.submit(make_prompt(LONG, n=3))
     while engine.busy:
         engine.step()
     assert graphs.replayed == graphs.captured == 0
-    assert recorder.not_recorded == {"tokens of 3 pictures"}
+    assert runner.eager == {"tokens of 3 pictures"}
     assert_as_alone([request])
 
 
@@ -226,9 +226,9 @@ def test_a_replay_that_is_interrupted_can_be_taken_again(monkeypatch: pytest.Mon
 
 def test_traffic_through_replays_is_traffic_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stress of the engine, shorter, over graphs: failures, cancellation, features, both vocabularies."""
-    recorder = Recorder(RecordedGraphs())
-    engine = test_stress.make_engine(max_batch=7, num_pages=30, recorder=recorder)
-    engine.prepare()
+    runner = GraphRunner(RecordedGraphs())
+    engine = test_stress.make_engine(max_batch=7, num_pages=30, runner=runner)
+    engine.capture()
     traffic = Traffic(7, engine)
     while len(traffic.requests) < 30 or engine.busy:
         if len(traffic.requests) < 30 and len(engine._waiting) < 40:

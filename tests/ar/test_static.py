@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
 from blip3o_rt.ar.layout import quantized
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.ops import native
 from blip3o_rt.params import SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
@@ -57,9 +57,9 @@ class NoBlockingCopies(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def make_engine(weights: dict[str, Tensor], recorder: Recorder | None = None) -> TokenEngine:
+def make_engine(weights: dict[str, Tensor], runner: GraphRunner | None = None) -> TokenEngine:
     return TokenEngine(
-        CONFIG, image_tokens(CONFIG), weights, max_batch=4, max_prompt_tokens=28, recorder=recorder
+        CONFIG, image_tokens(CONFIG), weights, max_batch=4, max_prompt_tokens=28, runner=runner
     )
 
 
@@ -94,7 +94,7 @@ def test_what_joins_is_uploaded_without_waiting() -> None:
 @needs_gpu
 def test_a_picture_joins_while_a_gpu_is_busy() -> None:
     engine = make_engine({name: tensor.cuda() for name, tensor in WEIGHTS.items()})
-    engine.prepare()
+    engine.capture()
     for _ in range(2):  # the first loads kernels and pins memory
         torch.cuda.synchronize()
         torch.cuda._sleep(2 * 10**9)  # about a second

@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
@@ -29,7 +29,7 @@ SAMPLINGS = [
 
 
 def make_engine(
-    max_batch: int, num_pages: int | None = None, recorder: Recorder | None = None
+    max_batch: int, num_pages: int | None = None, runner: GraphRunner | None = None
 ) -> TokenEngine:
     return TokenEngine(
         CONFIG,
@@ -40,7 +40,7 @@ def make_engine(
         page_size=2,
         num_pages=num_pages,
         prefill_chunk=4,
-        recorder=recorder,
+        runner=runner,
     )
 
 

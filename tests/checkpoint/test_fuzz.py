@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.prompt import PromptEncoder
 
 from .conftest import ALL_FLAGS
 

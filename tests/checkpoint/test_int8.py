@@ -17,7 +17,7 @@ from blip3o_rt.errors import CheckpointError, ParameterError
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.quantization import SCALE, row_scales, row_values
+from blip3o_rt.weights import SCALE, row_scales, row_values
 
 INT8 = {"ar_weights": "int8"}
 BOTH = {"ar_weights": "int8", "dit_weights": "int8"}
@@ -101,7 +101,7 @@ def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantized(
         held.append(sum(reference() is not None for reference in seen))
         return row_values(matrix, dtype)
 
-    monkeypatch.setattr("blip3o_rt.quantization.row_values", values)
+    monkeypatch.setattr("blip3o_rt.weights.row_values", values)
     load_checkpoint(tmp_path / "exact", dtype=torch.bfloat16, switches=INT8)
     assert len(held) > 6
     assert max(held) <= 2  # this one and the one before it

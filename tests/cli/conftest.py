@@ -13,7 +13,7 @@ from PIL import Image
 
 from blip3o_rt.cli import main
 from blip3o_rt.metadata import image_fields
-from blip3o_rt.report import Report, Stage
+from blip3o_rt.result import Report, Stage
 
 
 class FakeResult(list[Image.Image]):

@@ -25,7 +25,7 @@ from blip3o_rt.measure.validate.case import Case, int32, random, run_exact
 from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops import native
 from blip3o_rt.params import MAX_BATCH
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.weights import E4M3
 from tests.csrc.simt.build import SimtCompiler, ops_of
 from tests.csrc.simt.cases import FILES, OPS, PAGED, errors, unseen_pages
 from tests.ops.test_native import contract, parameters

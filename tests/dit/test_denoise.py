@@ -52,7 +52,7 @@ def loop_of_diffusers(
 
 
 def run(dit: DiT, noise: Tensor, steps: int = 3, guidance: float = 2.0, **options: object) -> Tensor:
-    tables = dit.prepare_schedule(flow_schedule(SchedulerConfig(shift=3.0), steps))
+    tables = dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), steps))
     condition = dit.condition(random_tokens(dit.config))
     return denoise(dit, noise, tables, condition, guidance, **options)  # type: ignore[arg-type]
 

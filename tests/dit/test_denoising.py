@@ -6,9 +6,9 @@ from contextlib import ExitStack
 
 import torch
 
+from blip3o_rt.ops.random import normal_noise
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.random import normal_noise
 
 STEPS = 3
 
@@ -20,9 +20,7 @@ def test_steps_of_two_images_in_turns_are_those_of_the_loop_and_the_estimate_end
     params = DiffusionParams(STEPS, 2.0)
     noises = [normal_noise(seed, renderer.latent_shape) for seed in (1, 2)]
     stack = ExitStack()
-    images = [
-        stack.enter_context(renderer.denoising(plan.hidden_states[0], (), noise, params)) for noise in noises
-    ]
+    images = [stack.enter_context(renderer.denoising(plan, params, noise)) for noise in noises]
     sigmas = images[0]._sigmas
     estimates = []
     for step in range(STEPS):
@@ -35,6 +33,9 @@ def test_steps_of_two_images_in_turns_are_those_of_the_loop_and_the_estimate_end
             torch.testing.assert_close(line, image.latent, rtol=1e-5, atol=1e-5)
     stack.close()
     for noise, image, estimate in zip(noises, images, estimates[-2:], strict=True):
-        expected = renderer.denoise(plan.hidden_states[0], (), noise, params, lambda done, total: None)
+        with renderer.denoising(plan, params, noise) as alone:
+            for _ in range(STEPS):
+                alone.step()
+            expected = alone.latent
         assert torch.equal(image.latent, expected)
         torch.testing.assert_close(estimate, expected, rtol=1e-5, atol=1e-5)

@@ -18,7 +18,7 @@ from blip3o_rt.errors import OpError
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops.linear_fp8 import scaled_mm, scaled_mm_arguments
-from blip3o_rt.quantization import E4M3, SCALE, dequantized, in_8_bits, row_scales, row_values
+from blip3o_rt.weights import E4M3, SCALE, dequantized, in_8_bits, row_scales, row_values
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 

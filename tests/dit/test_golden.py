@@ -40,7 +40,7 @@ class Golden(NamedTuple):
         return DiT(self.config, runtime_weights(self.config, self.weights, dtype, PREFIX))
 
     def tables(self, dit: DiT) -> ScheduleTables:
-        return dit.prepare_schedule(flow_schedule(SchedulerConfig(), 30))
+        return dit.schedule_tables(flow_schedule(SchedulerConfig(), 30))
 
 
 @pytest.fixture(scope="module", params=["t2i", "edit"])

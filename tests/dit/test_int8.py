@@ -16,7 +16,7 @@ from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.measure.validate.case import random
-from blip3o_rt.quantization import SCALE, dequantized, in_8_bits
+from blip3o_rt.weights import SCALE, dequantized, in_8_bits
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 

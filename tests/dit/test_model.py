@@ -42,7 +42,7 @@ def random_latent(config: DiTConfig, height: int, width: int) -> torch.Tensor:
 
 def run(dit: DiT, latent: torch.Tensor, timestep: float, tokens: ConditionTokens) -> torch.Tensor:
     """The prediction at a timestep that is the second of its schedule."""
-    tables = dit.prepare_schedule(schedule(1000.0, timestep))
+    tables = dit.schedule_tables(schedule(1000.0, timestep))
     return dit.predict(latent, tables.step(1), dit.condition(tokens))
 
 
@@ -126,11 +126,11 @@ def test_timesteps_are_scaled_as_the_pipeline_of_diffusers_does() -> None:
 def test_a_steps_modulation_does_not_depend_on_the_other_steps() -> None:
     config = small_config()
     dit = runtime(config, oracle(config))
-    tables = dit.prepare_schedule(schedule(1000.0, 600.0, 200.0))
+    tables = dit.schedule_tables(schedule(1000.0, 600.0, 200.0))
     second, on_device = tables.step(1), tables.at(torch.tensor([1]))
     assert second.blocks.shape == (config.num_layers, 6, config.width)
     assert second.final.shape == (2, config.width)
-    alone = dit.prepare_schedule(schedule(600.0)).step(0)
+    alone = dit.schedule_tables(schedule(600.0)).step(0)
     torch.testing.assert_close(second.blocks, alone.blocks)
     torch.testing.assert_close(second.final, alone.final)
     assert torch.equal(second.blocks, on_device.blocks)
@@ -143,7 +143,7 @@ def test_without_a_null_half_the_conditional_half_is_predicted_alone(counts: tup
     config = small_config(num_layers=3)
     dit = runtime(config, oracle(config))
     latent, condition = random_latent(config, 5, 6), dit.condition(random_tokens(config, 9, counts))
-    modulation = dit.prepare_schedule(schedule(600.0)).step(0)
+    modulation = dit.schedule_tables(schedule(600.0)).step(0)
     alone = dit.predict(latent, modulation, condition.unguided)
     assert alone.shape == (1, config.out_channels, 5, 6)
     assert relative_l2(alone, dit.predict(latent, modulation, condition)[1:]) < FLOAT32_BOUND
@@ -179,6 +179,6 @@ def test_null_counts_must_match_the_null_tokens(counts: tuple[int, ...]) -> None
 def test_latents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     config = small_config(patch_size=2)
     dit = runtime(config, oracle(config))
-    tables, condition = dit.prepare_schedule(schedule(1.0)), dit.condition(random_tokens(config, 2, (2,)))
+    tables, condition = dit.schedule_tables(schedule(1.0)), dit.condition(random_tokens(config, 2, (2,)))
     with pytest.raises(ParameterError, match=r"\[1, 4, H, W\]"):
         dit.predict(torch.zeros(shape), tables.step(0), condition)

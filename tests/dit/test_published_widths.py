@@ -70,7 +70,7 @@ def ours(model: SanaTransformer2DModel, given: Case, dtype: torch.dtype, null: t
     dit = runtime(CONFIG, model, dtype)
     condition = dit.condition(given.to(dtype).tokens)
     assert isinstance(condition.null, null)
-    return dit.predict(given.latent, dit.prepare_schedule(SCHEDULE).step(STEP), condition)
+    return dit.predict(given.latent, dit.schedule_tables(SCHEDULE).step(STEP), condition)
 
 
 @pytest.mark.parametrize("kind", CASES)

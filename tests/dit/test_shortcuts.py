@@ -12,12 +12,12 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from blip3o_rt.config import SchedulerConfig
+from blip3o_rt.dit.captured import CapturedImage, Geometry
 from blip3o_rt.dit.denoise import denoise
-from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
 from blip3o_rt.dit.step import guided_step
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.switches import check_switches
 from tests.dit.oracle import oracle, relative_l2, runtime, small_config
 from tests.dit.test_denoise import random_latents, random_tokens
@@ -188,7 +188,7 @@ class Small:
         config = small_config()
         self.dit = runtime(config, oracle(config))
         self.schedule = levels(steps, 3.0)
-        self.tables = self.dit.prepare_schedule(self.schedule)
+        self.tables = self.dit.schedule_tables(self.schedule)
         self.condition = self.dit.condition(random_tokens(config))
         self.chosen = shortcuts(**switches)
 
@@ -240,16 +240,16 @@ def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switche
     (noise,) = random_latents(6)
     expected = small()
     hidden, tokens = torch.zeros(1, 1), random_tokens(small.dit.config)
-    recorded = RecordedPicture(
+    recorded = CapturedImage(
         small.dit,
         Geometry.of(noise, hidden, None, None),
         lambda hidden, seen: tokens,
         torch.float32,
-        Recorder(RecordedGraphs()),
+        GraphRunner(RecordedGraphs()),
         small.chosen.kinds,
     )
     for start, steps in ((torch.full_like(noise, torch.nan), 6), (noise, 6), (noise, 1), (noise, 6)):
-        tables, kinds = small.dit.prepare_schedule(levels(steps, 3.0)), small.chosen.steps(levels(steps, 3.0))
+        tables, kinds = small.dit.schedule_tables(levels(steps, 3.0)), small.chosen.steps(levels(steps, 3.0))
         condition = recorded.condition(hidden)
-        found = denoise(small.dit, start, tables, condition, 2.0, kinds=kinds, recorded=recorded)
+        found = denoise(small.dit, start, tables, condition, 2.0, kinds=kinds, captured=recorded)
         assert torch.equal(found, expected) == (start is noise and steps == 6)

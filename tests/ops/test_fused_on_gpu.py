@@ -11,7 +11,7 @@ from blip3o_rt import ops
 from blip3o_rt.measure.cases.row_linear_w8 import quantized
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.norm_row_linear import FUSED_ROWS
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.weights import E4M3
 
 pytestmark = pytest.mark.gpu("_cuda")
 SIZES = [(4096, 2048), (2048, 6144), (70, 264), (70, 37)]  # outputs and inputs

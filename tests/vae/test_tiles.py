@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip3o_rt.config import EditConfig, VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.switches import check_tier
@@ -123,8 +123,8 @@ def test_tiles_can_be_recorded() -> None:
     config = small_config(encoder_stages=found, decoder_stages=found)
     weights = runtime_weights(config, oracle(config), torch.float32)
     graphs = RecordedGraphs()
-    replayed = Autoencoder(config, weights, Recorder(graphs), tiles=2)
-    replayed.prepare_decode(4, 4)
+    replayed = Autoencoder(config, weights, GraphRunner(graphs), tiles=2)
+    replayed.capture_decode(4, 4)
     latent = random(1, config.latent_channels, 4, 4, dtype=torch.float32)
     assert torch.equal(replayed.decode(latent), Autoencoder(config, weights, tiles=2).decode(latent))
     assert graphs.replayed == 1

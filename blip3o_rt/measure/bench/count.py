@@ -32,7 +32,7 @@ from blip3o_rt.ar.token_step import Row, TokenSteps
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES, layouts
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.bench import work
 from blip3o_rt.measure.bench.stages import DitStage, VaeStage
 from blip3o_rt.measure.random_checkpoint import preset
@@ -282,7 +282,9 @@ def token(config: ModelConfig, dtype: torch.dtype, *, batch: int, positions: int
     rows = [Row(params=SamplingParams(), prompt_length=positions - 1, lane=lane) for lane in range(batch)]
     for row in rows:
         cache.reserve(row.sequence, positions + tokens)
-    steps = TokenSteps(decoder, config.image_tokens, Recorder.of(device), max_batch=batch, max_blocks=pages)
+    steps = TokenSteps(
+        decoder, config.image_tokens, GraphRunner.of(device), max_batch=batch, max_blocks=pages
+    )
     step = steps.lay_out(rows)
     with counting(positions) as counter:
         step.step()

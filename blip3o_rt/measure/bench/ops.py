@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.parts import DTYPES
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.bench.op_shapes import OpShape, op_shapes
 from blip3o_rt.measure.bench.subject import Subject
 from blip3o_rt.measure.bench.timing import Candidate, device_clock, quiet, sample
@@ -153,7 +153,11 @@ def rotate(
     else:
         graphs = {name: Candidate(name, _graph(op.named(name).run, rotation, device)) for name in names}
         copies_made = len(rotation.arguments)
-        take = {name: lambda c=graph: sample(c, clock)[0] / copies_made for name, graph in graphs.items()}
+
+        def replayed(graph: Candidate) -> float:
+            return sample(graph, clock)[0] / copies_made
+
+        take = {name: partial(replayed, graph) for name, graph in graphs.items()}
     with quiet():
         for number in range(-1, runs):
             for name in names:
@@ -182,7 +186,7 @@ def _graph(run: Callable[..., Any], rotation: Rotation, device: torch.device) ->
         for arguments, options in rotation.arguments:
             run(*arguments, **options)
 
-    return Recorder.of(device).record("bench op", everything)
+    return GraphRunner.of(device).capture("bench op", everything)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -21,10 +21,9 @@ from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.connector.model import NORM_EPS
 from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.measure.random_checkpoint import transformer_config, vae_config
-from blip3o_rt.quantization import dequantized
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
-from blip3o_rt.weights import TensorSpec, concatenate_rows
+from blip3o_rt.weights import TensorSpec, concatenate_rows, dequantized
 
 Weights = Mapping[str, Tensor]
 

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, Sequence
+from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
+from blip3o_rt.dit.captured import CapturedImage, Geometry
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.errors import ConfigError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.bench import work
 from blip3o_rt.measure.bench.timing import nothing
 from blip3o_rt.measure.bench.work import Work
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.prompt import PromptEncoder
 from blip3o_rt.switches import DIT_WEIGHTS, VAE_TILES, setting
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
@@ -80,7 +80,7 @@ class ArStage:
             max_prompt_tokens=len(self.context),
             page_size=page_size,
         )
-        self.engine.prepare()
+        self.engine.capture()
         self._steps = TokenSteps(self.engine, self.context, self.sampling, 1)
 
     @staticmethod
@@ -191,7 +191,7 @@ class ConnectorStage:
         count = self.config.image_tokens.tokens_per_image + 1
         self.hidden = seeded(count, self.connector.in_features, device=checkpoint.device).to(checkpoint.dtype)
         work = partial(condition_tokens, self.hidden, self.connector)
-        self._run = Recorder.of(checkpoint.device).record("connector", work)
+        self._run = GraphRunner.of(checkpoint.device).capture("connector", work)
 
     def run(self) -> ConditionTokens:
         """Both halves' tokens; the null half's are all the same, so one is computed."""
@@ -239,8 +239,8 @@ class DitStage:
         self.kinds = self.shortcuts.steps(self.schedule)
         self.state: StepState | None = None
         self._step: Callable[[], None] = nothing
-        self._recorder = Recorder.of(self.dit.device)
-        self._picture: RecordedPicture | None = None
+        self._runner = GraphRunner.of(self.dit.device)
+        self._picture: CapturedImage | None = None
 
     def every_token(self) -> None:
         """Take each unconditional token as if no other were identical to it: the same condition."""
@@ -250,15 +250,15 @@ class DitStage:
         self.tokens = replace(tokens, null=every, null_counts=(1,) * len(every))
 
     def tables(self) -> ScheduleTables:
-        return self.dit.prepare_schedule(self.schedule)
+        return self.dit.schedule_tables(self.schedule)
 
     def prepare_picture(self) -> None:
         """Record the condition and every kind of step as a pipeline does, where there are graphs."""
-        if self._picture is None and self._recorder.captures:
+        if self._picture is None and self._runner.captures:
             tokens = self.tokens
             geometry = Geometry.of(self.noise, tokens.conditional, self.reference, None)
-            given = geometry, lambda *_: tokens, self.dit.dtype, self._recorder, self.shortcuts.kinds
-            self._picture = RecordedPicture(self.dit, *given)
+            given = geometry, lambda *_: tokens, self.dit.dtype, self._runner, self.shortcuts.kinds
+            self._picture = CapturedImage(self.dit, *given)
 
     def condition(self) -> Condition:
         if self._picture is None:
@@ -270,7 +270,7 @@ class DitStage:
         if self.state is None:
             given = self.tables(), self.dit.condition(self.tokens), GUIDANCE, self.reference
             self.state = StepState.begin(self.dit, self.noise, *given)
-            self._step = self._recorder.record("dit.step", partial(self.kind, self.dit, self.state))
+            self._step = self._runner.capture("dit.step", partial(self.kind, self.dit, self.state))
         self.state.latent.copy_(self.noise)
         self.state.index.fill_(index)
 
@@ -290,7 +290,7 @@ class DitStage:
         assert self.state is not None
         given = self.noise, self.state.tables, self.state.condition, GUIDANCE
         return denoise(
-            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, recorded=self._picture
+            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, captured=self._picture
         )
 
     def tables_work(self) -> Work:
@@ -321,8 +321,8 @@ class VaeStage:
         self.latent = seeded(1, vae.latent_channels, side, side, device=device)
         self.pixels = seeded(1, vae.image_channels, size, size, device=device, low=-1.0)
         if device.type == "cuda":
-            self.autoencoder.prepare_decode(side, side)
-            self.autoencoder.prepare_encode(size, size)
+            self.autoencoder.capture_decode(side, side)
+            self.autoencoder.capture_encode(size, size)
 
     def decode(self) -> Tensor:
         return self.autoencoder.decode(self.latent)
@@ -351,7 +351,7 @@ class TatokStage:
         size, channels = tower.image_size, tower.image_channels
         self.pixels = seeded(1, channels, size, size, device=self.tokenizer.device, low=-1.0)
         if self.tokenizer.device.type == "cuda":
-            self.tokenizer.prepare()
+            self.tokenizer.capture()
 
     def encode(self) -> tuple[Tensor, Tensor]:
         return self.tokenizer.encode(self.pixels)
@@ -367,7 +367,7 @@ class ImageStage:
 
     def __init__(self, checkpoint: Checkpoint, *, max_batch: int, steps: int = STEPS) -> None:
         self.pipeline = Pipeline(checkpoint, max_batch=max_batch)
-        self.pipeline.prepare()
+        self.pipeline.warm_up()
         self.steps = steps
         self.host: dict[int, list[float]] = {}
 

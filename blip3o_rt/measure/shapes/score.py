@@ -23,8 +23,7 @@ from blip3o_rt.measure.shapes.tasks import CATEGORIES, Task
 
 if TYPE_CHECKING:
     from blip3o_rt.pipeline import Pipeline
-    from blip3o_rt.report import Report
-    from blip3o_rt.result import Result
+    from blip3o_rt.result import Report, Result
 
 Z_95 = 1.959964  # standard normal quantile of 97.5%
 PROPERTIES = ("background", "count", "colour", "kind", "size", "place", "unchanged", "plan")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.validate.bounds import equal_line, tensor_line
 from blip3o_rt.measure.validate.choices import choice_line
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import PROMPT, Subject
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.prompt import PromptEncoder
 
 GREEDY = SamplingParams(top_k=1)
 
@@ -62,7 +62,7 @@ def _ours(subject: Subject, dtype: str) -> tuple[TokenPlan, TokenPlan, Tensor]:
         config.ar, config.image_tokens, checkpoint.weights["ar"], max_batch=1, max_prompt_tokens=len(ids)
     )
     with exact_arithmetic(subject.device):
-        engine.prepare()
+        engine.capture()
         plan = engine.generate([TokenPrompt(ids, [GREEDY])])[0][0]
         replayed = engine.replay(TokenPrompt(ids, []), subject.tokens[0])
     if plan.error is not None:

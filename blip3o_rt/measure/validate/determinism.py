@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.validate.bounds import equal_line
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import INSTRUCTION, PROMPT, SEED, Subject
@@ -22,17 +22,17 @@ WHY = "every random number is a function of the seed and its place"
 
 def determinism_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]:
     """Sampled pictures (not greedy ones), and what the decoder made of them, against each other."""
-    recorder = Recorder.of(subject.device)
-    if not recorder.captures:
+    runner = GraphRunner.of(subject.device)
+    if not runner.captures:
         yield "determinism: nothing is replayed on this device, so there are no graphs to compare"
     for dtype in dtypes:
         if subject.scope.large and dtype == "fp32":
             yield "determinism: a large model's in bf16 only"
             continue
         checkpoint = subject.ours(dtype)
-        pipeline = Pipeline(checkpoint, max_batch=3, recorder=recorder)
-        pipeline.prepare()
-        eager = Pipeline(checkpoint, max_batch=3, recorder=Recorder(None)) if recorder.captures else None
+        pipeline = Pipeline(checkpoint, max_batch=3, runner=runner)
+        pipeline.warm_up()
+        eager = Pipeline(checkpoint, max_batch=3, runner=GraphRunner(None)) if runner.captures else None
         steps = 1 if subject.scope.large else STEPS
         yield from _text_lines(pipeline, eager, dtype, steps) if subject.draws_from_text else ()
         if subject.config.ta_tok is not None and not subject.scope.large:

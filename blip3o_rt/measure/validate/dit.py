@@ -117,7 +117,7 @@ def _ours(subject: Subject, dtype: str, references: list[Reference], steps: list
         )
         dit = DiT(config.dit, weights["dit"])
         condition = dit.condition(tokens)
-        tables = dit.prepare_schedule(flow_schedule(config.scheduler, len(steps)))
+        tables = dit.schedule_tables(flow_schedule(config.scheduler, len(steps)))
         predictions = [
             dit.predict(steps[index].model_input[:1], tables.step(index), condition)
             for index in (0, len(steps) - 1)

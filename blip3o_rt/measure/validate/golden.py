@@ -84,7 +84,7 @@ def golden_lines(recording: Recording, device: torch.device, compared: Compared)
     """Every recorded result against ours, in float32."""
     checkpoint = load_checkpoint(recording.checkpoint, dtype=torch.float32, device=device)
     pipeline = Pipeline(checkpoint, max_batch=1)
-    pipeline.prepare()
+    pipeline.warm_up()
     prompt, tokens = recording.prompt, recording.tokens
     if _is_greedy(recording, checkpoint):
         plan = pipeline.plan(prompt, image=recording.picture, top_k=1)
@@ -146,7 +146,7 @@ def _prediction_lines(recording: Recording, checkpoint: Checkpoint) -> Iterator[
         Connector(weights["connector"], "und_image_vae_connector") if looks else None,
     )
     dit = DiT(config.dit, weights["dit"])
-    condition, tables = dit.condition(tokens), dit.prepare_schedule(schedule)
+    condition, tables = dit.condition(tokens), dit.schedule_tables(schedule)
     first = dit.predict(tensors["first_in"][:1].to(device), tables.step(0), condition)
     yield _line("prediction, first step", first, tensors["first_noise_pred"])
     if "last_noise_pred" in tensors and config.dit.in_channels == config.vae.latent_channels:

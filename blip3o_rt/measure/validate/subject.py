@@ -18,7 +18,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.baselines.published import PublishedModel, Reference
 from blip3o_rt.measure.validate.scope import Scope
-from blip3o_rt.random import normal_noise
+from blip3o_rt.ops.random import normal_noise
 
 PROMPT = "a red circle on a blue background"
 INSTRUCTION = "make the circle green"

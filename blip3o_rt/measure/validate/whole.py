@@ -13,9 +13,9 @@ from blip3o_rt.measure.validate.bounds import PIPELINE_RATIO, tensor_line
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.measure.validate.subject import INSTRUCTION, PROMPT, SEED, Subject
+from blip3o_rt.ops.random import normal_noise
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.random import normal_noise
 
 GUIDANCE = DiffusionParams().guidance
 TEXTS = {"text": PROMPT, "edit": INSTRUCTION}

@@ -44,7 +44,7 @@ class SimtCompiler:
         self.folder = folder
         self.flags = flags
         module = folder / "simt_kernels.so"
-        includes = [HERE / "include", CSRC / "bindings"]
+        includes: list[str | Path] = [HERE / "include", CSRC / "bindings"]
         includes += [pybind11.get_include(), sysconfig.get_path("include")]
         self._compile(HERE / "kernels.cpp", module, *(f"-I{path}" for path in includes))
         spec = importlib.util.spec_from_file_location("simt_kernels", module)

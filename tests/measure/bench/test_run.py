@@ -13,7 +13,7 @@ import torch
 
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import CheckpointError, ParameterError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.bench import ablation, lines, peers, rooflines, run, stages, timing
 from blip3o_rt.measure.bench.command import FILE
@@ -316,7 +316,7 @@ def test_a_fast_tiers_switch_is_off_on_the_one_side_and_on_on_the_other(subject:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     """Stages record as on a GPU."""
     graphs = RecordedGraphs()
-    monkeypatch.setattr(Recorder, "of", lambda _: Recorder(graphs))
+    monkeypatch.setattr(GraphRunner, "of", lambda _: GraphRunner(graphs))
     return graphs
 
 
@@ -346,8 +346,8 @@ def test_what_a_request_replays_is_replayed(subject: Subject, monkeypatch: pytes
     """All steps of each kind, the condition and the connector, to the numbers that they have without."""
     given = replace(subject, switches={"step_cache": "2", "guidance_interval": "0:0.9"})
     checkpoint, graphs, found = given.load(("connector", "dit")), RecordedGraphs(), []
-    for recorder in (Recorder(None), Recorder(graphs)):
-        monkeypatch.setattr(Recorder, "of", lambda _, recorder=recorder: recorder)
+    for runner in (GraphRunner(None), GraphRunner(graphs)):
+        monkeypatch.setattr(GraphRunner, "of", lambda _, runner=runner: runner)
         dit, connector = stages.DitStage(checkpoint, steps=4), stages.ConnectorStage(checkpoint)
         with torch.no_grad():
             dit.prepare_denoise()

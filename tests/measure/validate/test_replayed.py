@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import pytest
 
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.validate.ar import ar_lines
 from blip3o_rt.measure.validate.determinism import determinism_lines
 from blip3o_rt.measure.validate.golden import Recording, golden_lines
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import Subject
-from blip3o_rt.rendering import Renderer
+from blip3o_rt.renderer import Renderer
 from tests.measure.validate.test_golden import CPU, no_pictures
 from tests.recorded_graph import RecordedGraphs
 
@@ -34,7 +34,7 @@ class WithoutTheLastCall(RecordedGraphs):
 
 def record(graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     """The graphs of every device from now on."""
-    monkeypatch.setattr(Recorder, "of", lambda _: Recorder(graphs))
+    monkeypatch.setattr(GraphRunner, "of", lambda _: GraphRunner(graphs))
     return graphs
 
 

@@ -11,7 +11,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerFast
 
 from blip3o_rt.config import ImageTokenConfig
-from blip3o_rt.errors import CheckpointError, PromptError, first_line
+from blip3o_rt.errors import CheckpointError, PromptError, first_line, shown
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: {prompt}"
@@ -60,7 +60,7 @@ class PromptEncoder:
     def check(self, prompt: str) -> None:
         """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
         if not isinstance(prompt, str):
-            raise PromptError(f"a prompt is a string; got {type(prompt).__name__}")
+            raise PromptError(f"the prompt is {shown(prompt)}: accepted is a string")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:
@@ -75,7 +75,7 @@ class PromptEncoder:
                 )
 
     def text_to_image(self, prompt: str) -> list[int]:
-        """Prompt ids of a text-to-image request, ending in `<im_start><S0>`."""
+        """Prompt ids of a text-to-image request that `check` let pass, ending in `<im_start><S0>`."""
         return self._encode(prompt, TEXT_TO_IMAGE, image_ids=[])
 
     def edit(self, prompt: str, image_ids: Sequence[int]) -> list[int]:
@@ -92,7 +92,6 @@ class PromptEncoder:
         return range(start, start + len(image_ids))
 
     def _encode(self, prompt: str, wording: str, image_ids: Sequence[int]) -> list[int]:
-        self.check(prompt)
         content = wording.format_map({"prompt": prompt})
         if image_ids:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from blip3o_rt import random
-from blip3o_rt.ops import native
+from blip3o_rt.ops import native, random
 
 # Random123 (github.com/DEShawResearch/random123), tests/kat_vectors: philox4x32 with 10 rounds.
 KNOWN_ANSWERS = [

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip3o_rt import quantization
+from blip3o_rt import weights
 from blip3o_rt.measure.validate.case import random
-from blip3o_rt.quantization import row_scales, row_values
+from blip3o_rt.weights import row_scales, row_values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,5 +33,5 @@ def test_error_is_half_a_step(dtype: torch.dtype, data: st.DataObject, rows: int
 def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = random(1, 50, 8)
     whole = row_values(matrix)
-    monkeypatch.setattr(quantization, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(weights, "ROWS_AT_ONCE", 7)
     assert torch.equal(row_values(matrix), whole)

@@ -12,7 +12,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import require_memory
 from blip3o_rt.params import MAX_STEPS
-from blip3o_rt.rendering import recorded_geometries
+from blip3o_rt.renderer import captured_geometries
 from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.layout import GATED_EXPANSION
 
@@ -31,9 +31,9 @@ def require_room(
     kept = (longest + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
-    recorded = _recorded_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
+    captured = _captured_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
     weights = sum(weight_bytes(config, dtype, switches).values())
-    needed = weights + cache + picture + recorded
+    needed = weights + cache + picture + captured
     smaller = f"a smaller max_batch ({max_batch}) or max_prompt_tokens ({longest})"
     if cache < weights:
         smaller = "dtype bf16" if dtype == torch.float32 else "tier fast with 8-bit weights"
@@ -41,11 +41,11 @@ def require_room(
     require_memory(needed, "the model", device, remedy)
 
 
-def _recorded_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def _captured_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """What graphs of the diffusion stage keep room for, of every geometry that is recorded: keys and values
     of the cross-attention, and in float32 what the longest schedule's steps are modulated with."""
     dit, held = config.dit, 0
-    for geometry in recorded_geometries(config, edits=config.ta_tok is not None):
+    for geometry in captured_geometries(config, edits=config.ta_tok is not None):
         tokens = geometry.hidden_states[0] + (math.prod(geometry.seen[2:]) if geometry.seen else 0)
         held += 2 * dit.num_layers * dit.cross_width * tokens * dtype.itemsize
         held += MAX_STEPS * 7 * dit.width * torch.float32.itemsize  # six for the blocks, one for the end

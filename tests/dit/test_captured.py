@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.config import SchedulerConfig
+from blip3o_rt.dit.captured import CapturedImage, Geometry
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.recorded import Geometry, RecordedPicture
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.step import StepState, guided_step
 from blip3o_rt.errors import DeviceError
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from tests.dit.oracle import oracle, runtime, small_config
 from tests.recorded_graph import RecordedGraphs
 
@@ -49,29 +49,29 @@ class Model:
         connector = lambda x: (x.float() @ self.connector).to(self.dit.dtype)  # noqa: E731
         return condition_tokens(hidden, connector, seen, connector)
 
-    def recorded(self, picture: Picture) -> RecordedPicture:
+    def recorded(self, picture: Picture) -> CapturedImage:
         geometry = Geometry.of(picture.noise, picture.hidden, picture.beside, picture.seen)
-        return RecordedPicture(self.dit, geometry, self.tokens, picture.hidden.dtype, Recorder(self.graphs))
+        return CapturedImage(self.dit, geometry, self.tokens, picture.hidden.dtype, GraphRunner(self.graphs))
 
     def eager(self, picture: Picture) -> Tensor:
         return denoise(
             self.dit,
             picture.noise,
-            self.dit.prepare_schedule(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
+            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
             self.dit.condition(self.tokens(picture.hidden, picture.seen)),
             picture.guidance,
             reference_latent=picture.beside,
         )
 
-    def replayed(self, recorded: RecordedPicture, picture: Picture) -> Tensor:
+    def replayed(self, recorded: CapturedImage, picture: Picture) -> Tensor:
         return denoise(
             self.dit,
             picture.noise,
-            self.dit.prepare_schedule(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
+            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
             recorded.condition(picture.hidden, picture.seen),
             picture.guidance,
             reference_latent=picture.beside,
-            recorded=recorded,
+            captured=recorded,
         )
 
 
@@ -118,7 +118,7 @@ def test_pictures_at_different_steps_take_turns() -> None:
     seats = [model.recorded(one) for one in asked]
     running = []
     for seat, one in zip(seats, asked, strict=True):
-        tables = model.dit.prepare_schedule(flow_schedule(SchedulerConfig(shift=3.0), one.steps))
+        tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), one.steps))
         seat.condition(one.hidden, one.seen)
         running.append((seat.begin(one.noise, tables, one.guidance, one.beside), one.steps))
     for turn in (0, 0, 1, 2, 0, 2, 1, 2, 2, 0, 1, 0):
@@ -137,8 +137,8 @@ def test_a_step_that_reads_back_cannot_be_recorded() -> None:
     asked = picture(0)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
     with pytest.raises(DeviceError, match=r"dit reads_its_number of a latent of 5 x 5, 7 hidden states"):
-        RecordedPicture(
-            model.dit, geometry, model.tokens, torch.float32, Recorder(model.graphs), [reads_its_number]
+        CapturedImage(
+            model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [reads_its_number]
         )
 
 
@@ -154,11 +154,11 @@ def test_a_step_recorded_with_its_number_is_seen() -> None:
 
     asked = picture(1, steps=3)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
-    recorded = RecordedPicture(
-        model.dit, geometry, model.tokens, torch.float32, Recorder(model.graphs), [first_step]
+    recorded = CapturedImage(
+        model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [first_step]
     )
     recorded.condition(asked.hidden)
-    tables = model.dit.prepare_schedule(flow_schedule(SchedulerConfig(shift=3.0), asked.steps))
+    tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), asked.steps))
     steps = recorded.begin(asked.noise, tables, asked.guidance)
     for _ in range(asked.steps):
         steps(first_step)

@@ -1,7 +1,7 @@
-"""The diffusion stage of pictures of one geometry, recorded over buffers that stay where they are.
+"""The diffusion stage of pictures of one geometry, captured over buffers that stay where they are.
 
-A picture's condition is one recording and each kind of step another; a step finds its number on the device,
-so one recording serves every step of every schedule, and pictures that are at different steps can take turns.
+A picture's condition is one graph and each kind of step another; a step finds its number on the device,
+so one graph serves every step of every schedule, and pictures that are at different steps can take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blip3o_rt.dit.conditioning import Condition, ConditionTokens
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step, model_input
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_STEPS
 
 Shape = tuple[int, ...]
@@ -54,11 +54,11 @@ class Geometry:
         return ", ".join(parts)
 
 
-class RecordedPicture:
-    """Buffers of one picture of a geometry, and its condition and steps recorded over them.
+class CapturedImage:
+    """Buffers of one picture of a geometry, and its condition and steps captured over them.
 
     `tokens` makes the condition's tokens of its hidden states, of hidden_dtype, and the reference latents
-    that cross-attention sees. `kinds` are the steps to record. Everything is allocated here.
+    that cross-attention sees. `kinds` are the steps to capture. Everything is allocated here.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RecordedPicture:
         geometry: Geometry,
         tokens: Tokens,
         hidden_dtype: torch.dtype,
-        recorder: Recorder,
+        runner: GraphRunner,
         kinds: Sequence[StepKind] = (guided_step,),
     ) -> None:
         def zeros(shape: Shape) -> Tensor:
@@ -78,12 +78,12 @@ class RecordedPicture:
         self._seen = None if geometry.seen is None else zeros(geometry.seen)
         condition = dit.condition(tokens(self._hidden_states, self._seen))
         self._state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
-        self._condition: Callable[[], Condition] = recorder.record(
+        self._condition: Callable[[], Condition] = runner.capture(
             f"dit.condition of {geometry}",
             lambda: dit.condition(tokens(self._hidden_states, self._seen), out=condition),
         )
         works = {
-            kind: recorder.record(f"dit {kind.__name__} of {geometry}", partial(kind, dit, self._state))
+            kind: runner.capture(f"dit {kind.__name__} of {geometry}", partial(kind, dit, self._state))
             for kind in kinds
         }
         self._steps = Steps(dit, self._state, works)
@@ -121,12 +121,12 @@ class RecordedPicture:
         return self._steps
 
     def run_once(self) -> None:
-        """The condition and a step of each kind, which compiles their kernels where nothing is recorded."""
+        """The condition and a step of each kind, which compiles their kernels where nothing is captured."""
         self._condition()
-        for work in self._steps.recorded.values():
+        for work in self._steps.captured.values():
             work()
 
 
 def _longest(dit: DiT) -> ScheduleTables:
     """Tables with room for any schedule."""
-    return dit.prepare_schedule(Schedule(torch.zeros(MAX_STEPS + 1), torch.zeros(MAX_STEPS)))
+    return dit.schedule_tables(Schedule(torch.zeros(MAX_STEPS + 1), torch.zeros(MAX_STEPS)))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip3o_rt import admission
+from blip3o_rt import memory
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import EditConfig
-from blip3o_rt.graphs import Recorder
+from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from tests.recorded_graph import RecordedGraphs
@@ -27,37 +27,37 @@ from tests.recorded_graph import RecordedGraphs
 def test_recorded_pictures_are_counted(tmp_path: Path, edit: EditConfig, geometries: int) -> None:
     write_random_checkpoint(tmp_path / "tiny", preset("tiny", edit), seed=1)
     checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
-    pipeline = Pipeline(checkpoint, recorder=Recorder(RecordedGraphs()))
-    pipeline.prepare()
-    states = [recorded._state for recorded in pipeline._renderer._recorded.values()]
+    pipeline = Pipeline(checkpoint, runner=GraphRunner(RecordedGraphs()))
+    pipeline.warm_up()
+    states = [recorded._state for recorded in pipeline._renderer._captured.values()]
     assert len(states) == geometries
     held = [state.condition.keys for state in states] + [state.condition.values for state in states]
     held += [state.tables.blocks for state in states] + [state.tables.final for state in states]
-    assert admission._recorded_bytes(checkpoint.config, torch.bfloat16) == sum(t.nbytes for t in held)
+    assert memory._captured_bytes(checkpoint.config, torch.bfloat16) == sum(t.nbytes for t in held)
 
 
 def test_without_graphs_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model, needed = preset("published"), []
-    monkeypatch.setattr(admission, "require_memory", lambda found, *_: needed.append(found))
+    monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     for graphs in ("on", "off"):
         monkeypatch.setenv("BLIP3O_GRAPHS", graphs)
-        admission.require_room(model, torch.bfloat16, {}, torch.device("cuda"), 1, 1536)
-    assert needed[0] - needed[1] == admission._recorded_bytes(model, torch.bfloat16) > 0
+        memory.require_room(model, torch.bfloat16, {}, torch.device("cuda"), 1, 1536)
+    assert needed[0] - needed[1] == memory._captured_bytes(model, torch.bfloat16) > 0
 
 
 def test_tiles_take_less_until_attention_is_the_most() -> None:
     published = preset("published")
-    held = [admission._picture_elements(published, tiles) for tiles in (1, 2, 4, 8)]
+    held = [memory._picture_elements(published, tiles) for tiles in (1, 2, 4, 8)]
     assert held[0] == 3 * 1024 * 1024 * 128
     assert held[0] > 2 * held[1] > 2 * held[2] == 2 * held[3]
 
 
 def test_positions_that_cannot_be_used_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, needed = preset("tiny"), []
-    monkeypatch.setattr(admission, "require_memory", lambda found, *_: needed.append(found))
+    monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     usable = model.ar.max_position_embeddings - model.image_tokens.tokens_per_image
     for longest in (usable, 1_000_000):
-        admission.require_room(model, torch.float32, {}, torch.device("cpu"), 4, longest)
+        memory.require_room(model, torch.float32, {}, torch.device("cpu"), 4, longest)
     assert needed[0] == needed[1]
 
 
@@ -73,6 +73,6 @@ def test_the_remedy_names_what_takes_the_memory(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, max_batch: int, remedy: str
 ) -> None:
     said = []
-    monkeypatch.setattr(admission, "require_memory", lambda *arguments: said.append(arguments[-1]))
-    admission.require_room(preset("published"), dtype, {}, torch.device("cpu"), max_batch, 1536)
+    monkeypatch.setattr(memory, "require_memory", lambda *arguments: said.append(arguments[-1]))
+    memory.require_room(preset("published"), dtype, {}, torch.device("cpu"), max_batch, 1536)
     assert said[0].startswith(remedy)

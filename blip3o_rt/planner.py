@@ -1,0 +1,197 @@
+"""The first stage of an image: prompt and reference images -> `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip3o_rt import trace
+from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.ar.prompt import PromptEncoder
+from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.connector.model import Connector
+from blip3o_rt.errors import GenerationError, ImageError, ParameterError, shown
+from blip3o_rt.graphs import CapturedFunction, GraphRunner
+from blip3o_rt.images import pixels_sha256, tower_pixels
+from blip3o_rt.params import SamplingParams, check_dense, which_prompt
+from blip3o_rt.result import Plan, Run
+from blip3o_rt.switches import plan_switches
+from blip3o_rt.tatok.model import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an edit takes from its reference images: vocabulary ids, TA-Tok features [n, hidden], latents."""
+
+    token_ids: list[int]
+    features: Tensor | None = None
+    latents: tuple[Tensor, ...] = ()
+    sha256: tuple[str, ...] = ()
+
+
+NO_REFERENCE = Reference([])
+
+
+class Planner:
+    """Prompt encoder, image tokenizer and token engine of a checkpoint."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, runner: GraphRunner, *, max_batch: int, max_prompt_tokens: int
+    ) -> None:
+        config, weights = checkpoint.config, checkpoint.weights
+        positions = config.ar.max_position_embeddings - config.image_tokens.tokens_per_image
+        longest = min(max_prompt_tokens, positions)
+        self.config = config
+        self._switches = plan_switches(checkpoint.switches)
+        self.max_prompt_tokens = longest
+        self._prompts = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, longest, positions)
+        self.engine = TokenEngine(
+            config.ar,
+            config.image_tokens,
+            weights["ar"],
+            max_batch=max_batch,
+            max_prompt_tokens=longest,
+            runner=runner,
+        )
+        self._tokenizer = None
+        if config.ta_tok is not None:
+            self._tokenizer = ImageTokenizer(config.ta_tok, weights["ta_tok"], runner)
+        self._feature_connector = None
+        if config.edit.use_tar_siglip_features:
+            connector = Connector(weights["connector"], "tar_siglip_features_connector")
+            self._feature_connector = CapturedFunction("connector", connector, runner)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the checkpoint has an image tokenizer; without one it draws from text alone."""
+        return self._tokenizer is not None
+
+    def capture(self) -> None:
+        """Capture the image tokenizer, the connector of its features and the token step."""
+        if self._tokenizer is not None:
+            self._tokenizer.capture()
+            if self._feature_connector is not None:
+                shape = (self._tokenizer.config.tokens, self._tokenizer.config.hidden_size)
+                dtype, device = self._tokenizer.dtype, self._tokenizer.device
+                self._feature_connector.capture(torch.empty(shape, dtype=dtype, device=device))
+        self.engine.capture()
+
+    def check(self, prompts: Sequence[str], sampling: SamplingParams) -> None:
+        """Raise PromptError or ParameterError for what this checkpoint cannot plan."""
+        for index, prompt in enumerate(prompts):
+            with which_prompt(index, len(prompts)):
+                self._prompts.check(prompt)
+        sampling.top_k_for(self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size)
+
+    def count_tokens(self, prompt: str, references: int = 0) -> int:
+        """Tokens of a prompt that `check` let pass with so many reference images. Raises PromptError."""
+        if not references:
+            return len(self._prompts.text_to_image(prompt))
+        tokens = self.require_editing().config.tokens * references
+        return len(self._prompts.edit(prompt, [self._prompts.image_pad_id] * tokens))
+
+    def require_editing(self) -> ImageTokenizer:
+        """The image tokenizer. Raises ImageError where the checkpoint has none."""
+        if self._tokenizer is None:
+            raise ImageError(
+                "this checkpoint has no image tokenizer and only draws from text: leave the image out"
+            )
+        return self._tokenizer
+
+    def reference(self, images: Sequence[Image.Image]) -> Reference:
+        """What the first stage takes from the reference images of an edit.
+
+        Raises GenerationError for features that are not finite.
+        """
+        tokenizer = self.require_editing()
+        size = tokenizer.config.image_size
+        encoded = [tokenizer.encode(tower_pixels(image, size)) for image in images]
+        hashes = tuple(pixels_sha256(image) for image in images)
+        features = torch.cat([found.flatten(0, 1) for found, _ in encoded])
+        if not bool(features.isfinite().all()):
+            raise GenerationError("the image tokenizer's features of the reference image are not finite")
+        if self._feature_connector is not None:  # the features stand for the embeddings of the tokens
+            ids = [self._prompts.image_pad_id] * len(features)
+            return Reference(ids, self._feature_connector(features), sha256=hashes)
+        start = self.config.image_tokens.image_token_range.start
+        ids = [start + code for _, codes in encoded for code in codes.flatten().tolist()]
+        return Reference(ids, sha256=hashes)
+
+    def plans(
+        self, prompts: Sequence[str], samples: list[SamplingParams], reference: Reference, run: Run
+    ) -> list[Plan]:
+        """A plan of every prompt with every sample, the first prompt's first; a failed one has an error."""
+        asked = []
+        for index, prompt in enumerate(prompts):
+            with which_prompt(index, len(prompts)):
+                asked.append(self.token_prompt(prompt, samples, reference))
+        count = self.config.image_tokens.tokens_per_image * len(samples) * len(asked)
+        with trace.span("plan"), run.stage("tokens", count) as update:
+            sampled = self.engine.generate(asked, lambda done, _: update(done))
+        return [
+            self.plan(prompt, token_prompt, sample, tokens, reference)
+            for prompt, token_prompt, found in zip(prompts, asked, sampled, strict=True)
+            for sample, tokens in zip(samples, found, strict=True)
+        ]
+
+    def replay(self, prompt: str, sampling: SamplingParams, reference: Reference, token_ids: Tensor) -> Plan:
+        """The plan of given tokens, int64 [T]."""
+        token_prompt = self.token_prompt(prompt, [sampling], reference)
+        with trace.span("plan"):
+            tokens = self.engine.replay(token_prompt, token_ids)
+        return replace(self.plan(prompt, token_prompt, sampling, tokens, reference), replayed=True)
+
+    def check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
+        """One image's tokens to replay, int64 [T]. Raises ParameterError for another number of them, or ids
+        outside the vocabulary."""
+        count, vocabulary = self.config.image_tokens.tokens_per_image, self.config.ar.vocab_size
+        accepted = f"accepted are {count} integers, [{count}] or [1, {count}]"
+        check_dense("token_ids", token_ids)
+        try:
+            found = torch.as_tensor(token_ids, device="cpu")
+        except Exception:  # torch raises whatever the caller's objects lead it to
+            raise ParameterError(f"token_ids is {shown(token_ids)}: {accepted}") from None
+        if found.dtype not in (torch.int32, torch.int64) or tuple(found.shape) not in ((count,), (1, count)):
+            raise ParameterError(f"token_ids is {found.dtype} {list(found.shape)}: {accepted}")
+        if int(found.min()) < 0 or int(found.max()) >= vocabulary:
+            raise ParameterError(
+                f"token_ids has ids outside the vocabulary: accepted is 0 to {vocabulary - 1}"
+            )
+        return found.reshape(count).to(torch.int64)
+
+    def token_prompt(self, prompt: str, samples: list[SamplingParams], reference: Reference) -> TokenPrompt:
+        """A prompt that `check` let pass, with its reference, as the token engine takes it."""
+        if not reference.token_ids:
+            return TokenPrompt(self._prompts.text_to_image(prompt), samples)
+        ids = self._prompts.edit(prompt, reference.token_ids)
+        span = self._prompts.image_positions(ids, reference.token_ids)
+        return TokenPrompt(ids, samples, reference.features, span)
+
+    def plan(
+        self,
+        prompt: str,
+        token_prompt: TokenPrompt,
+        sampling: SamplingParams,
+        tokens: TokenPlan,
+        reference: Reference,
+    ) -> Plan:
+        """The plan that the token engine's result makes."""
+        token_ids = tokens.token_ids.cpu()
+        image_tokens = self.config.image_tokens.image_token_range
+        others = [i for i, token in enumerate(token_ids.tolist()) if token not in image_tokens]
+        return Plan(
+            prompt=prompt,
+            prompt_ids=torch.tensor([token_prompt.ids]),
+            token_ids=token_ids[None],
+            hidden_states=tokens.hidden_states[None],
+            sampling=sampling,
+            reference_latents=reference.latents,
+            reference_sha256=reference.sha256,
+            non_image_positions=tuple(others),
+            switches=self._switches,
+            error=tokens.error,
+        )

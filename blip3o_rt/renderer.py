@@ -1,0 +1,292 @@
+"""The second stage of an image: `Plan` -> latent -> pixels -> image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.config import ModelConfig
+from blip3o_rt.connector.model import Connector
+from blip3o_rt.dit.captured import CapturedImage, Geometry
+from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
+from blip3o_rt.dit.denoise import Denoising
+from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.shortcuts import Shortcuts
+from blip3o_rt.dit.step import StepKind, Steps, StepState
+from blip3o_rt.embedded import embedded_checkpoint
+from blip3o_rt.errors import GenerationError, ImageError, ParameterError, shown
+from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.images import reference_pixels
+from blip3o_rt.metadata import generated_image, image_fields
+from blip3o_rt.ops.random import normal_noise
+from blip3o_rt.params import DiffusionParams, check_dense
+from blip3o_rt.result import Plan, Run
+from blip3o_rt.switches import FAST, VAE_TILES, render_switches, setting
+from blip3o_rt.vae.model import Autoencoder
+from blip3o_rt.weights import weights_sha256
+
+
+def sees_reference(config: ModelConfig) -> bool:
+    """Whether the transformer sees an edit's reference latent beside the noisy one."""
+    return config.edit.use_und_image_vae_as_noise or config.dit.in_channels == 2 * config.vae.latent_channels
+
+
+def latent_shape(config: ModelConfig) -> tuple[int, int, int, int]:
+    """[1, C, h, w] of a picture's noise and latent."""
+    side = config.dit.sample_size
+    return (1, config.vae.latent_channels, side, side)
+
+
+def captured_geometries(config: ModelConfig, *, edits: bool) -> list[Geometry]:
+    """Of the pictures that are recorded, the largest first: an edit of one reference, and from words."""
+    noise = latent_shape(config)
+    words = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
+    side = config.image_size // config.vae.compression
+    reference = (1, noise[1], side, side)
+    edit = dataclasses.replace(
+        words,
+        beside=reference if sees_reference(config) else None,
+        seen=reference if config.edit.use_und_image_vae else None,
+    )
+    draws_from_words = config.dit.in_channels == noise[1]
+    return [*([edit] if edits and edit != words else []), *([words] if draws_from_words else [])]
+
+
+class Renderer:
+    """Connectors, diffusion transformer and autoencoder of a checkpoint, for one image at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, runner: GraphRunner) -> None:
+        config, weights, switches = checkpoint.config, checkpoint.weights, checkpoint.switches
+        self.config = config
+        self.latent_shape = latent_shape(config)
+        self.sees_reference = sees_reference(config)  # beside the noise, as columns or as further channels
+        self.takes_references = config.edit.use_und_image_vae or self.sees_reference
+        self._device = checkpoint.device
+        self._hidden_dtype = checkpoint.dtype
+        self._switches = render_switches(switches)
+        embedded = checkpoint.source == embedded_checkpoint()
+        self._origin = {
+            "checkpoint": {
+                "name": "embedded" if embedded else checkpoint.source.resolve().name,
+                "sha256": weights_sha256(weights),
+            },
+            "dtype": "fp32" if checkpoint.dtype == torch.float32 else "bf16",
+            "device": checkpoint.device.type,
+        }
+        self._runner = runner
+        self._diffusion_connector = Connector(weights["connector"], "diffusion_connector")
+        self._reference_connector = None
+        if config.edit.use_und_image_vae:
+            self._reference_connector = Connector(weights["connector"], "und_image_vae_connector")
+        self._dit = DiT(config.dit, weights["dit"])
+        self._vae = Autoencoder(config.vae, weights["vae"], runner, setting(switches, VAE_TILES) or 1)
+        self._shortcuts = Shortcuts.of(switches)
+        self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
+        self._captured: dict[Geometry, CapturedImage] = {}
+
+    def capture(self, *, edits: bool) -> None:
+        """Capture text-to-image and, with `edits`, an edit of one reference image.
+
+        Without graphs each is run once, which compiles its kernels. Other geometries run eagerly.
+        """
+        self._vae.capture_decode(*self.latent_shape[2:])  # the largest first: all share its memory
+        if edits and self.takes_references:
+            self._vae.capture_encode(self.config.image_size, self.config.image_size)
+        for geometry in captured_geometries(self.config, edits=edits):
+            captured = CapturedImage(
+                self._dit,
+                geometry,
+                self._tokens,
+                self._hidden_dtype,
+                self._runner,
+                self._shortcuts.kinds,
+            )
+            if self._runner.captures:
+                self._captured[geometry] = captured
+            else:
+                captured.run_once()
+
+    def check_references(self, count: int) -> None:
+        """Raise ImageError for more reference images than the checkpoint takes."""
+        if count > 1 and self.sees_reference:
+            raise ImageError(f"this checkpoint edits one reference image at a time; {count} were given")
+
+    def reference_latents(self, images: Sequence[Image.Image]) -> tuple[Tensor, ...]:
+        """The latents [1, C, h, w] of an edit's reference images, none where the checkpoint takes none."""
+        size = self.config.image_size
+        taken = images if self.takes_references else []
+        return tuple(self._vae.encode(reference_pixels(image, size)) for image in taken)
+
+    def image(
+        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
+    ) -> Image.Image:
+        """The image of a plan, with its metadata in `info`. Raises as `pixels`."""
+        pixels = self.pixels(plan, params, seed, run, noise)
+        return generated_image(pixels, self.fields(plan, params, seed, noise_given=noise is not None))
+
+    def pixels(
+        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
+    ) -> Tensor:
+        """The pixels [1, 3, H, W], float32 in 0..1. Raises GenerationError where they are not finite."""
+        latent = self._denoised(plan, params, seed, run, noise)
+        with run.stage("decode", 1) as update:
+            pixels = self.decode(latent)
+            update(1)
+            return pixels
+
+    def latent(
+        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
+    ) -> Tensor:
+        """The latent [1, C, h, w], float32. Raises GenerationError where it is not finite."""
+        latent = self._denoised(plan, params, seed, run, noise)
+        check_finite(latent)
+        return latent
+
+    def noise(self, seed: int) -> Tensor:
+        """The noise [1, C, h, w] of a seed, float32."""
+        return normal_noise(seed, self.latent_shape)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The pixels [1, 3, H, W] in 0..1 of a latent. Raises GenerationError where either is not finite."""
+        pixels = self._vae.decode(latent)
+        check_finite(latent, pixels)
+        return pixels
+
+    def _denoised(
+        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None
+    ) -> Tensor:
+        noise = self.noise(seed) if noise is None else noise
+        with (
+            run.stage("denoise", params.steps) as update,
+            self.denoising(plan, params, noise) as denoising,
+        ):
+            while denoising.done < denoising.total:
+                denoising.step()
+                update(denoising.done)
+            return denoising.latent
+
+    @contextmanager
+    def denoising(self, plan: Plan, params: DiffusionParams, noise: Tensor) -> Iterator[Denoising]:
+        """The denoising of one plan, before its first step; the buffers are its own within the block."""
+        hidden_states, references = plan.hidden_states[0].to(self._device), plan.reference_latents
+        concat_latent = references[0] if references and self.sees_reference else None
+        cross = bool(references) and self._reference_connector is not None
+        condition_latents = torch.cat(references) if cross else None
+        tables, kinds = self._schedule(params.steps)
+        captured = self._captured_image(Geometry.of(noise, hidden_states, concat_latent, condition_latents))
+        with nullcontext() if captured is None else captured.in_use():
+            if captured is None:
+                condition = self._dit.condition(self._tokens(hidden_states, condition_latents))
+                state = StepState.begin(self._dit, noise, tables, condition, params.guidance, concat_latent)
+                steps = Steps(self._dit, state)
+            else:
+                captured.condition(hidden_states, condition_latents)
+                steps = captured.begin(noise, tables, params.guidance, concat_latent)
+            yield Denoising(steps, tables, kinds)
+
+    def _captured_image(self, geometry: Geometry) -> CapturedImage | None:
+        """The graphs of a geometry; None to run eagerly, which the report says where there are graphs.
+
+        Eagerly too where a callback asks for an image while its own one of the geometry is denoised.
+        """
+        captured = self._captured.get(geometry)
+        if captured is not None and captured.busy:
+            captured = None
+        if captured is None and self._runner.captures:
+            self._runner.note_eager(f"denoising of {geometry}")
+        return captured
+
+    def _tokens(self, hidden_states: Tensor, reference_latents: Tensor | None) -> ConditionTokens:
+        return condition_tokens(
+            hidden_states, self._diffusion_connector, reference_latents, self._reference_connector
+        )
+
+    def _schedule(self, steps: int) -> tuple[ScheduleTables, list[StepKind]]:
+        """The schedule's modulation tables and how its steps are made, kept from one request to the next."""
+        if steps not in self._schedules:
+            schedule = flow_schedule(self.config.scheduler, steps)
+            tables = self._dit.schedule_tables(schedule)
+            self._schedules = {steps: (tables, self._shortcuts.steps(schedule))}
+        return self._schedules[steps]
+
+    def check_noise(self, noise: Tensor) -> Tensor:
+        """The noise in float32. Raises ParameterError unless it is a floating-point tensor of the latent's
+        shape that stays finite."""
+        shape = self.latent_shape
+        if not isinstance(noise, Tensor):
+            raise ParameterError(f"noise is {shown(noise)}: accepted is a tensor")
+        check_dense("noise", noise)
+        if tuple(noise.shape) != shape or not noise.is_floating_point():
+            raise ParameterError(
+                f"noise is {noise.dtype} {list(noise.shape)}: accepted is floating point {list(shape)}"
+            )
+        noise = noise.detach().to(torch.float32)
+        if not bool(torch.isfinite(noise).all()):
+            raise ParameterError(
+                "noise has values that are not finite in float32: accepted are finite numbers"
+            )
+        return noise
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise ParameterError for what is no plan of this checkpoint's widths, and the plan's own error."""
+        if not isinstance(plan, Plan):
+            raise ParameterError(f"plan is {shown(plan)}: accepted is what Pipeline.plan returns")
+        if plan.error is not None:
+            raise plan.error
+        hidden = plan.hidden_states
+        for name, tensor in (
+            ("hidden_states", hidden),
+            *(("reference_latents", t) for t in plan.reference_latents),
+        ):
+            check_dense(f"plan.{name}", tensor)
+        width = self.config.ar.hidden_size
+        if (
+            hidden.ndim != 3
+            or hidden.shape[0] != 1
+            or hidden.shape[2] != width
+            or not hidden.is_floating_point()
+        ):
+            raise ParameterError(
+                f"plan.hidden_states is {hidden.dtype} {list(hidden.shape)}: accepted is floating point "
+                f"[1, tokens, {width}], of a plan that this checkpoint made"
+            )
+
+    def fields(
+        self, plan: Plan, params: DiffusionParams, seed: int, *, noise_given: bool = False
+    ) -> dict[str, Any]:
+        """The metadata of an image: how it was drawn, of what checkpoint, and what came from the caller."""
+        drawn: dict[str, Any] = {"tokens": "given"}
+        if not plan.replayed:
+            codes, words = self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size
+            drawn = {**dataclasses.asdict(plan.sampling), "top_k": plan.sampling.top_k_for(codes, words)}
+            drawn["token_seed"] = drawn.pop("seed")
+        if noise_given:
+            drawn["noise"] = "given"
+        switches = {**plan.switches, **self._switches}
+        if switches:
+            drawn |= {"tier": FAST, "switches": switches}
+        origin = {
+            "task": "edit" if plan.reference_sha256 else "text-to-image",
+            "references": list(plan.reference_sha256),
+            **self._origin,
+        }
+        return image_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)}, **origin)
+
+
+def check_finite(latent: Tensor, pixels: Tensor | None = None) -> None:
+    """Raise GenerationError for a latent or pixels that are not finite, read back once, at the end."""
+    found = [latent] if pixels is None else [latent, pixels]
+    finite = torch.stack([tensor.isfinite().all() for tensor in found]).tolist()
+    if not all(finite):
+        what = "the diffusion transformer's latent" if not finite[0] else "the autoencoder's image"
+        raise GenerationError(
+            f"{what} is not finite: the checkpoint's weights are damaged or overflow in this dtype"
+        )
