@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -86,6 +87,15 @@ WRONG = st.one_of(
     st.lists(st.one_of(st.integers(), st.text(max_size=3), st.none()), max_size=4),
     st.dictionaries(st.text(max_size=12), st.one_of(st.integers(), st.text(max_size=5)), max_size=2),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _in_a_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Texts are names of cache folders too."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(scope="module")

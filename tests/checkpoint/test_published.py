@@ -127,7 +127,9 @@ REFUSED: list[tuple[str, str, Any, str]] = [
 @pytest.mark.parametrize(
     ("file", "key", "value", "accepted"),
     REFUSED,
-    ids=[f"{f.split('/')[-2:][0]}-{k}-{v!r:.40}" for f, k, v, _ in REFUSED],
+    ids=[
+        f"{f.split('/')[-2:][0]}-{k}-{'missing' if v is MISSING else repr(v):.40}" for f, k, v, _ in REFUSED
+    ],
 )
 def test_unknown_configuration_values_are_refused(
     file: str, key: str, value: Any, accepted: str, checkpoint: Path

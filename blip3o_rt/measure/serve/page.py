@@ -26,10 +26,8 @@ svg {{ max-width: 100%; height: auto }} pre {{ overflow-x: auto }}</style></head
 """
 
 
-def page(record: dict[str, Any], samples: Sequence[Sample]) -> str:
-    """The record as a page without any other file."""
-    from blip3o_rt.measure.serve.record import table
-
+def page(record: dict[str, Any], samples: Sequence[Sample], table: str) -> str:
+    """The record as a page without any other file; `table` is its numbers as text."""
     load = record["load"]
     what = f"{load['requests']} requests, {load['loop']} loop"
     what += f" of {load['concurrency']} clients" if load["concurrency"] else f" at {load['rate']:g} a second"
@@ -40,7 +38,7 @@ def page(record: dict[str, Any], samples: Sequence[Sample]) -> str:
     return PAGE.format(
         url=html.escape(load["url"]),
         what=html.escape(what),
-        table=html.escape(table(record)),
+        table=html.escape(table),
         figures=figures,
     )
 

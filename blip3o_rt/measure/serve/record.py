@@ -102,7 +102,7 @@ def write(folder: Path, record: dict[str, Any], samples: Sequence[Sample]) -> li
     try:
         from blip3o_rt.measure.serve.page import page
 
-        files["serve.html"] = page(record, samples)
+        files["serve.html"] = page(record, samples, table(record))
     except ModuleNotFoundError:
         pass  # pages are of the extra `bench`
     for name, content in files.items():
