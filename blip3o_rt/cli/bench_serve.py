@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     where.add_argument("--key", help="bearer key")
     where.add_argument("--model", type=Path, metavar="DIR", help="checkpoint of the server that is started")
     where.add_argument(
-        "--max-batch", type=int, default=8, metavar="N", help="of the server that is started (%(default)s)"
+        "--max-batch", type=int, default=4, metavar="N", help="of the server that is started (%(default)s)"
     )
     load = parser.add_argument_group("load")
     load.add_argument("--requests", type=int, default=32, metavar="N", help="requests in all (%(default)s)")

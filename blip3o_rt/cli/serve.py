@@ -15,7 +15,7 @@ DESCRIPTION = (
     "Serve text-to-image and image editing over HTTP by OpenAI's images API, with a page to try it at /. The "
     "engine runs in a process of its own, which is started again where it ends."
 )
-DEFAULT_MAX_BATCH = 8
+DEFAULT_MAX_BATCH = 4
 
 
 def add_parser(subparsers: Any) -> None:

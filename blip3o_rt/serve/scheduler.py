@@ -1,8 +1,9 @@
 """Which image the engine works on next: token passes of all that run, and denoising steps of those ready.
 
 A turn of the scheduler lets images join the token batch, draws one token of every image in it, and makes one
-denoising step of one image. Messages are read between turns, so a request is cancelled between two tokens and
-two steps.
+denoising step of one image. While an image is denoised, only every fourth turn draws tokens: what is nearest
+to its end is finished first. Messages are read between turns, so a request is cancelled between two tokens
+and two steps.
 
 An image joins in the order of priority, then of what its client has had so far (start-time fair queueing),
 then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are
@@ -29,6 +30,7 @@ from blip3o_rt.serve.messages import (
 )
 
 AGING_SECONDS = 60.0  # of waiting, for one level of priority
+STEPS_PER_PASS = 4  # denoising steps for one pass over the token batch
 PROGRESS_SECONDS = 0.1  # between two messages of progress of an image
 USUAL_STEPS = 30  # of denoising, which cost as much as an image's tokens
 
@@ -134,7 +136,8 @@ class Scheduler:
         """Let images join, draw a token of every image in the batch, and make one denoising step."""
         self.turns += 1
         self._join()
-        self._step_tokens()
+        if not (self._drawing or self._ready) or self.turns % STEPS_PER_PASS == 0:
+            self._step_tokens()
         self._step_denoising()
 
     def _enter(self, client: str) -> None:

@@ -29,10 +29,15 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MAX_SEED)]
-TopK = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=2**31 - 1)]
-Compression = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=100)]
+WHOLE = BeforeValidator(_whole)  # stands last: what stands before it is in the JSON schema
+Count = Annotated[int, Field(ge=1, le=MAX_IMAGES), WHOLE]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS), WHOLE]
+TopK = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
+Compression = Annotated[int, Field(ge=0, le=100), WHOLE]
+Window = Annotated[int, Field(ge=1, le=1), WHOLE]
+Priority = Annotated[int, Field(ge=-1, le=1), WHOLE]
+Partials = Annotated[int, Field(ge=0, le=3), WHOLE]
 
 _diffusion, _sampling = DiffusionParams(), SamplingParams()
 
@@ -48,7 +53,7 @@ class ImageRequest(BaseModel):
         description="What to draw, or what to change.", examples=["a red circle on a blue background"]
     )
     model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
-    n: Whole = Field(1, ge=1, le=MAX_IMAGES, description="Images; image i uses seed + i.")
+    n: Count = Field(1, description="Images; image i uses seed + i.")
     size: str = Field("auto", description="`auto` or the model's own, as `1024x1024`.", examples=["auto"])
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="The image itself, or a link."
@@ -66,7 +71,7 @@ class ImageRequest(BaseModel):
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
 
     seed: Seed | None = Field(None, description="Same seed, same image. Drawn and returned where left out.")
-    steps: Whole = Field(_diffusion.steps, ge=1, le=MAX_STEPS, description="Denoising steps.")
+    steps: Steps = Field(_diffusion.steps, description="Denoising steps.")
     guidance: float = Field(
         _diffusion.guidance, ge=0, le=MAX_GUIDANCE, description="How closely to follow the plan; 1 is off."
     )
@@ -75,10 +80,10 @@ class ImageRequest(BaseModel):
     )
     top_k: TopK | None = Field(None, description="Likeliest tokens to draw from; 0 is all, 1 is greedy.")
     top_p: float = Field(_sampling.top_p, gt=0, le=1, description="Probability mass to draw from.")
-    draft_window: Whole = Field(
-        1, ge=1, le=1, description="Tokens that are drafted at a time. This engine drafts none: 1."
+    draft_window: Window = Field(
+        1, description="Tokens that are drafted at a time. This engine drafts none: 1."
     )
-    priority: Whole = Field(0, ge=-1, le=1, description="-1 is background work, 1 is urgent.")
+    priority: Priority = Field(0, description="-1 is background work, 1 is urgent.")
     timeout: float | None = Field(
         None, ge=1, le=7 * 86_400, description="Seconds after which the request is given up."
     )
@@ -103,7 +108,7 @@ class StreamedRequest(ImageRequest):
     """A request whose response may be a stream of events."""
 
     stream: bool = Field(False, description="Answer with server-sent events.")
-    partial_images: Whole = Field(0, ge=0, le=3, description="Previews of every image in a stream.")
+    partial_images: Partials = Field(0, description="Previews of every image in a stream.")
     progress: bool = Field(False, description="Events of progress and queue position in a stream too.")
 
 

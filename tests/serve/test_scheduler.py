@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from blip3o_rt.serve.messages import Accepted, Event, Failed, Finished, Partial, Progress, Started, Submit
-from blip3o_rt.serve.scheduler import AGING_SECONDS, Scheduler
+from blip3o_rt.serve.scheduler import AGING_SECONDS, STEPS_PER_PASS, Scheduler
 from tests.serve.fakes import TOKENS, FakeStages, fake_image
 
 STEPS = 4
@@ -57,14 +57,13 @@ def test_images_are_those_of_prompt_and_seed_and_every_one_comes_once() -> None:
 
 def test_steps_of_one_image_stand_between_tokens_of_others() -> None:
     run = Run(max_batch=1)
-    run.submit("a")
+    run.submit("a", diffusion={"steps": 100})
     run.submit("b")
-    for _ in range(TOKENS + 2):
+    for _ in range(TOKENS + 3 * STEPS_PER_PASS):
         run.scheduler.turn()
-    assert run.stages.batch[0].drawn == 2  # b draws tokens
-    assert [line for line in run.stages.log if line.startswith("step a")][
-        -1
-    ] == "step a 10 3"  # a is denoised
+    assert run.stages.batch[0].drawn == 3  # b draws tokens
+    steps = [line for line in run.stages.log if line.startswith("step a")]
+    assert len(steps) == 3 * STEPS_PER_PASS + 1  # while a is denoised
 
 
 def test_images_are_denoised_one_after_the_other_and_the_first_is_sent_before_the_last_is_begun() -> None:
