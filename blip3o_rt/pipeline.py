@@ -112,7 +112,12 @@ class Pipeline:
             max_prompt_tokens: Longest prompt with its template and reference tokens; sizes the cache too.
 
         Raises:
-            CheckpointError, ConfigError, DeviceError, ForkError, InsufficientMemoryError, ParameterError.
+            CheckpointError: The checkpoint is missing, damaged or contradicts itself.
+            ConfigError: Its configuration has a value that is not supported.
+            DeviceError: The device is not here.
+            ForkError: The process is a fork of one that had loaded a pipeline.
+            InsufficientMemoryError: The model does not fit.
+            ParameterError: An argument is wrong.
         """
         check_max_batch(max_batch)
         check_max_prompt_tokens(max_prompt_tokens)
@@ -169,14 +174,21 @@ class Pipeline:
         Args:
             prompt: What to draw, or what to change.
             image: The reference image (or images) of an edit.
-            seed, temperature, top_k, top_p, image_tokens_only: As in `SamplingParams`; top_k=1 is greedy.
+            seed: Of tokens and noise.
+            temperature: Divides the logits.
+            top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
+            top_p: Probability mass that sampling keeps.
+            image_tokens_only: Whether only image tokens can be sampled.
             token_ids: [T] or [1, T] vocabulary ids to replay instead of sampling.
             progress: Whether to draw a progress bar.
             callback: Told of every token; returning False raises Cancelled between two of them.
 
         Raises:
-            PromptError, ImageError, ParameterError, Cancelled, or GenerationError for logits that are not
-            finite.
+            PromptError: The prompt is empty or too long.
+            ImageError: The reference image cannot be used.
+            ParameterError: Another argument is wrong.
+            Cancelled: The callback returned False.
+            GenerationError: The logits are not finite.
         """
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
         self._planner.check([prompt], sampling)
@@ -209,14 +221,17 @@ class Pipeline:
         Args:
             plan: What `plan` returned.
             seed: Of the noise; None is the plan's.
-            steps, guidance: As in `DiffusionParams`.
+            steps: Denoising steps.
+            guidance: Scale of classifier-free guidance.
             noise: [1, C, h, w], overrides the seed.
             output: "pil", "tensor" ([1, 3, H, W] float32 in 0..1) or "latent" ([1, C, h, w] float32).
             progress: Whether to draw progress bars.
             callback: Told of every step; returning False raises Cancelled between two of them.
 
         Raises:
-            ParameterError, Cancelled, the plan's own GenerationError, or one for an image that is not finite.
+            ParameterError: An argument is wrong.
+            Cancelled: The callback returned False.
+            GenerationError: The plan failed, or the image is not finite.
         """
         check_choice("output", output, OUTPUTS)
         params = DiffusionParams(steps, guidance)
@@ -254,15 +269,22 @@ class Pipeline:
         Args:
             prompt: What to draw; several prompts as a list.
             n: Images per prompt.
-            seed, temperature, top_k, top_p, image_tokens_only: As in `SamplingParams`.
-            steps, guidance: As in `DiffusionParams`.
+            seed: Of tokens and noise.
+            temperature: Divides the logits.
+            top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
+            top_p: Probability mass that sampling keeps.
+            image_tokens_only: Whether only image tokens can be sampled.
+            steps: Denoising steps.
+            guidance: Scale of classifier-free guidance.
             progress: Whether to draw progress bars.
             callback: Told of every token and step; returning False raises Cancelled.
             on_image: Given each image with its index as soon as it is drawn.
 
         Raises:
-            PromptError or ParameterError before any work; Cancelled; GenerationError where an image fails,
-            after the others are drawn, with them in its `images`.
+            PromptError: A prompt is empty or too long; raised before any work.
+            ParameterError: Another argument is wrong; raised before any work.
+            Cancelled: The callback returned False.
+            GenerationError: An image failed. The others are drawn first and are in its `images`.
         """
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
         params = DiffusionParams(steps, guidance)
@@ -288,7 +310,7 @@ class Pipeline:
         """Draw n images of what the prompt makes of the reference image (or images); otherwise as `generate`.
 
         Raises:
-            ImageError where the reference cannot be used, and what `generate` raises.
+            ImageError: The reference image cannot be used. Otherwise what `generate` raises.
         """
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
         params, references = DiffusionParams(steps, guidance), reference_list(reference)
