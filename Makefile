@@ -32,7 +32,7 @@ demo: $(BUILT) ## Install, build, then draw a picture and edit it into out/.
 
 build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with CUDA.
 
-test: $(BUILT) $(DEVELOPMENT) ## Run every test but the exhaustive ones: at most 5 minutes on 2 cores.
+test: $(BUILT) $(DEVELOPMENT) ## Run every test but the exhaustive ones, on 2 cores.
 	$(PYTEST) -m "not exhaustive"
 
 exhaustive: $(BUILT) $(DEVELOPMENT) ## Run the tests that `make test` leaves out.
