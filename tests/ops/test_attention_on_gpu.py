@@ -10,7 +10,7 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.measure.validate.case import copies, run_exact
 from blip3o_rt.measure.validate.sweep import cases_of, check_of
-from blip3o_rt.ops.registry import FLOATS
+from blip3o_rt.ops.dtypes import FLOATS
 
 pytestmark = pytest.mark.gpu("_cuda")
 
