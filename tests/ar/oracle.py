@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.ar.layout import layout
 from blip3o_rt.config import ARConfig, ImageTokenConfig
+from blip3o_rt.measure.baselines import modules
+from blip3o_rt.measure.random_checkpoint import language_config
 
 
 def small_config(**changes: object) -> ARConfig:
@@ -42,25 +45,11 @@ def image_tokens(config: ARConfig, tokens_per_image: int = 12) -> ImageTokenConf
     )
 
 
-def oracle(config: ARConfig, seed: int = 0) -> Qwen3ForCausalLM:
+def oracle(config: ARConfig, seed: int = 0) -> Any:
     """transformers' Qwen3 of the same geometry with seeded random weights, float32, in evaluation mode."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            max_position_embeddings=config.max_position_embeddings,
-            tie_word_embeddings=config.tie_word_embeddings,
-            initializer_range=0.15,  # wide enough that attention is far from uniform
-        )
-    ).eval()
+    # Wide enough that attention is far from uniform.
+    model = modules.language_model({**language_config(config), "initializer_range": 0.15}).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -68,9 +57,7 @@ def oracle(config: ARConfig, seed: int = 0) -> Qwen3ForCausalLM:
     return model
 
 
-def runtime_weights(
-    config: ARConfig, model: Qwen3ForCausalLM, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def runtime_weights(config: ARConfig, model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The oracle's weights under the runtime's names and packing."""
     state = {name.removeprefix("model."): tensor.detach() for name, tensor in model.state_dict().items()}
     return {

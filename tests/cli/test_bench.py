@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blip3o_rt.measure.bench import peer_modules, peers, stages
+from blip3o_rt.measure.bench import peers, stages
 from blip3o_rt.measure.bench import run as bench_run
 from tests.cli.conftest import Command
 
@@ -115,7 +115,7 @@ def test_without_the_baselines_packages(
     def missing(name: str) -> None:
         raise ImportError(f"No module named '{name}'")
 
-    monkeypatch.setattr(peer_modules.importlib, "import_module", missing)
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
     assert command(*quick(work, "--lines", "connector", "--baselines", "diffusers,published")) == 0
     (note,) = (line for line in command.errors.splitlines() if "left out" in line)
     assert note.startswith("diffusers, published left out: ")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.layout import layout
 from blip3o_rt.dit.model import DiT
+from blip3o_rt.measure.baselines import modules
+from blip3o_rt.measure.random_checkpoint import transformer_config
 
 
 def small_config(**changes: object) -> DiTConfig:
@@ -34,25 +37,9 @@ def small_config(**changes: object) -> DiTConfig:
     return DiTConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def oracle(config: DiTConfig, seed: int = 0) -> SanaTransformer2DModel:
+def oracle(config: DiTConfig, seed: int = 0) -> Any:
     """diffusers' SANA of the same geometry, every parameter random (norm weights and biases too), float32."""
-    model = SanaTransformer2DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        num_layers=config.num_layers,
-        num_cross_attention_heads=config.num_cross_heads,
-        cross_attention_head_dim=config.cross_head_dim,
-        cross_attention_dim=config.width,
-        caption_channels=config.caption_channels,
-        mlp_ratio=config.mlp_ratio,
-        attention_bias=config.attention_bias,
-        sample_size=config.sample_size,
-        patch_size=config.patch_size,
-        norm_eps=config.norm_eps,
-        qk_norm="rms_norm_across_heads" if config.qk_norm else None,
-    )
+    model = modules.transformer(transformer_config(config))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -67,7 +54,7 @@ def oracle(config: DiTConfig, seed: int = 0) -> SanaTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def runtime(config: DiTConfig, model: SanaTransformer2DModel, dtype: torch.dtype = torch.float32) -> DiT:
+def runtime(config: DiTConfig, model: Any, dtype: torch.dtype = torch.float32) -> DiT:
     """Our transformer with the weights of diffusers' one."""
     return DiT(config, runtime_weights(config, model.state_dict(), dtype))
 
@@ -82,9 +69,7 @@ def runtime_weights(
     }
 
 
-def predict(
-    model: SanaTransformer2DModel, latent: Tensor, timestep: float, tokens: ConditionTokens
-) -> Tensor:
+def predict(model: Any, latent: Tensor, timestep: float, tokens: ConditionTokens) -> Tensor:
     """diffusers' predictions [2, C, H, W] with every null token written out, the null half first."""
     null = tokens.null.repeat_interleave(torch.tensor(tokens.null_counts), dim=0)
     when = torch.tensor([timestep])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from blip3o_rt.config import TATokConfig
+from blip3o_rt.measure.baselines import modules
+from blip3o_rt.measure.random_checkpoint import vision_config
 from blip3o_rt.tatok.layout import layout
 
 
@@ -34,20 +35,7 @@ class Oracle(nn.Module):
     def __init__(self, config: TATokConfig) -> None:
         super().__init__()
         self.selected_layer = config.selected_layer
-        tower = SiglipVisionModel(
-            SiglipVisionConfig(
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_channels=config.image_channels,
-                image_size=config.image_size,
-                patch_size=config.patch_size,
-                layer_norm_eps=config.layer_norm_eps,
-                hidden_act="gelu_pytorch_tanh",
-                vision_use_head=False,
-            )
-        )
+        tower = modules.vision_tower({**vision_config(config), "vision_use_head": False})
         self.encoder = getattr(tower, "vision_model", tower)
         self.encode_task_layer = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
         self.bottleneck = nn.Module()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderDC
 from torch import Tensor, nn
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
+from blip3o_rt.measure.baselines import modules
+from blip3o_rt.measure.random_checkpoint import vae_config
 from blip3o_rt.vae.layout import layout
 
 SMALL_STAGES = (
@@ -35,31 +38,14 @@ def small_config(**changes: object) -> VAEConfig:
     return VAEConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def oracle(config: VAEConfig, seed: int = 0) -> AutoencoderDC:
+def oracle(config: VAEConfig, seed: int = 0) -> Any:
     """AutoencoderDC of the same geometry with seeded random weights, float32, in evaluation mode.
 
     Norm weights and biases are random too, as a trained checkpoint's are: at their initial ones and zeros a
     swapped channel would go unnoticed.
     """
     torch.manual_seed(seed)
-    halves = {"encoder": config.encoder_stages, "decoder": config.decoder_stages}
-    geometry: dict[str, object] = {}
-    for half, stages in halves.items():
-        geometry[f"{half}_block_types"] = [stage.block for stage in stages]
-        geometry[f"{half}_block_out_channels"] = [stage.channels for stage in stages]
-        geometry[f"{half}_layers_per_block"] = [stage.layers for stage in stages]
-        geometry[f"{half}_qkv_multiscales"] = [stage.multiscales for stage in stages]
-    model = AutoencoderDC(
-        in_channels=config.image_channels,
-        latent_channels=config.latent_channels,
-        attention_head_dim=config.attention_head_dim,
-        upsample_block_type=config.upsample,
-        downsample_block_type=config.downsample,
-        encoder_out_shortcut=config.encoder_out_shortcut,
-        decoder_in_shortcut=config.decoder_in_shortcut,
-        scaling_factor=config.scaling_factor,
-        **geometry,
-    )
+    model = modules.autoencoder(vae_config(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -74,7 +60,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.copy_(parameter.to(dtype))
 
 
-def runtime_weights(config: VAEConfig, model: AutoencoderDC, dtype: torch.dtype) -> dict[str, Tensor]:
+def runtime_weights(config: VAEConfig, model: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The oracle's weights in the runtime's layout."""
     original = model.state_dict()
     specs = layout(config)
@@ -83,7 +69,7 @@ def runtime_weights(config: VAEConfig, model: AutoencoderDC, dtype: torch.dtype)
     return {spec.name: spec.build([original[s.name] for s in spec.sources], dtype) for spec in specs}
 
 
-def oracle_decode(model: AutoencoderDC, latent: Tensor) -> Tensor:
+def oracle_decode(model: Any, latent: Tensor) -> Tensor:
     """The picture in 0..1, computed in the oracle's dtype and scaled in float32."""
     dtype = model.decoder.conv_in.weight.dtype
     with torch.inference_mode():
@@ -91,7 +77,7 @@ def oracle_decode(model: AutoencoderDC, latent: Tensor) -> Tensor:
     return (image.to(torch.promote_types(dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
-def oracle_encode(model: AutoencoderDC, pixels: Tensor) -> Tensor:
+def oracle_encode(model: Any, pixels: Tensor) -> Tensor:
     """The latent times the scaling factor."""
     dtype = model.decoder.conv_in.weight.dtype
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,25 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
-from diffusers.models.normalization import RMSNorm
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers import AutoTokenizer
 
 from blip3o_rt.checkpoint.source import SANA_NAME, SIGLIP_NAME, known_folder
+from blip3o_rt.measure.baselines import modules
 
 SYSTEM = "You are a helpful assistant."
 TEXT_TO_IMAGE = "Please generate image based on the following caption: "
 EDIT = "Please edit this image according to the following instruction: "
-CONNECTOR_EPS = 1e-5
-QWEN3_KEYS = """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim hidden_act attention_bias rms_norm_eps rope_theta max_position_embeddings tie_word_embeddings
-"""
 
 
 class Float64(TorchFunctionMode):
@@ -155,21 +149,11 @@ class PublishedModel:
         return AutoTokenizer.from_pretrained(self.folder)
 
     @cached_property
-    def language(self) -> Qwen3ForCausalLM:
+    def language(self) -> Any:
         """The language model with its head."""
-        config = Qwen3Config(**{name: self.config[name] for name in QWEN3_KEYS.split()})
-        state = {
-            name: tensor
-            for name, tensor in self.weights.items()
-            if name.startswith(("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head."))
-        }
-        if config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        with torch.device("meta"):
-            model = Qwen3ForCausalLM(config)
-        # Computed, not loaded; float32 in a bfloat16 model too, as from_pretrained leaves it.
-        model.model.rotary_emb = Qwen3RotaryEmbedding(config)
-        return self._loaded(model, state)
+        names = ("model.layers.", "model.norm.", "model.embed_tokens.", "lm_head.")
+        state = {name: tensor for name, tensor in self.weights.items() if name.startswith(names)}
+        return self._widened(modules.language_model(self.config, self._placed(state)))
 
     @cached_property
     def _transformer_config(self) -> dict[str, Any]:
@@ -181,15 +165,13 @@ class PublishedModel:
 
     @cached_property
     def transformer(self) -> Any:
-        with torch.device("meta"):
-            model = SanaTransformer2DModel.from_config(self._transformer_config)
-        return self._loaded(model, self._diffusion_part("model.sana.", "transformer"))
+        state = self._placed(self._diffusion_part("model.sana.", "transformer"))
+        return self._widened(modules.transformer(self._transformer_config, state))
 
     @cached_property
     def vae(self) -> Any:
-        with torch.device("meta"):
-            model = AutoencoderDC.from_config(self._vae_config)
-        return self._loaded(model, self._diffusion_part("model.sana_vae.", "vae"))
+        state = self._placed(self._diffusion_part("model.sana_vae.", "vae"))
+        return self._widened(modules.autoencoder(self._vae_config, state))
 
     @cached_property
     def tower_weights(self) -> dict[str, Tensor]:
@@ -200,23 +182,15 @@ class PublishedModel:
         state = self._part("model.vision_tower.vision_tower.") if self._own_tower else {}
         if not state and self._ta_tok is not None:
             state = torch.load(self._ta_tok, weights_only=True, mmap=True)["model"]["sd"]
-        return {name: self._placed(tensor) for name, tensor in state.items()}
+        return self._placed(state)
 
     @cached_property
-    def tower(self) -> SiglipVisionModel:
+    def tower(self) -> Any:
         """The vision tower; the image tokenizer's own layers are only in `tower_weights`."""
-        state = {n.removeprefix("encoder."): t for n, t in self.tower_weights.items()}
-        state = {name: state[name] for name in state if f"encoder.{name}" in self.tower_weights}
-        layers = self.tower_config["num_hidden_layers"]
-        tower = SiglipVisionModel(SiglipVisionConfig(**self.tower_config))
-        missing, unexpected = tower.load_state_dict(state, strict=False)
-        # A checkpoint may leave out what stands above the selected hidden state, and only that.
-        selected = range(layers + 1)[self.selected_layer]
-        unused = (*(f"encoder.layers.{i}." for i in range(selected, layers)), "post_layernorm.", "head.")
-        missing = [name for name in missing if not name.startswith(unused)]
-        if missing or unexpected:
-            raise ValueError(f"vision tower: {missing} missing, {unexpected} unexpected")
-        return tower.eval().requires_grad_(False).to(self.device, self.dtype)
+        prefix = "encoder."
+        state = {n.removeprefix(prefix): t for n, t in self.tower_weights.items() if n.startswith(prefix)}
+        selected = range(self.tower_config["num_hidden_layers"] + 1)[self.selected_layer]
+        return self._widened(modules.vision_tower(self.tower_config, state, selected))
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
         return {
@@ -236,29 +210,22 @@ class PublishedModel:
             state |= load_file(path)
         return state
 
-    def _placed(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+    def _placed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on the device, floating ones in the dtype."""
+        return {
+            name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+            for name, tensor in state.items()
+        }
 
-    def _loaded(self, module: Any, state: dict[str, Tensor]) -> Any:
-        """A module without values given those of the state, tensor by tensor."""
-        module.load_state_dict({name: self._placed(t) for name, t in state.items()}, assign=True)
-        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-            raise ValueError(f"{type(module).__name__} has tensors that no checkpoint gives")
-        if self.dtype == torch.float64:
-            module.to(torch.float64)
-        return module.eval().requires_grad_(False).to(self.device)
+    def _widened(self, module: Any) -> Any:
+        """In float64 what no state has, and what a library keeps in float32, is float64 too."""
+        return module.to(torch.float64) if self.dtype == torch.float64 else module
 
-    def connector(self, name: str) -> nn.Sequential:
+    def connector(self, name: str) -> Any:
         """Linear, GELU (tanh), Linear, RMSNorm."""
-        state = self._part(f"model.{name}.")
-        (hidden, width), output = state["0.weight"].shape, state["2.weight"].shape[0]
-        layers = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(hidden, output),
-            RMSNorm(output, eps=CONNECTOR_EPS, elementwise_affine=True),
-        )
-        return self._loaded(layers, state)
+        state = self._placed(self._part(f"model.{name}."))
+        width, inputs = state["0.weight"].shape
+        return self._widened(modules.connector(inputs, width, state))
 
     # The reference picture
 

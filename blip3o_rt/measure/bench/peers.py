@@ -8,17 +8,23 @@ compiled, graphed: the same under torch.compile with a static cache, without and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_rt.ar.layout import layout as ar_layout
 from blip3o_rt.checkpoint.load import Checkpoint
+from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, VAEConfig
+from blip3o_rt.connector.layout import layout as connector_layout
+from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.measure.bench import peer_modules
+from blip3o_rt.measure.baselines import modules
 from blip3o_rt.measure.bench.stages import (
     GUIDANCE,
     SEED,
@@ -29,13 +35,25 @@ from blip3o_rt.measure.bench.stages import (
     TatokStage,
     VaeStage,
 )
+from blip3o_rt.measure.random_checkpoint import (
+    language_config,
+    transformer_config,
+    vae_config,
+    vision_config,
+)
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.quantization import dequantized
+from blip3o_rt.tatok.layout import layout as ta_tok_layout
+from blip3o_rt.vae.layout import layout as vae_layout
+from blip3o_rt.weights import TensorSpec, concatenate_rows
 
 PEERS = ("transformers", "diffusers", "published", "compiled", "graphed")
 DEFAULT_PEERS = ("transformers", "diffusers", "published")
 WHO = {"compiled": "published-compiled", "graphed": "published-graphed"}  # others are called as they are
 COMPILE_MODES = {"compiled": "default", "graphed": "reduce-overhead"}
 PACKAGE = {"transformers": "transformers"}  # diffusers for every other
+
+Weights = Mapping[str, Tensor]
 
 
 def available(names: tuple[str, ...], device: torch.device) -> tuple[tuple[str, ...], list[str]]:
@@ -55,7 +73,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
         raise ParameterError(f"baselines has {name!r}: accepted are {', '.join(PEERS)} and none")
     if name == "graphed" and device.type != "cuda":
         return "CUDA graphs need a GPU"
-    reason = peer_modules.missing_package(PACKAGE.get(name, "diffusers"))
+    reason = missing_package(PACKAGE.get(name, "diffusers"))
     if reason is None and name in COMPILE_MODES:
         reason = compile_problem(device)
     return reason
@@ -75,12 +93,79 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
+def missing_package(name: str) -> str | None:
+    """None where a package can be imported, else why not and what to do."""
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error}): pip install 'blip3o_rt[bench]'"
+    return None
+
+
+def original_tensors(specs: Sequence[TensorSpec], weights: Weights) -> dict[str, Tensor]:
+    """The tensors of the published layout, by name, that the runtime's tensors were made from.
+
+    Views where the sources were only concatenated or reshaped, so that a module of them takes no memory.
+    Copies where their elements were rearranged. Tensors that were computed (the codebook) are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for spec in specs:
+        if spec.dtype is not None:
+            continue
+        tensor = weights[spec.name]
+        if spec.combine is not concatenate_rows:
+            tensor = _arranged_as_before(spec, tensor)
+        counts = [math.prod(source.shape) for source in spec.sources]
+        for source, piece in zip(spec.sources, tensor.reshape(-1).split(counts), strict=True):
+            found[source.name] = piece.view(source.shape)
+    return found
+
+
+def _arranged_as_before(spec: TensorSpec, tensor: Tensor) -> Tensor:
+    """The elements of all sources in order: where each went is seen by combining their numbers."""
+    counts = [math.prod(source.shape) for source in spec.sources]
+    numbers = torch.arange(sum(counts), device=tensor.device).split(counts)
+    shaped = [n.view(source.shape) for n, source in zip(numbers, spec.sources, strict=True)]
+    original = torch.empty_like(tensor).reshape(-1)
+    original[spec.combine(shaped).reshape(-1)] = tensor.reshape(-1)
+    return original
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def language_model(config: ARConfig, weights: Weights) -> Any:
+    """transformers' Qwen3, with the floating-point weights that quantized ones stand for."""
+    tensors = original_tensors(ar_layout(config), dequantized(weights))
+    head = tensors.pop("lm_head.weight", tensors["embed_tokens.weight"])
+    state = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return modules.language_model(language_config(config), {**state, "lm_head.weight": head})
+
+
+def transformer(config: DiTConfig, weights: Weights) -> Any:
+    """diffusers' SANA, with the floating-point weights that quantized ones stand for."""
+    state = original_tensors(dit_layout(config), dequantized(weights))
+    return modules.transformer(transformer_config(config), state)
+
+
+def autoencoder(config: VAEConfig, weights: Weights) -> Any:
+    """diffusers' AutoencoderDC, with copies of the weights."""
+    return modules.autoencoder(vae_config(config), original_tensors(vae_layout(config), weights))
+
+
+def connector(config: ModelConfig, weights: Weights) -> Any:
+    """The published connector of hidden states."""
+    state = _below("diffusion_connector.", original_tensors(connector_layout(config), weights))
+    return modules.connector(config.ar.hidden_size, config.dit.caption_channels, state)
+
+
 class LanguagePeer:
     """transformers' Qwen3 over an ArStage's weights, prompt and context."""
 
     def __init__(self, stage: ArStage) -> None:
         self.stage = stage
-        self.model = peer_modules.language_model(stage.config.ar, stage.weights)
+        self.model = language_model(stage.config.ar, stage.weights)
         self.device = stage.engine.decoder.device
 
     def ids(self, values: list[int], batch: int = 1) -> Tensor:
@@ -183,7 +268,7 @@ class ConnectorPeer:
     """The connector as the published code calls it: on zeros and hidden states, at every step."""
 
     def __init__(self, stage: ConnectorStage) -> None:
-        self.module = peer_modules.diffusion_connector(stage.config, stage.weights)
+        self.module = connector(stage.config, stage.weights)
         self.hidden = torch.stack([torch.zeros_like(stage.hidden), stage.hidden])
 
     def run(self) -> Tensor:
@@ -196,9 +281,11 @@ class DitPeer:
 
     def __init__(self, stage: DitStage, compile_mode: str | None = None) -> None:
         self.stage = stage
-        module = peer_modules.transformer(stage.config.dit, stage.weights)
+        module = transformer(stage.config.dit, stage.weights)
         self.module = module if compile_mode is None else torch.compile(module, mode=compile_mode)
-        self.scheduler = flow_scheduler(stage.config, stage.schedule.steps, stage.dit.device)
+        self.scheduler = modules.scheduler(
+            asdict(stage.config.scheduler), stage.schedule.steps, stage.dit.device
+        )
         counts = torch.tensor(stage.tokens.null_counts, device=stage.dit.device)
         null = stage.tokens.null.repeat_interleave(counts, dim=0, output_size=len(stage.tokens.conditional))
         self.condition = torch.stack([null, stage.tokens.conditional])
@@ -210,13 +297,6 @@ class DitPeer:
         return published_step(
             self.module, self.scheduler, stage.noise, self.condition, index, stage.reference
         )
-
-
-def flow_scheduler(config: Any, steps: int, device: torch.device) -> Any:
-    """diffusers' scheduler set to the published sigmas."""
-    scheduler = peer_modules.scheduler(config.scheduler)
-    scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
-    return scheduler
 
 
 def published_step(
@@ -248,7 +328,7 @@ class VaePeer:
 
     def __init__(self, stage: VaeStage, compile_mode: str | None = None) -> None:
         self.stage, self.dtype = stage, stage.autoencoder.dtype
-        self.module = peer_modules.autoencoder(stage.config.vae, stage.weights)
+        self.module = autoencoder(stage.config.vae, stage.weights)
         self._decode = self.module.decode
         if compile_mode is not None:
             self._decode = torch.compile(self._decode, mode=compile_mode)
@@ -271,14 +351,29 @@ def published_decode(
 
 
 class TatokPeer:
-    """transformers' vision tower over a TatokStage's weights and picture."""
+    """TA-Tok on transformers' vision tower, cut off above the layer in use, with our codebook.
+
+    The published code runs the whole tower and normalizes the codebook at every image. Leaving that out
+    favors the baseline.
+    """
 
     def __init__(self, stage: TatokStage) -> None:
         self.stage = stage
-        self.tower = peer_modules.VisionTower(stage.tower, stage.weights)
+        tensors = original_tensors(ta_tok_layout(stage.tower), stage.weights)
+        config = {**vision_config(stage.tower), "num_hidden_layers": stage.tower.layers_run}
+        self.tower = modules.vision_tower({**config, "vision_use_head": False}, _below("encoder.", tensors))
+        self.task = tensors["encode_task_layer.0.weight"], tensors["encode_task_layer.0.bias"]
+        names = ("bottleneck.in_linear.weight", "bottleneck.in_linear.bias")
+        self.bottleneck = [tensors[name].float() for name in names]
+        self.codebook = stage.weights["codebook"]
 
     def encode(self) -> tuple[Tensor, Tensor]:
-        return self.tower(self.stage.pixels)
+        """Features [1, N, hidden] and codes [1, N]."""
+        pixels = self.stage.pixels.to(self.task[0].dtype)
+        states = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
+        features = torch.tanh(F.linear(states[-1], *self.task))
+        projected = F.linear(features.float(), *self.bottleneck)
+        return features, (F.normalize(projected, dim=-1) @ self.codebook.T).argmax(dim=-1)
 
 
 class ImagePeer:
@@ -293,10 +388,10 @@ class ImagePeer:
     ) -> None:
         config, weights = checkpoint.config, checkpoint.weights
         self.config, self.steps, self.device = config, steps, checkpoint.device
-        self.language = peer_modules.language_model(config.ar, weights["ar"])
-        self.connector = peer_modules.diffusion_connector(config, weights["connector"])
-        self.transformer = peer_modules.transformer(config.dit, weights["dit"])
-        self.decode = peer_modules.autoencoder(config.vae, weights["vae"]).decode
+        self.language = language_model(config.ar, weights["ar"])
+        self.connector = connector(config, weights["connector"])
+        self.transformer = transformer(config.dit, weights["dit"])
+        self.decode = autoencoder(config.vae, weights["vae"]).decode
         self.prompt = torch.tensor([prompt_ids], device=checkpoint.device)
         self.dtype = checkpoint.dtype
         self.generation: dict[str, Any] = {}
@@ -328,7 +423,7 @@ class ImagePeer:
         side, channels = self.config.dit.sample_size, self.config.vae.latent_channels
         generator = torch.Generator().manual_seed(SEED)
         latent = torch.randn(batch, channels, side, side, generator=generator).to(self.device)
-        scheduler = flow_scheduler(self.config, self.steps, self.device)
+        scheduler = modules.scheduler(asdict(self.config.scheduler), self.steps, self.device)
         for index in range(self.steps):
             condition = self.connector(torch.cat([torch.zeros_like(hidden), hidden]))
             latent = published_step(self.transformer, scheduler, latent, condition, index)
