@@ -65,4 +65,4 @@ def test_what_breaks_a_wall_is_named(
 def test_a_count_over_its_limit_fails(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tree, **{f"file_{number}": "" for number in range(count.ROOT_FILES + 1)})
     assert count.main() == 1
-    assert "17 of 16  OVER" in capsys.readouterr().out
+    assert f"{count.ROOT_FILES + 1} of {count.ROOT_FILES}  OVER" in capsys.readouterr().out
