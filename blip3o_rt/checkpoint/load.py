@@ -29,7 +29,7 @@ from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import Blip3oWarning, CheckpointError
-from blip3o_rt.quantization import E4M3
+from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,

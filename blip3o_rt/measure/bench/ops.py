@@ -147,7 +147,7 @@ def rotate(
 
     def call(name: str) -> float:
         arguments, options = rotation.take()
-        return seconds(partial(op.named(name).run, *arguments, **options), device)
+        return seconds(partial(op.named(name).run, op.bind(*arguments, **options)), device)
 
     with quiet():
         for number in range(-1, runs * MORE_RUNS):
