@@ -102,7 +102,7 @@ def test_results_come_back_after_every_piece(site: Site, tmp_path: Path) -> None
 
 
 def test_a_piece_over_its_seconds_is_interrupted_and_keeps_what_it_has(site: Site, tmp_path: Path) -> None:
-    code = "import time; print('began', flush=True)\ntry:\n time.sleep(600)\n"
+    code = "import time\ntry:\n print('began', flush=True)\n time.sleep(600)\n"
     code += f"except KeyboardInterrupt:\n open({str(tmp_path / 'kept')!r}, 'w')"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
