@@ -72,7 +72,7 @@ def test_without_graphs_there_is_nothing_to_compare(subject: Subject) -> None:
 
 def test_a_recording(reference_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = record(RecordedGraphs(), monkeypatch)
-    monkeypatch.setattr(Renderer, "prepare", lambda *_, **__: None)  # the tokens are enough to see, and quick
+    monkeypatch.setattr(Renderer, "capture", lambda *_, **__: None)  # the tokens are enough to see, and quick
     lines = lines_of(islice(golden_lines(Recording(reference_dir / "t2i"), CPU, no_pictures), 2))
     assert [line.name for line in lines] == ["greedy tokens", "hidden states, token by token"]
     assert all(line.passed for line in lines)
