@@ -8,7 +8,7 @@
 // alone, not on the tile it was computed in. Numbers below 2^-126 count as zero: the instruction has no others.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 #if defined(__AVX512F__)
 
@@ -23,36 +23,6 @@ constexpr int kPairVectors = 3;
 constexpr int64_t panel_floats(int64_t vectors, int64_t width) {
     constexpr int64_t kBlock = 64;  // steps that a vector of int8 holds
     return vectors * kLanes * ((width + kBlock - 1) / kBlock * kBlock / 2);
-}
-
-// A 16 x 16 matrix of four bytes each, one row per vector, is turned.
-BLIP3O_INLINE void transpose(__m512i (&rows)[16]) {
-    // Of all lanes: the forms without a mask make GCC 12 warn.
-    constexpr __mmask16 kAll = 0xffff;
-    constexpr __mmask8 kHalf = 0xff;
-    __m512i turned[16];
-    for (int i = 0; i < 16; i += 2) {
-        turned[i] = _mm512_maskz_unpacklo_epi32(kAll, rows[i], rows[i + 1]);
-        turned[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        rows[i] = _mm512_maskz_unpacklo_epi64(kHalf, turned[i], turned[i + 2]);
-        rows[i + 1] = _mm512_maskz_unpackhi_epi64(kHalf, turned[i], turned[i + 2]);
-        rows[i + 2] = _mm512_maskz_unpacklo_epi64(kHalf, turned[i + 1], turned[i + 3]);
-        rows[i + 3] = _mm512_maskz_unpackhi_epi64(kHalf, turned[i + 1], turned[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        turned[i] = _mm512_maskz_shuffle_i32x4(kAll, rows[i], rows[i + 4], 0x88);
-        turned[i + 4] = _mm512_maskz_shuffle_i32x4(kAll, rows[i], rows[i + 4], 0xdd);
-        turned[i + 8] = _mm512_maskz_shuffle_i32x4(kAll, rows[i + 8], rows[i + 12], 0x88);
-        turned[i + 12] = _mm512_maskz_shuffle_i32x4(kAll, rows[i + 8], rows[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_maskz_shuffle_i32x4(kAll, turned[i], turned[i + 8], 0x88);
-        rows[i + 4] = _mm512_maskz_shuffle_i32x4(kAll, turned[i + 4], turned[i + 12], 0x88);
-        rows[i + 8] = _mm512_maskz_shuffle_i32x4(kAll, turned[i], turned[i + 8], 0xdd);
-        rows[i + 12] = _mm512_maskz_shuffle_i32x4(kAll, turned[i + 4], turned[i + 12], 0xdd);
-    }
 }
 
 // Byte `index` of every lane as a float, the upper half of which is the bfloat16.

@@ -25,7 +25,7 @@ typedef int8_t ByteVec __attribute__((vector_size(BLIP3O_VECTOR_BYTES / 4)));
 
 constexpr int64_t round_up(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-BLIP3O_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr BLIP3O_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 BLIP3O_INLINE Vec broadcast(float value) { return value - Vec{}; }
 

@@ -12,6 +12,7 @@ namespace blip3o::cpu::BLIP3O_ISA {
 // AVX-512, 16 else.
 constexpr int kProductRows = kLanes == 16 ? 8 : 4;
 constexpr int kProductVectors = kLanes == 16 ? 3 : 2;
+constexpr int kTallRows = kLanes == 16 ? 8 : 6;  // as many as fit: long products are faster than with four
 
 // Where the elements of the left side are: row r at step k is data[r * row + k * step].
 struct LeftSide {
@@ -45,6 +46,25 @@ __attribute__((noinline)) void product_tile(LeftSide left, RightSide right, int6
             store(to, add ? load(to) + sums[r][v] : sums[r][v]);
         }
     }
+}
+
+using ProductTile = void (*)(LeftSide, RightSide, int64_t, float*, int64_t, bool);
+
+template <int kVectors>
+BLIP3O_INLINE ProductTile tall_tile(int64_t rows) {
+    constexpr int kSeven = smaller(7, kTallRows);
+    constexpr ProductTile kTiles[] = {product_tile<1, kVectors>,      product_tile<2, kVectors>,
+                                      product_tile<3, kVectors>,      product_tile<4, kVectors>,
+                                      product_tile<5, kVectors>,      product_tile<6, kVectors>,
+                                      product_tile<kSeven, kVectors>, product_tile<kTallRows, kVectors>};
+    return kTiles[rows - 1];
+}
+
+// The tile for `rows` (1 .. kTallRows) and `vectors` (1 .. kProductVectors).
+BLIP3O_INLINE ProductTile tall_tile(int64_t rows, int64_t vectors) {
+    return vectors == 1   ? tall_tile<1>(rows)
+           : vectors == 2 ? tall_tile<2>(rows)
+                          : tall_tile<kProductVectors>(rows);
 }
 
 // The tile for `vectors` (1 .. kProductVectors) of a full number of rows.

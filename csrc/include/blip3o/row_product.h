@@ -18,14 +18,16 @@ struct RowProductArguments {
     DType dtype, weight_dtype, out_dtype;
 };
 
-// x, and a weight of its dtype, or of 8 bits with a scale for each row.
-inline RowProductArguments check_row_product(Contract& contract, const TensorView& x,
+// x, and a weight of its dtype, or of 8 bits with a scale for each row; the CPU kernels take a bfloat16 one too.
+inline RowProductArguments check_row_product(Contract& contract, Device device, const TensorView& x,
                                              const TensorView& weight, const OptionalView& scale, Dim& rows,
                                              Dim& inputs, Dim& weight_rows) {
     RowProductArguments a = {};
     a.x = contract(x, "x").dtype(kFloats).rows(rows, inputs);
     if (scale) {
         contract(weight, "weight").dtype({DType::i8, DType::e4m3});
+    } else if (x.dtype == DType::f32 && device == Device::cpu) {
+        contract(weight, "weight").dtype(kFloats);
     } else {
         contract(weight, "weight").dtype({x.dtype});
     }

@@ -1,4 +1,4 @@
-// (x weight^T) scale for many rows of bfloat16 and an int8 weight.
+// (x weight^T) scale for many rows and an int8 weight.
 #pragma once
 
 #include "blip3o/ops/linear.h"

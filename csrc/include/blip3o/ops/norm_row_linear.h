@@ -15,7 +15,7 @@ struct NormRowLinear {
                                      bool gated, const Scratch&, const TensorView& out) {
         Contract contract(kName, device);
         Dim rows("M"), inputs("K"), weight_rows(gated ? "2 N" : "N"), outputs("N");
-        auto a = check_row_product(contract, x, weight, scale, rows, inputs, weight_rows);
+        auto a = check_row_product(contract, device, x, weight, scale, rows, inputs, weight_rows);
         a.norm_weight = contract(norm_weight, "norm_weight").array(x.dtype, {&inputs});
         a.out = contract(out, "out").dtype({x.dtype}).rows(rows, outputs);
         contract.require(weight_rows.value() == (gated ? 2 : 1) * outputs.value(),

@@ -13,7 +13,7 @@ struct RowLinearAdd {
                                      const TensorView& residual, const OptionalView& scale) {
         Contract contract(kName, device);
         Dim rows("M"), inputs("K"), outputs("N");
-        auto a = check_row_product(contract, x, weight, scale, rows, inputs, outputs);
+        auto a = check_row_product(contract, device, x, weight, scale, rows, inputs, outputs);
         a.out = contract(residual, "residual").dtype({x.dtype}).rows(rows, outputs);
         contract.require_apart(a.out, "residual", a.x, "x");
         a.adds = true;

@@ -14,7 +14,7 @@ struct RowLinearW8 {
                                      const TensorView& out) {
         Contract contract(kName, device);
         Dim rows("M"), inputs("K"), outputs("N");
-        auto a = check_row_product(contract, x, weight, scale, rows, inputs, outputs);
+        auto a = check_row_product(contract, device, x, weight, scale, rows, inputs, outputs);
         a.bias = contract(bias, "bias").array(x.dtype, {&outputs});
         a.out = contract(out, "out").dtype({x.dtype, DType::f32}).rows(rows, outputs);
         a.out_dtype = out.dtype;
