@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-LARGEST = 127  # of int8: -128 is not used, so that the range is symmetric
-E4M3 = torch.float8_e4m3fn  # a sign, 4 bits of exponent and 3 of fraction, no infinities
+from blip3o_rt.ops.dtypes import largest_value
+
 ROWS_AT_ONCE = 4096  # that exist in float32
 SCALE = "_scale"  # appended to the name of a matrix
 RowMaker = Callable[[Tensor], Tensor]
@@ -84,11 +84,6 @@ def weights_sha256(weights: Mapping[str, Mapping[str, Tensor]]) -> str:
             digest.update(f"{part} {name} {list(tensor.shape)}".encode())
             digest.update(plain.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def largest_value(values: torch.dtype) -> float:
-    """The largest magnitude of int8 or e4m3 values."""
-    return torch.finfo(values).max if values.is_floating_point else LARGEST
 
 
 def row_scales(matrix: Tensor, values: torch.dtype = torch.int8) -> Tensor:

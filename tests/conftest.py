@@ -54,3 +54,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("skipped")
     for reason, count in reasons.most_common():
         terminalreporter.line(f"{count:5} {reason}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--case", default="", metavar="TEXT", help="op cases with TEXT in their label only")
+
+
+@pytest.fixture(scope="session")
+def case_text(request: pytest.FixtureRequest) -> str:
+    """What the label of an op's case must contain: --case."""
+    return str(request.config.getoption("--case"))

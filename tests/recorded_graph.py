@@ -148,13 +148,13 @@ class _Capture(TorchDispatchMode):
     def _recorded(self, implementation: Implementation) -> Implementation:
         """The implementation, its runs recorded; a torch reference is recorded by the operators it calls."""
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(bound: Any) -> Any:
             self._inside_kernel = True
             try:
-                result = implementation.run(*args, **kwargs)
+                result = implementation.run(bound)
             finally:
                 self._inside_kernel = False
-            self._note(implementation.run, args, kwargs, result)
+            self._note(implementation.run, (bound,), {}, result)
             return result
 
         return (

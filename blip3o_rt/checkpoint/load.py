@@ -37,6 +37,7 @@ from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, is_
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import Blip3oWarning, CheckpointError
+from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,
@@ -46,7 +47,7 @@ from blip3o_rt.switches import (
     check_switches,
     weight_switches,
 )
-from blip3o_rt.weights import E4M3, TensorSpec
+from blip3o_rt.weights import TensorSpec
 
 Quantizer = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
 

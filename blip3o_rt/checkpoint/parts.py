@@ -18,10 +18,11 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, FP8, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
-from blip3o_rt.weights import E4M3, TensorSpec, concatenate_rows
+from blip3o_rt.weights import TensorSpec, concatenate_rows
 
 PREFIXES = {
     "ar": "model.",

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt import ops
-from blip3o_rt.weights import LARGEST, SCALE
+from blip3o_rt.ops.dtypes import LARGEST_INT8
+from blip3o_rt.weights import SCALE
 
 BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
 
@@ -72,5 +73,5 @@ def torch_multiplies_integers() -> bool:
 
     On a processor without VNNI it is not: pairs of products are added in 16 bits, which the largest exceed.
     """
-    largest = torch.full((64, 256), LARGEST, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.t()) == 256 * LARGEST**2).all())
+    largest = torch.full((64, 256), LARGEST_INT8, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 256 * LARGEST_INT8**2).all())

@@ -1,6 +1,8 @@
-"""Product of many rows with a weight matrix, the work of a prompt and of a picture."""
+"""Products with weight matrices: of many rows, and of few, with norm, gate and residual fused into them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +10,18 @@ from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
-from blip3o_rt.ops.registry import op
+from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops.elementwise import silu_mul
+from blip3o_rt.ops.norm import rms_norm
+from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
+from blip3o_rt.ops.registry import op, same_dtype
+from blip3o_rt.ops.scratch import Scratch
+
+CONVERTED_ROWS = 4096  # rows of a bfloat16 weight that exist in float32 at a time
+FUSED_ROWS = 8  # of x that one CUDA kernel norms and multiplies: those of one product of the tensor cores
 
 
-@op(tolerance={torch.float32: 4e-6, torch.bfloat16: 1e-5})
+@op("x [..., K], weight [N, K], bias [N] -> [..., N]", tolerance={torch.float32: 4e-6, torch.bfloat16: 1e-5})
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [..., K], weight [N, K], bias [N], all of one dtype -> [..., N] in it.
 
@@ -20,9 +30,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     """
     if out is None:
         return F.linear(x, weight, bias)
-    shape = (*x.shape[:-1], len(weight))
-    if out.shape != shape:
-        raise OpError(f"linear: out has shape {list(out.shape)}; accepted: {list(shape)}")
     if out.ndim != 2 and not out.is_contiguous():
         raise OpError("linear: out must be contiguous, or a matrix; give it memory of its own")
     rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, len(weight))
@@ -33,33 +40,170 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     return out
 
 
-def unavailable() -> str | None:
-    """The kernel gains something where the processor multiplies bfloat16."""
-    reason = native.cpu_unavailable()
-    if reason is None and not native.cpu().has_bf16_products():
-        reason = f"no AVX512_BF16 in the kernels in use ({native.cpu().isa()}); torch is as fast"
-    return reason
-
-
-def _supports(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None
-) -> str | None:
-    if any(other is not None and other.dtype != x.dtype for other in (weight, bias, out)):
-        return "takes x, weight, bias and out of one dtype"
-    if bias is not None and not (bias.is_contiguous() and bias.shape == weight.shape[:1]):
-        return "takes a bias of one contiguous number for each row of the weight"
-    for tensor in (x, weight, out):
+def _even_rows_of_one_dtype(call: Any) -> str | None:
+    for tensor in (call.x, call.weight, call.out):
         if tensor is not None and not (
             tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1)
         ):
             return "takes contiguous tensors, or matrices with contiguous rows"
-    return None if x.shape[-1] % 2 == 0 else "takes an even K"
+    if call.bias is not None and not call.bias.is_contiguous():
+        return "takes a contiguous bias"
+    return _one_dtype(call) if call.x.shape[-1] % 2 == 0 else "takes an even K"
 
 
-@linear.implementation(
-    "cpu", device="cpu", dtypes=(torch.bfloat16,), supports=_supports, available=unavailable
+_one_dtype = same_dtype("x", "weight", "bias", "out")
+
+linear.native(
+    "cpu", dtypes=(torch.bfloat16,), supports=_even_rows_of_one_dtype, available=native.no_bf16_products
 )
-def _cpu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype) if out is None else out
-    native.cpu().linear(x, weight, bias, out=out)
-    return out
+
+
+@op(
+    "x [M, K], weight [N, K], bias [N] -> [M, N]",
+    tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-6},
+)
+def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
+
+    A skinny GEMM, meant for the rows of a batch and not for those of a prompt. `out` may be float32 for
+    bfloat16 operands (logits). It must not overlap x; OpError if it begins where x does. Batch-invariant: a
+    row's result is bit-identical whatever else is in the batch (contiguous x); the reference takes rows one
+    at a time for that.
+    """
+    _check_memory("row_linear", x, out=out)
+    rows = x.split(1) if len(x) > 1 else (x,)
+    dtype = compute_dtype(x)
+    rounds_once = x.dtype == torch.bfloat16 and (out is None or out.dtype == x.dtype)
+    if weight.dtype == x.dtype and (x.dtype == dtype or rounds_once):  # torch sums bfloat16 in float32
+        return cast_out(torch.cat([F.linear(row, weight, bias) for row in rows]), x.dtype, out)
+    blocks = [_converted_product(rows, block, dtype) for block in weight.split(CONVERTED_ROWS)]
+    result = torch.cat(blocks, dim=1)
+    return cast_out(result if bias is None else result + bias.to(dtype), x.dtype, out)
+
+
+def _check_memory(op_name: str, x: Tensor, **written: Tensor | None) -> None:
+    for name, tensor in written.items():
+        if tensor is not None and x.numel() and tensor.data_ptr() == x.data_ptr():
+            raise OpError(f"{op_name}: {name} must not be the memory of x; give it memory of its own")
+
+
+def _converted_product(rows: tuple[Tensor, ...], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.to(dtype)
+    return torch.cat([F.linear(row.to(dtype), weight) for row in rows])
+
+
+row_linear.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+row_linear.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+
+
+def _known_weight(call: Any) -> str | None:
+    """None where a weight is in the dtype of x, or in 8 bits with a scale per row; else what is taken."""
+    if call.weight.dtype in ((call.x.dtype,) if call.scale is None else (torch.int8, E4M3)):
+        return None
+    return "takes x and weight of one dtype, or an int8 or e4m3 weight with a scale"
+
+
+def _known_to_cpu(call: Any) -> str | None:
+    return _known_weight(call) or no_e4m3(call)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """x weight^T -> out by the op for the weight."""
+    if scale is None:
+        return row_linear(x, weight, out=out)
+    return row_linear_w8(x, weight, scale, out=out)
+
+
+def _reference_product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x weight^T by the definition of that op."""
+    if scale is None:
+        return row_linear.reference(x, weight, out=out)
+    return row_linear_w8.reference(x, weight, scale, out=out)
+
+
+@op(
+    "x [M, K], weight [N, K], scale [N], residual [M, N] -> residual",
+    tolerance={torch.float32: 4e-6, torch.bfloat16: 2e-2},
+)
+def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """residual += x weight^T in place for x [M, K], weight [N, K], residual [M, N]; returns residual.
+
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_w8. The product is rounded to the
+    dtype of x before it is added, so that the bits are those of row_linear and an addition; hence the
+    tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does.
+    Batch-invariant: a row's result is bit-identical whatever else is in the batch (contiguous x).
+    """
+    _check_memory("row_linear_add", x, residual=residual)
+    dtype = compute_dtype(x)
+    return residual.copy_(residual.to(dtype) + _reference_product(x, weight, scale).to(dtype))
+
+
+row_linear_add.native("cuda", dtypes=FLOATS, supports=_known_weight)
+row_linear_add.native("cpu", dtypes=FLOATS, supports=_known_to_cpu)
+
+
+@op(
+    "x [M, K], norm_weight [K], weight [N, K], scale [N] -> [M, N / (1 + gated)]",
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 2e-2},
+)
+def norm_row_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    gated: bool = False,
+    scratch: Scratch | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """rms_norm(x, norm_weight, eps) weight^T for x [M, K], norm_weight [K], weight [N, K] -> [M, N].
+
+    With `scale` float32 [N] the weight is int8 or e4m3, as in row_linear_w8. `gated`: the rows of the
+    weight are N / 2 gates and as many ups, and the result is silu(gate) * up [M, N / 2]. Normed rows, gates
+    and ups are rounded to the dtype of x, so that the bits are those of rms_norm, row_linear and silu_mul one
+    after the other; hence the tolerance of bfloat16. `out` must not overlap x; OpError if it begins where x
+    does. scratch: memory that a call may use (else it makes its own). Batch-invariant: a row's result is
+    bit-identical whatever else is in the batch (contiguous x).
+    """
+    _check_memory("norm_row_linear", x, out=out)
+    normed = rms_norm.reference(x, norm_weight, eps)
+    if not gated:
+        return _reference_product(normed, weight, scale, out)
+    return silu_mul.reference(_reference_product(normed, weight, scale), out=out)
+
+
+def _few_rows(call: Any) -> str | None:
+    """Every block norms the rows anew, so more are better normed once."""
+    if len(call.x) > FUSED_ROWS:
+        return f"takes up to {FUSED_ROWS} rows, got {len(call.x)}"
+    return _known_weight(call)
+
+
+norm_row_linear.native("cuda", dtypes=(torch.bfloat16,), supports=_few_rows)
+norm_row_linear.native("cpu", dtypes=FLOATS, supports=_known_to_cpu)
+
+
+@norm_row_linear.implementation("composed", dtypes=FLOATS, checks_shapes=True, supports=_known_weight)
+def _composed(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    gated: bool = False,
+    scratch: Scratch | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The ops one after the other, each on the best implementation it has."""
+    (rows, inputs), outputs = x.shape, len(weight)
+    if out is None:
+        out = torch.empty((rows, outputs // 2 if gated else outputs), dtype=x.dtype, device=x.device)
+    scratch = Scratch() if scratch is None else scratch
+    sizes = [rows * outputs if gated else 0, rows * inputs]
+    gate_up, normed = scratch.memory(sum(sizes), x.dtype, x.device)[: sum(sizes)].split(sizes)
+    normed = rms_norm(x, norm_weight, eps, out=normed.view(rows, inputs))
+    if not gated:
+        return _product(normed, weight, scale, out)
+    return silu_mul(_product(normed, weight, scale, gate_up.view(rows, outputs)), out=out)

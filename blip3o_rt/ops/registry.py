@@ -1,21 +1,28 @@
 """Ops as contracts: each has a definition in torch, and implementations that are chosen per call.
 
-    @op(tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6})
-    def rms_norm(x, weight, eps): ...                # docstring: the contract; body: the torch reference
+    @op("x [..., D], weight [D], bias [D], residual [..., D] -> [..., D]", tolerance={...})
+    def rms_norm(x, weight, eps, *, bias=None, residual=None, out=None): ...  # contract and definition
 
-    @rms_norm.implementation("cpu", device="cpu", dtypes=FLOATS, available=native.cpu_unavailable)
-    def _(x, weight, eps): ...                       # same signature
+    rms_norm.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))  # the kernel of that name
+    rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+
+    @rms_norm.implementation("mine", device="cpu", dtypes=FLOATS)  # any other function, same signature
+    def _(x, weight, eps, *, bias=None, residual=None, out=None): ...
 
 A call goes to the first implementation, in the order of registration, that is available on this machine and
 supports the arguments; the torch reference is the last and takes everything. A choice forced with `force`
-or with BLIP3O_OPS="rms_norm=torch,row_linear=cpu" never falls back: it runs or it raises OpError.
+or with BLIP3O_OPS="rms_norm=torch,row_linear=cpu" never falls back: it runs or it raises OpError. A tensor
+of a wrong shape is the same error whatever would have run; shapes.py has the notation.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import threading
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -26,48 +33,50 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.errors import OpError
+from blip3o_rt.ops import native, triton_backend
+from blip3o_rt.ops.dtypes import name_of
+from blip3o_rt.ops.scratch import Scratch
+from blip3o_rt.ops.shapes import Shapes
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Supports = Callable[[Any], str | None]
 RangeMaker = Callable[[str], AbstractContextManager[Any]]
-Usage = dict[str, set[str]]
-"""Names of the implementations that each op ran on; ops that were not called are absent."""
-
-FLOATS = (torch.float32, torch.bfloat16)
-"""Dtypes of weights and activations at run time; references also run in float64."""
 
 ENVIRONMENT_VARIABLE = "BLIP3O_OPS"
 REFERENCE = "torch"
 
 
 def usable() -> None:
-    """The availability of an implementation that every machine has."""
+    """Default for `available`: always."""
 
 
-def always_supported(*_: Any, **__: Any) -> None:
-    """The support of an implementation that takes every argument of its device and dtypes."""
-
-
-def weight_dtype_matches(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> str | None:
-    """The support of an implementation whose first two arguments must have one dtype."""
-    return None if weight.dtype == x.dtype else "takes x and weight of one dtype"
+def same_dtype(*names: str) -> Supports:
+    """Support for calls whose arguments of these names, as far as they are given, have one dtype."""
+    first, *others = names
+    reason = f"takes {', '.join(names[:-1])} and {names[-1]} of one dtype"
+    same = [f"(call.{name} is None or call.{name}.dtype is call.{first}.dtype)" for name in others]
+    compiled: Supports = eval(f"lambda call: None if {' and '.join(same)} else {reason!r}")
+    return compiled  # a loop over the names takes three times as long
 
 
 @dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
 
-    device:    device type of the tensors it takes ("cpu", "cuda"); None for any.
-    dtypes:    dtypes of the op's first argument it takes; None for any.
-    supports:  called with the call's arguments; None if it can compute them, else the reason in words.
-    available: None if it can run on this machine, else the reason and the remedy in words.
+    Attributes:
+        run: Computes a bound call, which has the op's arguments as attributes (call.x, call.out).
+        device: Device type of the tensors it takes ("cpu", "cuda"); None for any.
+        dtypes: Dtypes of the op's first argument it takes; None for any.
+        supports: Given the bound call, None if it can compute it, else the reason; None for every call.
+        available: None if it can run on this machine, else the reason and the remedy.
     """
 
     name: str
-    run: Callable[..., Any]
+    run: Callable[[Any], Any]
     device: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    supports: Callable[..., str | None] = always_supported
+    supports: Supports | None = None
     available: Callable[[], str | None] = usable
 
     def takes(self, device: str, dtype: torch.dtype) -> str | None:
@@ -75,8 +84,12 @@ class Implementation:
         if self.device is not None and device != self.device:
             return f"takes tensors on {self.device}, got {device}"
         if self.dtypes is not None and dtype not in self.dtypes:
-            return f"takes {' or '.join(_dtype_name(d) for d in self.dtypes)}, got {_dtype_name(dtype)}"
+            return f"takes {' or '.join(map(name_of, self.dtypes))}, got {name_of(dtype)}"
         return None
+
+    def refusal(self, call: Any) -> str | None:
+        """Why it cannot compute a call of its device and dtypes, or None."""
+        return None if self.supports is None else self.supports(call)
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,14 @@ class Choice:
     reason: str | None  # why it is not chosen: unavailable (with the remedy), or another one comes first
 
 
-Candidates = dict[tuple[str, torch.dtype], tuple[Implementation, ...]]
+class Usage(dict[str, set[str]]):
+    """Names of the implementations that each op ran on; ops that were not called are absent."""
+
+    def __missing__(self, op_name: str) -> set[str]:
+        return self.setdefault(op_name, set())
+
+
+Candidates = dict[tuple[torch.device, torch.dtype], tuple[Implementation, ...]]
 
 
 class Op(Generic[P, R]):
@@ -101,17 +121,45 @@ class Op(Generic[P, R]):
     whose kernels round in between states a wider one and why.
     """
 
-    def __init__(self, reference: Callable[P, R], tolerance: Mapping[torch.dtype, float]) -> None:
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        shapes: str,
+        tolerance: Mapping[torch.dtype, float],
+        out_dtype: str | torch.dtype | None,
+    ) -> None:
         self.name = cast(Any, reference).__name__
         self.reference = reference
         self.tolerance = dict(tolerance)
         self.__doc__ = reference.__doc__
-        self._implementations: tuple[Implementation, ...] = (Implementation(REFERENCE, reference),)
+        parameters = list(inspect.signature(reference).parameters.values())
+        self.argument_names = [parameter.name for parameter in parameters]
+        self.shapes = Shapes(shapes, self.argument_names)
+        # Compiled, because every call passes here: function(call[0], call[1], out=call[2]).
+        passed = [
+            f"{p.name}=call[{i}]" if p.kind is p.KEYWORD_ONLY else f"call[{i}]"
+            for i, p in enumerate(parameters)
+        ]
+        self._apply = eval(f"lambda function, call: function({', '.join(passed)})")
+        defaults = [p.default for p in parameters if p.default is not p.empty]
+        # Binding a call to names costs less than passing *args and **kwargs on.
+        bound = cast(Any, namedtuple)(self.name, self.argument_names, defaults=defaults)
+        self.bind: Callable[..., Any] = functools.partial(bound.__new__, bound)  # half the time of bound()
+        self._out_dtype = out_dtype
+        self._result_like = self._index(self.shapes.like())
+        self._out = self._index("out")
+        self._result = self._index(self.shapes.returned or "out")
+        self._implementations: tuple[Implementation, ...] = (
+            Implementation(REFERENCE, self._checked(reference)),
+        )
         self._forced: tuple[Implementation, ...] = ()  # by the blocks that are open; the last one counts
         self._candidates: Candidates = {}
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(self.implementation_names)}>"
+
+    def _index(self, name: str | None) -> int | None:
+        return self.argument_names.index(name) if name in self.argument_names else None
 
     @property
     def implementations(self) -> tuple[Implementation, ...]:
@@ -128,22 +176,114 @@ class Op(Generic[P, R]):
         *,
         device: str | None = None,
         dtypes: tuple[torch.dtype, ...] | None = None,
-        supports: Callable[..., str | None] = always_supported,
+        supports: Callable[..., str | None] | None = None,
         available: Callable[[], str | None] = usable,
+        checks_shapes: bool = False,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register the decorated function (same signature as the op) before the torch reference.
 
-        Raises OpError where the op has an implementation of that name.
-        """
+        Args:
+            checks_shapes: The function refuses wrong shapes itself, or the ops that it calls do.
+            supports: Given the bound call, which has the op's arguments as attributes: None, or why the
+                function cannot compute it. One with the op's signature is taken as well, and deprecated.
 
-        def register(run: Callable[P, R]) -> Callable[P, R]:
-            if name in self.implementation_names:
-                raise OpError(f"op {self.name} has an implementation '{name}' already: choose another name")
-            found = Implementation(name, run, device, dtypes, supports, available)
-            self._reorder(*self._implementations[:-1], found, self._implementations[-1])
-            return run
+        Raises:
+            OpError: The op has an implementation of that name.
+        """
+        if supports is not None and len(inspect.signature(supports).parameters) != 1:
+            warnings.warn(
+                f"op {self.name}: `supports` of '{name}' takes the op's arguments, which is deprecated: "
+                f"let it take one bound call (call.{self.argument_names[0]})",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            supports = functools.partial(self._apply, supports)
+
+        def register(function: Callable[P, R]) -> Callable[P, R]:
+            run = functools.partial(self._apply, function) if checks_shapes else self._checked(function)
+            self._add(Implementation(name, run, device, dtypes, supports, available))
+            return function
 
         return register
+
+    def native(
+        self,
+        device: str,
+        *,
+        dtypes: tuple[torch.dtype, ...],
+        supports: Supports | None = None,
+        available: Callable[[], str | None] | None = None,
+        scratch: Callable[[Scratch, Any], Any] | None = None,
+    ) -> None:
+        """Register the compiled kernel of the op's name, of blip3o_rt._cpu or blip3o_rt._cuda.
+
+        Its signature is the op's. It checks the shapes itself, so that a call pays for that once.
+
+        Args:
+            scratch: Given the call's scratch memory and the call, what the kernel takes in its place.
+        """
+
+        def run(call: Any) -> Any:
+            call = self.with_out(call)
+            if scratch is not None:
+                call = call._replace(scratch=scratch(call.scratch or Scratch(), call))
+            kernel = getattr(getattr(native, device)(), self.name)
+            self._apply(kernel, call)
+            return call[self._result]
+
+        unavailable = available or getattr(native, f"{device}_unavailable")
+        self._add(Implementation(device, run, device, dtypes, supports, unavailable))
+
+    def triton(
+        self,
+        *,
+        dtypes: tuple[torch.dtype, ...],
+        supports: Supports,
+        available: Callable[[], str | None] = triton_backend.unavailable,
+    ) -> None:
+        """Register the launcher of the op's name in blip3o_rt.triton_kernels; its arguments are the op's."""
+
+        def run(call: Any) -> Any:
+            call = self.with_out(call)
+            launch = triton_backend.kernel(self.name)
+            launch(*(getattr(call, name) for name in inspect.signature(launch).parameters))
+            return call[self._result]
+
+        def refusal(call: Any) -> str | None:
+            self.shapes.check(self.name, call)  # before a kernel leaves the memory of a tensor
+            return supports(call)
+
+        self._add(Implementation("triton", run, "cuda", dtypes, refusal, available))
+
+    def with_out(self, call: Any) -> Any:
+        """The call, with memory for its result where it brings none."""
+        if self._out is None or call[self._out] is not None:
+            return call
+        out = self._out
+        return tuple.__new__(type(call), (*call[:out], self.new_result(call), *call[out + 1 :]))
+
+    def new_result(self, call: Any) -> Tensor:
+        """Memory for a call's result, on the device of the first argument."""
+        dtype = getattr(call, self._out_dtype) if isinstance(self._out_dtype, str) else self._out_dtype
+        if self._result_like is not None:
+            return torch.empty_like(
+                call[self._result_like], dtype=dtype, memory_format=torch.contiguous_format
+            )
+        return cast(Tensor, call[0].new_empty(self.shapes.result_shape(call), dtype=dtype))
+
+    def _checked(self, function: Callable[P, R]) -> Callable[[Any], R]:
+        """The same for a function that relies on the shapes of the contract."""
+
+        def run_checked(call: Any) -> R:
+            self.shapes.check(self.name, call)
+            return cast(R, self._apply(function, call))
+
+        return run_checked
+
+    def _add(self, found: Implementation) -> None:
+        if found.name in self.implementation_names:
+            raise OpError(f"op {self.name} has an implementation '{found.name}' already: choose another name")
+        self._reorder(*self._implementations[:-1], found, self._implementations[-1])
 
     def prefer(self, name: str) -> None:
         """Make an implementation the first that a call tries. Raises OpError for an unknown name."""
@@ -177,16 +317,23 @@ class Op(Generic[P, R]):
         raise OpError(f"op {self.name} has no implementation '{name}'; it has: {known}")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first = cast(Tensor, args[0] if args else next(iter(kwargs.values())))
-        key = (first.device.type, first.dtype)
-        for implementation in self._candidates.get(key) or self._find_candidates(*key):
-            if (reason := implementation.supports(*args, **kwargs)) is None:
-                used = _recording.get()
-                if used is not None:
-                    used.setdefault(self.name, set()).add(implementation.name)
-                return cast(R, implementation.run(*args, **kwargs))
-        # The torch reference refuses nothing: this one was forced.
-        raise self._forced_error(implementation, reason or "it refused the call")
+        call = self.bind(*args, **kwargs)
+        first = call[0]
+        kind = (first.device, first.dtype)
+        try:
+            for implementation in self._candidates.get(kind) or self._find_candidates(*kind):
+                if implementation.supports is None or implementation.supports(call) is None:
+                    used = _recording.get()
+                    if used is not None:
+                        used[self.name].add(implementation.name)
+                    result: R = implementation.run(call)
+                    return result
+        except Exception:
+            self.shapes.check(self.name, call)  # a wrong shape is said in the words of the contract
+            raise
+        self.shapes.check(self.name, call)
+        # The torch reference takes every call, so this implementation was forced.
+        raise self._forced_error(implementation, implementation.refusal(call) or "it refused the call")
 
     @property
     def forced(self) -> Implementation | None:
@@ -216,18 +363,20 @@ class Op(Generic[P, R]):
                 self._forced = tuple(other for other in self._forced if other is not block)
                 self.choose_again()
 
-    def _find_candidates(self, device: str, dtype: torch.dtype) -> tuple[Implementation, ...]:
+    def _find_candidates(self, device: torch.device, dtype: torch.dtype) -> tuple[Implementation, ...]:
         """Available implementations for calls of one kind; remembered, so that a call costs one look-up."""
         read_environment()
         candidates = self._candidates  # before what is forced is read: see choose_again
         forced = self.forced
         if forced is not None:
-            reason = forced.available() or forced.takes(device, dtype)
+            reason = forced.available() or forced.takes(device.type, dtype)
             if reason:
                 raise self._forced_error(forced, reason)
             found: tuple[Implementation, ...] = (forced,)
         else:
-            found = tuple(i for i in self._implementations if not (i.takes(device, dtype) or i.available()))
+            found = tuple(
+                i for i in self._implementations if not (i.takes(device.type, dtype) or i.available())
+            )
         if _make_range is not None:
             found = tuple(self._in_range(implementation, _make_range) for implementation in found)
         candidates[device, dtype] = found
@@ -237,9 +386,9 @@ class Op(Generic[P, R]):
         """The implementation, every run of it inside a range named "op [implementation]"."""
         run, name = implementation.run, f"{self.name} [{implementation.name}]"
 
-        def run_in_range(*args: Any, **kwargs: Any) -> Any:
+        def run_in_range(call: Any) -> Any:
             with make_range(name):
-                return run(*args, **kwargs)
+                return run(call)
 
         return replace(implementation, run=run_in_range)
 
@@ -277,11 +426,23 @@ _recording: ContextVar[Usage | None] = ContextVar("recording", default=None)
 _last = threading.local()  # used: of the last recording
 
 
-def op(tolerance: Mapping[torch.dtype, float]) -> Callable[[Callable[P, R]], Op[P, R]]:
-    """Make the decorated torch function an op under its own name: its docstring is the contract."""
+def op(
+    shapes: str = "",
+    *,
+    tolerance: Mapping[torch.dtype, float],
+    out_dtype: str | torch.dtype | None = None,
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Make the decorated torch function an op under its own name: its docstring is the contract.
+
+    Args:
+        shapes: The shapes of the tensors and of the result, in the notation of shapes.py.
+        tolerance: Per dtype of a result; see Op.
+        out_dtype: The dtype of a result for which no memory is given, or the name of the argument that
+            is it. None is that of the first argument.
+    """
 
     def register(reference: Callable[P, R]) -> Op[P, R]:
-        found = Op(reference, tolerance)
+        found = Op(reference, shapes, tolerance, out_dtype)
         _ops[found.name] = found
         return found
 
@@ -365,13 +526,13 @@ def note_usage(usage: Mapping[str, set[str]]) -> None:
     used = _recording.get()
     if used is not None:
         for name, implementations in usage.items():
-            used.setdefault(name, set()).update(implementations)
+            used[name].update(implementations)
 
 
 def used() -> dict[str, tuple[str, ...]]:
     """Deprecated: what the calling thread's last recording noted; use `recording_usage`."""
     warnings.warn("ops.used() is deprecated: use ops.recording_usage()", DeprecationWarning, stacklevel=2)
-    noted: Usage = getattr(_last, "used", {})
+    noted: Mapping[str, set[str]] = getattr(_last, "used", {})
     return {name: tuple(sorted(implementations)) for name, implementations in sorted(noted.items())}
 
 
@@ -397,7 +558,3 @@ def _set_ranges(make_range: RangeMaker | None) -> None:
 def choices(device: str, dtype: torch.dtype) -> list[Choice]:
     """Every implementation of every op with its standing for calls of this device type and dtype."""
     return [choice for name in sorted(_ops) for choice in _ops[name].choices(device, dtype)]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

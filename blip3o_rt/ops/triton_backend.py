@@ -9,15 +9,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from blip3o_rt.errors import OpError
 
 OLDEST_RELEASE = (3, 6)
 OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 products
@@ -74,6 +72,7 @@ def kernel(op_name: str) -> Callable[..., Any]:
     _find_kernels()
     launch: Callable[..., Any] = getattr(importlib.import_module(f"{KERNELS}.{op_name}"), op_name)
 
+    @functools.wraps(launch)
     def launch_there(first: Tensor, *arguments: Any) -> None:
         with torch.cuda.device_of(first):
             launch(first, *arguments)
@@ -93,24 +92,19 @@ def _find_kernels() -> None:
     spec.loader.exec_module(package)
 
 
-def check_shapes(op_name: str, **tensors: tuple[Tensor | None, Sequence[int]]) -> None:
-    """Raise OpError for the first tensor that has not the shape beside it: kernels would leave its memory."""
-    for name, (tensor, shape) in tensors.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise OpError(f"op {op_name}: {name} is {list(tensor.shape)}; accepted is {list(shape)}")
-
-
-def takes_rows(**tensors: Tensor | None) -> str | None:
-    """None if the rows of all tensors are contiguous, at one distance and not too wide, else why not."""
-    for name, tensor in tensors.items():
+def takes_rows(call: Any, *names: str) -> str | None:
+    """None if the rows of these arguments are contiguous, at one distance and not too wide, else why not."""
+    for name in names:
+        tensor = getattr(call, name)
         if tensor is not None and not _has_rows(tensor):
             return f"takes {name} with contiguous rows of at most {MAX_ROW} elements at one distance"
     return None
 
 
-def takes_contiguous(**tensors: Tensor | None) -> str | None:
-    """None if every tensor is contiguous, else why not."""
-    for name, tensor in tensors.items():
+def takes_contiguous(call: Any, *names: str) -> str | None:
+    """None if each of these arguments that is given is contiguous, else why not."""
+    for name in names:
+        tensor = getattr(call, name)
         if tensor is not None and not tensor.is_contiguous():
             return f"takes contiguous {name}"
     return None

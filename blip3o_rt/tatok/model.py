@@ -11,8 +11,8 @@ from torch import Tensor
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
+from blip3o_rt.ops.image import nearest_code
 from blip3o_rt.ops.linear import linear
-from blip3o_rt.ops.nearest_code import nearest_code
 
 Weights = Mapping[str, Tensor]
 

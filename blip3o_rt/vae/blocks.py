@@ -8,14 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_rt.ops.add_pixel_shuffle import add_pixel_shuffle
-from blip3o_rt.ops.add_pixel_unshuffle import add_pixel_unshuffle
-from blip3o_rt.ops.channel_rms_norm import channel_rms_norm
-from blip3o_rt.ops.convolution_silu import convolution_silu
-from blip3o_rt.ops.depthwise_glu import depthwise_glu
+from blip3o_rt.ops.attention import relu_linear_attention
+from blip3o_rt.ops.dtypes import compute_dtype
+from blip3o_rt.ops.image import add_pixel_shuffle, add_pixel_unshuffle, convolution_silu, depthwise_glu
 from blip3o_rt.ops.linear import linear
-from blip3o_rt.ops.relu_linear_attention import relu_linear_attention
-from blip3o_rt.ops.rounding import arithmetic_dtype
+from blip3o_rt.ops.norm import channel_rms_norm
 
 NORM_EPS = 1e-5
 
@@ -163,7 +160,7 @@ class NearestUpsampling:
 
 def fold_nearest_taps(weight: Tensor) -> Tensor:
     """conv3x3 weight [out, in, 3, 3] -> transposed weight [in, out, 4, 4] that doubles the image first."""
-    wide = arithmetic_dtype(weight)
+    wide = compute_dtype(weight)
     taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=wide, device=weight.device)
     folded = torch.einsum("yk,oikl,xl->ioyx", taps, weight.to(wide), taps).to(weight.dtype)
     return folded.contiguous(memory_format=torch.channels_last)

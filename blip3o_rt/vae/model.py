@@ -8,7 +8,7 @@ from torch import Tensor
 from blip3o_rt.config import VAEConfig, VAEStageConfig
 from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
-from blip3o_rt.ops.rounding import arithmetic_dtype
+from blip3o_rt.ops.dtypes import compute_dtype
 from blip3o_rt.vae.blocks import (
     Convolution,
     Downsampling,
@@ -64,7 +64,7 @@ class Autoencoder:
         The latent is as the diffusion model holds it, multiplied by the scaling factor; H and W are h and w
         times config.compression.
         """
-        latents = latent.to(self.device, arithmetic_dtype(latent))
+        latents = latent.to(self.device, compute_dtype(latent))
         return torch.cat([self._decode(single) for single in latents.split(1)])
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Autoencoder:
         side = self.config.compression
         if height % side or width % side:
             raise ImageError(f"cannot encode {width} x {height} pixels: multiples of {side} are accepted")
-        pictures = pixels.to(self.device, arithmetic_dtype(pixels))
+        pictures = pixels.to(self.device, compute_dtype(pixels))
         return torch.cat([self._encode(single) for single in pictures.split(1)])
 
     def _decode_picture(self, latent: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class Autoencoder:
         y = channels_last(x.to(self.dtype))
         for block in blocks:
             y = block(y)
-        return channels_first(y).to(arithmetic_dtype(y)).contiguous()
+        return channels_first(y).to(compute_dtype(y)).contiguous()
 
 
 def _decoder(config: VAEConfig, weights: Weights) -> list[Block]:

@@ -12,8 +12,9 @@ from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantized
 from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.measure.cases.row_linear_w8 import quantized as random_matrix
 from blip3o_rt.measure.validate.case import random
+from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.weights import E4M3, dequantized
+from blip3o_rt.weights import dequantized
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]

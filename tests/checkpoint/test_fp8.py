@@ -11,7 +11,8 @@ from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.parts import layouts
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.weights import E4M3, SCALE, row_scales, row_values
+from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.weights import SCALE, row_scales, row_values
 
 MATRICES = {
     "ar_weights": ("ar", "layers.0.mlp.gate_up_proj.weight"),

@@ -11,6 +11,7 @@ import pytest
 from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, source_of
 from tests.csrc.simt.cases import PAGED, errors, examples, unseen_pages
+from tests.planting import plant
 
 pytestmark = pytest.mark.exhaustive
 
@@ -176,8 +177,7 @@ def test_planted_faults_are_caught(
     compiler: SimtCompiler, monkeypatch: pytest.MonkeyPatch, op: str, index: int
 ) -> None:
     correct, fault = FAULTS[op][index]
-    source = whole_source_of(op)
-    assert correct in source
-    kernels = compiler.build(op, source.replace(correct, fault), f"{op}_{index}")
+    source = plant(whole_source_of(op), correct, fault)
+    kernels = compiler.build(op, source, f"{op}_{index}")
     monkeypatch.setattr(native, "cuda", lambda: kernels)
     assert is_wrong(op, kernels)

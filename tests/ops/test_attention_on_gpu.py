@@ -10,7 +10,7 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.measure.validate.case import copies, run_exact
 from blip3o_rt.measure.validate.sweep import cases_of, check_of
-from blip3o_rt.ops.registry import FLOATS
+from blip3o_rt.ops.dtypes import FLOATS
 
 pytestmark = pytest.mark.gpu("_cuda")
 
@@ -29,7 +29,7 @@ def test_many_launches_with_one_scratch_memory(op_name: str, head_dim: int, dtyp
     batches = [one, replace(one, arguments=(queries.roll(1, 0), *others))]
     on_device = [copies(batch, "cuda")[0] for batch in batches]
     run, scratch = op.named("cuda").run, ops.Scratch()
-    results = [run(*on_device[launch % 2], scratch=scratch) for launch in range(LAUNCHES)]
+    results = [run(op.bind(*on_device[launch % 2], scratch=scratch)) for launch in range(LAUNCHES)]
     for batch, result in zip(batches, results[:2], strict=True):
         found = check_of(op_name)(op, batch, [result.cpu()], run_exact(op, batch))
         assert all(finding.passed for finding in found), found

@@ -10,7 +10,7 @@ import torch
 
 from blip3o_rt import ops
 
-MODULE = importlib.import_module("blip3o_rt.ops.convolution_silu")
+MODULE = importlib.import_module("blip3o_rt.ops.image")
 needs_onednn = pytest.mark.skipif(
     MODULE.onednn_unavailable() is not None, reason="needs a PyTorch with oneDNN"
 )

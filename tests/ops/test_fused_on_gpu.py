@@ -10,8 +10,8 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.measure.cases.row_linear_w8 import quantized
 from blip3o_rt.measure.validate.case import random
-from blip3o_rt.ops.norm_row_linear import FUSED_ROWS
-from blip3o_rt.weights import E4M3
+from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.ops.linear import FUSED_ROWS
 
 pytestmark = pytest.mark.gpu("_cuda")
 SIZES = [(4096, 2048), (2048, 6144), (70, 264), (70, 37)]  # outputs and inputs

@@ -89,15 +89,20 @@ def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: i
     inputs = 2 * pairs_of_inputs
     x = random(1, rows, inputs, dtype=torch.bfloat16)
     if int8:
-        run, weights = ops.linear_w8a16.named("cpu").run, quantized(2, outputs * 7, inputs)
+        op, weights = ops.linear_w8a16, quantized(2, outputs * 7, inputs)
     else:
         weight, bias = (random(2, outputs * 7, *rest, dtype=torch.bfloat16) for rest in ((inputs,), ()))
-        run, weights = ops.linear.named("cpu").run, (weight, bias)
-    together = run(x, *weights)
+        op, weights = ops.linear, (weight, bias)
+
+    def run(x: Tensor) -> Tensor:
+        result: Tensor = op.named("cpu").run(op.bind(x, *weights))
+        return result
+
+    together = run(x)
     native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
-    assert torch.equal(run(x[chosen], *weights), together[chosen])
-    assert torch.equal(run(x[:1], *weights), together[:1])
+    assert torch.equal(run(x[chosen]), together[chosen])
+    assert torch.equal(run(x[:1]), together[:1])
 
 
 @given(

@@ -50,8 +50,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6, residual=torch.ones(3, 8)),
-        "rms_norm: residual has shape [3, 8]; accepted: [rows = 2, D = 8], leading dimensions flattened "
-        "(rows as in x, D as in x)",
+        "rms_norm: residual has shape [3, 8]; accepted: [... = 2, D = 8] (..., D as in x)",
     ),
     (
         lambda: ops.rms_norm(torch.ones(2, 8, 3).transpose(1, 2), torch.ones(8), 1e-6),
@@ -62,10 +61,10 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         lambda: ops.rms_norm(torch.ones(2, 8), torch.ones(8, device="meta"), 1e-6),
         "an argument is no plain tensor: RuntimeError: Cannot pack tensors on meta",
     ),
-    (lambda: ops.silu_mul(torch.ones(2, 7)), "silu_mul: gate_up must be twice as wide as out"),
+    (lambda: ops.silu_mul(torch.ones(2, 7)), "silu_mul: gate_up has shape [2, 7]; accepted: [..., 2 I]"),
     (
         lambda: ops.row_linear(torch.ones(2, 8), torch.ones(4, 9)),
-        "row_linear: weight has shape [4, 9]; accepted: [N, K = 8], leading dimensions flattened (K as in x)",
+        "row_linear: weight has shape [4, 9]; accepted: [N, K = 8] (K as in x)",
     ),
     (
         lambda: ops.row_linear(torch.ones(2, 8), torch.ones(4, 8), out=torch.ones(2, 4, dtype=torch.int32)),
@@ -79,7 +78,8 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         lambda: ops.norm_row_linear(
             torch.ones(2, 8), torch.ones(8), 1e-6, torch.ones(4, 8), gated=True, out=torch.ones(2, 4)
         ),
-        "norm_row_linear: weight must have a gate row and an up row for each column of out",
+        "norm_row_linear: out has shape [2, 4]; accepted: [M = 2, N / (1 + gated) = 2] "
+        "(M as in x, N as in weight)",
     ),
     (
         lambda: ops.norm_row_linear(torch.ones(2, 8), torch.ones(7), 1e-6, torch.ones(4, 8)),
@@ -93,8 +93,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.row_linear_add(torch.ones(2, 8), torch.ones(4, 8), torch.ones(2, 5)),
-        "row_linear_add: residual has shape [2, 5]; accepted: [M = 2, N = 4], leading dimensions flattened "
-        "(M as in x, N as in weight)",
+        "row_linear_add: residual has shape [2, 5]; accepted: [M = 2, N = 4] (M as in x, N as in weight)",
     ),
     (
         lambda: ops.row_linear_add(same := torch.ones(2, 8), torch.ones(8, 8), same),
@@ -134,7 +133,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.linear(torch.ones(2, 8), torch.ones(4, 8), out=torch.ones(2, 5)),
-        "linear: out has shape [2, 5]; accepted: [2, 4]",
+        "linear: out has shape [2, 5]; accepted: [... = 2, N = 4] (... as in x, N as in weight)",
     ),
     (
         lambda: ops.linear(torch.ones(2, 3, 8), torch.ones(4, 8), out=torch.ones(2, 5, 4)[:, :3]),
@@ -148,7 +147,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.quantize_rows(torch.ones(2, 8), torch.ones(3)),
-        "quantize_rows: scale has shape [3]; accepted: [M = 2] (M as in x)",
+        "quantize_rows: scale has shape [3]; accepted: [... = 2] (... as in x)",
     ),
     (
         lambda: ops.scale_product(
@@ -165,8 +164,8 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         "nearest_code: features and codebook must be at least one wide",
     ),
     (
-        lambda: attention(k_cache=torch.ones(4, 3, 16, 16).transpose(1, 2)),
-        "paged_decode_attention: k_cache has strides [768, 16, 256, 1] for shape [4, 16, 3, 16]; accepted: "
+        lambda: attention(k_cache=torch.ones(7, 4, 2, 16).transpose(1, 2)),
+        "paged_decode_attention: k_cache has strides [128, 16, 32, 1] for shape [7, 2, 4, 16]; accepted: "
         "contiguous (call .contiguous())",
     ),
     (
@@ -187,15 +186,15 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.relu_linear_attention(torch.ones(1, 4, 18), None, None, 4, 1e-5),
-        "relu_linear_attention: D must be a multiple of num_heads",
+        "relu_linear_attention: qkv has shape [1, 4, 18]; accepted: [B, N, 3 num_heads d]",
     ),
     (
         lambda: ops.relu_linear_attention(torch.ones(4, 18), None, None, 3, 1e-5),
-        "relu_linear_attention: qkv has shape [4, 18]; accepted: [B, N, 3 D]",
+        "relu_linear_attention: qkv has shape [4, 18]; accepted: [B, N, 3 num_heads d]",
     ),
     (
         lambda: ops.cross_attention(torch.ones(4, 18), *2 * [torch.ones(2, 3, 8)], None, 1e-5),
-        "cross_attention: query must be H d wide, H and d as in key",
+        "cross_attention: query has shape [4, 18]; accepted: [N, H d = 16] (H, d as in key)",
     ),
     (
         lambda: ops.cross_attention(torch.ones(4, 16), *2 * [torch.ones(2, 8, 3).mT], None, 1e-5),
@@ -209,7 +208,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
         lambda: ops.depthwise_glu(
             torch.ones(1, 2, 2, 6), torch.ones(6), torch.ones(6, 1, 5, 5), torch.ones(6)
         ),
-        "depthwise_glu: weight must be [2 C, 1, 3, 3]",
+        "depthwise_glu: weight has shape [6, 1, 5, 5]; accepted: [2 C = 6, 1, 3, 3] (C as in x)",
     ),
     (
         lambda: ops.layer_norm_modulate(torch.ones(2, 8), torch.ones(8), torch.ones(7), 1e-6),
@@ -217,8 +216,7 @@ WRONG_CALLS: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: ops.gated_add(torch.ones(2, 8), torch.ones(3, 8), torch.ones(8)),
-        "gated_add: x has shape [3, 8]; accepted: [rows = 2, D = 8], leading dimensions flattened "
-        "(rows as in residual, D as in residual)",
+        "gated_add: x has shape [3, 8]; accepted: [... = 2, D = 8] (..., D as in residual)",
     ),
     (
         lambda: ops.channel_rms_norm(torch.ones(2, 8), torch.ones(8), torch.ones(9), 1e-6),
@@ -263,9 +261,7 @@ def contract(op: Op[Any, Any]) -> list[str]:
     "op", [o for o in ops.all_ops().values() if "cpu" in o.implementation_names], ids=str
 )
 def test_a_binding_takes_the_arguments_of_its_op(op: Op[Any, Any]) -> None:
-    found = parameters(getattr(native.cpu(), op.name))
-    expected = contract(op)
-    assert found == (expected if op.name != "nearest_code" else [*expected, "*", "out"])
+    assert parameters(getattr(native.cpu(), op.name)) == contract(op)
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(9, 128), (35, 2048), (20, 6144)])

@@ -30,8 +30,8 @@ def double(monkeypatch: pytest.MonkeyPatch) -> registry.Op[Any, Any]:
     def _(x: Tensor, *, times: float = 2.0) -> Tensor:
         raise AssertionError
 
-    def small(x: Tensor, *, times: float = 2.0) -> str | None:
-        return None if x.numel() < 3 else "takes at most 2 numbers"
+    def small(call: Any) -> str | None:
+        return None if call.x.numel() < 3 else "takes at most 2 numbers"
 
     @double.implementation("picky", device="cpu", dtypes=(torch.float32,), supports=small)
     def _(x: Tensor, *, times: float = 2.0) -> Tensor:
@@ -108,13 +108,12 @@ def test_forcing_blocks_of_two_threads_may_overlap(double: registry.Op) -> None:
 def test_a_look_up_begun_before_a_force_is_forgotten(double: registry.Op) -> None:
     """As where another thread forces an op while this one finds its candidates."""
     forced = ops.force("double", "torch")
-    picky = double.named("picky")
 
     def available() -> None:
         forced.__enter__()
 
     double.withdraw("picky")
-    double.implementation("picky", device="cpu", available=available)(picky.run)
+    double.implementation("picky", device="cpu", available=available)(lambda x, *, times=2.0: x * times * 10)
     assert double(torch.ones(2)).tolist() == [20, 20]
     assert double(torch.ones(2)).tolist() == [2, 2]
     forced.__exit__(None, None, None)

@@ -51,10 +51,11 @@ def errors(op_name: str, case: Case) -> list[str]:
     op = ops.all_ops()[op_name]
     implementation = op.named("triton")
     arguments, options = copies(case)
-    reason = implementation.supports(*arguments, **options)
+    bound = ops.all_ops()[op_name].bind(*arguments, **options)
+    reason = implementation.refusal(bound)
     if reason is not None:
         return [f"not taken: {reason}"]
-    result: Any = implementation.run(*arguments, **options)
+    result: Any = implementation.run(bound)
     found = check_of(op_name)(op, case, outputs(case, arguments, options, result), run_exact(op, case))
     return [str(finding) for finding in found if not finding.passed]
 

@@ -128,10 +128,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def call(op_name: str, *arguments: Any, **options: Any) -> None:
     """An op's call on its Triton implementation. Raises ValueError where that does not take it."""
     implementation = ops.all_ops()[op_name].named("triton")
-    reason = implementation.supports(*arguments, **options)
+    bound = ops.all_ops()[op_name].bind(*arguments, **options)
+    reason = implementation.refusal(bound)
     if reason is not None:
         raise ValueError(f"{op_name}: {reason}")
-    implementation.run(*arguments, **options)
+    implementation.run(bound)
 
 
 Call = tuple[

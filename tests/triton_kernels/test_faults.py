@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.planting import plant
 from tests.triton_kernels import interpreted
 
 KERNELS = Path(__file__).parents[2] / "triton_kernels"
@@ -78,8 +79,7 @@ def caught(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     folder, arguments = tmp_path_factory.mktemp("faults"), []
     for index, (op, file, correct, fault) in enumerate(FAULTS):
         source, path = (KERNELS / f"{file}.py").read_text(), folder / f"{index}.py"
-        assert correct in source
-        path.write_text(source.replace(correct, fault))
+        path.write_text(plant(source, correct, fault))
         arguments.append(f"{op}:{file}={path}")
     return [line["errors"] for line in interpreted.run(*arguments)]
 

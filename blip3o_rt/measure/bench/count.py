@@ -12,7 +12,6 @@ A product is what a library computes: a matrix product or a convolution. Everyth
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,14 +202,12 @@ def counting(positions: int = 1) -> Iterator[Counter]:
 
 
 def _counted(op: Op[Any, Any], counter: Counter, positions: int) -> Implementation:
-    signature = inspect.signature(op.reference)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+    def run(bound: Any) -> Any:
+        given = bound._asdict()
         if op.name == "linear":  # a library's product, which torch's operator counts
             return op.reference(**given)
-        if not _is_one_kernel(op, given):
-            return op.named("composed").run(**given)
+        if not _is_one_kernel(op, bound):
+            return op.named("composed").run(bound)
         with counter.paused():
             result = _result(op, given)
         if op.name == "convolution_silu":  # a product and a pass behind it
@@ -226,12 +223,12 @@ def _counted(op: Op[Any, Any], counter: Counter, positions: int) -> Implementati
     return Implementation("counted", run)
 
 
-def _is_one_kernel(op: Op[Any, Any], given: Mapping[str, Any]) -> bool:
+def _is_one_kernel(op: Op[Any, Any], bound: Any) -> bool:
     """Whether a CUDA kernel takes a call that several ops could compute as well."""
     if op.name not in FEW_ROWS:
         return True
     cuda = op.named("cuda")
-    return not (cuda.takes("cuda", given["x"].dtype) or cuda.supports(**given))
+    return not (cuda.takes("cuda", bound.x.dtype) or cuda.refusal(bound))
 
 
 def _result(op: Op[Any, Any], given: Mapping[str, Any]) -> Tensor:

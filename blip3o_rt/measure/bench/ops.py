@@ -149,9 +149,9 @@ def rotate(
     clock = device_clock(device)
     take: dict[str, Callable[[], float]]
     if clock is None:
-        take = {name: partial(_cold_call, op.named(name).run, rotation) for name in names}
+        take = {name: partial(_cold_call, op, name, rotation) for name in names}
     else:
-        graphs = {name: Candidate(name, _graph(op.named(name).run, rotation, device)) for name in names}
+        graphs = {name: Candidate(name, _graph(op, name, rotation, device)) for name in names}
         copies_made = len(rotation.arguments)
 
         def replayed(graph: Candidate) -> float:
@@ -170,21 +170,27 @@ def rotate(
     return samples
 
 
-def _cold_call(run: Callable[..., Any], rotation: Rotation) -> float:
+def _cold_call(op: Op[Any, Any], implementation: str, rotation: Rotation) -> float:
     """Seconds of a call on inputs that no cache holds, its code in the cache."""
     while True:
         arguments, options = rotation.take()
-        taken, _ = sample(Candidate("", partial(run, *arguments, **options)), None)
+        call = op.bind(*arguments, **options)
+        taken, _ = sample(Candidate("", partial(op.named(implementation).run, call)), None)
         if not rotation.emptied:
             return taken
 
 
-def _graph(run: Callable[..., Any], rotation: Rotation, device: torch.device) -> Callable[[], Any]:
+def _graph(
+    op: Op[Any, Any], implementation: str, rotation: Rotation, device: torch.device
+) -> Callable[[], Any]:
     """A captured call on every copy of the inputs."""
 
+    calls = [op.bind(*arguments, **options) for arguments, options in rotation.arguments]
+    run = op.named(implementation).run
+
     def everything() -> None:
-        for arguments, options in rotation.arguments:
-            run(*arguments, **options)
+        for call in calls:
+            run(call)
 
     return GraphRunner.of(device).capture("bench op", everything)
 

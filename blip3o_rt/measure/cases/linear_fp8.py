@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import torch
 
 from blip3o_rt.measure.validate.case import DTYPES, Case, random
-from blip3o_rt.weights import E4M3, row_scales, row_values
+from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.weights import row_scales, row_values
 
 
 def cases() -> Iterator[Case]:

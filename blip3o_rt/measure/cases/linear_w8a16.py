@@ -6,7 +6,7 @@ import torch
 
 from blip3o_rt.measure.cases.row_linear_w8 import quantized
 from blip3o_rt.measure.validate.case import DTYPES, Case, random
-from blip3o_rt.weights import E4M3
+from blip3o_rt.ops.dtypes import E4M3
 
 
 def cases() -> Iterator[Case]:

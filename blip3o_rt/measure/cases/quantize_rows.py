@@ -9,8 +9,8 @@ from torch import Tensor
 
 from blip3o_rt.measure.validate.case import DTYPES, Case, random
 from blip3o_rt.measure.validate.finding import Finding, compare_output
+from blip3o_rt.ops.dtypes import E4M3, largest_value
 from blip3o_rt.ops.registry import Op
-from blip3o_rt.weights import E4M3, largest_value
 
 
 def cases() -> Iterator[Case]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.measure.validate.case import DTYPES, Case, random
-from blip3o_rt.weights import E4M3, largest_value
+from blip3o_rt.ops.dtypes import E4M3, largest_value
 
 E4M3_NO_NUMBER = 0x7F  # but for its sign
 

@@ -75,19 +75,24 @@ def refusal(op: Op[Any, Any], implementation: Implementation, case: Case, device
     return (
         implementation.available()
         or implementation.takes(device, case.arguments[0].dtype)
-        or implementation.supports(*case.arguments, **case.options)
+        or implementation.refusal(op.bind(*case.arguments, **case.options))
     )
 
 
-def findings(op: Op[Any, Any], variant: str, case: Case, device: str = "cpu") -> list[Finding]:
-    """What a variant makes of a case, compared with the reference; whatever it raises is a finding too."""
+def findings(
+    op: Op[Any, Any], variant: str, case: Case, device: str = "cpu", exact: list[Tensor] | None = None
+) -> list[Finding]:
+    """What a variant makes of a case, compared with the reference; whatever it raises is a finding too.
+
+    exact: what the reference makes of the case in float64, where that is known already.
+    """
     try:
         with selected(variant) as implementation, exact_arithmetic(torch.device(device)):
             results = run(op, implementation, case, device)
     except Exception as error:
         message = next(iter(str(error).splitlines()), "")
         return [Finding("no result", math.nan, 0.0, detail=f"raised {type(error).__name__}: {message}")]
-    return check_of(op.name)(op, case, results, run_exact(op, case))
+    return check_of(op.name)(op, case, results, run_exact(op, case) if exact is None else exact)
 
 
 def sweep(

@@ -42,9 +42,10 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
     op = ops.all_ops()[op_name]
     implementation = op.named("cuda")
     arguments, options = copies(case)
-    if implementation.takes("cuda", arguments[0].dtype) or implementation.supports(*arguments, **options):
+    bound = op.bind(*arguments, **options)
+    if implementation.takes("cuda", arguments[0].dtype) or implementation.refusal(bound):
         return []
-    result: Any = implementation.run(*arguments, **options)
+    result: Any = implementation.run(bound)
     results = outputs(case, arguments, options, result)
     return [found for found in check_of(op_name)(op, case, results, exact) if not found.passed]
 
@@ -56,20 +57,21 @@ PAGED = {"paged_decode_attention": 1, "paged_prefill_attention": 1, "decode_atte
 def unseen_pages(op_name: str) -> list[str]:
     """Pages that do not exist and do not make NaN of what attends to them, and of that alone, in each of an
     op's kernels on native.cuda()."""
-    implementation, place = ops.all_ops()[op_name].named("cuda"), PAGED[op_name]
+    op, place = ops.all_ops()[op_name], PAGED[op_name]
+    implementation = op.named("cuda")
     prompts, found = op_name == "paged_prefill_attention", []
     for dtype, head_dim in itertools.product(DTYPES, (24, 64, 128)):
         lengths = [[10, 5]] * (2 if prompts else 1)
         case = cases_of(op_name).case("", dtype, *lengths, 4, 2, head_dim, 4)
-        if implementation.supports(*case.arguments):
+        if implementation.refusal(op.bind(*case.arguments)):
             continue
-        expected = implementation.run(*copies(case)[0])
+        expected = implementation.run(op.bind(*copies(case)[0]))
         expected[4 if prompts else 0 : 10 if prompts else 1] = torch.nan  # from the second page on
         for page in (-1, -(2**31), len(case.arguments[place])):
             arguments, _ = copies(case)
             arguments[place : place + 2] = (surrounded(cache) for cache in arguments[place : place + 2])
             arguments[place + 2][0, 1] = page
-            result = implementation.run(*arguments)
+            result = implementation.run(op.bind(*arguments))
             if not torch.allclose(result, expected, rtol=0, atol=0, equal_nan=True):
                 found.append(f"page {page}, {dtype}, heads of {head_dim}")
     return found

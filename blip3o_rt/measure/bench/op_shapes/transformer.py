@@ -17,7 +17,7 @@ from blip3o_rt.measure.bench.op_shapes.shape import (
     linear_attention,
 )
 from blip3o_rt.measure.validate.case import Case, random
-from blip3o_rt.weights import E4M3
+from blip3o_rt.ops.dtypes import E4M3
 
 
 def transformer(config: ModelConfig) -> Iterator[OpShape]:

@@ -1,0 +1,125 @@
+"""Norms: RMSNorm of rows and of an image's channels, and LayerNorm that the timestep modulates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops.registry import op, same_dtype
+from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
+
+CPU_ELEMENTS = 2**18  # at a time, so that the float32 intermediates stay in cache
+OTHER_ELEMENTS = 2**25  # at a time, so that those of a full-resolution image stay small
+
+
+@op(
+    "x [..., D], weight [D], bias [D], residual [..., D] -> [..., D]",
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+)
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y / sqrt(mean(y^2) + eps) * weight + bias over the last dimension, y = x or the updated residual.
+
+    x [..., D], weight [D], bias [D] -> [..., D] in the dtype of x. With a residual [..., D], `residual += x`
+    happens in place first (rounded to its dtype), and y is that sum. `out` receives the result; it may be x.
+    """
+    dtype = compute_dtype(x)
+    y = x.to(dtype)
+    if residual is not None:
+        residual.copy_(residual.to(dtype) + y)
+        y = residual.to(dtype)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return cast_out(y, x.dtype, out)
+
+
+rms_norm.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+
+
+@op(
+    "x [..., C], weight [C], bias [C], residual [..., C] -> [..., C]",
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+)
+def channel_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight + bias + residual over the last dimension, then ReLU if asked.
+
+    x [..., C] contiguous, weight and bias [C], residual [..., C] or None -> [..., C] in the dtype of x. `out`
+    receives the result; it may be x or the residual. The channels are those of an image held channels last.
+    """
+    dtype = compute_dtype(x)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    out = torch.empty_like(x) if out is None else out
+    elements = CPU_ELEMENTS if x.device.type == "cpu" else OTHER_ELEMENTS
+    step = max(1, elements // x.shape[-1])
+    rows, results = x.view(-1, x.shape[-1]).split(step), out.view(-1, x.shape[-1]).split(step)
+    added = None if residual is None else residual.view(-1, x.shape[-1]).split(step)
+    for index, (row, result) in enumerate(zip(rows, results, strict=True)):
+        y = row.to(dtype)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
+        y.mul_(weight).add_(bias)
+        if added is not None:
+            y.add_(added[index])
+        if relu:
+            y.relu_()
+        result.copy_(y)
+    return out
+
+
+def _contiguous_rows(call: Any) -> str | None:
+    return takes_rows(call, "x") or takes_contiguous(call, "x", "weight", "bias", "residual", "out")
+
+
+channel_rms_norm.triton(dtypes=FLOATS, supports=_contiguous_rows)
+channel_rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight", "bias", "residual"))
+
+
+@op(
+    "x [..., D], shift [D], scale [D] -> [..., D]",
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},  # subtracting the mean cancels digits
+)
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """(x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift over the last dimension (var: biased).
+
+    x [..., D], shift and scale [D] (fp32, or the dtype of x) -> [..., D] in the dtype of x, or in that of
+    `out`, which may be fp32 for bf16 x. Known as AdaLN modulation.
+    """
+    dtype = compute_dtype(x)
+    y = F.layer_norm(x.to(dtype), x.shape[-1:], 1 + scale.to(dtype), shift.to(dtype), eps)
+    return cast_out(y, x.dtype, out)
+
+
+def _rows_and_modulation(call: Any) -> str | None:
+    return takes_rows(call, "x", "out") or takes_contiguous(call, "shift", "scale")
+
+
+def _modulation_dtype(call: Any) -> str | None:
+    same = call.shift.dtype == call.scale.dtype and call.shift.dtype in (torch.float32, call.x.dtype)
+    return None if same else "takes shift and scale of one dtype, float32 or that of x"
+
+
+layer_norm_modulate.triton(dtypes=FLOATS, supports=_rows_and_modulation)
+layer_norm_modulate.native("cpu", dtypes=FLOATS, supports=_modulation_dtype)

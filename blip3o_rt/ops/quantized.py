@@ -1,0 +1,202 @@
+"""Products with weights in 8 bits, and the quantization of activations: what the fast tier adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from blip3o_rt.errors import OpError
+from blip3o_rt.ops import native, triton_backend
+from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype, largest_value
+from blip3o_rt.ops.registry import op
+from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
+
+CONVERTED_ROWS = 4096  # rows of the weight of row_linear_w8 that exist as wide numbers at a time
+BLOCK_ROWS = 1024  # of linear_w8a16's weight that exist as floating-point numbers at a time, in the caches
+SCALED_MM_UNIT = 16  # torch's product of scaled matrices takes sides that are multiples of it
+
+# The matrix units add the products of 8-bit numbers with some 14 bits, and the library's result is bfloat16.
+TENSOR_CORE_SUMS, ROUNDED_TO_BFLOAT16 = 1e-3, 2.0**-7
+
+
+def no_e4m3(call: Any) -> str | None:
+    """Support of the CPU's kernels, none of which reads e4m3."""
+    return "takes no e4m3 weight, which is for GPUs" if call.weight.dtype == E4M3 else None
+
+
+@op(
+    "x [M, K], weight [N, K], scale [N], bias [N] -> [M, N]",
+    tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-6},
+)
+def row_linear_w8(
+    x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x (weight scale)^T + bias for x [M, K], weight int8 or e4m3 [N, K], scale float32 [N] -> [M, N].
+
+    Row n of the matrix that is meant is scale[n] weight[n]: the weight is quantized, x is not (W8A16). bias
+    [N]. `out` may be float32 for a bfloat16 x (logits). It must not overlap x; OpError if it begins where x
+    does. Meant for one row or a few: with more, arithmetic is the limit and not memory, and less of it saves
+    no time. Batch-invariant: a row's result is bit-identical whatever else is in the batch.
+    """
+    if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
+        raise OpError("row_linear_w8: out must not be the memory of x; give it memory of its own")
+    rows = x.split(1) if len(x) > 1 else (x,)
+    dtype = compute_dtype(x)
+    blocks = []
+    for values, factors in zip(weight.split(CONVERTED_ROWS), scale.split(CONVERTED_ROWS), strict=True):
+        matrix = values.to(dtype) * factors.to(dtype)[:, None]
+        blocks.append(torch.cat([F.linear(row.to(dtype), matrix) for row in rows]))
+    result = torch.cat(blocks, dim=1)
+    return cast_out(result if bias is None else result + bias.to(dtype), x.dtype, out)
+
+
+row_linear_w8.native("cuda", dtypes=FLOATS)
+row_linear_w8.native("cpu", dtypes=FLOATS, supports=no_e4m3)
+
+
+@op("x [M, K], weight [N, K], scale [N] -> [M, N]", tolerance={torch.float32: 4e-6, torch.bfloat16: 2**-8})
+def linear_w8a16(x: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """x (weight scale)^T for x [M, K], weight int8 or e4m3 [N, K], scale float32 [N] -> [M, N] as x.
+
+    As row_linear_w8, for rows so many that arithmetic is the limit: the weight is converted once for all of
+    them. A library's product rounds to bfloat16 before the scale is applied, so the tolerance there is that
+    of one more rounding. `out` must not overlap x.
+    """
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device) if out is None else out
+    for first in range(0, len(weight), BLOCK_ROWS):
+        block = slice(first, first + BLOCK_ROWS)
+        torch.mul(F.linear(x, weight[block].to(x.dtype)), scale[block], out=out[:, block])
+    return out
+
+
+def _int8_of_even_width(call: Any) -> str | None:
+    return no_e4m3(call) if call.x.shape[-1] % 2 == 0 else "takes an even K"
+
+
+linear_w8a16.native(
+    "cpu", dtypes=(torch.bfloat16,), supports=_int8_of_even_width, available=native.no_bf16_products
+)
+
+
+@op(
+    "x [M, K], row_scale [M], weight [N, K], scale [N], bias [N] -> [M, N]",
+    tolerance={torch.bfloat16: TENSOR_CORE_SUMS, torch.float32: ROUNDED_TO_BFLOAT16},
+)
+def linear_fp8(
+    x: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """out = (row_scale x) (scale weight)^T + bias, rounded once; returns out.
+
+    x e4m3 [M, K] with row_scale float32 [M], weight e4m3 [N, K] with scale float32 [N] (W8A8); bias [N] in
+    the dtype of out, or None; out [M, N], bfloat16 or float32.
+    """
+    dtype = compute_dtype(out)
+    product = (x.to(dtype) @ weight.to(dtype).T) * row_scale.to(dtype)[:, None] * scale.to(dtype)
+    return out.copy_(product if bias is None else product + bias.to(dtype))
+
+
+def _takes_scaled_mm(call: Any) -> str | None:
+    (rows, inputs), outputs = call.x.shape, len(call.weight)
+    if inputs % SCALED_MM_UNIT or outputs % SCALED_MM_UNIT or not rows:
+        return f"takes rows, and sides of the weight that are multiples of {SCALED_MM_UNIT}"
+    if {call.x.dtype, call.weight.dtype} != {E4M3}:
+        return "takes x and weight of torch.float8_e4m3fn"
+    return takes_contiguous(call, "x", "row_scale", "weight", "scale", "out")
+
+
+def _no_scaled_mm() -> str | None:
+    """None if torch's product of scaled matrices runs on this machine's GPUs, else the reason."""
+    if not torch.cuda.is_available():
+        return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"
+    return triton_backend.older_than(triton_backend.E4M3_CAPABILITY)
+
+
+@linear_fp8.implementation("scaled_mm", device="cuda", supports=_takes_scaled_mm, available=_no_scaled_mm)
+def scaled_mm(
+    x: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, *, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The same by torch's product of scaled matrices, which sums on the matrix units and gives bfloat16."""
+    narrow = out if out.dtype == torch.bfloat16 else torch.empty_like(out, dtype=torch.bfloat16)
+    torch._scaled_mm(**scaled_mm_arguments(x, row_scale, weight, scale, bias), out=narrow)
+    return out if narrow is out else out.copy_(narrow)
+
+
+def scaled_mm_arguments(
+    x: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
+) -> dict[str, Any]:
+    """How torch is asked for it: the second matrix by columns, scales [M, 1] and [1, N]."""
+    return {
+        "input": x,
+        "mat2": weight.t(),
+        "scale_a": row_scale[:, None],
+        "scale_b": scale[None, :],
+        "bias": None if bias is None else bias.to(torch.bfloat16),
+        "out_dtype": torch.bfloat16,
+    }
+
+
+@op(
+    "x [..., K], scale [...] -> [..., K]",
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+    out_dtype="dtype",
+)
+def quantize_rows(
+    x: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.int8, out: Tensor | None = None
+) -> Tensor:
+    """round(x / scale) per row, int8 or e4m3, for x [M, K]; writes scale float32 [M]. Per-token quantization.
+
+    A row's scale is max(abs(row)) divided by the largest value, 127 or 448, and 0 for a row of zeros. In a
+    row that holds an infinity or a NaN the scale is that too, and the values are any. `out` receives the
+    values and has their `dtype`.
+    """
+    exact, largest = x.to(compute_dtype(x)), largest_value(dtype)
+    scale.copy_(exact.abs().amax(dim=-1) / largest)
+    inverse = (1 / scale.to(exact.dtype)).nan_to_num(nan=0.0, posinf=0.0)
+    values = (exact * inverse[..., None]).nan_to_num(nan=0.0)
+    values = (values if dtype.is_floating_point else values.round_()).clamp_(-largest, largest)
+    return cast_out(values, dtype, out)
+
+
+def _makes_e4m3(call: Any) -> str | None:
+    if call.dtype != E4M3:
+        return "makes values of torch.float8_e4m3fn"
+    return takes_rows(call, "x", "out") or takes_contiguous(call, "scale")
+
+
+def _makes_int8(call: Any) -> str | None:
+    return None if call.dtype == torch.int8 else "makes values of torch.int8"
+
+
+quantize_rows.triton(dtypes=FLOATS, supports=_makes_e4m3, available=triton_backend.e4m3_unavailable)
+quantize_rows.native("cpu", dtypes=FLOATS, supports=_makes_int8)
+
+
+@op(
+    "product [M, N], scale [N], row_scale [M], bias [N] -> [M, N]",
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+)
+def scale_product(
+    product: Tensor,
+    scale: Tensor,
+    *,
+    out: Tensor,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """out = product * row_scale * scale + bias for product [M, N]; rounded once, returns out.
+
+    product int32, of int8 matrices, or in the dtype of out; scale float32 [N], row_scale float32 [M], bias
+    [N] in the dtype of out. out [M, N] float32 or bfloat16; it may be product itself. Known as a
+    dequantizing epilogue.
+    """
+    dtype = compute_dtype(out)
+    result = product.to(dtype) * scale.to(dtype)
+    if row_scale is not None:
+        result = result * row_scale.to(dtype)[:, None]
+    return out.copy_(result if bias is None else result + bias.to(dtype))
+
+
+scale_product.native("cpu", dtypes=(torch.int32, *FLOATS))
