@@ -5,7 +5,6 @@ Bytes    per element of the result: read and written once, and the elements of x
          as many channels as x has, in bfloat16 8.
 FLOPs    1 per element of x.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  The block, and whether the reads of x, which neighbouring lanes share, all come from the first-level
          cache.
 """

@@ -4,7 +4,6 @@ Tiling   a program per tile of whole pixels (32 of 128 channels, 4 of 1024), hel
 Bytes    per element: x and residual once, out once; for bfloat16 6.
 FLOPs    6 per element.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  With 256 channels and more, weight and bias change their layout through shared memory, 7 to 17
          barriers a program.
 """

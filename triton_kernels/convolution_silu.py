@@ -4,7 +4,6 @@ Tiling   a program per 2048 elements in the order of memory.
 Bytes    per element: read and written once; in bfloat16 4.
 FLOPs    some 6 per element, two of them on the special function units.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 """
 
 import triton

@@ -11,7 +11,6 @@ Bytes    query twice, out once, keys and values once per block of queries, from 
 FLOPs    4 d per query and key (6.7 GFLOP there), in bfloat16 on the matrix units.
 Bound    the matrix units and the softmax alike: a block of keys is 512 clocks of theirs, and some 560
          instructions of every warp, one a clock on each scheduler; one program's hide behind the other's.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  186 registers and 80 KB leave two programs on a multiprocessor. 128 queries by 8 warps (209, 96 KB)
          leave one, with a seventh fewer instructions a query, but 132 multiprocessors share 160 programs less
          evenly than 320. 32 keys (155, 48 KB) leave three, so that all 320 run at once, but scale the sums

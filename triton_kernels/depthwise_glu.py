@@ -9,7 +9,6 @@ Bytes    x once from memory and twice more from the caches (plus two rows a band
 FLOPs    36 per output element for the sums, and 3 activations of each input element.
 Bound    the special function units (4 per 3 activations, 10 per output element: some 32 us for the pixels
          above on an H200, whose memory would take 17), then memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  168 registers leave 12 warps on a multiprocessor (8 warps a program, the next row loaded ahead); an
          activated row handed to its neighbours through shared memory (tl.gather), or two columns a lane,
          instead of three activations; the strip, the channels and the band.

@@ -4,7 +4,6 @@ Tiling   a program per tile of whole rows (one of 2240 channels); lanes beyond t
 Bytes    per element: residual and x once, residual written once; for bfloat16 6.
 FLOPs    2 per element.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  As layer_norm_modulate, several rows of 2240 a program.
 """
 

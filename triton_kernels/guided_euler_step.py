@@ -5,7 +5,6 @@ Tiling   a program per 1024 elements of the latent; latent and prediction may be
 Bytes    per element: latent and both predictions read, out written: 16.
 FLOPs    5 per element.
 Bound    launch latency: a latent has 32768 elements.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 """
 
 import triton

@@ -5,7 +5,6 @@ Tiling   a program per tile of whole rows (one of 2240 channels, 16 of 256), hel
 Bytes    per element: x once, out once; for bfloat16 4, with a float32 out 6.
 FLOPs    8 per element.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  Several rows of 2240 a program, since scale and shift, 18 KB, come from the caches for each; rows in
          two tiles, since 45% of the lanes of one are masked.
 """

@@ -4,7 +4,6 @@ Tiling   a program per tile of whole rows (one of 2240 or 5600 channels), held i
 Bytes    per element: x once, 1 for the value; for bfloat16 3, and 4 per row.
 FLOPs    3 per element.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  Warps for rows of 5600. The pass would go into the LayerNorm before most of these products.
 """
 

@@ -12,7 +12,6 @@ Bytes    qkv once and its keys once more, out once, and the chunks' sums, 4 (d^2
          2.4 MB written and 38 MB read from the second-level cache.
 FLOPs    4 d (d + 1) per token and head (0.6 GFLOP there); in bfloat16 3 and 6 times that on the matrix units.
 Bound    memory.
-State    not yet run on hardware; interpreted in the tests, compiled for sm_90.
 To tune  Chunks for heads of 32, whose states are too narrow for the wide products of sm_90 and use those of
          sm_80.
 """

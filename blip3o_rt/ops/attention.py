@@ -15,6 +15,15 @@ from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.triton_backend import takes_contiguous
 
+__all__ = [
+    "cross_attention",
+    "decode_attention",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "qk_norm_rope_append",
+    "relu_linear_attention",
+]
+
 DECODE_HEAD_DIMS = (64, 128)  # of the CUDA kernel that appends and attends
 MOST_HEADS_PER_KV_HEAD = 16  # of the same
 PREFILL_MOST_HEAD_DIM = 256  # of the CUDA kernels

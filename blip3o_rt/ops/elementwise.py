@@ -12,6 +12,8 @@ from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
+__all__ = ["gated_add", "silu_mul"]
+
 
 @op("gate_up [..., 2 I] -> [..., I]", tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6})
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -14,6 +14,8 @@ from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous
 
+__all__ = ["add_pixel_shuffle", "add_pixel_unshuffle", "convolution_silu", "depthwise_glu", "nearest_code"]
+
 CPU_CHANNELS = 256  # channels at a time on the CPU, so that the fp32 intermediates stay in cache
 MOST_ELEMENTS = 2**31 - 2**16  # of an image whose elements a launch counts in 32 bits
 ROUNDED_TWICE = 2.0**-7  # where the SiLU is a pass of its own, the sums behind it are rounded to bfloat16

@@ -17,6 +17,8 @@ from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
 
+__all__ = ["linear", "norm_row_linear", "row_linear", "row_linear_add"]
+
 CONVERTED_ROWS = 4096  # rows of a bfloat16 weight that exist in float32 at a time
 FUSED_ROWS = 8  # of x that one CUDA kernel norms and multiplies: those of one product of the tensor cores
 

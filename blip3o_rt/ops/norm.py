@@ -12,6 +12,8 @@ from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
+__all__ = ["channel_rms_norm", "layer_norm_modulate", "rms_norm"]
+
 CPU_ELEMENTS = 2**18  # at a time, so that the float32 intermediates stay in cache
 OTHER_ELEMENTS = 2**25  # at a time, so that those of a full-resolution image stay small
 

@@ -14,6 +14,8 @@ from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype, largest_
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
+__all__ = ["linear_fp8", "linear_w8a16", "quantize_rows", "row_linear_w8", "scale_product"]
+
 CONVERTED_ROWS = 4096  # rows of the weight of row_linear_w8 that exist as wide numbers at a time
 BLOCK_ROWS = 1024  # of linear_w8a16's weight that exist as floating-point numbers at a time, in the caches
 SCALED_MM_UNIT = 16  # torch's product of scaled matrices takes sides that are multiples of it

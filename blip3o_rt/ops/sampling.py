@@ -13,6 +13,8 @@ from blip3o_rt.ops.random import token_uniforms
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.scratch import Scratch
 
+__all__ = ["advance_rows", "guided_euler_step", "sample_tokens"]
+
 
 @op(
     "logits [B, V], temperature [B], top_k [B], top_p [B], seeds [B], positions [B] -> [B]",
