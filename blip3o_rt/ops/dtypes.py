@@ -8,6 +8,9 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16)
 """Dtypes of weights and activations at run time; references also run in float64."""
 
+WEIGHTS = {torch.float32: (torch.float32, torch.bfloat16), torch.bfloat16: (torch.bfloat16,)}
+"""Dtypes of a weight beside each dtype of x: arithmetic is float32, which widening changes nothing of."""
+
 E4M3 = torch.float8_e4m3fn
 """A sign, 4 bits of exponent and 3 of fraction, no infinities."""
 

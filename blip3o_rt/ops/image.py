@@ -111,20 +111,19 @@ def onednn_unavailable() -> str | None:
     return "this PyTorch is built without oneDNN; install one from pytorch.org"
 
 
-def _onednn_supports(call: Any) -> str | None:
-    if call.x.dtype == torch.bfloat16 and not _onednn_takes_bfloat16():
-        return "takes float32, got bfloat16: oneDNN has no convolution in it for this processor"
-    return None
-
-
 @functools.cache
-def _onednn_takes_bfloat16() -> bool:
-    """Whether oneDNN has convolutions in bfloat16 on this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _no_bfloat16_of_onednn() -> str | None:
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return "oneDNN has no convolution in bfloat16 for this processor"
 
 
 @convolution_silu.implementation(
-    "onednn", device="cpu", dtypes=FLOATS, supports=_onednn_supports, available=onednn_unavailable
+    "onednn",
+    device="cpu",
+    dtypes=FLOATS,
+    available=onednn_unavailable,
+    needs={torch.bfloat16: _no_bfloat16_of_onednn},
 )
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The SiLU at the end of oneDNN's convolution, before its sums are rounded."""

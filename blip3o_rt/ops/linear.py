@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
-from blip3o_rt.ops import native
-from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops import bf16_products
+from blip3o_rt.ops.dtypes import E4M3, FLOATS, WEIGHTS, cast_out, compute_dtype
 from blip3o_rt.ops.elementwise import silu_mul
 from blip3o_rt.ops.norm import rms_norm
 from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
@@ -27,9 +27,10 @@ FUSED_ROWS = 8  # of x that one CUDA kernel norms and multiplies: those of one p
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [..., K], weight [N, K], bias [N], all of one dtype -> [..., N] in it.
 
-    Summed in float32, rounded once. `out` must not overlap x, and be contiguous if it is no matrix. Raises
-    OpError for another `out`.
+    The weight may be bfloat16 beside float32, which it is widened to. Summed in float32, rounded once. `out`
+    must not overlap x, and be contiguous if it is no matrix. Raises OpError for another `out`.
     """
+    weight = weight.to(x.dtype)
     if out is None:
         return F.linear(x, weight, bias)
     if out.ndim != 2 and not out.is_contiguous():
@@ -42,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
     return out
 
 
-def _even_rows_of_one_dtype(call: Any) -> str | None:
+def _rows_and_bfloat16_weight(call: Any) -> str | None:
     for tensor in (call.x, call.weight, call.out):
         if tensor is not None and not (
             tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1)
@@ -50,13 +51,21 @@ def _even_rows_of_one_dtype(call: Any) -> str | None:
             return "takes contiguous tensors, or matrices with contiguous rows"
     if call.bias is not None and not call.bias.is_contiguous():
         return "takes a contiguous bias"
-    return _one_dtype(call) if call.x.shape[-1] % 2 == 0 else "takes an even K"
+    if call.weight.dtype != torch.bfloat16:
+        return "takes a bfloat16 weight"
+    if call.x.dtype == torch.bfloat16 and call.x.shape[-1] % 2:
+        return "takes an even K"
+    return _one_dtype(call)
 
 
-_one_dtype = same_dtype("x", "weight", "bias", "out")
+_one_dtype = same_dtype("x", "bias", "out")
 
 linear.native(
-    "cpu", dtypes=(torch.bfloat16,), supports=_even_rows_of_one_dtype, available=native.no_bf16_products
+    "cpu",
+    dtypes=FLOATS,
+    supports=_rows_and_bfloat16_weight,
+    weights={torch.float32: (torch.bfloat16,), torch.bfloat16: (torch.bfloat16,)},
+    needs={torch.bfloat16: bf16_products.slower},
 )
 
 
@@ -67,10 +76,10 @@ linear.native(
 def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """x weight^T + bias for x [M, K], weight [N, K], bias [N] -> [M, N] in the dtype of x, or of `out`.
 
-    A skinny GEMM, meant for the rows of a batch and not for those of a prompt. `out` may be float32 for
-    bfloat16 operands (logits). It must not overlap x; OpError if it begins where x does. Batch-invariant: a
-    row's result is bit-identical whatever else is in the batch (contiguous x); the reference takes rows one
-    at a time for that.
+    A skinny GEMM, meant for the rows of a batch and not for those of a prompt. The weight may be bfloat16
+    beside float32, which it is widened to. `out` may be float32 for bfloat16 operands (logits). It must not
+    overlap x; OpError if it begins where x does. Batch-invariant: a row's result is bit-identical whatever
+    else is in the batch (contiguous x); the reference takes rows one at a time for that.
     """
     _check_memory("row_linear", x, out=out)
     rows = x.split(1) if len(x) > 1 else (x,)
@@ -95,7 +104,15 @@ def _converted_product(rows: tuple[Tensor, ...], weight: Tensor, dtype: torch.dt
 
 
 row_linear.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
-row_linear.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+
+
+def _widened_weight(call: Any) -> str | None:
+    if call.weight.dtype in WEIGHTS[call.x.dtype]:
+        return None
+    return "takes x and weight of one dtype, or a bfloat16 weight beside float32"
+
+
+row_linear.native("cpu", dtypes=FLOATS, supports=_widened_weight, weights=WEIGHTS)
 
 
 def _known_weight(call: Any) -> str | None:
@@ -105,8 +122,13 @@ def _known_weight(call: Any) -> str | None:
     return "takes x and weight of one dtype, or an int8 or e4m3 weight with a scale"
 
 
+def _known_to_ops(call: Any) -> str | None:
+    """The same with a weight that may be bfloat16 beside float32."""
+    return _widened_weight(call) if call.scale is None else _known_weight(call)
+
+
 def _known_to_cpu(call: Any) -> str | None:
-    return _known_weight(call) or no_e4m3(call)
+    return _known_to_ops(call) or no_e4m3(call)
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
@@ -141,7 +163,7 @@ def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor
 
 
 row_linear_add.native("cuda", dtypes=FLOATS, supports=_known_weight)
-row_linear_add.native("cpu", dtypes=FLOATS, supports=_known_to_cpu)
+row_linear_add.native("cpu", dtypes=FLOATS, supports=_known_to_cpu, weights=WEIGHTS)
 
 
 @op(
@@ -183,10 +205,10 @@ def _few_rows(call: Any) -> str | None:
 
 
 norm_row_linear.native("cuda", dtypes=(torch.bfloat16,), supports=_few_rows)
-norm_row_linear.native("cpu", dtypes=FLOATS, supports=_known_to_cpu)
+norm_row_linear.native("cpu", dtypes=FLOATS, supports=_known_to_cpu, weights=WEIGHTS)
 
 
-@norm_row_linear.implementation("composed", dtypes=FLOATS, checks_shapes=True, supports=_known_weight)
+@norm_row_linear.implementation("composed", dtypes=FLOATS, checks_shapes=True, supports=_known_to_ops)
 def _composed(
     x: Tensor,
     norm_weight: Tensor,

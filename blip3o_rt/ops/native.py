@@ -108,14 +108,6 @@ def _runs_on(major: int, minor: int, architecture: str) -> bool:
     return here >= built and (not only_real or here[0] == built[0])
 
 
-def no_bf16_products() -> str | None:
-    """None if the CPU kernels in use multiply bfloat16, where they gain on torch's products; else why not."""
-    reason = cpu_unavailable()
-    if reason is None and not cpu().has_bf16_products():
-        reason = f"no AVX512_BF16 in the kernels in use ({cpu().isa()}); torch is as fast"
-    return reason
-
-
 def cpu() -> Any:
     """blip3o_rt._cpu, on as many threads as torch uses now. Raises OpError where it is not built.
 

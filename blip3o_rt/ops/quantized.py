@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
-from blip3o_rt.ops import native, triton_backend
+from blip3o_rt.ops import bf16_products, triton_backend
 from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype, largest_value
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
@@ -79,7 +79,10 @@ def _int8_of_even_width(call: Any) -> str | None:
 
 
 linear_w8a16.native(
-    "cpu", dtypes=(torch.bfloat16,), supports=_int8_of_even_width, available=native.no_bf16_products
+    "cpu",
+    dtypes=FLOATS,
+    supports=_int8_of_even_width,
+    needs={torch.bfloat16: bf16_products.missing},
 )
 
 

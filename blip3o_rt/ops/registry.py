@@ -26,7 +26,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
@@ -70,6 +70,8 @@ class Implementation:
         dtypes: Dtypes of the op's first argument it takes; None for any.
         supports: Given the bound call, None if it can compute it, else the reason; None for every call.
         available: None if it can run on this machine, else the reason and the remedy.
+        weights: Dtypes of the argument `weight` that it takes beside each dtype of the first; None for any.
+        needs: For a dtype of the first argument, what `available` says of calls with that.
     """
 
     name: str
@@ -78,14 +80,23 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] | None = None
     supports: Supports | None = None
     available: Callable[[], str | None] = usable
+    weights: Mapping[torch.dtype, tuple[torch.dtype, ...]] | None = None
+    needs: Mapping[torch.dtype, Callable[[], str | None]] = field(default_factory=dict)
 
-    def takes(self, device: str, dtype: torch.dtype) -> str | None:
-        """None if calls with a first argument of this device type and dtype can be taken, else why not."""
+    def takes(self, device: str, dtype: torch.dtype, weight: torch.dtype | None = None) -> str | None:
+        """None if calls with a first argument of this device type and dtype can be taken, else why not.
+
+        Args:
+            weight: The dtype of the argument `weight`; None for any.
+        """
         if self.device is not None and device != self.device:
             return f"takes tensors on {self.device}, got {device}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"takes {' or '.join(map(name_of, self.dtypes))}, got {name_of(dtype)}"
-        return None
+        taken = (weight,) if self.weights is None else self.weights[dtype]
+        if weight is not None and weight not in taken:
+            return f"takes a weight of {' or '.join(map(name_of, taken))}, got {name_of(weight)}"
+        return self.needs.get(dtype, usable)()
 
     def refusal(self, call: Any) -> str | None:
         """Why it cannot compute a call of its device and dtypes, or None."""
@@ -179,11 +190,13 @@ class Op(Generic[P, R]):
         supports: Callable[..., str | None] | None = None,
         available: Callable[[], str | None] = usable,
         checks_shapes: bool = False,
+        **others: Any,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register the decorated function (same signature as the op) before the torch reference.
 
         Args:
             checks_shapes: The function refuses wrong shapes itself, or the ops that it calls do.
+            others: As in Implementation.
             supports: Given the bound call, which has the op's arguments as attributes: None, or why the
                 function cannot compute it. One with the op's signature is taken as well, and deprecated.
 
@@ -201,7 +214,7 @@ class Op(Generic[P, R]):
 
         def register(function: Callable[P, R]) -> Callable[P, R]:
             run = functools.partial(self._apply, function) if checks_shapes else self._checked(function)
-            self._add(Implementation(name, run, device, dtypes, supports, available))
+            self._add(Implementation(name, run, device, dtypes, supports, available, **others))
             return function
 
         return register
@@ -214,6 +227,7 @@ class Op(Generic[P, R]):
         supports: Supports | None = None,
         available: Callable[[], str | None] | None = None,
         scratch: Callable[[Scratch, Any], Any] | None = None,
+        **others: Any,
     ) -> None:
         """Register the compiled kernel of the op's name, of blip3o_rt._cpu or blip3o_rt._cuda.
 
@@ -221,6 +235,7 @@ class Op(Generic[P, R]):
 
         Args:
             scratch: Given the call's scratch memory and the call, what the kernel takes in its place.
+            others: As in Implementation.
         """
 
         def run(call: Any) -> Any:
@@ -232,7 +247,7 @@ class Op(Generic[P, R]):
             return call[self._result]
 
         unavailable = available or getattr(native, f"{device}_unavailable")
-        self._add(Implementation(device, run, device, dtypes, supports, unavailable))
+        self._add(Implementation(device, run, device, dtypes, supports, unavailable, **others))
 
     def triton(
         self,
@@ -398,8 +413,8 @@ class Op(Generic[P, R]):
             f"Drop the choice ({ENVIRONMENT_VARIABLE} or ops.force) or choose '{REFERENCE}'"
         )
 
-    def choices(self, device: str, dtype: torch.dtype) -> list[Choice]:
-        """Every implementation with its standing for calls of this device type and dtype.
+    def choices(self, device: str, dtype: torch.dtype, weight: torch.dtype | None = None) -> list[Choice]:
+        """Every implementation with its standing for calls of this device type, dtype and dtype of weights.
 
         An op that has one dtype only (sampling from float32 logits) is listed for that one.
         """
@@ -408,7 +423,7 @@ class Op(Generic[P, R]):
         found: list[Choice] = []
         forced = self.forced
         for implementation in self._implementations:
-            reason = implementation.takes(device, dtype) or implementation.available()
+            reason = implementation.takes(device, dtype, weight) or implementation.available()
             if reason is None and forced is not None and implementation.name != forced.name:
                 reason = f"'{forced.name}' is forced"
             earlier = next((choice.implementation for choice in found if choice.chosen), None)
@@ -555,6 +570,11 @@ def _set_ranges(make_range: RangeMaker | None) -> None:
         found.choose_again()
 
 
-def choices(device: str, dtype: torch.dtype) -> list[Choice]:
-    """Every implementation of every op with its standing for calls of this device type and dtype."""
-    return [choice for name in sorted(_ops) for choice in _ops[name].choices(device, dtype)]
+def choices(device: str, dtype: torch.dtype, weight: torch.dtype | None = None) -> list[Choice]:
+    """Every implementation of every op with its standing for calls of this device type and these dtypes.
+
+    Args:
+        dtype: Of activations.
+        weight: Of weight matrices; None is that of activations.
+    """
+    return [choice for name in sorted(_ops) for choice in _ops[name].choices(device, dtype, weight or dtype)]

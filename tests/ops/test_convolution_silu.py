@@ -20,9 +20,11 @@ needs_onednn = pytest.mark.skipif(
 def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor without AVX-512BW."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    MODULE._onednn_takes_bfloat16.cache_clear()
+    MODULE._no_bfloat16_of_onednn.cache_clear()
+    ops.convolution_silu.choose_again()
     yield
-    MODULE._onednn_takes_bfloat16.cache_clear()
+    MODULE._no_bfloat16_of_onednn.cache_clear()
+    ops.convolution_silu.choose_again()
 
 
 @needs_onednn
@@ -35,5 +37,7 @@ def test_without_a_bfloat16_convolution_of_onednn_pytorch_chooses(
     with ops.recording_usage() as used:
         found = ops.convolution_silu(x.to(dtype), weight.to(dtype), bias.to(dtype))
     assert used == {"convolution_silu": {implementation}}
+    listed = {c.op: c.implementation for c in ops.choices("cpu", dtype) if c.chosen}
+    assert listed["convolution_silu"] == implementation
     expected = ops.convolution_silu.reference(x.double(), weight.double(), bias.double())
     assert torch.allclose(found.double(), expected, rtol=2**-7)  # a rounding before the SiLU and one after

@@ -16,12 +16,13 @@ from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
 from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
 from blip3o_rt.measure.cases import sample_tokens as sample_cases
 from blip3o_rt.measure.cases.row_linear_w8 import quantized
-from blip3o_rt.measure.validate.case import int32, random, run_exact
+from blip3o_rt.measure.validate.case import PRODUCTS, int32, random, run_exact
 from blip3o_rt.measure.validate.finding import compare
 from blip3o_rt.ops import native
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+KINDS = st.sampled_from([(x, weight) for x, weight, _ in PRODUCTS])
 few = settings(deadline=None, derandomize=True, max_examples=20)
 
 
@@ -36,22 +37,24 @@ def restore() -> Iterator[None]:
 
 def set_up(data: st.DataObject) -> None:
     native.cpu().set_isa(data.draw(st.sampled_from(native.cpu().isas()), "isa"))
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "threads"))
 
 
 @given(
     data=st.data(),
-    dtype=DTYPES,
+    kind=KINDS,
     rows=st.integers(1, 70),
     outputs=st.integers(1, 40),
     inputs=st.integers(1, 400),
 )
 @few
-def test_row_linear(data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int) -> None:
+def test_row_linear(
+    data: st.DataObject, kind: tuple[torch.dtype, torch.dtype], rows: int, outputs: int, inputs: int
+) -> None:
     set_up(data)
-    x, weight = random(1, rows, inputs, dtype=dtype), random(2, outputs * 7, inputs, dtype=dtype)
+    x, weight = random(1, rows, inputs, dtype=kind[0]), random(2, outputs * 7, inputs, dtype=kind[1])
     together = ops.row_linear(x, weight)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
     assert torch.equal(ops.row_linear(x[chosen], weight), together[chosen])
     assert torch.equal(ops.row_linear(x[:1], weight), together[:1])
@@ -69,7 +72,7 @@ def test_row_linear_w8(data: st.DataObject, dtype: torch.dtype, rows: int, outpu
     set_up(data)
     x, (weight, scale) = random(1, rows, inputs, dtype=dtype), quantized(2, outputs * 7, inputs)
     together = ops.row_linear_w8(x, weight, scale)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
     assert torch.equal(ops.row_linear_w8(x[chosen], weight, scale), together[chosen])
     assert torch.equal(ops.row_linear_w8(x[:1], weight, scale), together[:1])
@@ -79,27 +82,30 @@ def test_row_linear_w8(data: st.DataObject, dtype: torch.dtype, rows: int, outpu
     data=st.data(),
     rows=st.integers(1, 70),
     outputs=st.integers(1, 40),
-    pairs_of_inputs=st.integers(1, 200),
+    pairs_of_inputs=st.integers(1, 600),
+    dtype=DTYPES,
     int8=st.booleans(),
 )
 @few
-def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: int, int8: bool) -> None:
+def test_linear(
+    data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: int, dtype: torch.dtype, int8: bool
+) -> None:
     """Of the kernel also where torch is chosen, because it is no faster there."""
     set_up(data)
     inputs = 2 * pairs_of_inputs
-    x = random(1, rows, inputs, dtype=torch.bfloat16)
+    x = random(1, rows, inputs, dtype=dtype)
     if int8:
         op, weights = ops.linear_w8a16, quantized(2, outputs * 7, inputs)
     else:
-        weight, bias = (random(2, outputs * 7, *rest, dtype=torch.bfloat16) for rest in ((inputs,), ()))
-        op, weights = ops.linear, (weight, bias)
+        weight = random(2, outputs * 7, inputs, dtype=torch.bfloat16)
+        op, weights = ops.linear, (weight, random(3, outputs * 7, dtype=dtype))
 
     def run(x: Tensor) -> Tensor:
         result: Tensor = op.named("cpu").run(op.bind(x, *weights))
         return result
 
     together = run(x)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20), "rows")
     assert torch.equal(run(x[chosen]), together[chosen])
     assert torch.equal(run(x[:1]), together[:1])
@@ -107,7 +113,7 @@ def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: i
 
 @given(
     data=st.data(),
-    dtype=DTYPES,
+    kind=KINDS,
     rows=st.integers(1, 70),
     outputs=st.integers(1, 40),
     inputs=st.integers(1, 400),
@@ -115,13 +121,19 @@ def test_linear(data: st.DataObject, rows: int, outputs: int, pairs_of_inputs: i
 )
 @few
 def test_fused_products(
-    data: st.DataObject, dtype: torch.dtype, rows: int, outputs: int, inputs: int, int8: bool
+    data: st.DataObject,
+    kind: tuple[torch.dtype, torch.dtype],
+    rows: int,
+    outputs: int,
+    inputs: int,
+    int8: bool,
 ) -> None:
     """Rows alone have the bits they have together, and those of the ops one after the other."""
     set_up(data)
+    dtype, weights = kind
     x, norm_weight = random(1, rows, inputs, dtype=dtype), random(3, inputs, dtype=dtype)
     weight, scale = (
-        quantized(2, 2 * outputs, inputs) if int8 else (random(2, 2 * outputs, inputs, dtype=dtype), None)
+        quantized(2, 2 * outputs, inputs) if int8 else (random(2, 2 * outputs, inputs, dtype=weights), None)
     )
     residual = random(4, rows, 2 * outputs, dtype=dtype)
 
@@ -136,7 +148,7 @@ def test_fused_products(
         return ops.row_linear(x, weight) if scale is None else ops.row_linear_w8(x, weight, scale)
 
     together = fused(list(range(rows)))
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     one = data.draw(st.integers(0, rows - 1), "row")
     for alone, all_rows in zip(fused([one]), together, strict=True):
         assert torch.equal(alone, all_rows[one : one + 1])
@@ -151,7 +163,7 @@ def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths
     set_up(data)
     q, k, v, page_table, context, scale = attention_cases.case("", dtype, lengths, 6, 2, 24, 16).arguments
     together = ops.paged_decode_attention(q, k, v, page_table, context, scale)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     for b in range(len(lengths)):
         blocks = max(1, -(-lengths[b] // 16))  # a table of its own size, and the pages elsewhere
         moved = torch.arange(blocks, dtype=torch.int32)[None] + 1
@@ -235,7 +247,7 @@ def test_rowwise_ops(op: str, data: st.DataObject, dtype: torch.dtype, rows: int
 
     x, weight = random(1, rows, 2 * width, dtype=dtype), random(2, 2 * width, dtype=dtype)
     together = call(x)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     row = data.draw(st.integers(0, rows - 1), "row")
     assert torch.equal(call(x[row : row + 1].clone()), together[row : row + 1])
 
@@ -273,7 +285,7 @@ def test_relu_linear_attention(
     width = heads * head_dim
     qkv, weight = random(1, 3, tokens, 3 * width, dtype=dtype), random(2, width, dtype=dtype)
     together = ops.relu_linear_attention(qkv, weight, weight, heads, 1e-5)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     alone = ops.relu_linear_attention(qkv[1:2], weight, weight, heads, 1e-5)
     assert torch.equal(alone, together[1:2])
 
@@ -285,7 +297,7 @@ def test_cross_attention(data: st.DataObject, dtype: torch.dtype, queries: int, 
     query, weight = random(1, queries, 3 * 20, dtype=dtype), random(2, 60, dtype=dtype)
     key, value = random(3, 3, keys, 20, dtype=dtype), random(4, 3, keys, 20, dtype=dtype)
     together = ops.cross_attention(query, key, value, weight, 1e-5)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     chosen = data.draw(st.lists(st.integers(0, queries - 1), min_size=1, max_size=20), "queries")
     assert torch.equal(ops.cross_attention(query[chosen], key, value, weight, 1e-5), together[chosen])
 
@@ -305,7 +317,7 @@ def test_depthwise_glu(
     x, bias = random(1, 3, height, width, 2 * channels, dtype=dtype), random(2, 2 * channels, dtype=dtype)
     weight = random(3, 2 * channels, 1, 3, 3, dtype=dtype)
     together = ops.depthwise_glu(x, bias, weight, bias)
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     assert torch.equal(ops.depthwise_glu(x[2:], bias, weight, bias), together[2:])
 
 
@@ -322,6 +334,6 @@ def test_modulation_ops(data: st.DataObject, dtype: torch.dtype, rows: int, widt
         lambda part: ops.channel_rms_norm(part, weight, weight, 1e-6, residual=part),
     )
     together = [call(x) for call in calls]
-    native.cpu().set_num_threads(data.draw(st.integers(1, 5), "other threads"))
+    native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     for call, expected in zip(calls, together, strict=True):
         assert torch.equal(call(x[row : row + 1]), expected[row : row + 1])

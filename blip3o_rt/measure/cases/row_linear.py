@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
-from blip3o_rt.measure.validate.case import DTYPES, Case, random
+from blip3o_rt.measure.validate.case import PRODUCTS, Case, random
 
 
 def cases() -> Iterator[Case]:
-    for dtype in DTYPES:
+    for dtype, weights, beside in PRODUCTS:
         for m, n, k in (
             *((m, 7, 37) for m in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 33)),
             *((1, n, 64) for n in (1, 2, 3, 4, 5, 130)),
@@ -21,18 +21,18 @@ def cases() -> Iterator[Case]:
             (2, 4400, 192),
             (0, 4, 8),
         ):
-            weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
-            yield Case(f"{m} x {k} x {n}", (random(1, m, k, dtype=dtype), weight))
-        weight, bias = random(2, 9, 50, dtype=dtype), random(3, 9, dtype=dtype)
-        yield Case("bias", (random(1, 3, 50, dtype=dtype), weight), {"bias": bias})
-        yield Case("rows with gaps", (random(4, 3, 2, 50, dtype=dtype)[:, 0], weight))
-        yield Case("part of a wider weight", (random(5, 2, 20, dtype=dtype), weight[:, 10:30]))
+            weight = random(2, n, k, dtype=weights, scale=k**-0.5)
+            yield Case(f"{m} x {k} x {n}{beside}", (random(1, m, k, dtype=dtype), weight))
+        weight, bias = random(2, 9, 50, dtype=weights), random(3, 9, dtype=dtype)
+        yield Case(f"bias{beside}", (random(1, 3, 50, dtype=dtype), weight), {"bias": bias})
+        yield Case(f"rows with gaps{beside}", (random(4, 3, 2, 50, dtype=dtype)[:, 0], weight))
+        yield Case(f"part of a wider weight{beside}", (random(5, 2, 20, dtype=dtype), weight[:, 10:30]))
         out = torch.zeros(3, 9)
         yield Case(
-            "float32 out",
+            f"float32 out{beside}",
             (random(1, 3, 50, dtype=dtype), weight),
             {"bias": bias, "out": out},
             written=("out",),
         )
-        weight, out = random(2, 4099, 8, dtype=dtype), torch.zeros(2, 4099)
+        weight, out = random(2, 4099, 8, dtype=weights), torch.zeros(2, 4099)
         yield Case("more rows than are widened at once", (random(1, 2, 8, dtype=dtype), weight), {"out": out})

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 
 from blip3o_rt.measure.cases.row_linear_w8 import quantized
-from blip3o_rt.measure.validate.case import DTYPES, Case, random
+from blip3o_rt.measure.validate.case import PRODUCTS, Case, random
 from blip3o_rt.ops.dtypes import E4M3
 
 
 def cases() -> Iterator[Case]:
-    for dtype in DTYPES:
+    for dtype, weights, beside in PRODUCTS:
         for m, n, k in (
             *((m, 7, 37) for m in (1, 2, 3, 8, 9, 17, 33)),
             *((1, n, 64) for n in (1, 2, 16, 17, 130)),
@@ -20,12 +20,12 @@ def cases() -> Iterator[Case]:
             (0, 4, 8),
         ):
             x, residual = random(1, m, k, dtype=dtype), random(3, m, n, dtype=dtype)
-            weight = random(2, n, k, dtype=dtype, scale=k**-0.5)
-            label = f"{m} x {k} x {n}"
+            weight = random(2, n, k, dtype=weights, scale=k**-0.5)
+            label = f"{m} x {k} x {n}{beside}"
             yield Case(label, (x, weight, residual), written=(2,))
             for kind, values in (("int8", torch.int8), ("e4m3", E4M3)):
                 weight, scale = quantized(2, n, k, values)
                 yield Case(f"{label}, {kind}", (x, weight, residual), {"scale": scale}, written=(2,))
         x, residual = random(1, 3, 2, 50, dtype=dtype)[:, 0], random(3, 3, 2, 9, dtype=dtype)[:, 1]
-        weight = random(2, 9, 60, dtype=dtype, scale=0.1)[:, 10:]
-        yield Case("rows with gaps, part of a wider weight", (x, weight, residual), written=(2,))
+        weight = random(2, 9, 60, dtype=weights, scale=0.1)[:, 10:]
+        yield Case(f"rows with gaps, part of a wider weight{beside}", (x, weight, residual), written=(2,))

@@ -13,6 +13,12 @@ from blip3o_rt import ops
 from blip3o_rt.ops.registry import Op
 
 DTYPES = (torch.float32, torch.bfloat16)
+# Of x and of a weight, with what a label says of them.
+PRODUCTS = (
+    (torch.float32, torch.float32, ""),
+    (torch.bfloat16, torch.bfloat16, ""),
+    (torch.float32, torch.bfloat16, ", bfloat16 weight"),
+)
 
 
 @dataclass(frozen=True)
