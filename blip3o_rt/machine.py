@@ -262,28 +262,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype a name stands for on a device: "fp32", "bf16", or "auto".
-
-    auto is bfloat16 where the device has instructions for it (a GPU of compute capability 8.0, a CPU with
-    AVX512-BF16, AMX or Arm's BF16), else float32. Raises DeviceError on another name, and for bf16 on an
-    older GPU.
-    """
-    import torch
-
-    if name not in ("auto", "fp32", "bf16"):
-        raise DeviceError(f"dtype is {name!r}: accepted are auto, fp32 and bf16")
-    if name == "fp32":
-        return torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        if name == "bf16" and not native:
-            raise DeviceError(f"dtype is 'bf16': {device} is older than compute capability 8.0, choose fp32")
-    else:
-        native = bool({"avx512_bf16", "amx_bf16", "arm_bf16"}.intersection(processor().isa))
-    return torch.bfloat16 if native or name == "bf16" else torch.float32
-
-
 @dataclass(frozen=True)
 class _Setting:
     """A setting of torch for the whole process, and the values that exact arithmetic accepts."""

@@ -12,6 +12,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import require_memory
 from blip3o_rt.params import MAX_STEPS
+from blip3o_rt.precision import FP32, Precision
 from blip3o_rt.renderer import captured_geometries
 from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.layout import GATED_EXPANSION
@@ -19,24 +20,25 @@ from blip3o_rt.vae.layout import GATED_EXPANSION
 
 def require_room(
     config: ModelConfig,
-    dtype: torch.dtype,
+    precision: Precision,
     switches: Mapping[str, str],
     device: torch.device,
     max_batch: int,
     max_prompt_tokens: int,
 ) -> None:
     """Raise InsufficientMemoryError where weights, cache and the largest activations do not fit."""
+    dtype = precision.arithmetic
     ar, tokens = config.ar, config.image_tokens.tokens_per_image
     longest = min(max_prompt_tokens, ar.max_position_embeddings - tokens)  # as much as can be used
     kept = (longest + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
     picture = _picture_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
     captured = _captured_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
-    weights = sum(weight_bytes(config, dtype, switches).values())
+    weights = sum(weight_bytes(config, precision, switches).values())
     needed = weights + cache + picture + captured
     smaller = f"a smaller max_batch ({max_batch}) or max_prompt_tokens ({longest})"
     if cache < weights:
-        smaller = "dtype bf16" if dtype == torch.float32 else "tier fast with 8-bit weights"
+        smaller = "dtype bf16" if precision is FP32 else "tier fast with 8-bit weights"
     remedy = f"choose {smaller}, or a machine with more"
     require_memory(needed, "the model", device, remedy)
 

@@ -22,8 +22,9 @@ from blip3o_rt.errors import GenerationError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
-from blip3o_rt.machine import resolve_device, resolve_dtype
+from blip3o_rt.machine import resolve_device
 from blip3o_rt.memory import require_room
+from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import (
     DEFAULT_BATCH,
     DEFAULT_PROMPT_TOKENS,
@@ -41,6 +42,7 @@ from blip3o_rt.params import (
     reference_list,
 )
 from blip3o_rt.planner import NO_REFERENCE, Planner, Reference
+from blip3o_rt.precision import BF16, resolve_precision
 from blip3o_rt.renderer import Renderer
 from blip3o_rt.result import ImageCallback, Plan, ProgressCallback, Result, Run
 from blip3o_rt.switches import EXACT, FAST, check_device, check_tier
@@ -66,6 +68,7 @@ class Pipeline:
     ) -> None:
         self.config: ModelConfig = checkpoint.config
         self.dtype: torch.dtype = checkpoint.dtype
+        self.precision: str = checkpoint.precision.name
         self.device: torch.device = checkpoint.device
         self.switches: dict[str, str] = dict(checkpoint.switches)
         self.tier = FAST if self.switches else EXACT
@@ -99,7 +102,8 @@ class Pipeline:
         Args:
             path: Its folder; None is the embedded model.
             device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (bfloat16 where the device computes in it, else float32), "fp32" or "bf16".
+            dtype: "fp32", "bf16", "mixed" (bfloat16 weights and float32 arithmetic, on the CPU) or "auto":
+                bf16 where the device computes in it, else float32 arithmetic with the weights as stored.
             tier: "exact", the published mathematics, or "fast", with lossy switches.
             switches: Those of the fast tier, as {"ar_weights": "int8"}; None is those of small cost.
             diffusion: The diffusion model's folder, where the checkpoint names one that is not here.
@@ -127,13 +131,16 @@ class Pipeline:
         check_tier(tier, switches)
         check_fork()
         target = resolve_device(device)
-        held = resolve_dtype(dtype, target)
+        resolve_precision(dtype, target)
         chosen = check_tier(tier, switches, target.type)
         check_device(chosen, target.type)
         with OwnSettings(target, torch.get_num_threads()):
             opened = open_checkpoint(source)
-            require_room(opened.config, held, chosen, target, max_batch, max_prompt_tokens)
-            checkpoint = opened.load(target, held, switches=chosen, cache_dir=cache_dir)
+            precision = resolve_precision(dtype, target, opened.stored_dtype)
+            require_room(opened.config, precision, chosen, target, max_batch, max_prompt_tokens)
+            checkpoint = opened.load(target, precision, switches=chosen, cache_dir=cache_dir)
+        if target.type == "cpu" and precision is BF16:
+            bf16_products.slower()  # what must be measured is measured now, not in a request
         pipeline = cls(checkpoint, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens)
         pipeline.warm_up()
         return pipeline
@@ -343,7 +350,7 @@ class Pipeline:
                     continue
                 images.append(image)
                 run.drawn(index, image)
-            report = run.report(dtype=self.dtype, tier=self.tier, switches=self.switches)
+            report = run.report(dtype=self.precision, tier=self.tier, switches=self.switches)
         if errors:
             raise GenerationError(f"{len(errors)} of {len(plans)} images failed: {errors[0]}", images=images)
         return Result([image for image in images if image is not None], plans, report)

@@ -78,7 +78,7 @@ class Renderer:
                 "name": "embedded" if embedded else checkpoint.source.resolve().name,
                 "sha256": weights_sha256(weights),
             },
-            "dtype": "fp32" if checkpoint.dtype == torch.float32 else "bf16",
+            "dtype": checkpoint.precision.name,
             "device": checkpoint.device.type,
         }
         self._runner = runner

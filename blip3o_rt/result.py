@@ -25,7 +25,9 @@ from blip3o_rt.errors import Cancelled, GenerationError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
 from blip3o_rt.metadata import save_png
+from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.precision import IN_WORDS
 
 # What one unit of a stage is called; one not named here has no unit. "tokens" includes reading the prompt.
 BARS = ("tokens", "denoise", "decode")  # stages that callbacks and progress bars are told of
@@ -70,6 +72,7 @@ class Report:
     implementations: op name -> names of the implementations its calls ran on.
     peak_memory_bytes: on a GPU the most allocated during the request; on the CPU the most the process has
     held resident since it started. not_captured: what ran without a graph on a device that has graphs.
+    measured: what was timed at load to choose between implementations, in words.
     """
 
     stages: tuple[Stage, ...]
@@ -80,6 +83,7 @@ class Report:
     tier: str
     switches: Mapping[str, str] = field(default_factory=dict)
     not_captured: tuple[str, ...] = ()
+    measured: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def not_recorded(self) -> tuple[str, ...]:
@@ -121,6 +125,7 @@ class Report:
             "milliseconds_per_step": self.milliseconds_per_step,
             "peak_memory_bytes": self.peak_memory_bytes,
             "implementations": {op: list(names) for op, names in self.implementations.items()},
+            "measured": dict(self.measured),
             "not_captured": list(self.not_captured),
             "not_recorded": list(self.not_captured),  # deprecated name
         }
@@ -134,9 +139,11 @@ class Report:
         memory = f"{self.peak_memory_bytes / 2**20:.0f} MiB"
         switches = ", ".join(f"{name}={setting}" for name, setting in self.switches.items())
         tier = f"tier {self.tier}" + (f" ({switches})" if switches else "")
-        machine = f"{self.device}, {self.dtype}, {tier}; peak memory {memory}"
+        dtype = IN_WORDS.get(self.dtype, self.dtype)
+        machine = f"{self.device}, {dtype}, {tier}; peak memory {memory}"
         eager = [f"without a graph: {', '.join(self.not_captured)}"] if self.not_captured else []
-        return "\n".join([body, machine, *self._implementation_lines(), *eager])
+        timed = [f"measured for {what}: {times}" for what, times in self.measured.items()]
+        return "\n".join([body, machine, *self._implementation_lines(), *timed, *eager])
 
     def _implementation_lines(self) -> list[str]:
         """One line per implementation, with the ops that ran on it."""
@@ -272,17 +279,18 @@ class Run:
         if self._on_image is not None:
             self._on_image(index, image)
 
-    def report(self, *, dtype: torch.dtype, tier: str, switches: Mapping[str, str]) -> Report:
+    def report(self, *, dtype: str, tier: str, switches: Mapping[str, str]) -> Report:
         """The report of everything so far."""
         return Report(
             tuple(Stage(name, seconds, self._work[name]) for name, seconds in self._seconds.items()),
             {op: tuple(sorted(names)) for op, names in sorted(self._used.items())},
             peak_memory_bytes(self._device),
             device=str(self._device),
-            dtype="fp32" if dtype == torch.float32 else "bf16",
+            dtype=dtype,
             tier=tier,
             switches=dict(switches),
             not_captured=tuple(sorted(self._not_captured)),
+            measured=bf16_products.measured() if self._device.type == "cpu" else {},
         )
 
     def _now(self) -> float:

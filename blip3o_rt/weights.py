@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.ops.dtypes import largest_value
+from blip3o_rt.precision import Precision
 
 ROWS_AT_ONCE = 4096  # that exist in float32
 SCALE = "_scale"  # appended to the name of a matrix
@@ -35,7 +36,7 @@ class TensorSpec:
     """One runtime tensor: its name and shape, its sources, and how they combine.
 
     `combine` receives the source tensors in order; its result is viewed as `shape`.
-    `dtype` None means the model's dtype; otherwise the tensor is kept in that dtype.
+    `dtype` None means the model's dtype (see `model_dtype`); otherwise the tensor is kept in that dtype.
     `rows`, where given, is applied to the combined matrix in the model's dtype, and may be applied to blocks
     of its rows instead.
     """
@@ -46,6 +47,11 @@ class TensorSpec:
     combine: Callable[[Sequence[Tensor]], Tensor] = concatenate_rows
     dtype: torch.dtype | None = None
     rows: Callable[[Tensor], Tensor] | None = None
+
+    def model_dtype(self, precision: Precision) -> torch.dtype:
+        """The weights' dtype for a matrix and what is made of one, the arithmetic's for any other tensor."""
+        is_matrix = self.rows is not None or len(self.shape) == 2
+        return precision.weights if is_matrix else precision.arithmetic
 
     def build(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Combine source tensors (already of the sources' shapes) into the runtime tensor."""

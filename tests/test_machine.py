@@ -136,34 +136,6 @@ class TestDevice:
             machine.require_memory(2 * GIB, "the model", torch.device("cuda", 0))
 
 
-class TestDtype:
-    CPU = torch.device("cpu")
-    GPU = torch.device("cuda", 0)
-
-    @pytest.mark.parametrize("name", ["", "float32", "fp16", "BF16"])
-    def test_unknown_names(self, name: str) -> None:
-        with pytest.raises(DeviceError, match="accepted are auto, fp32 and bf16"):
-            machine.resolve_dtype(name, self.CPU)
-
-    @pytest.mark.parametrize(
-        ("flags", "expected"),
-        [("sse2 avx2 avx512f", torch.float32), ("avx512f avx512_bf16", torch.bfloat16), ("", torch.float32)],
-    )
-    def test_cpu(self, monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype) -> None:
-        monkeypatch.setattr(machine, "_cpuinfo", lambda: {"flags": flags})
-        assert machine.resolve_dtype("auto", self.CPU) == expected
-        assert machine.resolve_dtype("fp32", self.CPU) == torch.float32
-        assert machine.resolve_dtype("bf16", self.CPU) == torch.bfloat16
-
-    def test_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert machine.resolve_dtype("auto", self.GPU) == torch.bfloat16
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-        assert machine.resolve_dtype("auto", self.GPU) == torch.float32
-        with pytest.raises(DeviceError, match=r"compute capability 8\.0, choose fp32"):
-            machine.resolve_dtype("bf16", self.GPU)
-
-
 def test_description_is_json_and_true() -> None:
     described = json.loads(json.dumps(machine.describe().to_dict()))
     assert described["packages"]["torch"] == torch.__version__

@@ -13,6 +13,7 @@ from blip3o_rt.config import EditConfig
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.precision import BF16, FP32, MIXED, Precision
 from tests.recorded_graph import RecordedGraphs
 
 
@@ -41,7 +42,7 @@ def test_without_graphs_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     for graphs in ("on", "off"):
         monkeypatch.setenv("BLIP3O_GRAPHS", graphs)
-        memory.require_room(model, torch.bfloat16, {}, torch.device("cuda"), 1, 1536)
+        memory.require_room(model, BF16, {}, torch.device("cuda"), 1, 1536)
     assert needed[0] - needed[1] == memory._captured_bytes(model, torch.bfloat16) > 0
 
 
@@ -57,22 +58,31 @@ def test_positions_that_cannot_be_used_are_not_asked_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     usable = model.ar.max_position_embeddings - model.image_tokens.tokens_per_image
     for longest in (usable, 1_000_000):
-        memory.require_room(model, torch.float32, {}, torch.device("cpu"), 4, longest)
+        memory.require_room(model, FP32, {}, torch.device("cpu"), 4, longest)
     assert needed[0] == needed[1]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "max_batch", "remedy"),
+    ("precision", "max_batch", "remedy"),
     [
-        (torch.float32, 1, "choose dtype bf16, or"),
-        (torch.bfloat16, 1, "choose tier fast with 8-bit weights, or"),
-        (torch.bfloat16, 256, "choose a smaller max_batch (256) or max_prompt_tokens (1536), or"),
+        (FP32, 1, "choose dtype bf16, or"),
+        (MIXED, 1, "choose tier fast with 8-bit weights, or"),
+        (BF16, 1, "choose tier fast with 8-bit weights, or"),
+        (BF16, 256, "choose a smaller max_batch (256) or max_prompt_tokens (1536), or"),
     ],
 )
 def test_the_remedy_names_what_takes_the_memory(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, max_batch: int, remedy: str
+    monkeypatch: pytest.MonkeyPatch, precision: Precision, max_batch: int, remedy: str
 ) -> None:
     said = []
     monkeypatch.setattr(memory, "require_memory", lambda *arguments: said.append(arguments[-1]))
-    memory.require_room(preset("published"), dtype, {}, torch.device("cpu"), max_batch, 1536)
+    memory.require_room(preset("published"), precision, {}, torch.device("cpu"), max_batch, 1536)
     assert said[0].startswith(remedy)
+
+
+def test_mixed_takes_at_most_60_percent_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, needed = preset("published"), []
+    monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
+    for precision in (FP32, MIXED):
+        memory.require_room(model, precision, {}, torch.device("cpu"), 1, 1536)
+    assert needed[1] <= 0.6 * needed[0]

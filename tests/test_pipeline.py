@@ -62,7 +62,7 @@ def assert_same_pictures(found: list[Image.Image], expected: list[Image.Image]) 
         assert np.array_equal(pixels(one), pixels(other))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
 def test_batches_give_the_pictures_of_single_requests(checkpoint: Path, dtype: str) -> None:
     """Mixed lengths, n > 1, more pictures than the batch holds, either order: the same bits as alone."""
     pipeline = Pipeline.load(checkpoint, device="cpu", dtype=dtype, max_batch=3)
@@ -327,7 +327,7 @@ def test_loading_refuses_what_the_machine_cannot_do(
             Pipeline.load(checkpoint, device="cuda")
     with pytest.raises(DeviceError, match="accepted are auto, cpu, cuda and cuda:N"):
         Pipeline.load(checkpoint, device="tpu")
-    with pytest.raises(DeviceError, match="accepted are auto, fp32 and bf16"):
+    with pytest.raises(DeviceError, match="accepted are auto, fp32, bf16 and mixed"):
         Pipeline.load(checkpoint, device="cpu", dtype="fp16")
     with pytest.raises(ParameterError, match="accepted is 'exact', the published mathematics, or 'fast'"):
         Pipeline.load(checkpoint, device="cpu", tier="fats")

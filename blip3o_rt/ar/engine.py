@@ -101,7 +101,7 @@ class TokenEngine:
         prefill_chunk: int = PREFILL_CHUNK,
         runner: GraphRunner | None = None,
     ) -> None:
-        embedding = weights["embed_tokens.weight"]
+        activations = weights["norm.weight"]  # whose dtype they have
         self.image_tokens = image_tokens
         self.max_batch = max_batch
         self._max_prompt_tokens = max_prompt_tokens
@@ -112,7 +112,7 @@ class TokenEngine:
                 f"num_pages is {num_pages}: accepted is at least {self._max_blocks}, which one image takes"
             )
         self.cache = PagedKVCache(
-            config, num_pages, page_size=page_size, dtype=embedding.dtype, device=embedding.device
+            config, num_pages, page_size=page_size, dtype=activations.dtype, device=activations.device
         )
         self.decoder = Decoder(config, weights, self.cache, max_batch=max_batch, prefill_chunk=prefill_chunk)
         self._token_steps = TokenSteps(

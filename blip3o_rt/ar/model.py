@@ -91,7 +91,8 @@ def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tens
 class Decoder:
     """Qwen3 decoder over a paged cache.
 
-    `weights` are the runtime tensors of part "ar" on one device, all of one dtype but for 8-bit matrices.
+    `weights` are the runtime tensors of part "ar" on one device, all of one dtype but for the matrices, which
+    may be of bfloat16 beside float32, or of 8 bits.
     Hidden states returned are after the final norm, as the diffusion stage and the head want them. A prompt
     is read in chunks that begin at multiples of `prefill_chunk` positions, which is rounded up to whole
     pages.
@@ -113,7 +114,7 @@ class Decoder:
         self.head = Matrix.of(weights, HEAD if HEAD in weights else EMBEDDING)
         self.final_norm = weights["norm.weight"]
         self.layers = [_layer(weights, f"layers.{index}.") for index in range(config.num_layers)]
-        self.dtype = self.embedding.dtype
+        self.dtype = self.final_norm.dtype  # of activations
         self.device = self.embedding.device
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
         self._workspace = Workspace.allocate(config, max_batch, self.dtype, self.device)
@@ -122,7 +123,13 @@ class Decoder:
 
     def embed(self, ids: Tensor) -> Tensor:
         """[.., hidden] embeddings of vocabulary ids."""
-        return F.embedding(ids, self.embedding)
+        return F.embedding(ids, self.embedding).to(self.dtype)
+
+    def _embed_into(self, rows: Tensor, ids: Tensor) -> None:
+        if self.embedding.dtype == self.dtype:
+            torch.index_select(self.embedding, 0, ids, out=rows)
+        else:
+            rows.copy_(self.embedding.index_select(0, ids))
 
     @trace.spanned("ar.prefill")
     def prefill(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
@@ -183,7 +190,7 @@ class Decoder:
         """
         config = self.config
         space = self._rows(tokens.shape[0])
-        torch.index_select(self.embedding, 0, tokens, out=space.residual)
+        self._embed_into(space.residual, tokens)
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
             layer.qkv.norm_row_linear(

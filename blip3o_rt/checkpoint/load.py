@@ -38,6 +38,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import Blip3oWarning, CheckpointError
 from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.precision import Precision, precision_of
 from blip3o_rt.switches import (
     AR_WEIGHTS,
     DIT_WEIGHTS,
@@ -64,17 +65,22 @@ QUANTIZERS: dict[tuple[str, str], tuple[str, Quantizer]] = {
 class Checkpoint:
     """A model in memory: configuration, weights by part and runtime name, and the folder of its tokenizer.
 
-    `dtype` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
+    `precision` and `device` are those of the weights (a few are float32 in every checkpoint); `source` is the
     folder read; `switches` are those of the fast tier, some of which the weights were made for.
     """
 
     config: ModelConfig
     weights: dict[str, dict[str, Tensor]]
     tokenizer_dir: Path
-    dtype: torch.dtype
+    precision: Precision
     device: torch.device
     source: Path
     switches: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of activations."""
+        return self.precision.arithmetic
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class OpenedCheckpoint:
     def load(
         self,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Precision | None = None,
         *,
         parts: Collection[str] | None = None,
         switches: Mapping[str, str] | None = None,
@@ -111,7 +117,7 @@ class OpenedCheckpoint:
 
         Args:
             device: Where the weights go.
-            dtype: float32 or bfloat16; None is the stored one.
+            dtype: float32, bfloat16 or a precision; None is the stored dtype.
             parts: The parts to read; None is all of them.
             switches: Of the fast tier. They make the weights lossy, here or where they were converted.
             cache_dir: Where a published checkpoint is converted once and mapped from then on.
@@ -126,13 +132,13 @@ class OpenedCheckpoint:
         """
         device, chosen = torch.device(device), check_switches(switches)
         check_device(chosen, device.type)
-        if dtype not in (None, *DTYPES.values()):
+        if not isinstance(dtype, Precision) and dtype not in (None, *DTYPES.values()):
             raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
-        wanted = dtype or self.stored_dtype
+        wanted = precision_of(dtype or self.stored_dtype)
         if isinstance(self._layout, Manifest):
             return _load_converted(self.path, self._layout, wanted, device, parts, chosen, verify)
         if cache_dir is not None:
-            cached = _cached(cache_dir, self._layout, wanted, chosen)
+            cached = _cached(cache_dir, self._layout, wanted.weights, chosen)
             manifest = Manifest.read(cached)
             return _load_converted(cached, manifest, wanted, device, parts, chosen, verify)
         return _load_published(self._layout, wanted, device, parts, chosen)
@@ -160,7 +166,7 @@ def load_checkpoint(
     source: Source | PathName,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Precision | None = None,
     parts: Collection[str] | None = None,
     switches: Mapping[str, str] | None = None,
     cache_dir: PathName | None = None,
@@ -174,7 +180,7 @@ def load_checkpoint(
 
 def _load_published(
     published: PublishedCheckpoint,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
     parts: Collection[str] | None,
     switches: Mapping[str, str],
@@ -182,19 +188,22 @@ def _load_published(
     root, extremes = published.path, Extremes()
     weights = {
         part: {
-            spec.name: assemble(published.sources[part], spec, dtype, extremes).to(device) for spec in specs
+            spec.name: assemble(published.sources[part], spec, spec.model_dtype(precision), extremes).to(
+                device
+            )
+            for spec in specs
         }
         for part, specs in layouts(published.config, switches).items()
         if parts is None or part in parts
     }
     _warn(published.warnings + extreme_values(extremes))
-    return Checkpoint(published.config, weights, root, dtype, device, root, switches)
+    return Checkpoint(published.config, weights, root, precision, device, root, switches)
 
 
 def _load_converted(
     root: Path,
     manifest: Manifest,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
     parts: Collection[str] | None,
     switches: Mapping[str, str],
@@ -211,9 +220,9 @@ def _load_converted(
     weights = {}
     for part, specs in layouts(manifest.config, manifest.switches).items():
         if parts is None or part in parts:
-            tensors = _mapped(root / f"{part}.safetensors", specs, manifest.torch_dtype, dtype, device)
+            tensors = _mapped(root / f"{part}.safetensors", specs, manifest.torch_dtype, precision, device)
             weights[part] = quantizers.get(part, dict)(tensors)
-    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, dtype, device, root, switches)
+    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, precision, device, root, switches)
 
 
 def _check_stored(root: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -232,7 +241,7 @@ def _warn(messages: Iterable[str]) -> None:
 
 
 def _mapped(
-    path: Path, specs: list[TensorSpec], stored: torch.dtype, dtype: torch.dtype, device: torch.device
+    path: Path, specs: list[TensorSpec], stored: torch.dtype, precision: Precision, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """A part's tensors by name: mapped where device and dtype are the file's, copied where they are not."""
     try:
@@ -247,7 +256,7 @@ def _mapped(
                     )
                 if tensor.dim() > 1 and _is_zero(tensor):
                     raise CheckpointError(f"{path}: tensor {spec.name!r} is zero throughout; copy it again")
-                yield spec.name, tensor.to(spec.dtype or dtype)
+                yield spec.name, tensor.to(spec.dtype or spec.model_dtype(precision))
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
 

@@ -19,6 +19,7 @@ from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.precision import Precision, precision_of
 from blip3o_rt.switches import AR_WEIGHTS, DIT_WEIGHTS, FP8, INT8, NO_SWITCHES
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
@@ -57,11 +58,14 @@ def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> d
 
 
 def weight_bytes(
-    config: ModelConfig, dtype: torch.dtype, switches: Mapping[str, str] = NO_SWITCHES
+    config: ModelConfig, dtype: torch.dtype | Precision, switches: Mapping[str, str] = NO_SWITCHES
 ) -> dict[str, int]:
-    """Part name -> bytes its runtime tensors take in `dtype`."""
+    """Part name -> bytes its runtime tensors take in a dtype or a precision."""
+    precision = precision_of(dtype)
     return {
-        part: sum(math.prod(spec.shape) * (spec.dtype or dtype).itemsize for spec in specs)
+        part: sum(
+            math.prod(spec.shape) * (spec.dtype or spec.model_dtype(precision)).itemsize for spec in specs
+        )
         for part, specs in layouts(config, switches).items()
     }
 

@@ -56,6 +56,7 @@ class Findings:
 
     version: str
     machine: dict[str, Any]
+    auto_dtype: str  # what the dtype "auto" is on the CPU, for a checkpoint of bfloat16
     extensions: list[Extension]
     ops: list[OpChoice]
     missing: list[str]
@@ -65,15 +66,24 @@ def examine() -> Findings:
     """Look at the machine, the native modules and the op registry."""
     found = describe()
     extensions = [cpu_extension(), cuda_extension(), triton_extension()]
+    devices = ["cpu", "cuda"] if found.gpus else ["cpu"]
     return Findings(
         version=__version__,
         machine=found.to_dict(),
+        auto_dtype=auto_dtype(),
         extensions=extensions,
-        ops=[
-            choice for device in (["cpu", "cuda"] if found.gpus else ["cpu"]) for choice in op_choices(device)
-        ],
+        ops=[choice for device in devices for choice in op_choices(device)],
         missing=missing(found, extensions),
     )
+
+
+def auto_dtype() -> str:
+    """The name of the precision that "auto" is on the CPU."""
+    import torch
+
+    from blip3o_rt.precision import resolve_precision
+
+    return resolve_precision("auto", torch.device("cpu")).name
 
 
 def cpu_extension() -> Extension:
@@ -106,19 +116,18 @@ def triton_extension() -> Extension:
 
 
 def op_choices(device: str) -> list[OpChoice]:
-    """The choices of every op on a device type, for both dtypes of weights and activations."""
-    import torch
-
+    """The choices of every op on a device type, for every precision that it computes in."""
     from blip3o_rt import ops
+    from blip3o_rt.precision import BF16, FP32, MIXED
 
     found = []
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        choices = ops.choices(device, dtype)
+    for precision in (FP32, BF16, *((MIXED,) if device == "cpu" else ())):
+        choices = ops.choices(device, precision.arithmetic, precision.weights)
         for op in sorted({choice.op for choice in choices}):
             standing = [choice for choice in choices if choice.op == op]
             chosen = next((choice.implementation for choice in standing if choice.chosen), "none")
             reasons = {c.implementation: c.reason or "" for c in standing if not c.chosen}
-            found.append(OpChoice(op, device, name, chosen, reasons))
+            found.append(OpChoice(op, device, precision.name, chosen, reasons))
     return found
 
 
@@ -172,10 +181,13 @@ def machine_rows(machine: dict[str, Any]) -> list[list[str]]:
 
 
 def package_rows(findings: Findings) -> list[list[str]]:
-    """Packages with their versions, then the native modules."""
+    """Packages with their versions, the native modules, and what the dtype "auto" is."""
+    from blip3o_rt.precision import IN_WORDS
+
     packages = [[name, version or "not installed"] for name, version in findings.machine["packages"].items()]
     modules = [[e.name, e.detail if e.usable else "not usable, see missing"] for e in findings.extensions]
-    return packages + modules
+    auto = ["dtype auto on the CPU", IN_WORDS.get(findings.auto_dtype, findings.auto_dtype)]
+    return [*packages, *modules, auto]
 
 
 def op_rows(choices: list[OpChoice]) -> list[list[str]]:

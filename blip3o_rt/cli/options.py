@@ -55,7 +55,12 @@ BASE_WEIGHTS = option(
     help="take the diffusers folder's untrained transformer where the checkpoint has none",
 )
 DEVICE = option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-DTYPE = option("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="arithmetic (%(default)s)")
+DTYPE = option(
+    "--dtype",
+    default="auto",
+    choices=("auto", "fp32", "bf16", "mixed"),
+    help="bf16, fp32, or mixed: bf16 weights with fp32 arithmetic (%(default)s)",
+)
 TIER = option(
     "--tier",
     default=EXACT,

@@ -164,7 +164,7 @@ def write(
     settings = {"count": arguments.count, "seed": arguments.seed, **options}
     model: dict[str, Any] = {
         "size": "shapes" if arguments.model is None else str(arguments.model),
-        "dtype": "fp32" if pipeline.dtype == torch.float32 else "bf16",
+        "dtype": pipeline.precision,
         "tier": pipeline.tier,
         "device": str(pipeline.device),
         "threads": torch.get_num_threads(),

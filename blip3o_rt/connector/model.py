@@ -31,7 +31,7 @@ class Connector:
 
     @trace.spanned("connector")
     def __call__(self, features: Tensor) -> Tensor:
-        """[..., in_features] of any float dtype -> [..., out_features] in the dtype of the weights."""
-        hidden = ops.linear(features.to(self.weight_in.dtype), self.weight_in, self.bias_in)
+        """[..., in_features] of any float dtype -> [..., out_features] in the dtype of the biases."""
+        hidden = ops.linear(features.to(self.bias_in.dtype), self.weight_in, self.bias_in)
         hidden = ops.linear(F.gelu(hidden, approximate="tanh"), self.weight_out, self.bias_out)
         return ops.rms_norm(hidden, self.norm_weight, NORM_EPS)

@@ -64,14 +64,14 @@ class DiT:
     """Noise prediction for one picture, both halves of classifier-free guidance at once.
 
     `weights` are the runtime tensors of part "dit", all of one dtype (fp32, bf16; float64 for tests) and on
-    one device. Activations have that dtype; norms, attention, time embedding and the first and last
-    projection are computed in fp32.
+    one device; matrices may be bf16 beside fp32. Activations have the dtype of the others; norms, attention,
+    time embedding and the first and last projection are computed in fp32.
     """
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor]) -> None:
         self.config = config
         self.weights = weights
-        self.dtype = weights["proj_out.weight"].dtype
+        self.dtype = weights["proj_out.bias"].dtype
         self.device = weights["proj_out.weight"].device
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]

@@ -67,7 +67,7 @@ class Stages:
             max_batch=self._engine.max_batch,
             max_prompt_tokens=pipeline._planner.max_prompt_tokens,
             device=str(pipeline.device),
-            dtype="fp32" if pipeline.dtype == torch.float32 else "bf16",
+            dtype=pipeline.precision,
             tier=pipeline.tier,
         )
 

@@ -22,6 +22,7 @@ from blip3o_rt.checkpoint.parts import layout_fingerprint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ARConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.precision import MIXED
 from blip3o_rt.weights import TensorSpec
 
 from .conftest import edit_json, edit_tensors
@@ -52,6 +53,18 @@ def test_the_asked_dtype_is_given(dtype: torch.dtype, checkpoint: Path, converte
         kept = {"codebook": torch.float32}
         for tensors in loaded.weights.values():
             assert all(tensor.dtype == kept.get(name, dtype) for name, tensor in tensors.items())
+
+
+def test_mixed_maps_the_matrices_and_widens_the_rest(checkpoint: Path, converted: Path) -> None:
+    stored = load_checkpoint(converted)
+    for path in (checkpoint, converted):
+        loaded = load_checkpoint(path, dtype=MIXED)
+        assert (loaded.dtype, loaded.precision) == (torch.float32, MIXED)
+        for part, tensors in loaded.weights.items():
+            for name, tensor in tensors.items():
+                kept = torch.bfloat16 if tensor.dim() == 2 and name != "codebook" else torch.float32
+                assert tensor.dtype == kept, name
+                assert torch.equal(tensor.float(), stored.weights[part][name].float())
 
 
 def test_only_the_parts_asked_for_are_read(checkpoint: Path, converted: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from blip3o_rt import __version__, machine, ops
+from blip3o_rt import __version__, machine, ops, precision
 from blip3o_rt.cli import doctor
 from blip3o_rt.ops import native, triton_backend
 from tests.cli.conftest import Command
@@ -16,12 +16,12 @@ from tests.cli.conftest import Command
 GIB = 2**30
 
 
-def test_json_lists_every_op_for_both_dtypes(command: Command) -> None:
+def test_json_lists_every_op_for_every_precision(command: Command) -> None:
     assert command("doctor", "--json") == 0
     found = json.loads(command.output)
     assert found["version"] == __version__
     on_cpu = {(choice["op"], choice["dtype"]) for choice in found["ops"] if choice["device"] == "cpu"}
-    assert on_cpu == {(op, dtype) for op in ops.all_ops() for dtype in ("fp32", "bf16")}
+    assert on_cpu == {(op, dtype) for op in ops.all_ops() for dtype in ("fp32", "bf16", "mixed")}
 
 
 def test_choices_are_what_the_registry_does(command: Command) -> None:
@@ -94,3 +94,16 @@ def test_rows_share_what_dtypes_have_in_common() -> None:
         ["conv", "cpu", "fp32", "cpu", ""],
         ["conv", "cpu", "bf16", "torch", "cpu: takes float32, got bfloat16"],
     ]
+
+
+@pytest.mark.skipif(native.cpu_module() is None, reason="needs the CPU kernels")
+def test_auto_is_said_in_words(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = dataclasses.replace(machine.processor(), isa=("avx2",))
+    monkeypatch.setattr(precision, "processor", lambda: processor)
+    assert command("doctor") == 0
+    assert "mixed (bf16 weights, float32 arithmetic)" in command.output
+    command("doctor", "--json")
+    found = json.loads(command.output)
+    assert found["auto_dtype"] == "mixed"
+    chosen = {c["dtype"]: c["chosen"] for c in found["ops"] if c["op"] == "linear"}
+    assert (chosen["fp32"], chosen["mixed"]) == ("torch", "cpu")

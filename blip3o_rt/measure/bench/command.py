@@ -15,7 +15,7 @@ from transformers.utils import logging
 from blip3o_rt import ops, trace
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.machine import resolve_device, resolve_dtype
+from blip3o_rt.machine import resolve_device
 from blip3o_rt.measure import tables
 from blip3o_rt.measure.bench import compare as comparing
 from blip3o_rt.measure.bench import lines, peers
@@ -26,6 +26,7 @@ from blip3o_rt.measure.records import BenchRecord
 from blip3o_rt.measure.validate.checkpoint import default_work_folder
 from blip3o_rt.ops.registry import find
 from blip3o_rt.ops.user_kernels import load_kernels
+from blip3o_rt.precision import resolve_precision
 from blip3o_rt.switches import check_tier, parse_switches
 
 FILE = "bench.json"
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     with load_kernels(arguments.kernel) as kernels:
         subject = prepare(
             arguments.size,
-            resolve_dtype(arguments.dtype, device),
+            resolve_precision(arguments.dtype, device),
             device,
             arguments.work or default_work_folder(),
             switches,

@@ -39,6 +39,7 @@ from blip3o_rt.measure.validate.checkpoint import EDITING
 from blip3o_rt.ops import registry
 from blip3o_rt.ops.registry import Implementation, Op
 from blip3o_rt.params import MAX_BATCH, SamplingParams
+from blip3o_rt.precision import precision_of
 
 SIZES = ("published", "tiny")
 PROMPT = 35  # tokens of a short prompt with its template
@@ -315,7 +316,7 @@ def meta_checkpoint(config: ModelConfig, dtype: torch.dtype, parts: Sequence[str
         }
         for part in parts
     }
-    return Checkpoint(config, weights, Path(), dtype, device, Path())
+    return Checkpoint(config, weights, Path(), precision_of(dtype), device, Path())
 
 
 # Tables

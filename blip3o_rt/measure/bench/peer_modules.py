@@ -181,9 +181,10 @@ class VisionTower:
 
 
 def _loaded(module: Any, state: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> Any:
-    """A module made without values, given those of the state as they are, on their device."""
+    """A module made without values, given those of the state in their widest dtype, on their device."""
     device = next(iter(state.values())).device
-    module.load_state_dict(dict(state), assign=True)
+    dtype = max((tensor.dtype for tensor in state.values()), key=lambda dtype: dtype.itemsize)
+    module.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     for name, value in (buffers or {}).items():
         owner, _, attribute = name.rpartition(".")
         module.get_submodule(owner).register_buffer(attribute, value, persistent=False)

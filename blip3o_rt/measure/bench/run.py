@@ -62,10 +62,15 @@ class Settings:
 
 def model_entry(subject: Subject, tier: str, kernels: Sequence[UserKernel]) -> dict[str, Any]:
     """The record's "model": what was measured, and every switch that was set."""
-    chosen = {c.op: c.implementation for c in ops.choices(subject.device.type, subject.dtype) if c.chosen}
+    precision = subject.precision
+    chosen = {
+        c.op: c.implementation
+        for c in ops.choices(subject.device.type, precision.arithmetic, precision.weights)
+        if c.chosen
+    }
     return {
         "size": subject.size,
-        "dtype": dtype_name(subject.dtype),
+        "dtype": precision.name,
         "tier": tier,
         "device": str(subject.device),
         "threads": torch.get_num_threads(),
@@ -91,7 +96,7 @@ class Run:
         self, subject: Subject, settings: Settings, record: BenchRecord, log: Callable[[str], None]
     ) -> None:
         self.subject, self.settings, self.record, self.log = subject, settings, record, log
-        self.dtype = dtype_name(subject.dtype)
+        self.dtype = dtype_name(subject.precision.arithmetic)
         self.choice = Choice(settings.lines, settings.baselines, settings.batches)
 
     def everything(self) -> None:

@@ -198,10 +198,10 @@ class ConnectorStage:
         return self._run()
 
     def work(self) -> Work:
-        return work.connector(self.config, self.hidden.dtype.itemsize, tokens=len(self.hidden) + 1)
+        return work.connector(self.config, self.connector.weight_in.itemsize, tokens=len(self.hidden) + 1)
 
     def published_work(self) -> Work:
-        return work.connector(self.config, self.hidden.dtype.itemsize, tokens=2 * len(self.hidden))
+        return work.connector(self.config, self.connector.weight_in.itemsize, tokens=2 * len(self.hidden))
 
 
 class DitStage:
@@ -226,6 +226,7 @@ class DitStage:
                 "edits only"
             )
         self.dit = DiT(self.config.dit, self.weights)
+        self.itemsize = checkpoint.precision.weights.itemsize
         self.quantized = DIT_WEIGHTS in checkpoint.switches
         self.schedule = flow_schedule(self.config.scheduler, steps)
         self.noise, reference = seeded(2, channels, side, side, device=self.dit.device).split(1)
@@ -294,17 +295,17 @@ class DitStage:
         )
 
     def tables_work(self) -> Work:
-        return work.dit_tables(self.config.dit, self.dit.dtype.itemsize, steps=self.schedule.steps)
+        return work.dit_tables(self.config.dit, self.itemsize, steps=self.schedule.steps)
 
     def condition_work(self) -> Work:
         count = len(self.tokens.conditional) + 1
-        return work.dit_condition(self.config.dit, self.dit.dtype.itemsize, tokens=count)
+        return work.dit_condition(self.config.dit, self.itemsize, tokens=count)
 
     def step_work(self, *, shortened: bool) -> Work | None:
         """shortened: ours. None where its products are of 8 bits: nothing measures their ceiling."""
         if shortened and self.quantized:
             return None
-        return work.dit_step(self.config, self.dit.dtype.itemsize, shortened=shortened, edit=self.edit)
+        return work.dit_step(self.config, self.itemsize, shortened=shortened, edit=self.edit)
 
 
 class VaeStage:
@@ -357,7 +358,7 @@ class TatokStage:
         return self.tokenizer.encode(self.pixels)
 
     def work(self) -> Work:
-        return work.tatok_encode(self.config, self.tokenizer.dtype.itemsize)
+        return work.tatok_encode(self.config, self.tokenizer.task[0].itemsize)
 
 
 class ImageStage:

@@ -20,6 +20,7 @@ from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.random_checkpoint import folder_name, preset
 from blip3o_rt.measure.random_tokenizer import write_tokenizer
 from blip3o_rt.measure.validate.checkpoint import EDITING
+from blip3o_rt.precision import Precision, precision_of
 from blip3o_rt.switches import check_device, weight_switches
 from blip3o_rt.weights import Source as TensorSource
 from blip3o_rt.weights import TensorSpec
@@ -32,7 +33,7 @@ NOISE = 2**24 + 43  # normal numbers that all random weights are taken from
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, and the dtype and device it is measured in.
+    """A model, and the precision and device it is measured in.
 
     Attributes:
         size: "published" or "tiny" (random weights of that geometry), "shapes" (the embedded model), or a
@@ -45,7 +46,7 @@ class Subject:
 
     size: str
     folder: Path
-    dtype: torch.dtype
+    precision: Precision
     device: torch.device
     cache_dir: Path
     switches: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class Subject:
             return self._random(parts)
         return load_checkpoint(
             Source(self.folder, self.diffusion, self.ta_tok),
-            dtype=self.dtype,
+            dtype=self.precision,
             device=self.device,
             cache_dir=self.cache_dir,
             parts=parts,
@@ -71,12 +72,12 @@ class Subject:
         config = self.config()
         quantizers = dict(QUANTIZERS[switch] for switch in weight_switches(self.switches).items())
         weights = {
-            part: quantizers.get(part, dict)(random_weights(specs, self.dtype, self.device).items())
+            part: quantizers.get(part, dict)(random_weights(specs, self.precision, self.device).items())
             for part, specs in layouts(config).items()
             if parts is None or part in parts
         }
         return Checkpoint(
-            config, weights, self.folder, self.dtype, self.device, self.folder, dict(self.switches)
+            config, weights, self.folder, self.precision, self.device, self.folder, dict(self.switches)
         )
 
     def config(self) -> ModelConfig:
@@ -85,7 +86,7 @@ class Subject:
 
 
 def random_weights(
-    specs: Collection[TensorSpec], dtype: torch.dtype, device: torch.device
+    specs: Collection[TensorSpec], precision: Precision, device: torch.device
 ) -> dict[str, Tensor]:
     """Runtime tensors of seeded random weights, about the same model in each dtype and on every device.
 
@@ -96,8 +97,8 @@ def random_weights(
     found = {}
     for spec in specs:
         made_from = noise if spec.dtype is not None else on_device  # what is computed is computed by the host
-        sources = [_random_source(source, made_from).to(dtype) for source in spec.sources]
-        found[spec.name] = spec.build(sources, dtype).to(device)
+        sources = [_random_source(source, made_from).to(precision.weights) for source in spec.sources]
+        found[spec.name] = spec.build(sources, spec.model_dtype(precision)).to(device)
     return found
 
 
@@ -114,7 +115,7 @@ def _random_source(source: TensorSource, noise: Tensor) -> Tensor:
 
 def prepare(
     size: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Precision,
     device: torch.device,
     work: Path,
     switches: Mapping[str, str] | None = None,
@@ -138,4 +139,4 @@ def prepare(
             f"size is {size!r}: accepted are published, shapes, tiny or a checkpoint's folder"
         )
     cache = work / "converted-checkpoints"
-    return Subject(size, folder, dtype, device, cache, dict(switches or {}), diffusion, ta_tok)
+    return Subject(size, folder, precision_of(dtype), device, cache, dict(switches or {}), diffusion, ta_tok)
