@@ -22,6 +22,8 @@ OUTPUTS = ("pil", "tensor", "latent")  # what a rendering gives
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 64
 MAX_BATCH = 256
+MAX_DRAFT_WINDOW = 16
+AUTO = "auto"
 MIN_PROMPT_TOKENS = 16
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_STEPS = 1000
@@ -126,6 +128,14 @@ def image_seeds(seed: object, n: object) -> list[int]:
             f"seed is {first} with n {count}: the last picture's, seed + n - 1, may be at most {MAX_SEED}"
         )
     return list(range(first, first + count))
+
+
+def check_draft_window(value: object) -> int | None:
+    """Rows of an image in a pass of the decoder, 1 to 16, or None for "auto". Raises ParameterError."""
+    if isinstance(value, str) and value == AUTO:
+        return None
+    accepted = f'"{AUTO}", or a whole number from 1 (a token a pass) to {MAX_DRAFT_WINDOW}'
+    return _integer("draft_window", value, 1, MAX_DRAFT_WINDOW, accepted)
 
 
 def check_max_batch(value: object) -> int:

@@ -26,6 +26,7 @@ from blip3o_rt.machine import resolve_device
 from blip3o_rt.memory import require_room
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import (
+    AUTO,
     DEFAULT_BATCH,
     DEFAULT_PROMPT_TOKENS,
     OUTPUTS,
@@ -33,6 +34,7 @@ from blip3o_rt.params import (
     SamplingParams,
     check_callback,
     check_choice,
+    check_draft_window,
     check_flag,
     check_max_batch,
     check_max_prompt_tokens,
@@ -172,6 +174,7 @@ class Pipeline:
         top_k: int | None = SAMPLING.top_k,
         top_p: float = SAMPLING.top_p,
         image_tokens_only: bool = SAMPLING.image_tokens_only,
+        draft_window: int | str = AUTO,
         token_ids: Tensor | Sequence[int] | None = None,
         progress: bool = False,
         callback: ProgressCallback | None = None,
@@ -186,6 +189,8 @@ class Pipeline:
             top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
             top_p: Probability mass that sampling keeps.
             image_tokens_only: Whether only image tokens can be sampled.
+            draft_window: Rows of an image in a pass of the decoder, 1 to 16; 1 draws one token a pass.
+                "auto" chooses what is quickest. The image is the same bit for bit.
             token_ids: [T] or [1, T] vocabulary ids to replay instead of sampling.
             progress: Whether to draw a progress bar.
             callback: Told of every token; returning False raises Cancelled between two of them.
@@ -200,11 +205,12 @@ class Pipeline:
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
         self._planner.check([prompt], sampling)
         given = None if token_ids is None else self._planner.check_token_ids(token_ids)
+        window = check_draft_window(draft_window)
         references = None if image is None else reference_list(image)
         with self._run(progress, callback) as run:
             reference = self._reference(references, run)
             if given is None:
-                (plan,) = self._planner.plans([prompt], [sampling], reference, run)
+                (plan,) = self._planner.plans([prompt], [sampling], reference, run, window)
             else:
                 plan = self._planner.replay(prompt, sampling, reference, given)
         if plan.error is not None:
@@ -264,6 +270,7 @@ class Pipeline:
         top_k: int | None = SAMPLING.top_k,
         top_p: float = SAMPLING.top_p,
         image_tokens_only: bool = SAMPLING.image_tokens_only,
+        draft_window: int | str = AUTO,
         progress: bool = False,
         callback: ProgressCallback | None = None,
         on_image: ImageCallback | None = None,
@@ -281,6 +288,8 @@ class Pipeline:
             top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
             top_p: Probability mass that sampling keeps.
             image_tokens_only: Whether only image tokens can be sampled.
+            draft_window: Rows of an image in a pass of the decoder, 1 to 16; 1 draws one token a pass.
+                "auto" chooses what is quickest. The image is the same bit for bit.
             steps: Denoising steps.
             guidance: Scale of classifier-free guidance.
             progress: Whether to draw progress bars.
@@ -294,8 +303,8 @@ class Pipeline:
             GenerationError: An image failed. The others are drawn first and are in its `images`.
         """
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
-        params = DiffusionParams(steps, guidance)
-        return self._images(prompt_list(prompt), None, n, sampling, params, progress, callback, on_image)
+        params, prompts = DiffusionParams(steps, guidance), prompt_list(prompt)
+        return self._images(prompts, None, n, sampling, draft_window, params, progress, callback, on_image)
 
     def edit(
         self,
@@ -310,6 +319,7 @@ class Pipeline:
         top_k: int | None = SAMPLING.top_k,
         top_p: float = SAMPLING.top_p,
         image_tokens_only: bool = SAMPLING.image_tokens_only,
+        draft_window: int | str = AUTO,
         progress: bool = False,
         callback: ProgressCallback | None = None,
         on_image: ImageCallback | None = None,
@@ -321,7 +331,9 @@ class Pipeline:
         """
         sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
         params, references = DiffusionParams(steps, guidance), reference_list(reference)
-        return self._images([prompt], references, n, sampling, params, progress, callback, on_image)
+        return self._images(
+            [prompt], references, n, sampling, draft_window, params, progress, callback, on_image
+        )
 
     def _images(
         self,
@@ -329,18 +341,20 @@ class Pipeline:
         references: list[ReferenceImage] | None,
         n: int,
         sampling: SamplingParams,
+        draft_window: int | str,
         params: DiffusionParams,
         progress: bool,
         callback: ProgressCallback | None,
         on_image: ImageCallback | None,
     ) -> Result:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
+        window = check_draft_window(draft_window)
         self._planner.check(prompts, sampling)
         images: list[Image.Image | None] = []
         errors: list[GenerationError] = []
         with self._run(progress, callback, on_image) as run:
             reference = self._reference(references, run)
-            plans = self._planner.plans(prompts, samples, reference, run)
+            plans = self._planner.plans(prompts, samples, reference, run, window)
             for index, plan in enumerate(plans):
                 try:
                     image = self._image(plan, params, run)

@@ -122,20 +122,30 @@ class Planner:
         return Reference(ids, sha256=hashes)
 
     def plans(
-        self, prompts: Sequence[str], samples: list[SamplingParams], reference: Reference, run: Run
+        self,
+        prompts: Sequence[str],
+        samples: list[SamplingParams],
+        reference: Reference,
+        run: Run,
+        draft_window: int | None,
     ) -> list[Plan]:
-        """A plan of every prompt with every sample, the first prompt's first; a failed one has an error."""
+        """A plan of every prompt with every sample, the first prompt's first; a failed one has an error.
+
+        draft_window: as `check_draft_window` returns it.
+        """
         asked = []
         for index, prompt in enumerate(prompts):
             with which_prompt(index, len(prompts)):
-                asked.append(self.token_prompt(prompt, samples, reference))
+                token_prompt = self.token_prompt(prompt, samples, reference)
+                asked.append(replace(token_prompt, draft_window=draft_window))
         count = self.config.image_tokens.tokens_per_image * len(samples) * len(asked)
         with trace.span("plan"), run.stage("tokens", count) as update:
-            sampled = self.engine.generate(asked, lambda done, _: update(done))
+            requests = self.engine.run(asked, lambda done, _: update(done))
+        run.passes += sum(request.passes for request in requests)
         return [
             self.plan(prompt, token_prompt, sample, tokens, reference)
-            for prompt, token_prompt, found in zip(prompts, asked, sampled, strict=True)
-            for sample, tokens in zip(samples, found, strict=True)
+            for prompt, token_prompt, request in zip(prompts, asked, requests, strict=True)
+            for sample, tokens in zip(samples, request.finished, strict=True)
         ]
 
     def replay(self, prompt: str, sampling: SamplingParams, reference: Reference, token_ids: Tensor) -> Plan:

@@ -73,6 +73,7 @@ class Report:
     peak_memory_bytes: on a GPU the most allocated during the request; on the CPU the most the process has
     held resident since it started. not_captured: what ran without a graph on a device that has graphs.
     measured: what was timed at load to choose between implementations, in words.
+    passes: how often the images were run through the decoder, which draws a token or more of each.
     """
 
     stages: tuple[Stage, ...]
@@ -84,6 +85,7 @@ class Report:
     switches: Mapping[str, str] = field(default_factory=dict)
     not_captured: tuple[str, ...] = ()
     measured: Mapping[str, str] = field(default_factory=dict)
+    passes: int = 0
 
     @property
     def not_recorded(self) -> tuple[str, ...]:
@@ -107,6 +109,11 @@ class Report:
         return tokens.work / tokens.seconds if tokens.seconds > 0.0 else 0.0
 
     @property
+    def tokens_per_pass(self) -> float:
+        """Tokens of an image that a pass of the decoder drew, on average; 0 where none ran."""
+        return self.stage("tokens").work / self.passes if self.passes else 0.0
+
+    @property
     def milliseconds_per_step(self) -> float:
         """Milliseconds per denoising step; 0 where none ran."""
         denoise = self.stage("denoise")
@@ -122,6 +129,7 @@ class Report:
             "stages": {stage.name: {"seconds": stage.seconds, "work": stage.work} for stage in self.stages},
             "total_seconds": self.total_seconds,
             "tokens_per_second": self.tokens_per_second,
+            "tokens_per_pass": self.tokens_per_pass,
             "milliseconds_per_step": self.milliseconds_per_step,
             "peak_memory_bytes": self.peak_memory_bytes,
             "implementations": {op: list(names) for op, names in self.implementations.items()},
@@ -133,6 +141,10 @@ class Report:
     def table(self) -> str:
         """The timing table a person reads."""
         rows = [[stage.name, f"{stage.seconds:.3f}", stage.work_text, stage.rate] for stage in self.stages]
+        if self.passes:
+            rows[[stage.name for stage in self.stages].index("tokens")][-1] += (
+                f", {self.tokens_per_pass:.1f} a pass"
+            )
         rows.append(["total", f"{self.total_seconds:.3f}", "", ""])
         headers = ["stage", "seconds", "work", "rate"]
         body = tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
@@ -237,6 +249,7 @@ class Run:
         self._on_image = on_image and settings.outside(on_image)
         self._seconds: dict[str, float] = {}
         self._work: dict[str, int] = {}
+        self.passes = 0  # of images over the decoder
         self._exit = ExitStack()
 
     def __enter__(self) -> Run:
@@ -291,6 +304,7 @@ class Run:
             switches=dict(switches),
             not_captured=tuple(sorted(self._not_captured)),
             measured=bf16_products.measured() if self._device.type == "cpu" else {},
+            passes=self.passes,
         )
 
     def _now(self) -> float:

@@ -144,7 +144,17 @@ CALLS: dict[
         lambda pipeline, plan, checkpoint: pipeline.plan,
         {"prompt": "a"},
         (
-            *("prompt", "image", "seed", "temperature", "top_k", "top_p", "image_tokens_only", "token_ids"),
+            *(
+                "prompt",
+                "image",
+                "seed",
+                "temperature",
+                "top_k",
+                "top_p",
+                "image_tokens_only",
+                "draft_window",
+                "token_ids",
+            ),
             *("progress", "callback"),
         ),
     ),

@@ -2,18 +2,20 @@
 
     request = engine.submit(TokenPrompt(ids, [SamplingParams(seed=7), SamplingParams(seed=8)]))
     while not request.done:
-        engine.step()  # one token of every image that runs, of this request and of all others
+        engine.step()  # at least one token of every image that runs, of this request and of all others
     first, second = request.plans
 
-Images join and leave between tokens. An image joins when there is a row for it and every page that it can
+Images join and leave between passes. An image joins when there is a row for it and every page that it can
 ever need is free; how long it gets is known, so nothing that runs is ever put back. Only images that run hold
 pages, and the one that has waited longest joins first: none overtakes it, and it joins at the latest when all
 that run have left. An image's result does not depend on the others, bit for bit, where the ops keep their
-contract that a row does not (row_linear, decode_attention, sample_tokens).
+contract that a row does not (row_linear, decode_attention, sample_tokens). Nor does it depend on how many
+rows an image gets in a pass (draft_window): guesses make it quicker, never different.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,14 +24,15 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import trace
+from blip3o_rt.ar.draft_window import DraftWindows
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache, Sequence
 from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder
-from blip3o_rt.ar.token_step import Row, TokenBatch, TokenSteps
+from blip3o_rt.ar.token_step import Member, TokenBatch, TokenSteps
 from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig, ImageTokenConfig
 from blip3o_rt.errors import GenerationError, ParameterError, PromptError
 from blip3o_rt.graphs import GraphRunner
-from blip3o_rt.params import SamplingParams
+from blip3o_rt.params import MAX_DRAFT_WINDOW, SamplingParams
 
 TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises to cancel
 
@@ -39,12 +42,14 @@ class TokenPrompt:
     """One prompt and how to sample each of its images.
 
     `features` [n, hidden], where given, replace the embeddings at `feature_positions` of the prompt.
+    `draft_window`: the most rows an image gets in a pass, 1 to 16, or None where the engine chooses.
     """
 
     ids: list[int]
     samples: list[SamplingParams]
     features: Tensor | None = None
     feature_positions: range = range(0)
+    draft_window: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Request:
     prompt: TokenPrompt
     plans: list[TokenPlan | None]
     tokens_drawn: int = 0
+    passes: int = 0  # of its images over the decoder, which draw a token or more each
     cancelled: bool = False
 
     @property
@@ -71,10 +77,15 @@ class Request:
         """Whether nothing more will come of it: every plan is there, or it was cancelled."""
         return self.cancelled or None not in self.plans
 
+    @property
+    def finished(self) -> list[TokenPlan]:
+        """The plans that are there, in the order of the samples."""
+        return [plan for plan in self.plans if plan is not None]
+
 
 @dataclass(eq=False, kw_only=True)
-class _Image(Row):
-    """One image of a request; it holds a lane and pages from joining to leaving."""
+class _Image(Member):
+    """One image of a request; it holds an output slot and pages from joining to leaving."""
 
     request: Request
     sample: int
@@ -114,14 +125,17 @@ class TokenEngine:
         self.cache = PagedKVCache(
             config, num_pages, page_size=page_size, dtype=activations.dtype, device=activations.device
         )
-        self.decoder = Decoder(config, weights, self.cache, max_batch=max_batch, prefill_chunk=prefill_chunk)
+        max_rows = max(max_batch, MAX_DRAFT_WINDOW)
+        self.decoder = Decoder(config, weights, self.cache, max_rows=max_rows, prefill_chunk=prefill_chunk)
         self._token_steps = TokenSteps(
             self.decoder,
             image_tokens,
             runner or GraphRunner.of(self.decoder.device),
             max_batch=max_batch,
+            max_rows=max_rows,
             max_blocks=self._max_blocks,
         )
+        self._windows = DraftWindows(max_rows, image_tokens.tokens_per_image)
         self._results = self._token_steps.results
         self._lanes = list(range(max_batch))
         self._waiting: deque[_Image] = deque()
@@ -141,7 +155,13 @@ class TokenEngine:
         self._check(prompt)
         request = Request(prompt, [None] * len(prompt.samples))
         self._waiting.extend(
-            _Image(params=params, prompt_length=len(prompt.ids), request=request, sample=sample)
+            _Image(
+                params=params,
+                prompt_length=len(prompt.ids),
+                draft_window=prompt.draft_window,
+                request=request,
+                sample=sample,
+            )
             for sample, params in enumerate(prompt.samples)
         )
         return request
@@ -162,25 +182,32 @@ class TokenEngine:
         return bool(self._running or self._waiting)
 
     def step(self) -> Tensor:
-        """Let in who fits, then draw one token of every image that runs.
+        """Let in who fits, then run one pass, which draws at least one token of every image that runs.
 
-        -> vocabulary ids int64 [images], by vocabulary and in the order they joined; overwritten by the next
-        step. An image whose logits are not finite ends with an error in its plan; the others are unaffected.
-        What reading a prompt raises cancels its request and is raised here; the others go on. What interrupts
+        An image whose logits are not finite ends with an error in its plan; the others are unaffected. What
+        reading a prompt raises cancels its request and is raised here; the others go on. What interrupts
         collecting a finished image is raised here too, and the next step collects it.
+
+        Returns:
+            The vocabulary ids that the rows of the pass read, int64 [rows], by vocabulary and in the order
+            the images joined; overwritten by the next step.
         """
         self._retire()
         self._admit()
         if not self._running:
             return self._results.tokens.new_empty(0)
         batch, self._batch = self._batch or self._lay_out(), None  # not kept where its step is interrupted
-        with trace.span("ar.token", self._running[0].drawn):
+        drawn = [image.drawn for image in self._running]
+        begun = time.perf_counter()
+        with trace.span("ar.token", drawn[0]):
             tokens = batch.step()
-        for image in self._running:
-            image.drawn += 1
-            image.request.tokens_drawn += 1
-        if batch.remaining:
-            self._batch = batch
+        if not tokens.is_cuda:  # elsewhere the host does not see how long a pass takes
+            self._windows.times.note(len(tokens), time.perf_counter() - begun)
+        for image, before in zip(self._running, drawn, strict=True):
+            image.request.tokens_drawn += image.drawn - before
+            image.request.passes += 1
+        if not any(self._finished(image) for image in self._running):
+            self._batch = None if self._windows.change(self._running) else batch
             return tokens
         self._retire()
         return tokens
@@ -188,7 +215,11 @@ class TokenEngine:
     def generate(
         self, prompts: list[TokenPrompt], callback: TokenCallback | None = None
     ) -> list[list[TokenPlan]]:
-        """Sample every image of every prompt; `result[p][s]` belongs to `prompts[p].samples[s]`.
+        """The plans of `run`; `result[p][s]` belongs to `prompts[p].samples[s]`."""
+        return [request.finished for request in self.run(prompts, callback)]
+
+    def run(self, prompts: list[TokenPrompt], callback: TokenCallback | None = None) -> list[Request]:
+        """Sample every image of every prompt; returns a request for each, which is done.
 
         An image whose logits are not finite gets a plan with an error; the others are unaffected. The
         callback runs between tokens; what it raises ends the call and returns all pages.
@@ -207,7 +238,7 @@ class TokenEngine:
         finally:
             for request in requests:
                 self.cancel(request)
-        return [[plan for plan in request.plans if plan is not None] for request in requests]
+        return requests
 
     def replay(self, prompt: TokenPrompt, token_ids: Tensor) -> TokenPlan:
         """Hidden states of given tokens [T] (teacher forcing), in one pass over prompt and tokens.
@@ -287,11 +318,14 @@ class TokenEngine:
 
     def _retire(self) -> None:
         """Give those whose last token is drawn their plans, and let them leave."""
-        for image in [i for i in self._running if i.drawn == self.image_tokens.tokens_per_image]:
+        for image in [image for image in self._running if self._finished(image)]:
             plans = image.request.plans
             if plans[image.sample] is None:  # else it was interrupted on its way out
                 plans[image.sample] = self._plan(image)
             self._leave(image)
+
+    def _finished(self, image: _Image) -> bool:
+        return image.drawn == self.image_tokens.tokens_per_image
 
     def _leave(self, image: _Image) -> None:
         """The one way out of the batch: pages and lane come back."""
@@ -304,6 +338,8 @@ class TokenEngine:
 
     def _lay_out(self) -> TokenBatch:
         by_vocabulary = sorted(self._running, key=lambda image: not image.params.image_tokens_only)
+        for image, window in zip(by_vocabulary, self._windows.choose(by_vocabulary), strict=True):
+            image.window = window
         return self._token_steps.lay_out([*by_vocabulary])
 
     def _embed_prompt(self, prompt: TokenPrompt) -> Tensor:

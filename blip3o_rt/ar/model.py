@@ -35,13 +35,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Where one token of each of B sequences goes: all int32, `page_table` [B, max_blocks], the others
-    [B]."""
+    """Where the tokens of B rows go: all int32, `page_table` [B, max_blocks], the others [B].
+
+    windowed: whether several rows may belong to one sequence. Each then attends to those before it.
+    """
 
     positions: Tensor
     slot_mapping: Tensor
     context_lens: Tensor
     page_table: Tensor
+    windowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Decoder:
         weights: Mapping[str, Tensor],
         cache: PagedKVCache,
         *,
-        max_batch: int = 1,
+        max_rows: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.config = config
@@ -117,7 +120,7 @@ class Decoder:
         self.dtype = self.final_norm.dtype  # of activations
         self.device = self.embedding.device
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
-        self._workspace = Workspace.allocate(config, max_batch, self.dtype, self.device)
+        self._workspace = Workspace.allocate(config, max_rows, self.dtype, self.device)
         self._workspaces: dict[int, Workspace] = {}  # views of the first so many rows
         self.scratch = ops.Scratch()  # of the kernels of a token step
 
@@ -183,7 +186,7 @@ class Decoder:
         return normed
 
     def decode(self, tokens: Tensor, step: DecodeStep) -> Tensor:
-        """Run one token per sequence: int64 [B] -> hidden states [B, hidden].
+        """Run the tokens of B rows: int64 [B] -> hidden states [B, hidden].
 
         The result lives in a workspace and is overwritten by the next call. A row's result does not depend on
         the other rows.
@@ -196,22 +199,7 @@ class Decoder:
             layer.qkv.norm_row_linear(
                 space.residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
             )
-            ops.decode_attention(
-                space.qkv,
-                layer.q_norm,
-                layer.k_norm,
-                self._rope,
-                step.positions,
-                step.slot_mapping,
-                keys,
-                values,
-                step.page_table,
-                step.context_lens,
-                config.rms_norm_eps,
-                config.head_dim**-0.5,
-                scratch=self.scratch,
-                out=space.attended,
-            )
+            self._attend(layer, space, keys, values, step)
             layer.attention_out.row_linear_add(space.attended.flatten(1), space.residual)
             layer.gate_up.norm_row_linear(
                 space.residual,
@@ -223,6 +211,22 @@ class Decoder:
             )
             layer.down.row_linear_add(space.activated, space.residual)
         return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=space.normed)
+
+    def _attend(self, layer: Layer, space: Workspace, keys: Tensor, values: Tensor, step: DecodeStep) -> None:
+        """Append the rows of space.qkv to the cache and attend to it, into space.attended.
+
+        Rows of one sequence read each other's keys, so all are appended before any attends: the fused op
+        promises that for one row of a sequence only. The bits are the same.
+        """
+        heads = (space.qkv, layer.q_norm, layer.k_norm, self._rope, step.positions, step.slot_mapping)
+        eps, scale = self.config.rms_norm_eps, self.config.head_dim**-0.5
+        pages = (step.page_table, step.context_lens)
+        out = space.attended
+        if step.windowed:
+            ops.qk_norm_rope_append(*heads, keys, values, eps, out=out)
+            ops.paged_decode_attention(out, keys, values, *pages, scale, scratch=self.scratch, out=out)
+        else:
+            ops.decode_attention(*heads, keys, values, *pages, eps, scale, scratch=self.scratch, out=out)
 
     def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
         """Logits of a range of vocabulary ids: hidden states [B, hidden] -> out, float32 [B,

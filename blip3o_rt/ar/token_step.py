@@ -1,25 +1,35 @@
-"""A token of every image of a batch as one piece of work on fixed memory: captured once, replayed per token.
+"""A pass of the token batch as one piece of work on fixed memory: captured once, replayed again and again.
 
-A step is: each row's last hidden state, its logits, a draw, the draw as the next token, the decoder, the new
-hidden state kept. What differs from row to row and from step to step lies in buffers on the device, counters
-among them, which the step itself moves on: nothing is read back, and nothing of a step is the host's to know.
+Each image of a batch has a window of rows. The first row reads the newest token that is kept, the others read
+guesses of the tokens that follow. A pass is: the hidden states that the last pass left, their logits, a draw
+of each row, the draws that are right kept and the windows moved on behind them, the decoder on the new rows,
+their hidden states written. A row's draw is right where every row before it drew what the next one had read
+(advance_windows). A hidden state or a key that turns out wrong is written over by a later pass. So a window
+of one row draws one token a pass, and a longer one as many as are right, the same tokens in any case.
 
-Where work is captured as graphs, there is one for every bucket of rows (1, 2, 4, .. the largest batch), and
-for each vocabulary to draw from. A batch takes the smallest that holds it, and the rows beyond its own are
-padding: rows of no context, which write to no page and to a lane of nobody. Members that change change the
-buffers. A batch that draws from both vocabularies runs as the same work, eagerly.
+What differs from row to row and from pass to pass lies in buffers on the device, counters among them, which
+the pass itself moves on: nothing is read back within it.
+
+Where work is captured as graphs, there is one for every bucket of rows (1, 2, 4, .. the most), for each
+vocabulary to draw from, and for windows of one row and of several. A batch takes the smallest that holds it,
+and the rows beyond its own are padding: rows of no context, which write to no page and to a slot of nobody.
+A batch that draws from both vocabularies runs as the same work, eagerly.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, product
 
 import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.ar.draft_window import Agreement
 from blip3o_rt.ar.kv_cache import Sequence
 from blip3o_rt.ar.model import Decoder, DecodeStep
 from blip3o_rt.ar.upload import upload
@@ -27,42 +37,57 @@ from blip3o_rt.config import ImageTokenConfig
 from blip3o_rt.graphs import GraphRunner, RunAhead
 from blip3o_rt.params import SamplingParams
 
-TOKENS_AHEAD = 16  # replays that the host may queue ahead of the device: what cancelling has to wait for
+PASSES_AHEAD = 16  # replays that the host may queue ahead of the device: what cancelling has to wait for
+WINDOWED_PASSES_AHEAD = 4  # of longer windows: how late the host may see that an image is done
 
 
 @dataclass(eq=False, kw_only=True)
-class Row:
-    """One image in a batch: how to sample it, its pages, where its results go, and its tokens so far."""
+class Member:
+    """One image in a batch: how to sample it, its pages, where its results go, and its tokens so far.
+
+    window: rows that the next pass gives it. decoded: rows from its newest token on whose hidden states the
+    last pass left. draft_window: the most rows it may get, None where they are chosen by what they gain.
+    """
 
     params: SamplingParams
     prompt_length: int
     sequence: Sequence = field(default_factory=Sequence)
     lane: int = -1
     drawn: int = 0
+    window: int = 1
+    decoded: int = 1
+    draft_window: int | None = 1
+    agreement: Agreement = field(default_factory=Agreement)
+    passes: int = 0
 
 
 class Results:
-    """Tokens and hidden states of the images in flight, one lane of [tokens_per_image + 1] for each, and one
-    lane that is nobody's.
+    """Tokens and hidden states of the images in flight: an output slot of [tokens_per_image + 1] for each,
+    and a dummy slot.
 
     `tokens` holds the draws, numbered from the first of the vocabulary they were drawn from, -1 where the
-    logits were not finite; its last place in a lane stays unused, so that one index serves both.
+    logits were not finite, and behind the draws guesses. The last element of a slot stays unused there, so
+    that one index serves both.
     """
 
-    def __init__(self, lanes: int, tokens_per_image: int, decoder: Decoder) -> None:
-        self.places, width = tokens_per_image + 1, decoder.config.hidden_size
-        self.spare_lane = lanes
-        shape = (lanes + 1, self.places)
+    def __init__(self, slots: int, tokens_per_image: int, decoder: Decoder) -> None:
+        self.size, width = tokens_per_image + 1, decoder.config.hidden_size
+        shape = (slots + 1, self.size)
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=decoder.device)
         self.hidden = torch.zeros(*shape, width, dtype=decoder.dtype, device=decoder.device)
 
-    def place(self, lane: int, index: int) -> int:
-        """Where a lane's token or hidden state of that number is among those of all lanes."""
-        return lane * self.places + index
+    def index(self, slot: int, number: int) -> int:
+        """Where a slot's token or hidden state of that number is among those of all slots."""
+        return slot * self.size + number
+
+    @property
+    def dummy(self) -> int:
+        """The index that rows of no image write to."""
+        return self.tokens.numel() - 1
 
 
 class TokenSteps:
-    """The token steps of one decoder, for batches of up to `max_batch` rows of up to `max_blocks` pages."""
+    """The passes of one decoder over batches of up to `max_rows` rows, with up to `max_blocks` pages each."""
 
     def __init__(
         self,
@@ -71,44 +96,50 @@ class TokenSteps:
         runner: GraphRunner,
         *,
         max_batch: int,
+        max_rows: int,
         max_blocks: int,
     ) -> None:
         self.decoder = decoder
         self.max_blocks = max_blocks
-        self.results = Results(max_batch, image_tokens.tokens_per_image, decoder)
-        self.ahead = RunAhead(decoder.device, TOKENS_AHEAD)
+        self.tokens_per_image = image_tokens.tokens_per_image
+        self.grid_width = math.isqrt(self.tokens_per_image)
+        self.results = Results(max_batch, self.tokens_per_image, decoder)
         self.vocabularies = {True: image_tokens.image_token_range, False: range(decoder.config.vocab_size)}
         self.logits = torch.empty(
-            max_batch * decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
+            max_rows * decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
         )
         self._runner = runner
+        self._max_batch, self._max_rows = max_batch, max_rows
         self._buckets: list[int] = []  # the captured ones
-        self._max_batch = max_batch
         self._batches: dict[int, TokenBatch] = {}
+        self._current: TokenBatch | None = None
 
     def capture(self) -> None:
-        """Capture the step for every bucket, the largest first; where nothing is captured, do nothing."""
+        """Capture the pass for every bucket, the largest first; where nothing is captured, do nothing."""
         if not self._runner.captures or self._buckets:
             return
-        smaller = [
-            1 << power for power in range(self._max_batch.bit_length()) if 1 << power < self._max_batch
-        ]
-        for size in (self._max_batch, *reversed(smaller)):
-            self._batch(size).capture(self._runner)
-        self._buckets = [*smaller, self._max_batch]
+        sizes = {1 << power for power in range(self._max_rows.bit_length())} | {self._max_batch}
+        self._buckets = sorted({size for size in sizes if size < self._max_rows} | {self._max_rows})
+        single = next(size for size in self._buckets if size >= self._max_batch)
+        for size in reversed(self._buckets):
+            kinds = [windowed for windowed in (False, True) if size > 1 or not windowed]
+            self._batch(size).capture(self._runner, kinds if size <= single else [True])
 
-    def lay_out(self, rows: list[Row]) -> TokenBatch:
-        """The batch of these rows, which are ordered by vocabulary, image tokens first; its steps go on from
-        their tokens so far, until another is laid out."""
-        mixed = rows[0].params.image_tokens_only != rows[-1].params.image_tokens_only
+    def lay_out(self, members: list[Member]) -> TokenBatch:
+        """The batch of these members, which are ordered by vocabulary, image tokens first; its passes go on
+        from their tokens so far, until another is laid out."""
+        if self._current is not None:
+            self._current.settle()
+        rows = sum(member.window for member in members)
+        mixed = members[0].params.image_tokens_only != members[-1].params.image_tokens_only
         buckets = [] if mixed else self._buckets
-        bucket = next((bucket for bucket in buckets if bucket >= len(rows)), None)
+        bucket = next((bucket for bucket in buckets if bucket >= rows), None)
         if bucket is None and self._runner.captures:
-            which = "pictures that draw from different vocabularies" if mixed else f"{len(rows)} pictures"
+            which = "images that draw from different vocabularies" if mixed else f"{rows} rows"
             self._runner.note_eager(f"tokens of {which}")
-        batch = self._batch(bucket or len(rows))
-        batch.lay_out(rows)
-        return batch
+        self._current = self._batch(bucket or rows)
+        self._current.lay_out(members)
+        return self._current
 
     def _batch(self, size: int) -> TokenBatch:
         if size not in self._batches:
@@ -125,9 +156,9 @@ class _Group:
 
 
 class TokenBatch:
-    """So many rows at fixed addresses, and the step that draws a token of each.
+    """So many rows at fixed addresses, and the pass that draws tokens of each image among them.
 
-    What interrupts a step leaves the results of the steps before: laid out again, the batch goes on from
+    What interrupts a pass leaves the results of the passes before: laid out again, the batch goes on from
     there.
     """
 
@@ -143,57 +174,98 @@ class TokenBatch:
         self._seeds = column(torch.int64)
         self._first_ids = column(torch.int64)
         self._page_table = column(torch.int32, steps.max_blocks)
-        self._drawn = column(torch.int32)  # tokens so far; the three that every step counts up
+        self._cu_rows = torch.zeros(size + 1, dtype=torch.int32, device=steps.decoder.device)
+        self._num_generated = column(torch.int32)  # the number of the token that a row draws
         self._context_lens = column(torch.int32)
-        self._places = column(torch.int64)  # of the newest hidden state
+        self._output_slots = column(torch.int64)  # of that token and of the hidden state it is drawn from
         self._positions, self._slots = column(torch.int32), column(torch.int32)
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
         self._hidden = column(steps.decoder.dtype, steps.decoder.config.hidden_size)
         self._kept_tokens, self._kept_hidden = results.tokens.flatten(), results.hidden.flatten(0, 1)
-        self._captured: dict[bool, Callable[[], Tensor]] = {}  # by whether the rows draw image tokens only
+        self._captured: dict[tuple[bool, bool], Callable[[], Tensor]] = {}  # image tokens only, windowed
         self._run: Callable[[], Tensor] = lambda: self._token_ids
+        self._members: list[Member] = []
         self._rows = 0
-        self.remaining = 0
+        self._windowed = False
+        self._counts = LateCounts(self._num_generated)
+        self._ahead = {
+            windowed: RunAhead(self._decoder.device, passes)
+            for windowed, passes in ((False, PASSES_AHEAD), (True, WINDOWED_PASSES_AHEAD))
+        }
 
-    def capture(self, runner: GraphRunner) -> None:
-        """Capture the step of rows that draw image tokens only, and of rows that draw from everything."""
-        for image_only in (False, True):
+    def capture(self, runner: GraphRunner, kinds: list[bool]) -> None:
+        """Capture the pass of rows that draw image tokens only, and of rows that draw from everything; kinds:
+        for windows of one row (False), of several (True)."""
+        for image_only, windowed in product((False, True), kinds):
             self._write([], image_only)
-            name = f"the token step of {self._size} rows ({'image tokens' if image_only else 'all tokens'})"
-            self._captured[image_only] = runner.capture(name, self._work(self._size if image_only else 0))
+            vocabulary = "image tokens" if image_only else "all tokens"
+            name = f"the token step of {self._size} rows ({vocabulary}{', windows' if windowed else ''})"
+            work = self._work(self._size if image_only else 0, windowed)
+            self._captured[image_only, windowed] = runner.capture(name, work)
 
-    def lay_out(self, rows: list[Row]) -> None:
-        """Make these the batch's rows; `remaining` is how many tokens the first to be finished has left."""
-        image_rows = sum(row.params.image_tokens_only for row in rows)
-        self._rows = len(rows)
-        self.remaining = self._steps.results.places - 1 - max(row.drawn for row in rows)
-        self._write(rows, image_rows > 0)
-        captured = self._captured.get(image_rows > 0) if image_rows in (0, len(rows)) else None
-        self._run = captured or self._work(image_rows)
+    def lay_out(self, members: list[Member]) -> None:
+        """Make these the batch's members."""
+        image_rows = sum(member.window for member in members if member.params.image_tokens_only)
+        self._members = members
+        self._rows = sum(member.window for member in members)
+        self._windowed = self._rows > len(members)
+        self._write(members, image_rows > 0)
+        captured = self._captured.get((image_rows > 0, self._windowed))
+        if image_rows not in (0, self._rows):
+            captured = None
+        self._run = captured or self._work(image_rows, self._windowed)
 
     def step(self) -> Tensor:
-        """Draw a token of every row and run it through the decoder; returns vocabulary ids int64 [rows].
+        """Draw at least one token of every member and run its window through the decoder.
 
-        The result is overwritten by the next step. The id of a row whose logits are not finite means nothing:
-        the draw is kept as -1.
+        A member's `drawn` counts what is kept. On a GPU the count of longer windows lags a few passes behind.
+
+        Returns:
+            The vocabulary ids that the rows read, int64 [rows]; overwritten by the next step. The id of a row
+            whose logits are not finite means nothing: the draw is kept as -1.
         """
-        self._steps.ahead.step()
+        self._ahead[self._windowed].step()
+        offered = [member.decoded for member in self._members]
+        for member in self._members:
+            member.decoded = 1  # all that is sure where the pass is interrupted
         token_ids = self._run()
-        self.remaining -= 1
+        for member in self._members:
+            member.passes += 1
+        if self._windowed:
+            self._count(self._counts.after_a_pass(), offered)
+        else:
+            for member in self._members:
+                member.drawn += 1
         return token_ids[: self._rows]
 
-    def _work(self, image_rows: int) -> Callable[[], Tensor]:
-        """The step where the first `image_rows` rows draw image tokens only."""
+    def settle(self) -> None:
+        """Wait until the members' counts are those of the last pass."""
+        self._count(self._counts.newest(), [member.window for member in self._members])
+
+    def _count(self, counts: list[int] | None, offered: list[int]) -> None:
+        """Take over what the device has counted since the last time, when so many rows were offered."""
+        if counts is None:
+            return
+        row = 0
+        for member, rows in zip(self._members, offered, strict=True):
+            left = self._steps.tokens_per_image - member.drawn
+            member.agreement.note(counts[row] - member.drawn, min(rows, left))
+            member.drawn = counts[row]
+            member.decoded = min(member.window, self._steps.tokens_per_image - member.drawn + 1)
+            row += member.window
+
+    def _work(self, image_rows: int, windowed: bool) -> Callable[[], Tensor]:
+        """The pass where the first `image_rows` rows draw image tokens only."""
         spans = {True: slice(0, image_rows), False: slice(image_rows, self._size)}
         groups = [
             _Group(rows, self._steps.vocabularies[image_only])
             for image_only, rows in spans.items()
             if rows.start < rows.stop
         ]
-        return partial(self._draw, groups)
+        return partial(self._draw, groups, windowed)
 
-    def _draw(self, groups: list[_Group]) -> Tensor:
-        torch.index_select(self._kept_hidden, 0, self._places, out=self._hidden)
+    def _draw(self, groups: list[_Group], windowed: bool) -> Tensor:
+        torch.index_select(self._kept_hidden, 0, self._output_slots, out=self._hidden)
         for group in groups:
             rows, width = group.rows, len(group.vocabulary)
             logits = self._steps.logits[: (rows.stop - rows.start) * width].view(-1, width)
@@ -203,51 +275,97 @@ class TokenBatch:
                 self._top_k[rows],
                 self._top_p[rows],
                 self._seeds[rows],
-                self._drawn[rows],
+                self._num_generated[rows],
                 scratch=self._decoder.scratch,
                 out=self._draws[rows],
             )
-        ops.advance_rows(
+        ops.advance_windows(
             self._draws,
+            self._cu_rows,
             self._first_ids,
             self._page_table,
             self._decoder.cache.page_size,
-            self._drawn,
+            self._steps.tokens_per_image,
+            self._steps.grid_width,
+            self._num_generated,
             self._context_lens,
-            self._places,
+            self._output_slots,
             self._kept_tokens,
             self._positions,
             self._slots,
             out=self._token_ids,
         )
-        step = DecodeStep(self._positions, self._slots, self._context_lens, self._page_table)
+        step = DecodeStep(self._positions, self._slots, self._context_lens, self._page_table, windowed)
         hidden = self._decoder.decode(self._token_ids, step)
-        self._kept_hidden.index_copy_(0, self._places, hidden)
+        self._kept_hidden.index_copy_(0, self._output_slots, hidden)
         return self._token_ids
 
-    def _write(self, rows: list[Row], image_only: bool) -> None:
-        """Write what a step reads; rows beyond those given are padding, of the kind of the others."""
+    def _write(self, members: list[Member], image_only: bool) -> None:
+        """Write what a pass reads; rows beyond those of the members are padding of the same kind."""
         results, vocabularies = self._steps.results, self._steps.vocabularies
+        rows = [(member, row) for member in members for row in range(member.window)]
         padding = self._size - len(rows)
-        params = [row.params for row in rows]
+        params = [member.params for member, _ in rows]
         codes, words = len(vocabularies[True]), len(vocabularies[False])
-        tables = [row.sequence.page_table for row in rows]
-        spare = results.place(results.spare_lane, 0)
+        bounds = list(accumulate((member.window for member in members), initial=0))
+        tables = [self._padded(member.sequence.page_table) for member, _ in rows]
+        states = [self._state(member, row) for member, row in rows] + [(0, 0, results.dummy)] * padding
+        numbers, context_lens, output_slots = zip(*states, strict=True)
         for buffer, values in (
             (self._temperature, [p.temperature for p in params] + [1.0] * padding),
             (self._top_k, [p.top_k_for(codes, words) for p in params] + [1] * padding),
             (self._top_p, [p.top_p for p in params] + [1.0] * padding),
             (self._seeds, [p.seed for p in params] + [0] * padding),
             (self._first_ids, self._first_ids_of(params) + [vocabularies[image_only].start] * padding),
-            (self._page_table, [self._padded(table) for table in [*tables, *[[]] * padding]]),
-            (self._drawn, [row.drawn for row in rows] + [0] * padding),
-            (self._context_lens, [row.prompt_length + row.drawn for row in rows] + [0] * padding),
-            (self._places, [results.place(row.lane, row.drawn) for row in rows] + [spare] * padding),
+            (self._page_table, tables + [self._padded([])] * padding),
+            (self._cu_rows, bounds + bounds[-1:] * (self._size - len(members))),
+            (self._num_generated, list(numbers)),
+            (self._context_lens, list(context_lens)),
+            (self._output_slots, list(output_slots)),
         ):
             upload(values, buffer)
+
+    def _state(self, member: Member, row: int) -> tuple[int, int, int]:
+        """Number, context length and output slot of a row of a window; those of padding where the last pass
+        left no hidden state for it."""
+        number = member.drawn + row
+        if row >= member.decoded or number > self._steps.tokens_per_image:
+            return 0, 0, self._steps.results.dummy
+        return number, member.prompt_length + number, self._steps.results.index(member.lane, number)
 
     def _first_ids_of(self, params: list[SamplingParams]) -> list[int]:
         return [self._steps.vocabularies[p.image_tokens_only].start for p in params]
 
     def _padded(self, table: list[int]) -> list[int]:
         return table + [0] * (self._steps.max_blocks - len(table))
+
+
+class LateCounts:
+    """Counters on a device, read without waiting for the passes that are still queued."""
+
+    def __init__(self, counters: Tensor) -> None:
+        self._counters = counters
+        self._copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def after_a_pass(self) -> list[int] | None:
+        """What the newest pass that is over has counted; None where none was since the last call."""
+        if not self._counters.is_cuda:
+            return self._counters.tolist()
+        copy = torch.empty(self._counters.shape, dtype=self._counters.dtype, pin_memory=True)
+        copy.copy_(self._counters, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._counters.device))
+        self._copies.append((copy, event))
+        newest = None
+        while self._copies and self._copies[0][1].query():
+            newest, _ = self._copies.popleft()
+        return None if newest is None else newest.tolist()
+
+    def newest(self) -> list[int] | None:
+        """What the last pass has counted, which is waited for; None where that is known."""
+        if not self._copies:
+            return None
+        copy, event = self._copies[-1]
+        event.synchronize()
+        self._copies.clear()
+        return copy.tolist()

@@ -10,8 +10,11 @@ from typing import Any, TypeAlias
 from blip3o_rt import trace
 from blip3o_rt.cli.like import check_model
 from blip3o_rt.params import (
+    AUTO,
+    MAX_DRAFT_WINDOW,
     DiffusionParams,
     SamplingParams,
+    check_draft_window,
     check_max_batch,
     check_max_prompt_tokens,
     image_seeds,
@@ -35,6 +38,11 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # of a user that there is none of
         return Path(text)
+
+
+def draft_window(text: str) -> int | str:
+    """A number where it is one; check_draft_window says what else is accepted."""
+    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def parameter(name: str, meaning: str) -> Option:
@@ -94,6 +102,13 @@ SAMPLING = (
         help="likeliest tokens to sample from, 0: all, 1: greedy (1200, scaled to the codebook)",
     ),
     parameter("top_p", "probability mass of the tokens to sample from"),
+    option(
+        "--draft-window",
+        type=draft_window,
+        default=AUTO,
+        metavar="N",
+        help=f"tokens to guess at a time, 1 (off) to {MAX_DRAFT_WINDOW} or {AUTO}; same image (%(default)s)",
+    ),
     option(
         "--whole-vocabulary",
         action="store_true",
@@ -196,4 +211,5 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     diffusion = DiffusionParams(steps=arguments.steps, guidance=arguments.guidance)
     options = dataclasses.asdict(diffusion) | dataclasses.asdict(sampling)
     del options["seed"]
-    return options
+    check_draft_window(arguments.draft_window)
+    return options | {"draft_window": arguments.draft_window}

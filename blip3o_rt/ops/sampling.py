@@ -13,7 +13,7 @@ from blip3o_rt.ops.random import token_uniforms
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.scratch import Scratch
 
-__all__ = ["advance_rows", "guided_euler_step", "sample_tokens"]
+__all__ = ["advance_windows", "guided_euler_step", "sample_tokens"]
 
 
 @op(
@@ -74,15 +74,18 @@ sample_tokens.native("cpu", dtypes=(torch.float32,))
 
 
 @op(
-    "sampled_ids [B], first_ids [B], page_table [B, max_blocks], num_generated [B], context_lens [B], "
-    "output_slots [B], output_ids [N], positions [B], slot_mapping [B] -> [B]",
+    "sampled_ids [R], cu_rows [B + 1], first_ids [R], page_table [R, max_blocks], num_generated [R], "
+    "context_lens [R], output_slots [R], output_ids [N], positions [R], slot_mapping [R] -> [R]",
     tolerance={torch.int64: 0.0},
 )
-def advance_rows(
+def advance_windows(
     sampled_ids: Tensor,
+    cu_rows: Tensor,
     first_ids: Tensor,
     page_table: Tensor,
     page_size: int,
+    tokens_per_image: int,
+    grid_width: int,
     num_generated: Tensor,
     context_lens: Tensor,
     output_slots: Tensor,
@@ -92,31 +95,96 @@ def advance_rows(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Append a token to each of B sequences: vocabulary ids int64 [B], sampled_ids + first_ids.
+    """Keep the draws of B images that are right and move their windows on: vocabulary ids int64 [R].
 
-    sampled_ids int64 [B] count from first_ids int64 [B] on. The id -1 (no token could be sampled) reads as 0.
-    The sampled ids are kept: output_ids int64 [N] receives them at output_slots int64 [B], which are all
-    different. context_lens int32 [B] is the number of cached positions of each sequence. The token takes the
-    next one, which is written to positions int32 [B]. Its slot in the cache is written to slot_mapping
-    int32 [B]: the page in page_table int32 [B, max_blocks] times page_size, plus the offset in the page.
-    Then context_lens, output_slots and num_generated int32 [B], the number of tokens so far, grow by one.
+    Image b has the rows cu_rows[b] .. cu_rows[b + 1] - 1 (int32 [B + 1]) of R: its window, of at least one
+    row. The first row read the newest token that is kept, each further row a guess of the next token. Row j
+    drew sampled_ids int64 [R], its token number num_generated[j] (int32 [R]). The draw of the first row is
+    right. Another is right where the draw of each row before it is the guess that was read there. The right
+    draws are kept; the window moves on to begin at the last of them.
 
-    A row of context length 0 is padding, and one whose pages are full has no next position. Both stay as they
-    are: no output, position 0, slot -1.
+    output_ids int64 [N] holds an image's tokens, kept and guessed, in consecutive slots. output_slots
+    int64 [R] is that of the token that a row draws. Guesses are the draws beyond those that are kept, then
+    either the token one row of the grid up, grid_width before, or the last one, whichever agreed more often
+    with the tokens kept so far. Ids count from first_ids int64 [R] on; the id -1 (no token could be sampled)
+    reads as 0.
+
+    Of each new row are written its position (positions int32 [R]) and its slot in the cache (slot_mapping
+    int32 [R], from page_table int32 [R, max_blocks]); num_generated, output_slots, and context_lens
+    int32 [R], the cached positions with its own. A row past the image's last token is padding: context
+    length 0, position 0, slot -1, output slot N - 1. The next call takes it for one that drew nothing.
+
+    A window whose first row has context length 0, or whose pages or slots cannot hold tokens_per_image, and
+    a row of no window stay as they are: the id 0, position 0, slot -1.
     """
-    goes_on = (context_lens > 0) & (context_lens < page_table.shape[1] * page_size)
-    position = torch.where(goes_on, context_lens, 0)
-    page = page_table.gather(1, (position // page_size).long()[:, None])[:, 0]
-    slot_mapping.copy_(torch.where(goes_on, page * page_size + position % page_size, -1))
+    rows, slots = len(sampled_ids), len(output_ids)
+    if rows == 0:
+        return cast_out(first_ids, torch.int64, out)
+    cu_rows = torch.cat([cu_rows, cu_rows[-1:]])  # one more, empty window: there is always one
+    windows = len(cu_rows) - 1
+    device = sampled_ids.device
+    first = cu_rows[:-1].long().clamp(max=rows - 1)
+    sizes = cu_rows.diff().long()
+    kept, context, slot = num_generated[first].long(), context_lens[first].long(), output_slots[first]
+    base = slot - kept
+    moves = (
+        (sizes > 0)
+        & (context > 0)
+        & (context - kept + tokens_per_image <= page_table.shape[1] * page_size)
+        & (base >= 0)
+        & (base + tokens_per_image < slots)
+    )
+
+    # Right draws: a row counts while all rows before it drew what the next one had read.
+    row = torch.arange(rows, device=device)
+    index = (first[:, None] + row).clamp(max=rows - 1)
+    decoded = ((row < sizes[:, None]) & (context_lens[index] > 0)).long().cumprod(1).sum(1)
+    drawn = torch.minimum(decoded, tokens_per_image - kept)
+    sampled = sampled_ids[index]
+    guessed = output_ids[(slot[:, None] + row).clamp(0, slots - 1)]
+    agrees = (sampled.clamp(min=0) == guessed.clamp(min=0)) & (row + 1 < drawn[:, None])
+    following = kept + torch.minimum(1 + agrees.long().cumprod(1).sum(1), drawn)
+
+    # The images' tokens: kept, drawn, guessed.
+    token = torch.arange(tokens_per_image, device=device)
+    places = (base[:, None] + token).clamp(0, slots - 1)
+    ids = output_ids[places]
+    seen = (token >= grid_width) & (token < kept[:, None])
+    above, last = (((ids == ids.roll(by, 1)) & seen).sum(1) for by in (grid_width, 1))
+    number = token - kept[:, None]
+    is_drawn = (number >= 0) & (number < drawn[:, None])
+    ids = torch.where(is_drawn, sampled.gather(1, number.clamp(0, rows - 1)), ids)
+    end = (kept + drawn)[:, None]
+    up = (torch.div(token - end, grid_width, rounding_mode="floor") + 1) * grid_width
+    source = torch.where((above >= last)[:, None] & (token >= up), token - up, end - 1)
+    is_guessed = (token >= end) & (token < (following - 1 + sizes)[:, None])
+    ids = torch.where(is_guessed, ids.gather(1, source.clamp(0, tokens_per_image - 1)), ids)
+    written = moves[:, None] & (is_drawn | is_guessed)
+    target = torch.where(written, places, slots - 1)
+    output_ids[target] = torch.where(written, ids, output_ids[slots - 1])
+
+    # The rows of the windows that move.
+    window = (torch.searchsorted(cu_rows, row.int(), right=True) - 1).clamp(max=windows - 1)
+    moved = (row < cu_rows[-1]) & moves[window]
+    newest = following[window] - 1 + row - cu_rows[window]  # the token that the row reads
+    goes_on = moved & (newest < tokens_per_image)
+    newest = newest.clamp(0, tokens_per_image - 1)
+    position = torch.where(goes_on, (context - kept)[window] + newest, 0)
+    page = page_table.gather(1, (position // page_size)[:, None])[:, 0]
     positions.copy_(position)
-    output_ids.index_copy_(0, output_slots, torch.where(goes_on, sampled_ids, output_ids[output_slots]))
-    for count in (num_generated, context_lens, output_slots):
-        count.add_(goes_on)
-    return cast_out(sampled_ids.clamp(min=0) + first_ids, torch.int64, out)
+    slot_mapping.copy_(torch.where(goes_on, page * page_size + position % page_size, -1))
+    for count, value, padding in (
+        (num_generated, newest + 1, 0),
+        (context_lens, position + 1, 0),
+        (output_slots, base[window] + newest + 1, slots - 1),
+    ):
+        count.copy_(torch.where(moved, torch.where(goes_on, value, padding), count))
+    read = torch.where(goes_on, ids[window, newest].clamp(min=0), 0)
+    return cast_out(read + first_ids, torch.int64, out)
 
 
-advance_rows.native("cuda", dtypes=(torch.int64,))
-advance_rows.native("cpu", dtypes=(torch.int64,))
+advance_windows.native("cuda", dtypes=(torch.int64,))
+advance_windows.native("cpu", dtypes=(torch.int64,))
 
 
 @op(

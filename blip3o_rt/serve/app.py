@@ -409,7 +409,7 @@ def _first_error(errors: Any) -> ApiError:
     """The first of pydantic's errors in one line."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = ".".join(place) or None
+    param = place[0] if place else None  # bodies are flat; what follows is a kind of value that is accepted
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":

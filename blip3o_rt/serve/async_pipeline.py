@@ -12,7 +12,7 @@ from PIL import Image
 
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.images import ReferenceImage, load_reference
-from blip3o_rt.params import image_seeds
+from blip3o_rt.params import AUTO, check_draft_window, image_seeds
 from blip3o_rt.serve.client import EngineClient, Handle, Limits
 from blip3o_rt.serve.messages import EngineOptions, Event, ModelInfo, RawImage, Submit
 
@@ -80,8 +80,8 @@ class AsyncPipeline:
             prompt: What to draw.
             n: How many images.
             seed: Of the first one.
-            options: steps, guidance, temperature, top_k, top_p, image_tokens_only as in Pipeline.generate;
-                client, priority (-1, 0 or 1) and seconds (a deadline).
+            options: steps, guidance, temperature, top_k, top_p, image_tokens_only, draft_window as in
+                Pipeline.generate; client, priority (-1, 0 or 1) and seconds (a deadline).
 
         Raises:
             Refused: The queue is full or the engine is not there.
@@ -130,6 +130,7 @@ class AsyncPipeline:
         seconds: float | None = None,
         partial_images: int = 0,
         progress: bool = False,
+        draft_window: int | str = AUTO,
         **options: Any,
     ) -> AsyncIterator[Handle]:
         unknown = set(options) - {*SAMPLING, *DIFFUSION}
@@ -147,6 +148,7 @@ class AsyncPipeline:
             priority,
             partial_images,
             progress,
+            check_draft_window(draft_window),
         )
         handle = self._client.submit(submit, seconds=seconds)
         try:

@@ -55,6 +55,7 @@ class Submit:
         priority: One of PRIORITIES.
         partial_images: How many estimates of every image to send while it is denoised.
         progress: Whether to send Progress.
+        draft_window: Rows of an image in a pass of the decoder; None where the engine chooses.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Submit:
     priority: int = 0
     partial_images: int = 0
     progress: bool = False
+    draft_window: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from blip3o_rt.params import (
+    AUTO,
+    MAX_DRAFT_WINDOW,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_SEED,
@@ -16,6 +18,7 @@ from blip3o_rt.params import (
     MIN_TEMPERATURE,
     DiffusionParams,
     SamplingParams,
+    check_draft_window,
     image_seeds,
 )
 from blip3o_rt.serve.messages import RawImage, Submit
@@ -35,7 +38,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS), WHOLE]
 TopK = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
 Compression = Annotated[int, Field(ge=0, le=100), WHOLE]
-Window = Annotated[int, Field(ge=1, le=1), WHOLE]
+Window = Annotated[int, Field(ge=1, le=MAX_DRAFT_WINDOW), WHOLE]
 Priority = Annotated[int, Field(ge=-1, le=1), WHOLE]
 Partials = Annotated[int, Field(ge=0, le=3), WHOLE]
 
@@ -80,8 +83,8 @@ class ImageRequest(BaseModel):
     )
     top_k: TopK | None = Field(None, description="Likeliest tokens to draw from; 0 is all, 1 is greedy.")
     top_p: float = Field(_sampling.top_p, gt=0, le=1, description="Probability mass to draw from.")
-    draft_window: Window = Field(
-        1, description="Tokens that are drafted at a time. This engine drafts none: 1."
+    draft_window: Window | Literal["auto"] = Field(
+        AUTO, description="Rows of an image in a pass of the decoder; 1 is off. The image is the same."
     )
     priority: Priority = Field(0, description="-1 is background work, 1 is urgent.")
     timeout: float | None = Field(
@@ -100,6 +103,7 @@ class ImageRequest(BaseModel):
             {"steps": self.steps, "guidance": self.guidance},
             client,
             self.priority,
+            draft_window=check_draft_window(self.draft_window),
             **options,
         )
 

@@ -110,10 +110,13 @@ class Stages:
     def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
         """Put one image into the token batch."""
         sampling = SamplingParams(seed, **self._sampling_of(prepared.submit))
-        return self._engine.submit(dataclasses.replace(prepared.prompt, samples=[sampling]))
+        window = prepared.submit.draft_window
+        return self._engine.submit(
+            dataclasses.replace(prepared.prompt, samples=[sampling], draft_window=window)
+        )
 
     def step_tokens(self) -> None:
-        """Draw a token of every image in the batch."""
+        """Draw at least one token of every image in the batch."""
         self._engine.step()
 
     def tokens_drawn(self, tokens: Request) -> int:

@@ -98,7 +98,7 @@ cuda::AttentionScratch attention_scratch(const char* op, const PagedDecodeAttent
 }
 
 void define_ops(py::module_& module) {
-    define<AdvanceRows>(module, cuda::advance_rows);
+    define<AdvanceWindows>(module, cuda::advance_windows);
     define<PagedPrefillAttention>(module, cuda::paged_prefill_attention);
     define<QkNormRopeAppend>(module, cuda::qk_norm_rope_append);
     define<RmsNorm>(module, cuda::rms_norm);

@@ -6,7 +6,7 @@
 
 #include <cuda_runtime.h>
 
-#include "blip3o/ops/advance_rows.h"
+#include "blip3o/ops/advance_windows.h"
 #include "blip3o/ops/decode_attention.h"
 #include "blip3o/ops/norm_row_linear.h"
 #include "blip3o/ops/paged_prefill_attention.h"
@@ -29,7 +29,7 @@ void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, cons
 void paged_prefill_attention(const PagedPrefillAttentionArguments& arguments, cudaStream_t stream);
 void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
                       cudaStream_t stream);
-void advance_rows(const AdvanceRowsArguments& arguments, cudaStream_t stream);
+void advance_windows(const AdvanceWindowsArguments& arguments, cudaStream_t stream);
 void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream);
 
 }  // namespace blip3o::cuda

@@ -26,7 +26,7 @@ TOKENS = image_tokens(CONFIG)
 WEIGHTS = {dtype: runtime_weights(CONFIG, oracle(CONFIG), dtype) for dtype in (torch.float32, torch.bfloat16)}
 COUNT = TOKENS.tokens_per_image
 MAX_BATCH = 5
-BUCKETS = (1, 2, 4, 5)
+CAPTURED = 2 * (4 + 5)  # a vocabulary: windows of one row in 1, 2, 4 and 5 rows, longer ones in 2 to 16
 LONG = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
 
 
@@ -82,8 +82,11 @@ def without_python(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(engine.decoder, "decode", decode)
 
 
-def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: Any) -> TokenPrompt:
-    return TokenPrompt(ids, [SamplingParams(seed=seed + i, **{"top_k": 20, **changes}) for i in range(n)])
+def make_prompt(
+    ids: list[int], n: int = 1, seed: int = 0, draft_window: int | None = 1, **changes: Any
+) -> TokenPrompt:
+    samples = [SamplingParams(seed=seed + i, **{"top_k": 20, **changes}) for i in range(n)]
+    return TokenPrompt(ids, samples, draft_window=draft_window)
 
 
 def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
@@ -91,7 +94,9 @@ def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32,
     engine = make_engine(GraphRunner(None), dtype, device)
     for request in requests:
         for plan, params in zip(request.plans, request.prompt.samples, strict=True):
-            alone = engine.generate([dataclasses.replace(request.prompt, samples=[params])])[0][0]
+            alone = engine.generate([dataclasses.replace(request.prompt, samples=[params], draft_window=1)])[
+                0
+            ][0]
             assert plan is not None
             assert torch.equal(plan.token_ids, alone.token_ids)
             assert torch.equal(plan.hidden_states, alone.hidden_states)
@@ -105,7 +110,7 @@ def test_members_come_and_go_and_every_token_is_a_replay(
     dtype: torch.dtype, image_only: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, graphs = graphed(dtype, device)
-    assert graphs.captured == 2 * len(BUCKETS)
+    assert graphs.captured == CAPTURED
     without_python(engine, monkeypatch)
     requests, sizes, steps = [], [], 0
     for seed in range(7):
@@ -119,7 +124,29 @@ def test_members_come_and_go_and_every_token_is_a_replay(
         steps += 1
     assert set(sizes) == {1, 2, 3, 4, 5}  # 3 is padded
     assert graphs.replayed == steps
-    assert graphs.captured == 2 * len(BUCKETS)
+    assert graphs.captured == CAPTURED
+    assert_as_alone(requests, dtype, device)
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_pass_of_windows_is_a_replay(
+    dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, graphs = graphed(dtype, device)
+    without_python(engine, monkeypatch)
+    requests, passes = [], 0
+    for seed, window in enumerate((8, 2, None, 3, 16, 1, None)):
+        prompt = make_prompt(LONG[: 2 * seed + 1], 1 + seed % 2, 10 * seed, window, top_k=1 + seed % 3)
+        requests.append(engine.submit(prompt))
+        for _ in range(1 + seed % 3):
+            engine.step()
+            passes += 1
+    while engine.busy:
+        engine.step()
+        passes += 1
+    assert graphs.replayed == passes
+    assert passes < sum(request.tokens_drawn for request in requests)
     assert_as_alone(requests, dtype, device)
 
 
@@ -155,7 +182,7 @@ def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> N
     requests.append(engine.submit(make_prompt(LONG[:7], seed=9)))
     while engine.busy:
         engine.step()
-    assert runner.eager == {"tokens of pictures that draw from different vocabularies"}
+    assert runner.eager == {"tokens of images that draw from different vocabularies"}
     assert_as_alone(requests)
 
 
@@ -167,7 +194,7 @@ def test_an_engine_that_did_not_prepare_runs_without_graphs_and_the_report_is_to
     while engine.busy:
         engine.step()
     assert graphs.replayed == graphs.captured == 0
-    assert runner.eager == {"tokens of 3 pictures"}
+    assert runner.eager == {"tokens of 3 rows"}
     assert_as_alone([request])
 
 
@@ -201,9 +228,15 @@ def test_the_ops_of_replayed_tokens_are_reported() -> None:
     assert "sample_tokens" in found[1]
 
 
-def test_a_replay_that_is_interrupted_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [1, 4])
+def test_a_replay_that_is_interrupted_can_be_taken_again(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, _ = graphed()
-    requests = [engine.submit(make_prompt(LONG[:length], seed=length)) for length in (5, 10, 3)]
+    requests = [
+        engine.submit(make_prompt(LONG[:length], seed=length, draft_window=window, top_k=2))
+        for length in (5, 10, 3)
+    ]
     for _ in range(4):
         engine.step()
     replay, calls = recorded_graph.Call.replay, 0
@@ -229,7 +262,7 @@ def test_traffic_through_replays_is_traffic_without(monkeypatch: pytest.MonkeyPa
     runner = GraphRunner(RecordedGraphs())
     engine = test_stress.make_engine(max_batch=7, num_pages=30, runner=runner)
     engine.capture()
-    traffic = Traffic(7, engine)
+    traffic = Traffic(7, engine, [1, None, 2, 5, 16])
     while len(traffic.requests) < 30 or engine.busy:
         if len(traffic.requests) < 30 and len(engine._waiting) < 40:
             for _ in range(traffic.random.choice([0, 0, 1, 1, 2, 5])):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import Counter
+from collections.abc import Sequence
 
+import pytest
 import torch
 
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
@@ -57,8 +59,8 @@ def make_prompts() -> list[TokenPrompt]:
 class Traffic:
     """Requests at random from a seed, what each image is alone, and what must hold between any two steps."""
 
-    def __init__(self, seed: int, engine: TokenEngine) -> None:
-        self.engine, self.random = engine, random.Random(seed)
+    def __init__(self, seed: int, engine: TokenEngine, windows: Sequence[int | None] = (1,)) -> None:
+        self.engine, self.random, self.windows = engine, random.Random(seed), windows
         self.prompts = make_prompts()
         single = make_engine(max_batch=1)
         self.expected: dict[tuple[int, SamplingParams], TokenPlan] = {
@@ -75,7 +77,9 @@ class Traffic:
     def submit(self) -> None:
         index = self.random.randrange(len(self.prompts))
         samples = self.random.choices(SAMPLINGS, k=self.random.randint(1, MAX_IMAGES))
-        request = self.engine.submit(dataclasses.replace(self.prompts[index], samples=samples))
+        window = self.random.choice(self.windows)
+        prompt = dataclasses.replace(self.prompts[index], samples=samples, draft_window=window)
+        request = self.engine.submit(prompt)
         self.numbers[request] = len(self.requests)
         self.requests.append((index, request))
 
@@ -121,9 +125,10 @@ class Traffic:
         return found
 
 
-def test_a_thousand_requests() -> None:
+@pytest.mark.parametrize("windows", [[1], [None, *range(1, 17)]], ids=["a token a pass", "windows"])
+def test_a_thousand_requests(windows: list[int | None]) -> None:
     engine = make_engine(max_batch=7, num_pages=30)  # 11 pages are what the longest takes
-    traffic = Traffic(2026, engine)
+    traffic = Traffic(2026, engine, windows)
     while len(traffic.requests) < REQUESTS or engine.busy:
         if len(traffic.requests) < REQUESTS and len(engine._waiting) < 40:
             for _ in range(traffic.random.choice([0, 0, 1, 1, 2, 5])):

@@ -39,6 +39,7 @@ def test_defaults_are_the_published_ones(command: Command, pipeline: type[FakePi
             "top_k": None,
             "top_p": 0.95,
             "image_tokens_only": True,
+            "draft_window": "auto",
             "progress": True,
         },
     )
@@ -48,6 +49,7 @@ def test_defaults_are_the_published_ones(command: Command, pipeline: type[FakePi
 def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePipeline]) -> None:
     options = (
         "-n 2 --seed 5 --steps 4 --guidance 1.5 --temperature 0.5 --top-k 7 --top-p 0.9 --whole-vocabulary"
+        " --draft-window 4"
     )
     places = "--model m --diffusion d --ta-tok t.pth --cache-dir c --device cpu --dtype bf16 --quiet"
     places += " --variant fp16 --allow-base-weights"
@@ -78,6 +80,7 @@ def test_every_option_reaches_the_model(command: Command, pipeline: type[FakePip
         "top_k": 7,
         "top_p": 0.9,
         "image_tokens_only": False,
+        "draft_window": 4,
         "progress": False,
     }
 
@@ -254,6 +257,9 @@ def test_images_are_there_whatever_becomes_of_the_report(
         ("--top-k", "-1", "0 (off)"),
         ("--top-p", "0", "above 0 and at most 1"),
         ("--top-p", "inf", "above 0 and at most 1"),
+        ("--draft-window", "0", "a whole number from 1"),
+        ("--draft-window", "17", "a whole number from 1"),
+        ("--draft-window", "many", '"auto", or a whole number'),
         ("--max-batch", "0", "1 to 256"),
         ("--max-batch", "-3", "1 to 256"),
         ("--max-prompt-tokens", "-5", "16 to 1000000"),
@@ -493,7 +499,7 @@ def test_like_draws_a_file_again(command: Command, pipeline: type[FakePipeline])
     )
     assert generate[1] == (["a cat"],)
     drawn = {name: PARAMETERS[name] for name in ("steps", "guidance", "temperature", "top_k", "top_p")}
-    drawn |= {"image_tokens_only": False, "seed": 5, "n": 1, "progress": False}
+    drawn |= {"image_tokens_only": False, "seed": 5, "n": 1, "draft_window": "auto", "progress": False}
     assert generate[2] == drawn
 
 

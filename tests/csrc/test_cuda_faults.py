@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,12 +124,18 @@ FAULTS = {
         ("to_float(*residual) + rounded<T>(value)", "rounded<T>(value)"),
         ("if (a.adds) {", "if (a.adds && row == 0) {"),
     ],
-    "advance_rows": [
-        ("position > 0 && position < a.max_blocks * page_size", "position < a.max_blocks * page_size"),
-        ("position < a.max_blocks * page_size", "position <= a.max_blocks * page_size"),
-        ("a.output_ids[slot] = sampled;", "a.output_ids[slot] = a.out[row];"),
+    "advance_windows": [
+        ("context_lens[begin] <= 0", "context_lens[begin] < 0"),
+        ("tokens_per_image <= max_blocks * page_size", "tokens_per_image < max_blocks * page_size"),
+        ("context_lens[begin + drawn] > 0", "true"),  # rows that were not decoded draw too
+        ("ids[kept + right - 1]", "ids[kept + right]"),  # the wrong guess is compared
+        ("right < drawn &&", "right <= drawn &&"),
+        ("ids[kept + row] = sampled_ids[begin + row];", "ids[kept + row] = read(sampled_ids[begin + row]);"),
+        ("next - 1 + size < tokens_per_image", "next + size < tokens_per_image"),
+        ("index >= grid_width", "index > grid_width"),
         ("sampled < 0 ? 0 : sampled", "sampled"),
-        ("int64_t{blockIdx.x} * kThreads + threadIdx.x", "threadIdx.x"),
+        ("kWarp / 2; distance", "kWarp / 4; distance"),  # half of the warp's counts
+        ("move(window, more >= 0)", "move(window, more > 0)"),
     ],
     "sample_tokens": [
         ("__syncthreads();\n    if (threadIdx.x == 0) shared.search", "if (threadIdx.x == 0) shared.search"),
@@ -177,7 +184,15 @@ def test_planted_faults_are_caught(
     compiler: SimtCompiler, monkeypatch: pytest.MonkeyPatch, op: str, index: int
 ) -> None:
     correct, fault = FAULTS[op][index]
-    source = plant(whole_source_of(op), correct, fault)
-    kernels = compiler.build(op, source, f"{op}_{index}")
+    source, name, flags = whole_source_of(op), f"{op}_{index}", []
+    if correct not in source:  # the op's own header, found before the right one
+        header = Path("blip3o", "ops", f"{op}.h")
+        planted = compiler.folder / name / header
+        planted.parent.mkdir(parents=True)
+        planted.write_text(plant((CSRC / "include" / header).read_text(), correct, fault))
+        flags = ["-iquote", str(compiler.folder / name)]
+    else:
+        source = plant(source, correct, fault)
+    kernels = compiler.build(op, source, name, flags)
     monkeypatch.setattr(native, "cuda", lambda: kernels)
     assert is_wrong(op, kernels)

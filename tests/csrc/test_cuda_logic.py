@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
-from blip3o_rt.measure.cases import advance_rows as advance_cases
+from blip3o_rt.measure.cases import advance_windows as advance_cases
 from blip3o_rt.measure.cases import decode_attention as decode_cases
 from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
 from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
@@ -343,23 +343,29 @@ def test_queries_that_are_not_there_are_not_written(
     assert torch.equal(whole, expected)
 
 
-def test_a_row_without_a_place_stays_as_it_is(
+def test_a_window_without_a_slot_stays_as_it_is(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "cuda", lambda: kernels["advance_rows"])
-    case = advance_cases.case("", 4, [3, 5, 9, 2], [1, 2, 3, 4], 3)
-    *token, drawn, context, places, kept, positions, slot_mapping = case.arguments
-    whole = torch.full((len(kept) + 2,), -7)
-    places[0], places[2] = -1, len(kept)
-    before = [count.clone() for count in (drawn, context, places)]
-    expected = whole.clone()
-    expected[places[[1, 3]] + 1] = torch.tensor([2, 4])
-    call("advance_rows", *token, drawn, context, places, whole[1:-1], positions, slot_mapping)
-    for count, was in zip((drawn, context, places), before, strict=True):
-        assert (count - was).tolist() == [0, 1, 0, 1]
-    assert positions.tolist() == [0, 5, 0, 2]
-    assert slot_mapping[[0, 2]].tolist() == [-1, -1]
-    assert torch.equal(whole, expected)
+    """Its slot is on the device, where a wrong one cannot be reported."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["advance_windows"])
+    windows = [advance_cases.Window(3, kept, 2, 2) for kept in (1, 2, 3, 4)]
+    arguments = list(advance_cases.case("", windows).arguments)
+    counts, output_ids, (positions, slot_mapping) = arguments[7:10], arguments[10], arguments[11:]
+    output_slots = counts[2]
+    output_slots[0], output_slots[4] = -1, len(output_ids)
+    before = [count.clone() for count in counts]
+    whole = torch.cat([torch.full((1,), -7), output_ids, torch.full((1,), -7)])
+    was = whole.clone()
+    call("advance_windows", *arguments[:10], whole[1:-1], positions, slot_mapping)
+    moved = torch.tensor([False, False, True, True, False, False, True, True])
+    for count, old in zip(counts, before, strict=True):
+        assert torch.equal(count[~moved], old[~moved])
+        assert not torch.equal(count[moved], old[moved])
+    assert slot_mapping[~moved].tolist() == [-1] * 4
+    assert (slot_mapping[moved] >= 0).all()
+    assert whole[[0, -1]].tolist() == [-7, -7]
+    changed = (whole != was).nonzero().flatten() - 1
+    assert ((changed // 25 == 1) | (changed // 25 == 3)).all()  # of the images of 24 tokens and one slot more
 
 
 def test_heads_that_no_kernel_holds_are_refused(

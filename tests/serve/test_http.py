@@ -211,7 +211,7 @@ def test_an_error_in_a_stream_is_an_event_and_one_before_it_a_status(server: Run
         ({"guidance": "much"}, 400, "guidance", "invalid_value"),
         ({"output_format": "gif"}, 400, "output_format", "invalid_value"),
         ({"background": "transparent"}, 400, "background", "invalid_value"),
-        ({"draft_window": 4}, 400, "draft_window", "invalid_value"),
+        ({"draft_window": 17}, 400, "draft_window", "invalid_value"),
         ({"stream": True, "partial_images": 4}, 400, "partial_images", "invalid_value"),
         ({"colour": "red"}, 400, "colour", "unknown_parameter"),
         ({"model": "dall-e-3"}, 404, "model", "model_not_found"),

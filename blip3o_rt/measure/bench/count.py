@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, PagedKVCache
 from blip3o_rt.ar.model import Decoder
-from blip3o_rt.ar.token_step import Row, TokenSteps
+from blip3o_rt.ar.token_step import Member, TokenSteps
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES, layouts
 from blip3o_rt.config import ModelConfig
@@ -276,14 +276,21 @@ def token(config: ModelConfig, dtype: torch.dtype, *, batch: int, positions: int
     tokens, device = config.image_tokens.tokens_per_image, checkpoint.device
     pages = -(-(positions + tokens) // DEFAULT_PAGE_SIZE)
     cache = PagedKVCache(config.ar, batch * pages, dtype=dtype, device=device)
-    decoder = Decoder(config.ar, checkpoint.weights["ar"], cache, max_batch=batch)
-    rows = [Row(params=SamplingParams(), prompt_length=positions - 1, lane=lane) for lane in range(batch)]
-    for row in rows:
-        cache.reserve(row.sequence, positions + tokens)
+    decoder = Decoder(config.ar, checkpoint.weights["ar"], cache, max_rows=batch)
+    members = [
+        Member(params=SamplingParams(), prompt_length=positions - 1, lane=lane) for lane in range(batch)
+    ]
+    for member in members:
+        cache.reserve(member.sequence, positions + tokens)
     steps = TokenSteps(
-        decoder, config.image_tokens, GraphRunner.of(device), max_batch=batch, max_blocks=pages
+        decoder,
+        config.image_tokens,
+        GraphRunner.of(device),
+        max_batch=batch,
+        max_rows=batch,
+        max_blocks=pages,
     )
-    step = steps.lay_out(rows)
+    step = steps.lay_out(members)
     with counting(positions) as counter:
         step.step()
     return counter

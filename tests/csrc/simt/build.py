@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,17 +54,19 @@ class SimtCompiler:
         self._module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._module)
 
-    def build(self, op: str, source: str | None = None, name: str | None = None) -> Any:
+    def build(
+        self, op: str, source: str | None = None, name: str | None = None, flags: Sequence[str] = ()
+    ) -> Any:
         """A stand-in for blip3o_rt._cuda that has the ops of one .cu file, made of it or of another text.
 
-        op: one of them. A name (that of the file unless given) can be built once.
+        op: one of them. A name (that of the file unless given) can be built once. flags: of the compiler.
         """
         file = file_of(op)
         name = name or file
         kernel, library = self.folder / f"{name}.cu", self.folder / f"{name}.so"
         kernel.write_text(source or source_of(op))
         definitions = [f'-DKERNEL_SOURCE="{kernel}"', f"-DKERNEL_OP={file}"]
-        self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", *definitions, *self.flags)
+        self._compile(HERE / "entry.cpp", library, f"-I{HERE / 'include'}", *definitions, *self.flags, *flags)
         opened = self._module.Library(str(library))
         sizes = [name for name in dir(self._module) if name.endswith("_workspace")]
         found = {name: getattr(opened, name) for name in ops_of(file)}

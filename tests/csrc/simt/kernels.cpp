@@ -69,7 +69,7 @@ PYBIND11_MODULE(simt_kernels, module) {
     library.def(py::init<const std::string&>())
         .def("set_descending", &Library::set_descending)
         .def("set_multiprocessors", &Library::set_multiprocessors);
-    define<AdvanceRows>(library, &AdvanceRows::check);
+    define<AdvanceWindows>(library, &AdvanceWindows::check);
     define<DecodeAttention>(library, &DecodeAttention::check);
     define<NormRowLinear>(library, &NormRowLinear::check);
     define<PagedDecodeAttention>(library, &PagedDecodeAttention::check);

@@ -74,7 +74,10 @@ def decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
         dtypes=FP32,
     )
     yield OpShape(
-        "advance_rows", f"decode x{batch}: {context} positions", lambda _: _rows(batch, context), dtypes=FP32
+        "advance_windows",
+        f"decode x{batch}: {context} positions",
+        lambda _: _windows(batch, context, config.image_tokens.tokens_per_image),
+        dtypes=FP32,
     )
 
 
@@ -221,12 +224,14 @@ def _sampling(config: ModelConfig, batch: int) -> Case:
     return Case("", (random(1, batch, codes, scale=3.0), *rows, torch.arange(batch), int32(range(batch))))
 
 
-def _rows(batch: int, context: int) -> Case:
-    """Rows with room for more calls than are timed; what is full stays as it is."""
-    max_blocks = 2 * context // DEFAULT_PAGE_SIZE
-    places, counts = torch.arange(batch) * max_blocks * DEFAULT_PAGE_SIZE, int32([context] * batch)
-    kept = torch.zeros(batch * max_blocks * DEFAULT_PAGE_SIZE, dtype=torch.int64)
+def _windows(batch: int, context: int, tokens: int) -> Case:
+    """Windows of one row; an image whose tokens are all there stays at the last."""
+    max_blocks = -(-(context + tokens) // DEFAULT_PAGE_SIZE)
+    first_slots = torch.arange(batch) * (tokens + 1)
+    output_ids = torch.zeros((batch + 1) * (tokens + 1), dtype=torch.int64)
     page_table = int32(range(batch * max_blocks)).view(batch, max_blocks)
-    state = (counts, counts.clone(), places, kept, counts.clone(), counts.clone())
-    draws, first_ids = torch.arange(batch), torch.arange(batch)
-    return Case("", (draws, first_ids, page_table, DEFAULT_PAGE_SIZE, *state), written=(4, 5, 6, 7, 8, 9))
+    counts = (int32([0] * batch), int32([context] * batch), first_slots, output_ids)
+    sizes = (page_table, DEFAULT_PAGE_SIZE, tokens, 27)
+    arguments = (torch.arange(batch), int32(range(batch + 1)), torch.arange(batch), *sizes, *counts)
+    written = (int32([0] * batch), int32([0] * batch))
+    return Case("", (*arguments, *written), written=(7, 8, 9, 10, 11, 12))
