@@ -15,6 +15,7 @@ from blip3o_rt.measure.shapes.codes import GRID, TOKENS_PER_IMAGE
 
 from .embedded_model import EmbeddedModel
 from .model_config import CAPTION_CHANNELS, CODEBOOK_SIZE, LATENT_SIDE, TRANSFORMER
+from .training import autocast
 
 PLACE_BLOCK = 1  # the transformer block after which a cell can know its place: two 3 x 3 convolutions
 TOKENS_PER_CELL = (GRID // LATENT_SIDE) ** 2
@@ -42,7 +43,7 @@ class AuxiliaryHeads(nn.Module):
         condition [N, tokens, C] before any is dropped, codes [M, TOKENS_PER_IMAGE] of every noisy latent and
         dropped [M], the latents whose condition was dropped.
         """
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             index = self.index(condition[:, : TOKENS_PER_IMAGE + 1]).float()
             place = self.place(self.states["place"]).float()
             shown = self.shown(self.states["shown"].unflatten(1, (LATENT_SIDE, width))[:, :, :LATENT_SIDE])

@@ -11,19 +11,23 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
 from blip3o_rt.measure.shapes.judge import Verdict, judge, read_picture
 from blip3o_rt.measure.shapes.render import render_batch, to_image
-from blip3o_rt.measure.shapes.scene import random_scene
-from blip3o_rt.measure.shapes.score import Drawn, judge_task, table
-from blip3o_rt.measure.shapes.tasks import CATEGORIES, Task, draw_tasks
+from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, random_scene
+from blip3o_rt.measure.shapes.score import Drawn, judge_task, scores, table
+from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN_EDIT, Task, draw_foreign_tasks, draw_tasks
 from blip3o_rt.metadata import save_png
 
 from .reference_pipeline import ReferencePipeline
 from .train_autoencoder import build_autoencoder
-from .training import finished_module
+from .training import add_gate_option, enforce, finished_module
+
+BARS = {"held out": 0.9, "single": 0.95, "two": 0.85, "edit": 0.85, "foreign edit": 0.7}
 
 
 def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -51,11 +55,17 @@ def score_autoencoder(run: Path, count: int, seed: int) -> dict[str, float]:
     return shares(verdicts) | {"psnr": round(float(-10 * (output - pictures).square().mean().log10()), 2)}
 
 
+def pixels(image: Image.Image) -> torch.Tensor:
+    """An image as the runtime's image tokenizer reads it, [3, H, W] in [0, 1]."""
+    small = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
+
+
 def score_tasks(pipeline: ReferencePipeline, tasks: list[Task], seed: int) -> list[Drawn]:
     """Draws tasks of one category in one batch."""
-    references = None
-    if tasks[0].edit is not None:
-        references = render_batch([task.edit.before for task in tasks])[0]
+    images, references = [task.reference for task in tasks], None
+    if images[0] is not None:
+        references = torch.stack([pixels(image) for image in images if image is not None])
     pictures, codes = pipeline.generate([task.prompt for task in tasks], references, seed)
     return [
         judge_task(task, to_image(picture), planned, 0.0)
@@ -68,19 +78,28 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of training states")
     parser.add_argument("--count", type=int, default=48, help="pictures per category")
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--only", choices=("autoencoder", "captions", "edits"), help="one part of it")
+    parser.add_argument(
+        "--only", choices=("autoencoder", "captions", "edits", "foreign"), help="one part of it"
+    )
+    add_gate_option(parser)
     arguments = parser.parse_args()
     run, count, seed = arguments.run, arguments.count, arguments.seed
     if arguments.only in (None, "autoencoder"):
         print(json.dumps({"autoencoder": score_autoencoder(run, 2 * count, seed)}))
     if arguments.only == "autoencoder":
         return
-    chosen = {"captions": [name for name in CATEGORIES if name != "edit"], "edits": ["edit"]}
-    tasks, pipeline, drawn = draw_tasks(count, seed), ReferencePipeline(run), []
-    for category in chosen.get(arguments.only, CATEGORIES):
+    captions = [name for name in CATEGORIES if name != "edit"]
+    chosen = {"captions": captions, "edits": ["edit"], "foreign": [FOREIGN_EDIT]}
+    tasks = draw_tasks(count, seed) + draw_foreign_tasks(count, seed)
+    pipeline, drawn = ReferencePipeline(run), []
+    for category in chosen.get(arguments.only, [*CATEGORIES, FOREIGN_EDIT]):
         drawn += score_tasks(pipeline, [task for task in tasks if task.category == category], seed)
     save_png(contact_sheet(drawn), run / "evaluation.png", {})
     print(table(drawn))
+    measured = {score.category: score.share for score in scores(drawn) if score.name == "right"}
+    enforce(
+        "joint", measured, {name: bar for name, bar in BARS.items() if name in measured and arguments.gate}
+    )
 
 
 if __name__ == "__main__":

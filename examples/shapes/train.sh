@@ -1,7 +1,8 @@
 #!/bin/sh
 # Trains the embedded model from nothing, or goes on where a killed run stopped: train.sh RUN_FOLDER
 # The autoencoder's decoder and the joint stage share the machine; each runs on one thread.
-# AUTOENCODER, IMAGE_TOKENIZER and JOINT hold further options of the stages.
+# AUTOENCODER, IMAGE_TOKENIZER and JOINT hold further options of the stages. A stage that measures less than the
+# next one needs ends it with an error.
 set -eu
 run=$1
 cd "$(dirname "$0")/../.."
@@ -23,5 +24,5 @@ fi
 $python -m examples.shapes.train_joint --run "$run" ${JOINT:-} >>"$run/joint.out" 2>&1
 [ -z "$autoencoder" ] || wait "$autoencoder"
 autoencoder=
-$python -m examples.shapes.export --run "$run" --out "$run/export"
 $python -m examples.shapes.evaluate --run "$run"
+$python -m examples.shapes.export --run "$run" --out "$run/export"

@@ -14,17 +14,31 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 
-from blip3o_rt.measure.shapes.render import render_batch
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, PLACES, Scene, training_scene
+from blip3o_rt.measure.shapes.judge import judge, read_picture
+from blip3o_rt.measure.shapes.render import render_batch, to_image
+from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, PLACES, Scene, random_scene, training_scene
 
 from .model_config import AUTOENCODER
-from .training import SAVE_EVERY, Log, WeightAverage, learning_rate, load_state, save_atomically
+from .training import (
+    SAVE_EVERY,
+    Bars,
+    Log,
+    WeightAverage,
+    add_gate_option,
+    autocast,
+    enforce,
+    learning_rate,
+    load_state,
+    save_atomically,
+)
 
 LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffusion model's small errors
 LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means something
 COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
 EDGE_WEIGHT = 8.0
 CROP = PICTURE_SIZE // 2  # side of the crops around shapes that the first part of training sees
+BARS = {"scenes_read": 0.97}
+GATE_BATCH = 50
 CROP_SHARE = 0.8  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
 
 
@@ -64,7 +78,7 @@ def reconstruction_loss(
 ) -> dict[str, torch.Tensor]:
     """Weighted L1 of the reconstruction through noisy latents, and the latents' mean square."""
     target = pictures * 2 - 1
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         latents = model.encode(target).latent
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
         output = model.decode(noisy).sample
@@ -83,6 +97,18 @@ def reconstruction_psnr(model: AutoencoderDC, seed: int = 7, count: int = 64) ->
     return round(float(-10 * error.log10()), 2)
 
 
+@torch.no_grad()
+def gate(model: AutoencoderDC, count: int = 600, seed: int = 11) -> dict[str, float]:
+    """Share of scenes (held-out ones too) whose reconstruction is read back right."""
+    rng = random.Random(seed)
+    right = 0
+    for _ in range(count // GATE_BATCH):
+        scenes = [random_scene(rng) for _ in range(GATE_BATCH)]
+        output = model.decode(model.encode(render_batch(scenes)[0] * 2 - 1).latent).sample / 2 + 0.5
+        right += sum(judge(read_picture(to_image(p)), s).right for p, s in zip(output, scenes, strict=True))
+    return {"scenes_read": round(right / (count // GATE_BATCH * GATE_BATCH), 4)}
+
+
 def freeze_encoder(model: AutoencoderDC, average: WeightAverage) -> None:
     """Gives the encoder its averaged weights for good."""
     encoder = {id(parameter) for parameter in model.encoder.parameters()}
@@ -93,8 +119,19 @@ def freeze_encoder(model: AutoencoderDC, average: WeightAverage) -> None:
     model.encoder.requires_grad_(False)
 
 
-def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, seed: int) -> None:
-    """Runs or resumes the stage; leaves run/autoencoder.pt (encoder final from encoder_steps on)."""
+def train(
+    run: Path,
+    steps: int,
+    encoder_steps: int,
+    batch: int,
+    peak: float,
+    seed: int,
+    bars: Bars | None = None,
+) -> None:
+    """Runs or resumes the stage; leaves run/autoencoder.pt (encoder final from encoder_steps on).
+
+    Raises GateError where the finished stage is under a bar.
+    """
     path = run / "autoencoder.pt"
     torch.manual_seed(seed)
     model = build_autoencoder().train()
@@ -150,6 +187,8 @@ def train(run: Path, steps: int, encoder_steps: int, batch: int, peak: float, se
             save(step + 1)
     freeze_encoder(model, average)
     save(steps)
+    average.swap()
+    enforce("autoencoder", gate(model), bars or {})
 
 
 def main() -> None:
@@ -160,6 +199,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
+    add_gate_option(parser)
     arguments = parser.parse_args()
     train(
         arguments.run,
@@ -168,6 +208,7 @@ def main() -> None:
         arguments.batch,
         arguments.peak,
         arguments.seed,
+        BARS if arguments.gate else {},
     )
 
 

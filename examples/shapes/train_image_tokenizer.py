@@ -19,9 +19,21 @@ from blip3o_rt.measure.shapes.codes import CELL, FIRST_SHAPE_CODE, describe_code
 from blip3o_rt.measure.shapes.render import render_batch
 from blip3o_rt.measure.shapes.scene import Scene, random_scene, training_scene
 
+from .foreign import draw_mixed, draw_references
 from .image_tokenizer import ImageTokenizer
 from .model_config import VISION_TOWER
-from .training import SAVE_EVERY, Log, WeightAverage, learning_rate, load_state, save_atomically
+from .training import (
+    SAVE_EVERY,
+    Bars,
+    Log,
+    WeightAverage,
+    add_gate_option,
+    autocast,
+    enforce,
+    learning_rate,
+    load_state,
+    save_atomically,
+)
 
 COSINE_SCALE = 30.0
 SHAPE_WEIGHT = 4.0  # of a cell that holds a shape, against one of background
@@ -29,6 +41,7 @@ NOISE = 0.04  # standard deviation added to pixels, so that generated pictures a
 BLUR_SHARE = 0.3
 COVERAGE_WEIGHT = 5.0
 COVERAGE_LAYER = 2  # hidden state that the coverage head reads
+BARS = {"scenes_recovered": 0.95, "foreign_recovered": 0.9}
 
 
 def roughen(pictures: torch.Tensor) -> torch.Tensor:
@@ -42,12 +55,15 @@ def roughen(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def tokenizer_loss(
-    model: ImageTokenizer, coverage_head: nn.Linear, scenes: list[Scene]
+    model: ImageTokenizer, coverage_head: nn.Linear, scenes: list[Scene], foreign: int, rng: random.Random
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Cross-entropy of the scaled cosines against the cells' codes, plus the coverage's; and a report."""
+    """Cross-entropy of the scaled cosines against the cells' codes, plus the coverage's; and a report.
+
+    The first `foreign` scenes are shown as others draw them; their codes are the exact scene's.
+    """
     target = torch.tensor([scene_codes(scene) for scene in scenes])
-    pictures, covered = render_batch(scenes)
-    with torch.autocast("cpu", torch.bfloat16):
+    pictures, covered = draw_mixed(scenes, foreign, rng)
+    with autocast():
         similarity, states = model.similarity_and_states(roughen(pictures))
         drawn = coverage_head(states[COVERAGE_LAYER])
     shape_cells = target >= FIRST_SHAPE_CODE
@@ -69,20 +85,28 @@ def tokenizer_loss(
 
 @torch.no_grad()
 def gate(model: ImageTokenizer, count: int = 500, seed: int = 11) -> dict[str, float]:
-    """Shares of scenes (held-out ones too) recovered from codes alone, and of exact code grids."""
+    """Shares of scenes (held-out ones too) recovered from codes alone, by who drew them, and exact grids."""
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
-    codes = model.encode(render_batch(scenes)[0])
-    recovered = [
-        found.shows_the_same(scene)
-        for scene, found in zip(scenes, map(describe_codes, codes.tolist()), strict=True)
-    ]
-    exact = (codes == torch.tensor([scene_codes(scene) for scene in scenes])).all(dim=1)
-    return {"scenes_recovered": sum(recovered) / count, "grids_exact": round(float(exact.float().mean()), 4)}
+    own = model.encode(render_batch(scenes)[0])
+    exact = (own == torch.tensor([scene_codes(scene) for scene in scenes])).all(dim=1)
+    return {
+        "scenes_recovered": recovered(scenes, own),
+        "foreign_recovered": recovered(scenes, model.encode(draw_references(scenes, rng)[0])),
+        "grids_exact": round(float(exact.float().mean()), 4),
+    }
 
 
-def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
-    """Runs or resumes the stage; leaves run/image_tokenizer.pt."""
+def recovered(scenes: list[Scene], codes: torch.Tensor) -> float:
+    """Share of scenes that their codes [N, tokens] describe."""
+    found = map(describe_codes, codes.tolist())
+    return sum(one.shows_the_same(scene) for scene, one in zip(scenes, found, strict=True)) / len(scenes)
+
+
+def train(
+    run: Path, steps: int, batch: int, peak: float, seed: int, foreign: float = 0.0, bars: Bars | None = None
+) -> None:
+    """Runs or resumes the stage; leaves run/image_tokenizer.pt. Raises GateError under a bar."""
     path = run / "image_tokenizer.pt"
     torch.manual_seed(seed)
     model = ImageTokenizer().train()
@@ -94,9 +118,10 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
     if (state := load_state(path)) is not None:
         first = state["step"]
         model.load_state_dict(state["weights"])
-        coverage_head.load_state_dict(state["coverage_head"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.average = state["average"]
+        if first:  # an imported state has the weights alone
+            coverage_head.load_state_dict(state["coverage_head"])
+            optimiser.load_state_dict(state["optimiser"])
+        average.average = state["average"] if first else [p.detach().clone() for p in model.parameters()]
     log = Log(run / "image_tokenizer.jsonl", every=100)
 
     def save(step: int) -> None:
@@ -127,7 +152,8 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
             group["lr"] = learning_rate(step, steps, peak)
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
-        loss, report = tokenizer_loss(model, coverage_head, [training_scene(rng) for _ in range(batch)])
+        scenes = [training_scene(rng) for _ in range(batch)]
+        loss, report = tokenizer_loss(model, coverage_head, scenes, round(foreign * batch), rng)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -137,6 +163,8 @@ def train(run: Path, steps: int, batch: int, peak: float, seed: int) -> None:
         if (step + 1) % SAVE_EVERY == 0:
             save(step + 1)
     save(steps)
+    average.swap()
+    enforce("image tokenizer", gate(model), bars or {})
 
 
 def main() -> None:
@@ -146,8 +174,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--foreign", type=float, default=0.5, help="share of images that others drew")
+    add_gate_option(parser)
     arguments = parser.parse_args()
-    train(arguments.run, arguments.steps, arguments.batch, arguments.peak, arguments.seed)
+    bars = BARS if arguments.gate else {}
+    train(
+        arguments.run,
+        arguments.steps,
+        arguments.batch,
+        arguments.peak,
+        arguments.seed,
+        arguments.foreign,
+        bars,
+    )
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ from blip3o_rt.measure.shapes.scene import Scene, training_scene
 
 from .auxiliary_heads import AuxiliaryHeads
 from .embedded_model import EmbeddedModel
+from .foreign import draw_mixed
 from .image_tokenizer import ImageTokenizer
 from .latents import Latents, wait_for_encoder
 from .tokenizer import PromptTokenizer, save_tokenizer
-from .training import SAVE_EVERY, Log, WeightAverage, finished_module, load_state, save_atomically
+from .training import SAVE_EVERY, Log, WeightAverage, autocast, finished_module, load_state, save_atomically
 
 DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
@@ -43,27 +44,27 @@ EDIT_DRAWS = {
     "add": 1,
     "keep": 1,
 }  # hard kinds more often
-LOSS_WEIGHTS = {"flow": 1.0, "index": 0.3, "place": 0.1, "shown": 0.1}
+HEAD_WEIGHTS = {"index": 0.3, "place": 0.1, "shown": 0.1}  # against flow matching
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls to a twentieth
 
 
 @dataclass
 class Batch:
-    """Token ids right-padded [N, L], where <S0> stands [N], and the scenes to show (and to edit).
+    """Token ids right-padded [N, L], where <S0> stands [N], the scenes to show, and the images to edit.
 
-    Of a batch that is not drawn the decoder alone learns.
+    References are [N, 3, H, W] in [0, 1]. Of a batch that is not drawn the decoder alone learns.
     """
 
     ids: torch.Tensor
     starts: torch.Tensor
     scenes: list[Scene]
-    before: list[Scene] | None
+    references: torch.Tensor | None
     drawn: bool = True
 
 
 def make_batch(
-    prompts: list[list[int]], scenes: list[Scene], before: list[Scene] | None, first_image_id: int
+    prompts: list[list[int]], scenes: list[Scene], references: torch.Tensor | None, first_image_id: int
 ) -> Batch:
     """Appends the scenes' image tokens to their prompts."""
     starts = torch.tensor([len(prompt) - 1 for prompt in prompts])
@@ -71,7 +72,7 @@ def make_batch(
     for row, (prompt, scene) in enumerate(zip(prompts, scenes, strict=True)):
         tokens = [*prompt, *(code + first_image_id for code in scene_codes(scene))]
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    return Batch(ids, starts, scenes, before)
+    return Batch(ids, starts, scenes, references)
 
 
 def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) -> Batch:
@@ -82,20 +83,24 @@ def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) ->
 
 
 def edit_batch(
-    rng: random.Random, count: int, tokenizer: PromptTokenizer, eyes: ImageTokenizer | None
+    rng: random.Random, count: int, tokenizer: PromptTokenizer, eyes: ImageTokenizer | None, foreign: float
 ) -> Batch:
-    """Edit instructions with the scenes before (as the image tokenizer sees them, if given) and after."""
+    """Edit instructions with the scenes before (as the image tokenizer sees them, if given) and after.
+
+    foreign is the share of references that somebody else drew.
+    """
     kinds = rng.choices(list(EDIT_DRAWS), weights=list(EDIT_DRAWS.values()), k=count)
     edits = [random_edit(rng, kind) for kind in kinds]
     before = [edit.before for edit in edits]
-    seen = [scene_codes(s) for s in before] if eyes is None else eyes.encode(render_batch(before)[0]).tolist()
+    references, _ = draw_mixed(before, round(foreign * count), rng)
+    seen = [scene_codes(s) for s in before] if eyes is None else eyes.encode(references).tolist()
     prompts = [tokenizer.edit(edit.instruction, codes) for edit, codes in zip(edits, seen, strict=True)]
-    return make_batch(prompts, [edit.after for edit in edits], before, tokenizer.first_image_id)
+    return make_batch(prompts, [edit.after for edit in edits], references, tokenizer.first_image_id)
 
 
 def token_loss(model: EmbeddedModel, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Token losses, and the hidden states of <S0> and the image tokens [N, tokens + 1, H]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         states = model.language_model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
         places = batch.starts[:, None] + torch.arange(TOKENS_PER_IMAGE + 1)
         hidden = states.gather(1, places[:, :, None].expand(-1, -1, states.shape[-1]))
@@ -120,13 +125,13 @@ def flow_losses(
     """
     pictures, covered = render_batch(batch.scenes)
     data = stages.latents(pictures).repeat(noises, 1, 1, 1)
-    reference = None if batch.before is None else stages.latents(render_batch(batch.before)[0])
+    reference = None if batch.references is None else stages.latents(batch.references)
     touched = (F.adaptive_max_pool2d(covered, data.shape[-1]) > 0).float()
     weight = (1 + (SHAPE_CELL_WEIGHT - 1) * touched).repeat(noises, 1, 1, 1)
     noise = torch.randn_like(data)
     sigma = (torch.randperm(len(data)) + torch.rand(len(data))) / len(data)  # stratified over [0, 1]
     noisy = data + sigma[:, None, None, None] * (noise - data)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         dropped = torch.rand(len(hidden), 1, 1) < DROP_SHARE
         given, null = model.condition(hidden, reference), model.null_condition(hidden, reference)
         condition = torch.where(dropped, null, given).repeat(noises, 1, 1)
@@ -144,8 +149,12 @@ def accumulate_gradients(
     batches: dict[str, Batch],
     stages: Latents | None,
     noises: int,
+    auxiliary: float,
 ) -> dict[str, float]:
-    """Adds every batch's gradients, weighted by its size, and reports its losses by name."""
+    """Adds every batch's gradients, weighted by its size, and reports its losses by name.
+
+    auxiliary scales the heads' losses.
+    """
     report: dict[str, float] = {}
     examples = sum(len(batch.scenes) for batch in batches.values())
     for name, batch in batches.items():
@@ -153,7 +162,8 @@ def accumulate_gradients(
         loss = losses["tokens"]
         if stages is not None and batch.drawn:
             flow = flow_losses(model, heads, batch, hidden, stages, noises)
-            loss = loss + sum(LOSS_WEIGHTS[name] * value for name, value in flow.items())
+            scales = {name: weight * auxiliary for name, weight in HEAD_WEIGHTS.items()} | {"flow": 1.0}
+            loss = loss + sum(scales[name] * value for name, value in flow.items())
             losses |= flow
         (loss * (len(batch.scenes) / examples)).backward()
         report |= {f"{name}_{key}": float(value.detach()) for key, value in losses.items()}
@@ -182,7 +192,17 @@ def averaged_state(model: EmbeddedModel, average: WeightAverage) -> dict[str, to
     return state
 
 
-def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak: float, seed: int) -> None:
+def train(
+    run: Path,
+    steps: int,
+    token_steps: int,
+    batch: int,
+    noises: int,
+    peak: float,
+    seed: int,
+    foreign: float = 0.0,
+    auxiliary: float = 1.0,
+) -> None:
     """Runs or resumes the stage; leaves run/joint.pt."""
     path = run / "joint.pt"
     if not (run / "tokenizer" / "tokenizer.json").exists():
@@ -198,9 +218,10 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
     if (state := load_state(path)) is not None:
         first = state["step"]
         model.load_state_dict(state["weights"])
-        heads.load_state_dict(state["heads"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.average = state["average"]
+        if first:  # an imported state has the weights alone
+            heads.load_state_dict(state["heads"])
+            optimiser.load_state_dict(state["optimiser"])
+        average.average = state["average"] if first else [p.detach().clone() for p in model.parameters()]
     log = Log(run / "joint.jsonl", every=50)
     for step in range(first, steps):
         if step >= token_steps and stages is None:  # before the seeding: making modules draws random numbers
@@ -215,10 +236,10 @@ def train(run: Path, steps: int, token_steps: int, batch: int, noises: int, peak
         edits = batch // 2
         batches = {
             "caption": caption_batch(rng, batch - edits, tokenizer),
-            "edit": edit_batch(rng, edits, tokenizer, eyes),
-            "plan": replace(edit_batch(rng, batch, tokenizer, eyes), drawn=False),
+            "edit": edit_batch(rng, edits, tokenizer, eyes, foreign),
+            "plan": replace(edit_batch(rng, batch, tokenizer, eyes, foreign), drawn=False),
         }
-        report = accumulate_gradients(model, heads, batches, stages, noises)
+        report = accumulate_gradients(model, heads, batches, stages, noises, auxiliary)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         average.update(step)
@@ -246,6 +267,8 @@ def main() -> None:
     parser.add_argument("--noises", type=int, default=4, help="noise levels per example and step")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--foreign", type=float, default=0.5, help="share of references that others drew")
+    parser.add_argument("--auxiliary", type=float, default=1.0, help="scale of the auxiliary heads' losses")
     arguments = parser.parse_args()
     train(
         arguments.run,
@@ -255,6 +278,8 @@ def main() -> None:
         arguments.noises,
         arguments.peak,
         arguments.seed,
+        arguments.foreign,
+        arguments.auxiliary,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -14,6 +15,32 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 SAVE_EVERY = 200  # steps: what a kill can cost
+Bars = dict[str, float]  # the least that each of a stage's measures must reach
+
+
+class GateError(RuntimeError):
+    """A finished stage is worse than the next one can use."""
+
+
+def enforce(stage: str, measured: dict[str, float], bars: Bars) -> None:
+    """Prints what a finished stage measures, and raises GateError where that is under a bar."""
+    print(json.dumps({stage: measured}))
+    under = [
+        f"{name} is {measured[name]:g}, under {bar:g}" for name, bar in bars.items() if measured[name] < bar
+    ]
+    if under:
+        raise GateError(f"{stage}: {'; '.join(under)}. Train it longer (--steps), or go on with --no-gate")
+
+
+def add_gate_option(parser: argparse.ArgumentParser) -> None:
+    """The option --no-gate of every stage."""
+    help = "finish without a word where the stage measures less than the next one needs"
+    parser.add_argument("--no-gate", dest="gate", action="store_false", help=help)
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where the processor computes with it, else float32: emulated, it takes five times as long."""
+    return torch.autocast("cpu", torch.bfloat16, enabled="AVX512" in torch.backends.cpu.get_cpu_capability())
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from blip3o_rt.cli import drawing
 from blip3o_rt.measure.shapes.scene import Scene
-from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
+from blip3o_rt.measure.shapes.tasks import Task, draw_foreign_tasks, draw_tasks
 from tests.cli.conftest import Command
 from tests.measure.shapes.stand_in import StandIn, something_else, what_is_asked
 
@@ -27,7 +27,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Puts a stand-in that answers so in the place of the loaded model."""
 
     def put(answer: Callable[[Task], Scene]) -> StandIn:
-        model = StandIn(draw_tasks(COUNT, SEED), answer)
+        model = StandIn(draw_tasks(COUNT, SEED) + draw_foreign_tasks(COUNT, SEED), answer)
         monkeypatch.setattr(drawing, "load_pipeline", lambda arguments, **options: model)
         return model
 
@@ -46,20 +46,22 @@ def test_a_model_that_draws_what_it_is_asked(command: Command, use: Use) -> None
     assert command.errors == ""
     assert command.files() == ["out/score/score.json", "out/score/score.png"]
     options = {"steps": 7, "guidance": 2.0, "temperature": 1.0, "top_k": 1, "top_p": 0.95}
-    assert model.calls == [{**options, "image_tokens_only": True}] * 8
+    assert "foreign edit 2 100.0% 34.2 to 100.0%" in " ".join(command.output.split())
+    assert model.calls == [{**options, "image_tokens_only": True}] * 10
 
     found = record(command.folder / "out/score")
     assert (found["kind"], found["version"], found["complete"]) == ("score", 1, True)
-    assert found["settings"] == {"count": COUNT, "seed": SEED, **options, "image_tokens_only": True}
+    settings = {"count": COUNT, "seed": SEED, "world": "both", **options}
+    assert found["settings"] == {**settings, "image_tokens_only": True}
     assert found["model"]["size"] == "shapes"
     assert (found["model"]["dtype"], found["model"]["tier"]) == ("fp32", "exact")
     assert found["command"][0] == "blip3o-rt"
     every = {"category": "all", "property": "right", "right": 8, "n": 8, "share": 1.0, "high": 1.0}
     assert {**every, "low": pytest.approx(0.6756, abs=1e-4)} in found["scores"]
-    assert [picture["seed"] for picture in found["pictures"]] == list(range(SEED, SEED + 8))
+    assert [picture["seed"] for picture in found["pictures"][:8]] == list(range(SEED, SEED + 8))
     assert all(picture["right"] and picture["plan"] for picture in found["pictures"])
     edits = [picture["edit"] for picture in found["pictures"]]
-    assert edits == [None, None, None, "recolour", None, None, None, "background"]
+    assert edits == [*[None] * 3, "recolour", *[None] * 3, "background", "recolour", "background"]
     with Image.open(command.folder / "out/score/score.png") as sheet:
         assert sheet.width > 500
 
@@ -71,7 +73,17 @@ def test_a_model_that_draws_something_else(command: Command, use: Use) -> None:
     found = record(command.folder / "elsewhere")
     assert not any(picture["right"] for picture in found["pictures"])
     assert command("score", *OPTIONS, "--fail-under", "85") == 1
-    assert command.errors == "blip3o-rt: 0.0% of the pictures are right, under the bar of 85%\n"
+    assert command.errors.splitlines() == [
+        "blip3o-rt: 0.0% of the pictures are right, under the bar of 85%",
+        "blip3o-rt: 0.0% of the foreign edits are right, under the bar of 85%",
+    ]
+
+
+@pytest.mark.parametrize(("world", "pictures"), [("own", 8), ("foreign", 2), ("both", 10)])
+def test_a_world_alone(command: Command, use: Use, world: str, pictures: int) -> None:
+    use(what_is_asked)
+    assert command("score", *OPTIONS, "--world", world, "--quiet", "--fail-under", "100") == 0
+    assert len(record(command.folder / "out/score")["pictures"]) == pictures
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
@@ -106,7 +118,7 @@ def test_an_interrupt_keeps_what_was_drawn(command: Command, use: Use) -> None:
 
     use(interrupted)
     assert command("score", *OPTIONS, "--fail-under", "100") == 130
-    assert command.errors.splitlines() == ["blip3o-rt: 5 of 8 pictures were drawn", "blip3o-rt: interrupted"]
+    assert command.errors.splitlines() == ["blip3o-rt: 5 of 10 pictures were drawn", "blip3o-rt: interrupted"]
     assert "all 5 100.0%" in " ".join(command.output.split())
     found = record(command.folder / "out/score")
     assert found["complete"] is False

@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.measure.shapes.render import render
 from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
 from examples.shapes import train_autoencoder, train_image_tokenizer, train_joint, training
-from examples.shapes.export import export
+from examples.shapes.export import checkpoint_tensors, export
+from examples.shapes.import_checkpoint import import_checkpoint
+from examples.shapes.tokenizer import PromptTokenizer
 
 ROOT = Path(__file__).parents[2]
 SCENE = Scene("white", (Shape("red", "square", "large", "top left"),))
@@ -28,8 +32,12 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "autoencoder": lambda run: train_autoencoder.train(
         run, steps=4, encoder_steps=1, batch=2, peak=1e-3, seed=1
     ),
-    "image_tokenizer": lambda run: train_image_tokenizer.train(run, steps=4, batch=2, peak=1e-3, seed=2),
-    "joint": lambda run: train_joint.train(run, steps=4, token_steps=1, batch=3, noises=2, peak=1e-3, seed=3),
+    "image_tokenizer": lambda run: train_image_tokenizer.train(
+        run, steps=4, batch=2, peak=1e-3, seed=2, foreign=0.5
+    ),
+    "joint": lambda run: train_joint.train(
+        run, steps=4, token_steps=1, batch=4, noises=2, peak=1e-3, seed=3, foreign=0.5
+    ),
 }
 
 
@@ -162,17 +170,17 @@ def test_train_sh_runs_every_stage(tmp_path: Path) -> None:
     assert sorted(lines[:2]) == [f"-m {stage} --run {run}" for stage in stages]
     assert lines[2:] == [
         f"-m examples.shapes.train_joint --run {run} --steps 7 --batch 3",
-        f"-m examples.shapes.export --run {run} --out {run}/export",
         f"-m examples.shapes.evaluate --run {run}",
+        f"-m examples.shapes.export --run {run} --out {run}/export",
     ]
 
 
-@pytest.mark.parametrize("stage", ["train_autoencoder", "train_image_tokenizer", "train_joint", "export"])
+@pytest.mark.parametrize("stage", ["train_autoencoder", "train_image_tokenizer", "train_joint", "evaluate"])
 def test_train_sh_stops_where_a_stage_fails(tmp_path: Path, stage: str) -> None:
     """Also where the autoencoder dies in the background, which the joint stage would wait for."""
     code, lines = train_sh(tmp_path, FAIL=stage)
     assert code == 3
-    assert not any("evaluate" in line for line in lines)
+    assert not any("export" in line for line in lines)
     if stage == "train_autoencoder":
         assert not any("train_joint" in line for line in lines)
 
@@ -181,3 +189,34 @@ def test_train_sh_leaves_no_stage_behind(tmp_path: Path) -> None:
     """The autoencoder in the background ends with the script: otherwise this would take a minute."""
     code, _ = train_sh(tmp_path, SLOW="train_autoencoder", FAIL="train_joint")
     assert code == 3
+
+
+def test_an_imported_checkpoint_is_exported_unchanged(tmp_path: Path) -> None:
+    import_checkpoint(embedded_checkpoint(), tmp_path)
+    tokenizer = PromptTokenizer(tmp_path / "tokenizer")
+    tensors, _ = checkpoint_tensors(tmp_path, tokenizer.vocab_size)
+    expected = load_file(embedded_checkpoint() / "model.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_stage_goes_on_from_an_imported_checkpoint(tmp_path: Path) -> None:
+    """One step with a rate of nothing leaves the weights as they are: they were not begun anew."""
+    import_checkpoint(embedded_checkpoint(), tmp_path)
+    before = state(tmp_path, "image_tokenizer")["model"]
+    train_image_tokenizer.train(tmp_path, steps=1, batch=2, peak=0.0, seed=2, foreign=0.5)
+    after = state(tmp_path, "image_tokenizer")["weights"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stage_under_its_bar_is_an_error() -> None:
+    training.enforce("joint", {"single": 0.95}, {"single": 0.95})
+    with pytest.raises(training.GateError, match=r"joint: single is 0.94, under 0.95\. Train it longer"):
+        training.enforce("joint", {"single": 0.94}, {"single": 0.95})
+
+
+def test_a_finished_stage_is_held_to_its_bar(tmp_path: Path) -> None:
+    with pytest.raises(training.GateError, match="image tokenizer: scenes_recovered is"):
+        train_image_tokenizer.train(
+            tmp_path, steps=1, batch=2, peak=1e-3, seed=2, bars=train_image_tokenizer.BARS
+        )

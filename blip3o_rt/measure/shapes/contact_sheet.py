@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from blip3o_rt.measure.shapes.render import render
 from blip3o_rt.measure.shapes.scene import PICTURE_SIZE
 from blip3o_rt.measure.shapes.score import Drawn, wilson_interval
-from blip3o_rt.measure.shapes.tasks import CATEGORIES
+from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN
 
 FRAME = 3
 SIDE = 2 * PICTURE_SIZE  # pixels of a picture on the sheet
@@ -21,12 +20,13 @@ TEXT_LINES = 5  # under an edit
 CELL_WIDTH = 2 * FRAMED + MARGIN  # a picture and its text, or the picture before and the one after
 HEADING = 2 * HEADING_SIZE
 COLUMNS, MANY_COLUMNS, MANY = 5, 12, 160  # from MANY pictures on, more stand side by side
+DESCRIPTIONS = CATEGORIES | FOREIGN
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 40), (20, 120, 50), (200, 0, 30)
 
 
 def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
     """Every picture at twice its size, by category in the order of the tasks."""
-    sections = {name: [one for one in drawn if one.task.category == name] for name in CATEGORIES}
+    sections = {name: [one for one in drawn if one.task.category == name] for name in DESCRIPTIONS}
     columns = MANY_COLUMNS if len(drawn) >= MANY else COLUMNS
     columns = min(columns, max(1, *map(len, sections.values())))
     heights = {name: _section_height(members, columns) for name, members in sections.items()}
@@ -59,16 +59,17 @@ def _heading(category: str, members: Sequence[Drawn]) -> str:
     low, high = wilson_interval(right, len(members))
     return (
         f"{category}: {right} of {len(members)} right (95% interval {100 * low:.0f} to {100 * high:.0f}%); "
-        f"{CATEGORIES[category]}"
+        f"{DESCRIPTIONS[category]}"
     )
 
 
 def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Drawn, left: int, top: int) -> None:
     """The picture with its text beside it, or what is edited, the picture, and the text under both."""
-    if one.task.edit is None:
+    reference = one.task.reference
+    if reference is None:
         at, text_at, text_width = left, (left + FRAMED + MARGIN, top), FRAMED
     else:
-        _paste(sheet, render(one.task.edit.before), left, top)
+        _paste(sheet, reference, left, top)
         at, text_at, text_width = left + FRAMED + MARGIN, (left, top + FRAMED), CELL_WIDTH
     if not one.verdict.right:
         pen.rectangle((at, top, at + FRAMED - 1, top + FRAMED - 1), outline=WRONG, width=FRAME)

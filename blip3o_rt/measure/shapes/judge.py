@@ -79,7 +79,7 @@ def _nearest_palette(pixels: np.ndarray) -> np.ndarray:
     return np.square(pixels[..., None, :] - palette).sum(-1).argmin(-1)
 
 
-def _components(mask: np.ndarray) -> list[np.ndarray]:
+def components(mask: np.ndarray) -> list[np.ndarray]:
     """8-connected components of a mask, as masks, largest first."""
     height, width = mask.shape
     left = mask.copy()
@@ -101,24 +101,24 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
     return sorted(found, key=lambda component: -int(component.sum()))
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
+def grown(mask: np.ndarray) -> np.ndarray:
     """The mask and its 8-neighbours."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return np.logical_or.reduce([padded[r : r + height, c : c + width] for r in range(3) for c in range(3)])
 
 
-def _core(mask: np.ndarray) -> np.ndarray:
+def core(mask: np.ndarray) -> np.ndarray:
     """Pixels whose four neighbours are in the mask too (outside the picture counts as in)."""
     padded = np.pad(mask, 1, constant_values=True)
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
-def _split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+def split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     """One mask per colour with inner pixels of its own: touching shapes are two, an edge is none."""
     colours, counts = np.unique(labels[component], return_counts=True)
     parts = [component & (labels == c) for c, n in zip(colours, counts, strict=True) if n >= SMALLEST_AREA]
-    solid = [part for part in parts if _core(part).sum() >= SMALLEST_CORE]
+    solid = [part for part in parts if core(part).sum() >= SMALLEST_CORE]
     return solid if len(solid) > 1 else [component]
 
 
@@ -161,13 +161,13 @@ def _place(x: float, y: float) -> str:
 
 def _describe(part: np.ndarray, pixels: np.ndarray, labels: np.ndarray, behind: np.ndarray) -> Region:
     """What one region of the picture is."""
-    inner = _core(part)
+    inner = core(part)
     chosen = labels[inner] if inner.sum() >= SMALLEST_CORE else labels[part]
     label = int(np.bincount(chosen).argmax())
     colour = np.array(list(PALETTE.values())[label], dtype=np.float32) / 255
     direction = colour - behind
     alpha = ((pixels - behind) @ direction / max(float(direction @ direction), 1e-6)).clip(0, 1)
-    kind, size, centre, iou = _fit_template(np.where(_grown(part), alpha, 0.0))
+    kind, size, centre, iou = _fit_template(np.where(grown(part), alpha, 0.0))
     if iou < LOWEST_IOU:
         kind = size = "unknown"
     return Region(list(PALETTE)[label], kind, size, _place(*centre), centre, round(iou, 3))
@@ -187,9 +187,9 @@ def read_picture(picture: Image.Image) -> Seen:
     foreground = np.linalg.norm(pixels - behind, axis=-1) > FOREGROUND_DISTANCE
     parts = [
         part
-        for component in _components(foreground)
+        for component in components(foreground)
         if component.sum() >= SMALLEST_AREA
-        for part in _split_by_colour(component, labels)
+        for part in split_by_colour(component, labels)
     ]
     regions = (_describe(part, pixels, labels, behind) for part in parts)
     return Seen(list(PALETTE)[label], tuple(regions))
@@ -215,7 +215,7 @@ def judge_edit(picture: Image.Image, reference: Image.Image, edit: Edit) -> Verd
         np.asarray(image.convert("RGB"), dtype=np.float32) / 255
         for image in (render(edit.before), render(edit.after), picture, reference)
     )
-    touched = _grown(np.abs(before - after).max(axis=-1) > 0.02)
+    touched = grown(np.abs(before - after).max(axis=-1) > 0.02)
     difference = np.abs(got - was).mean(axis=-1)[~touched]
     verdict = judge(read_picture(picture), edit.after)
     unchanged = difference.size == 0 or float(difference.mean()) <= UNCHANGED_TOLERANCE

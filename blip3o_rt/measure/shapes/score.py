@@ -16,10 +16,11 @@ from tabulate import tabulate
 from blip3o_rt.errors import GenerationError, ParameterError
 from blip3o_rt.measure.shapes.codes import TOKENS_PER_IMAGE, USED_CODES, describe_codes
 from blip3o_rt.measure.shapes.edits import EDIT_KINDS
+from blip3o_rt.measure.shapes.foreign_judge import judge_foreign_edit
 from blip3o_rt.measure.shapes.judge import Verdict, judge, judge_edit, read_picture
 from blip3o_rt.measure.shapes.render import render
 from blip3o_rt.measure.shapes.scene import PICTURE_SIZE
-from blip3o_rt.measure.shapes.tasks import CATEGORIES, Task
+from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN, FOREIGN_EDIT, Task
 
 if TYPE_CHECKING:
     from blip3o_rt.pipeline import Pipeline
@@ -49,7 +50,7 @@ class Drawn:
     def properties(self) -> dict[str, bool]:
         """Every property of PROPERTIES that applies, and "right": all that the pixels show."""
         found = dataclasses.asdict(self.verdict) | {"plan": self.plan_right, "right": self.verdict.right}
-        if self.task.edit is None:
+        if self.task.edit is None or self.task.foreign is not None:
             del found["unchanged"]
         return found
 
@@ -127,33 +128,42 @@ def draw_and_judge(pipeline: Pipeline, tasks: Sequence[Task], **options: Any) ->
 
 
 def _draw(pipeline: Pipeline, task: Task, options: dict[str, Any]) -> Result:
-    if task.edit is None:
+    reference = task.reference
+    if reference is None:
         return pipeline.generate(task.prompt, seed=task.seed, **options)
-    return pipeline.edit(task.prompt, render(task.edit.before), seed=task.seed, **options)
+    return pipeline.edit(task.prompt, reference, seed=task.seed, **options)
 
 
 def judge_task(task: Task, picture: Image.Image, codes: Sequence[int], seconds: float) -> Drawn:
     """What is right about a task's picture, and about its plan [tokens] of codes."""
-    if task.edit is None:
-        verdict = judge(read_picture(picture), task.scene)
-    else:
+    if task.foreign is not None:
+        verdict = judge_foreign_edit(picture, task.foreign)
+    elif task.edit is not None:
         verdict = judge_edit(picture, render(task.edit.before), task.edit)
+    else:
+        verdict = judge(read_picture(picture), task.scene)
     return Drawn(task, picture, verdict, describe_codes(codes).shows_the_same(task.scene), seconds)
 
 
 def scores(drawn: Sequence[Drawn]) -> list[Score]:
-    """Every property by category, by kind of edit and over all; categories without pictures are left out."""
+    """Every property by category, by kind of edit and over all of the own world.
+
+    Categories without pictures are left out.
+    """
     right: Counter[tuple[str, str]] = Counter()
     seen: Counter[tuple[str, str]] = Counter()
     for one in drawn:
-        names = ["all", one.task.category]
+        names = [one.task.category]
+        if one.task.foreign is None:
+            names.append("all")
         if one.task.edit is not None:
-            names.append(edit_category(one.task.edit.kind))
+            names.append(edit_category(one.task.edit.kind, one.task.category))
         for name in names:
             for key, good in one.properties.items():
                 seen[name, key] += 1
                 right[name, key] += good
-    categories = [*CATEGORIES, *map(edit_category, EDIT_KINDS), "all"]
+    foreign = [edit_category(kind, FOREIGN_EDIT) for kind in EDIT_KINDS]
+    categories = [*CATEGORIES, *map(edit_category, EDIT_KINDS), "all", *foreign, *FOREIGN]
     return [
         Score(category, key, right[category, key], seen[category, key])
         for category in categories
@@ -162,9 +172,9 @@ def scores(drawn: Sequence[Drawn]) -> list[Score]:
     ]
 
 
-def edit_category(kind: str) -> str:
+def edit_category(kind: str, category: str = "edit") -> str:
     """The category of one kind of edit."""
-    return f"edit: {kind}"
+    return f"{category}: {kind}"
 
 
 def share_right(drawn: Sequence[Drawn]) -> float:
@@ -173,13 +183,19 @@ def share_right(drawn: Sequence[Drawn]) -> float:
 
 
 def table(drawn: Sequence[Drawn]) -> str:
-    """What a person reads: pictures right by category, then what is right of all of them by property."""
+    """What a person reads: pictures right by category, then each world's by property."""
     found = scores(drawn)
-    by_category = [_row(score.category, score) for score in found if score.name == "right"]
-    by_property = [_row(s.name, s) for s in found if s.category == "all" and s.name != "right"]
+    blocks = {
+        "category": [_row(score.category, score) for score in found if score.name == "right"],
+        "property": [_row(s.name, s) for s in found if s.category == "all" and s.name != "right"],
+        f"property, {FOREIGN_EDIT}": [
+            _row(s.name, s) for s in found if s.category == FOREIGN_EDIT and s.name != "right"
+        ],
+    }
     return "\n\n".join(
         tabulate(rows, [name, "pictures", "right", "95% interval"], disable_numparse=True, colalign=ALIGN)
-        for name, rows in (("category", by_category), ("property", by_property))
+        for name, rows in blocks.items()
+        if rows
     )
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from PIL import Image
+
 from blip3o_rt.measure.shapes.captions import caption
 from blip3o_rt.measure.shapes.edits import EDIT_KINDS, Edit, random_edit
+from blip3o_rt.measure.shapes.foreign import ForeignEdit, foreign_edit
+from blip3o_rt.measure.shapes.render import render
 from blip3o_rt.measure.shapes.scene import Scene, held_out_scene, random_scene, training_scene
 
 CATEGORIES = {
@@ -15,13 +19,15 @@ CATEGORIES = {
     "two": "two shapes, any combinations",
     "edit": "an exact picture and a change of it, every kind of change as often, any combinations",
 }
+FOREIGN_EDIT = "foreign edit"
+FOREIGN = {FOREIGN_EDIT: "an image that somebody else drew and a change of it, judged by hue and outline"}
 
 
 @dataclass(frozen=True)
 class Task:
     """One picture to draw: what is asked for, the seed to draw it with, and the scene it should show.
 
-    An edit also has the scene before.
+    An edit also has the scene before; one of somebody else's image has that image.
     """
 
     category: str
@@ -29,6 +35,14 @@ class Task:
     seed: int
     scene: Scene
     edit: Edit | None = None
+    foreign: ForeignEdit | None = None
+
+    @property
+    def reference(self) -> Image.Image | None:
+        """The image to edit; None where there is none."""
+        if self.foreign is not None:
+            return self.foreign.before.draw()
+        return None if self.edit is None else render(self.edit.before)
 
 
 def draw_tasks(count: int, seed: int) -> list[Task]:
@@ -39,6 +53,16 @@ def draw_tasks(count: int, seed: int) -> list[Task]:
         for index in range(count)
         for number, category in enumerate(CATEGORIES)
     ]
+
+
+def draw_foreign_tasks(count: int, seed: int) -> list[Task]:
+    """`count` edits of images that somebody else drew; fewer are the beginning of more."""
+    rng, kinds, tasks = random.Random(f"{FOREIGN_EDIT} {seed}"), list(EDIT_KINDS), []
+    for index in range(count):
+        edit = random_edit(rng, kinds[index % len(kinds)], held_out=True)
+        foreign, own_seed = foreign_edit(edit, rng), rng.getrandbits(31)
+        tasks.append(Task(FOREIGN_EDIT, edit.instruction, own_seed, edit.after, edit, foreign))
+    return tasks
 
 
 def _draw_task(category: str, index: int, seed: int, rng: random.Random) -> Task:

@@ -41,9 +41,9 @@ class StandIn:
         return self._draw(prompt, seed, options)
 
     def edit(self, prompt: str, reference: Image.Image, *, seed: int, **options: Any) -> list[Image.Image]:
-        edit = self.tasks[seed].edit
-        assert edit is not None
-        assert reference.tobytes() == render(edit.before).tobytes()
+        expected = self.tasks[seed].reference
+        assert expected is not None
+        assert reference.tobytes() == expected.tobytes()
         return self._draw(prompt, seed, options)
 
     def _draw(self, prompt: str, seed: int, options: dict[str, Any]) -> list[Image.Image]:

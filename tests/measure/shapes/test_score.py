@@ -24,10 +24,11 @@ from blip3o_rt.measure.shapes.score import (
     table,
     wilson_interval,
 )
-from blip3o_rt.measure.shapes.tasks import CATEGORIES, Task, draw_tasks
+from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN_EDIT, Task, draw_foreign_tasks, draw_tasks
 from tests.measure.shapes.stand_in import StandIn, something_else, what_is_asked
 
 COUNT = 12
+FIRST_FOREIGN = ("change the cross to white", 1191097751)  # prompt and seed
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,16 @@ def test_tasks_are_the_ruler_and_must_not_change_unnoticed() -> None:
     ]
 
 
+def test_foreign_tasks_are_the_ruler_too() -> None:
+    (first, second) = draw_foreign_tasks(2, seed=0)
+    assert (first.prompt, first.seed) == FIRST_FOREIGN
+    assert first.category == second.category == FOREIGN_EDIT
+    assert [task.edit.kind for task in (first, second) if task.edit] == ["recolour", "background"]
+    assert draw_foreign_tasks(1, seed=0) == [first]
+    assert first.reference is not None
+    assert first.reference.size == (first.foreign.before.side,) * 2
+
+
 def test_fewer_tasks_are_the_beginning_of_more(tasks: list[Task]) -> None:
     assert draw_tasks(3, seed=5) == tasks[: 3 * len(CATEGORIES)]
     assert draw_tasks(3, seed=6) != tasks[: 3 * len(CATEGORIES)]
@@ -113,6 +124,18 @@ def test_pictures_of_other_tasks_score_next_to_nothing(tasks: list[Task]) -> Non
     following = {a.seed: b.scene for a, b in zip(tasks, [*tasks[4:], *tasks[:4]], strict=True)}
     shuffled = draw_and_judge(StandIn(tasks, lambda task: following[task.seed]), tasks)
     assert sum(one.verdict.right for one in shuffled) <= 1
+
+
+def test_foreign_edits_are_counted_apart(right: list[Drawn]) -> None:
+    foreign = draw_foreign_tasks(COUNT, seed=5)
+    for answer, expected in ((what_is_asked, COUNT), (something_else, 0)):
+        drawn = list(draw_and_judge(StandIn(foreign, answer), foreign))
+        found = {(score.category, score.name): score for score in scores([*right, *drawn])}
+        assert found[FOREIGN_EDIT, "right"] == Score(FOREIGN_EDIT, "right", expected, COUNT)
+        assert found["foreign edit: move", "right"].n == 2
+        assert found["all", "right"] == Score("all", "right", 4 * COUNT, 4 * COUNT)
+        assert (FOREIGN_EDIT, "unchanged") not in found
+        assert frames(sheets.contact_sheet(drawn)) == COUNT - expected
 
 
 def test_options_reach_the_model(tasks: list[Task]) -> None:
