@@ -111,9 +111,14 @@ class GeneratedImage(Image.Image):
         super().save(fp, format, **params)
 
 
+def eight_bit(pixels: Tensor) -> Tensor:
+    """Pixels [1, 3, H, W] in 0..1 as levels, uint8 [3, H, W] on the CPU."""
+    return (pixels[0].float() * 255).round().to(torch.uint8).cpu()
+
+
 def generated_image(pixels: Tensor, fields: Mapping[str, Any]) -> GeneratedImage:
     """Pixels [1, 3, H, W] in 0..1 as an 8-bit image that carries its metadata in `info`."""
-    levels = (pixels[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().numpy()
+    levels = eight_bit(pixels).permute(1, 2, 0).contiguous().numpy()
     image = GeneratedImage()
     plain = Image.fromarray(levels)
     image.__setstate__([dict(fields), plain.mode, plain.size, None, plain.tobytes()])

@@ -18,12 +18,13 @@ from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import GenerationError
+from blip3o_rt.errors import GenerationError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
 from blip3o_rt.machine import resolve_device
 from blip3o_rt.memory import require_room
+from blip3o_rt.metadata import eight_bit
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import (
     AUTO,
@@ -43,11 +44,14 @@ from blip3o_rt.params import (
     prompt_list,
     reference_list,
 )
-from blip3o_rt.planner import NO_REFERENCE, Planner, Reference
+from blip3o_rt.planner import NO_REFERENCE, Planner, PlanRequest, Reference
 from blip3o_rt.precision import BF16, resolve_precision
 from blip3o_rt.renderer import Renderer
 from blip3o_rt.result import ImageCallback, Plan, ProgressCallback, Result, Run
+from blip3o_rt.rl.rollout import BATCHES, Rollout, Rollouts, references_of
+from blip3o_rt.rl.update import NewWeights, WeightStore
 from blip3o_rt.switches import EXACT, FAST, check_device, check_tier
+from blip3o_rt.weights import UpdatableWeights
 
 References: TypeAlias = "ReferenceImage | Sequence[ReferenceImage]"
 SAMPLING, DIFFUSION = SamplingParams(), DiffusionParams()  # the defaults
@@ -74,6 +78,10 @@ class Pipeline:
         self.device: torch.device = checkpoint.device
         self.switches: dict[str, str] = dict(checkpoint.switches)
         self.tier = FAST if self.switches else EXACT
+        weights = {part: UpdatableWeights(tensors) for part, tensors in checkpoint.weights.items()}
+        checkpoint = dataclasses.replace(checkpoint, weights={**weights})
+        self._weights = WeightStore(checkpoint, weights)
+        self._requests = 0  # that run: one, or with those of its callbacks
         self._runner = runner or GraphRunner.of(self.device)
         self._isolation = Isolation(self.device)
         with self._isolation.turn():
@@ -163,6 +171,43 @@ class Pipeline:
         """Deprecated: `warm_up`."""
         warnings.warn("Pipeline.prepare is deprecated: use warm_up", DeprecationWarning, stacklevel=2)
         self.warm_up()
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights have been updated."""
+        return self._weights.version
+
+    def weights_checksum(self) -> str:
+        """A hash of all weights as they are held: of one checkpoint, dtype and tier the same everywhere."""
+        with self._isolation.turn():
+            return self._weights.checksum()
+
+    def update_weights(self, weights: NewWeights) -> int:
+        """Replace weights in place; what is captured, packed and quantized stays valid.
+
+        Requests before it in the queue use the old weights, those behind it the new ones. After an error the
+        old ones are all there.
+
+        Args:
+            weights: Tensors by their names in the published checkpoint, of any floating dtype and device: a
+                mapping, or pairs as `named_parameters()` gives. Weights that are not named stay. Or the
+                folder of a checkpoint of the same configuration.
+
+        Returns:
+            The new `weights_version`.
+
+        Raises:
+            CheckpointError: A name that is unknown, a wrong shape, or values that are not finite.
+            ParameterError: What is no weights at all, or a call from a callback of a request.
+        """
+        with OwnSettings(self.device, torch.get_num_threads()):
+            staged = self._weights.stage(weights)
+        with self._isolation.turn():
+            if self._requests or self._planner.engine.busy:
+                raise ParameterError("weights cannot be updated from within a request: do it after it")
+            self._weights.apply(staged)
+            self._renderer.refresh()
+            return self._weights.version
 
     def plan(
         self,
@@ -335,6 +380,100 @@ class Pipeline:
             [prompt], references, n, sampling, draft_window, params, progress, callback, on_image
         )
 
+    def rollout(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        seed: int = SAMPLING.seed,
+        *,
+        references: Sequence[References | None] | None = None,
+        steps: int = DIFFUSION.steps,
+        guidance: float = DIFFUSION.guidance,
+        temperature: float = SAMPLING.temperature,
+        top_k: int | None = SAMPLING.top_k,
+        top_p: float = SAMPLING.top_p,
+        image_tokens_only: bool = SAMPLING.image_tokens_only,
+        images: bool = True,
+        hidden_states: bool = False,
+        progress: bool = False,
+        callback: ProgressCallback | None = None,
+    ) -> Rollouts:
+        """Draw n samples of every prompt with the log-probabilities of their tokens, for a trainer.
+
+        Sample i of a prompt uses seed + i for its tokens and its noise: its image is the one of `generate` or
+        `edit` with that seed. Samples of one prompt share its prefix in the key/value cache.
+
+        Args:
+            prompts: What to draw, or what to change; several as a list of any length.
+            n: Samples per prompt.
+            seed: Of the first sample of every prompt.
+            references: The reference image (or images) of each prompt's edit, None for text-to-image.
+            steps: Denoising steps.
+            guidance: Scale of classifier-free guidance.
+            temperature: Divides the logits.
+            top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
+            top_p: Probability mass that sampling keeps.
+            image_tokens_only: Whether only image tokens can be sampled.
+            images: Whether to draw the images too.
+            hidden_states: Whether to return the decoder's hidden states.
+            progress: Whether to draw progress bars.
+            callback: Told of every token and step; returning False raises Cancelled.
+
+        Returns:
+            A flat list, all samples of the first prompt first.
+
+        Raises:
+            PromptError: A prompt is empty or too long; raised before any work.
+            ImageError: A reference image cannot be used.
+            ParameterError: Another argument is wrong; raised before any work.
+            Cancelled: The callback returned False.
+            GenerationError: A sample's numbers are not finite.
+        """
+        check_flag("images", images)
+        check_flag("hidden_states", hidden_states)
+        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        params = DiffusionParams(steps, guidance)
+        samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
+        texts = prompt_list(prompts)
+        given = references_of(references, len(texts))
+        self._planner.check(texts, sampling)
+        rollouts: list[Rollout] = []
+        with self._run(progress, callback) as run:
+            found = [self._reference(one, run) for one in given]
+            requests = [
+                PlanRequest(text, sample, reference)
+                for text, reference in zip(texts, found, strict=True)
+                for sample in samples
+            ]
+            window = BATCHES * self._planner.engine.max_batch
+            for first in range(0, len(requests), window):
+                plans = self._planner.plan_each(requests[first : first + window], run)
+                rollouts += [
+                    self._rollout(plan, params if images else None, hidden_states, run) for plan in plans
+                ]
+            report = run.report(dtype=self.precision, tier=self.tier, switches=self.switches)
+        return Rollouts(rollouts, report)
+
+    def _rollout(self, plan: Plan, params: DiffusionParams | None, hidden_states: bool, run: Run) -> Rollout:
+        if plan.error is not None:
+            raise plan.error
+        raw, processed = self._planner.log_probs(plan)
+        seed, image = plan.sampling.seed, None
+        if params is not None:
+            with trace.span("render"):
+                image = eight_bit(self._renderer.pixels(plan, params, seed, run))
+        return Rollout(
+            plan.prompt,
+            seed,
+            plan.prompt_ids[0],
+            plan.token_ids[0],
+            raw.cpu(),
+            processed.cpu(),
+            image,
+            plan.hidden_states[0].cpu() if hidden_states else None,
+            self._weights.version,
+        )
+
     def _images(
         self,
         prompts: list[str],
@@ -402,4 +541,8 @@ class Pipeline:
             self._isolation.turn() as settings,
             Run(self.device, self._runner, settings, callback, on_image, show=progress) as run,
         ):
-            yield run
+            self._requests += 1
+            try:
+                yield run
+            finally:
+                self._requests -= 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip3o_rt import trace
 from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
+from blip3o_rt.ar.log_probs import token_log_probs
 from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
@@ -34,6 +35,15 @@ class Reference:
 
 
 NO_REFERENCE = Reference([])
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """One image to plan, whatever the others of the batch are."""
+
+    prompt: str
+    sampling: SamplingParams
+    reference: Reference = NO_REFERENCE
 
 
 class Planner:
@@ -154,6 +164,34 @@ class Planner:
         with trace.span("plan"):
             tokens = self.engine.replay(token_prompt, token_ids)
         return replace(self.plan(prompt, token_prompt, sampling, tokens, reference), replayed=True)
+
+    def plan_each(
+        self, requests: Sequence[PlanRequest], run: Run, draft_window: int | None = None
+    ) -> list[Plan]:
+        """The plans of requests that `check` let pass; a failed one has an error."""
+        asked = [
+            replace(self.token_prompt(r.prompt, [r.sampling], r.reference), draft_window=draft_window)
+            for r in requests
+        ]
+        count = self.config.image_tokens.tokens_per_image * len(asked)
+        with trace.span("plan"), run.stage("tokens", count) as update:
+            sampled = self.engine.run(asked, lambda done, _: update(done))
+        run.passes += sum(request.passes for request in sampled)
+        return [
+            self.plan(request.prompt, token_prompt, request.sampling, tokens, request.reference)
+            for request, token_prompt, found in zip(requests, asked, sampled, strict=True)
+            for tokens in found.finished
+        ]
+
+    def log_probs(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Raw and processed log-probabilities, float32 [T], of the tokens of a plan that was drawn here."""
+        return token_log_probs(
+            self.engine.decoder,
+            self.config.image_tokens,
+            plan.sampling,
+            plan.hidden_states[0, :-1],
+            plan.token_ids[0],
+        )
 
     def check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
         """One image's tokens to replay, int64 [T]. Raises ParameterError for another number of them, or ids

@@ -73,7 +73,7 @@ class Renderer:
         self._hidden_dtype = checkpoint.dtype
         self._switches = render_switches(switches)
         embedded = checkpoint.source == embedded_checkpoint()
-        self._origin = {
+        self._origin: dict[str, Any] = {
             "checkpoint": {
                 "name": "embedded" if embedded else checkpoint.source.resolve().name,
                 "sha256": weights_sha256(weights),
@@ -81,6 +81,7 @@ class Renderer:
             "dtype": checkpoint.precision.name,
             "device": checkpoint.device.type,
         }
+        self._weights = weights
         self._runner = runner
         self._diffusion_connector = Connector(weights["connector"], "diffusion_connector")
         self._reference_connector = None
@@ -91,6 +92,14 @@ class Renderer:
         self._shortcuts = Shortcuts.of(switches)
         self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
         self._captured: dict[Geometry, CapturedImage] = {}
+
+    def refresh(self) -> None:
+        """Forget what is kept of the weights, which have been updated in place."""
+        self._schedules.clear()
+        self._origin["checkpoint"] = {
+            **self._origin["checkpoint"],
+            "sha256": weights_sha256(self._weights),
+        }
 
     def capture(self, *, edits: bool) -> None:
         """Capture text-to-image and, with `edits`, an edit of one reference image.

@@ -77,6 +77,31 @@ def reshaped(name: str, shape: tuple[int, ...], source_shape: tuple[int, ...]) -
     return TensorSpec(name, shape, (Source(name, source_shape),))
 
 
+class UpdatableWeights(dict[str, Tensor]):
+    """A part's runtime tensors, which can be overwritten, and what is hoisted from them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._hoisted: list[tuple[Tensor, Callable[[], Tensor]]] = []
+
+    def hoist(self, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` computes of the tensors, now and at every refresh."""
+        self._hoisted.append((make(), make))
+        return self._hoisted[-1][0]
+
+    def refresh(self) -> None:
+        """Compute anew what is hoisted, in the same memory."""
+        for tensor, make in self._hoisted:
+            found = make()
+            if found.data_ptr() != tensor.data_ptr():
+                tensor.copy_(found)
+
+
+def hoisted(weights: Mapping[str, Tensor], make: Callable[[], Tensor]) -> Tensor:
+    """What `make` computes of a part's weights, kept up to date where these can be updated."""
+    return weights.hoist(make) if isinstance(weights, UpdatableWeights) else make()
+
+
 def weights_sha256(weights: Mapping[str, Mapping[str, Tensor]]) -> str:
     """A hash that tells models apart by the first values of every tensor, in bfloat16 whatever their dtype.
 

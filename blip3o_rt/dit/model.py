@@ -22,6 +22,7 @@ from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.workspace import Area, Workspace
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.weights import hoisted
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
@@ -75,10 +76,15 @@ class DiT:
         self.device = weights["proj_out.weight"].device
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
-        self.page_tables = torch.stack([block.table for block in self.blocks]).to(self.wide)
-        self.final_table = weights["scale_shift_table"].to(self.wide)
-        self.patch_weight, self.patch_bias = self._wide_linear("patch_embed.proj")
-        self.out_weight, self.out_bias = self._wide_linear("proj_out")
+        self.page_tables = hoisted(
+            weights, lambda: torch.stack([block.table for block in self.blocks]).to(self.wide)
+        )
+        self.final_table = self._wide("scale_shift_table")
+        self.patch_weight, self.patch_bias = (
+            self._wide("patch_embed.proj.weight"),
+            self._wide("patch_embed.proj.bias"),
+        )
+        self.out_weight, self.out_bias = self._wide("proj_out.weight"), self._wide("proj_out.bias")
 
     @trace.spanned("dit.tables")
     def schedule_tables(self, schedule: Schedule) -> ScheduleTables:
@@ -157,6 +163,9 @@ class DiT:
         }
         sizes = {area: tokens * elements for area, elements in widths.items()}
         return Workspace(self.dtype, self.device, sizes)
+
+    def _wide(self, name: str) -> Tensor:
+        return hoisted(self.weights, lambda: self.weights[name].to(self.wide))
 
     def _wide_linear(self, name: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{name}.weight"].to(self.wide), self.weights[f"{name}.bias"].to(self.wide)

@@ -13,6 +13,7 @@ from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.ops.image import nearest_code
 from blip3o_rt.ops.linear import linear
+from blip3o_rt.weights import hoisted
 
 Weights = Mapping[str, Tensor]
 
@@ -38,8 +39,8 @@ class ImageTokenizer:
         self.task = weights["encode_task_layer.0.weight"], weights["encode_task_layer.0.bias"]
         wide = self.codebook.dtype
         self.bottleneck = (
-            weights["bottleneck.in_linear.weight"].to(wide),
-            weights["bottleneck.in_linear.bias"].to(wide),
+            hoisted(weights, lambda: weights["bottleneck.in_linear.weight"].to(wide)),
+            hoisted(weights, lambda: weights["bottleneck.in_linear.bias"].to(wide)),
         )
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device

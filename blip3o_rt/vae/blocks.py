@@ -13,6 +13,7 @@ from blip3o_rt.ops.dtypes import compute_dtype
 from blip3o_rt.ops.image import add_pixel_shuffle, add_pixel_unshuffle, convolution_silu, depthwise_glu
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.norm import channel_rms_norm
+from blip3o_rt.weights import hoisted
 
 NORM_EPS = 1e-5
 
@@ -147,7 +148,7 @@ class NearestUpsampling:
     """
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
-        self.weight = fold_nearest_taps(channels_first(weights[name + ".weight"]))
+        self.weight = hoisted(weights, lambda: fold_nearest_taps(channels_first(weights[name + ".weight"])))
         self.bias = weights[name + ".bias"]
         self.shortcut = shortcut
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts with log-probabilities, weights updated in place, adapters of trainers."""
