@@ -27,7 +27,7 @@ inline LinearArguments check_linear(const char* op, Device device, const TensorV
     a.bias = contract(bias, "bias").array(x.dtype, {&outputs});
     a.out = contract(out, "out").dtype({x.dtype}).rows(rows, outputs);
     contract.require(x.dtype == DType::f32 || inputs.value() % 2 == 0,
-                     "K must be even: steps of bfloat16 are multiplied in pairs");
+                     "K must be even: steps are multiplied in pairs");
     contract.require_apart(a.out, "out", a.x, "x");
     a.dtype = x.dtype;
     a.weight_dtype = weight_dtype;

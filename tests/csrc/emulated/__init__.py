@@ -1,0 +1,1 @@
+"""The CPU kernels built for other processors and run in an emulator."""
