@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from blip3o_rt.measure.random_tokenizer import SPECIAL_TOKENS, special_token_id,
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 
 TOWERS = ("inside", "file", "none")
+MADE_AHEAD = 2**29  # bytes of tensors that wait to be written
 
 
 def preset(name: str, edit: EditConfig | None = None, *, channelwise_noise: bool = False) -> ModelConfig:
@@ -119,7 +122,8 @@ def write_random_checkpoint(
     name and its shape alone. They are scaled (normal, variance 1 / fan-in; norms about 1) so that
     activations stay sane.
 
-    Weights are made and written in pieces of 16 MiB, except that a ta_tok.pth is made in memory.
+    Weights are made by as many threads as torch uses and written in order. Some 512 MiB and the largest
+    tensor exist in memory at a time; a ta_tok.pth is made there.
     Raises CheckpointError when the folder exists or an argument is not accepted.
     """
     folder = Path(destination)
@@ -190,9 +194,24 @@ def _split(headers: list[TensorHeader], shards: int) -> list[list[TensorHeader]]
 
 def _write_tensors(path: Path, headers: list[TensorHeader], seed: int) -> None:
     with SafetensorsWriter(path, headers) as writer:
+        for piece in _made_ahead(headers, seed):
+            writer.write(piece)
+
+
+def _made_ahead(headers: list[TensorHeader], seed: int) -> Iterator[Tensor]:
+    """The pieces of all tensors in order, each tensor made by one of as many threads as torch uses."""
+    waiting: deque[tuple[int, Future[list[Tensor]]]] = deque()
+    ahead = 0
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for header in headers:
-            for piece in _random_pieces(header, seed):
-                writer.write(piece)
+            waiting.append((header.size, pool.submit(list, _random_pieces(header, seed))))
+            ahead += header.size
+            while ahead > MADE_AHEAD:
+                size, made = waiting.popleft()
+                yield from made.result()
+                ahead -= size
+        for _, made in waiting:
+            yield from made.result()
 
 
 def _random_pieces(header: TensorHeader, seed: int) -> Iterator[Tensor]:

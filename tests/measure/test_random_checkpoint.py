@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from blip3o_rt.checkpoint.load import load_checkpoint, open_checkpoint
 from blip3o_rt.config import ImageTokenConfig, ModelConfig
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.measure import random_checkpoint
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from tests.checkpoint.conftest import ALL_FLAGS
 
@@ -23,6 +24,16 @@ def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
+
+
+def test_threads_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = []
+    for threads, ahead in ((1, 0), (3, 100_000)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(random_checkpoint, "MADE_AHEAD", ahead)
+        write_random_checkpoint(tmp_path / str(threads))
+        files.append((tmp_path / str(threads) / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
