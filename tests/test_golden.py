@@ -119,3 +119,21 @@ def test_tensor_output_is_the_picture(text_to_image: Golden) -> None:
     assert float(pixels.max()) <= 1.0
     rounded = (pixels[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     assert np.array_equal(np.asarray(image), rounded)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["t2i", "edit"])
+def test_several_tokens_a_pass_draw_the_same(reference_dir: Path, kind: str, dtype: str) -> None:
+    """All 729 tokens and hidden states, greedy and sampled, bit for bit."""
+    folder = reference_dir / kind
+    pipeline = Pipeline.load(folder / "checkpoint", device="cpu", dtype=dtype, max_batch=1)
+    image = folder / "input.png" if kind == "edit" else None
+    for sampling in ({"top_k": 1}, {"temperature": 0.3, "top_p": 0.8}):
+        one = pipeline.plan("make the circle green", image=image, seed=5, draft_window=1, **sampling)
+        for window in (4, 16, "auto"):
+            plan = pipeline.plan(
+                "make the circle green", image=image, seed=5, draft_window=window, **sampling
+            )
+            assert torch.equal(plan.token_ids, one.token_ids)
+            assert torch.equal(plan.hidden_states, one.hidden_states)

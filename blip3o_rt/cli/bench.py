@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli import bench_serve
+from blip3o_rt.cli import bench_serve, bench_windows
 from blip3o_rt.cli.options import DEVICE, DIFFUSION, DTYPE, SWITCH, TA_TOK, TIER, add_options
 
 DESCRIPTION = (
@@ -99,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="or", metavar="compare | serve")
+    commands = parser.add_subparsers(title="or", metavar="compare | serve | windows")
     summary = "what became faster or slower from record A to record B, beyond noise"
     compare = commands.add_parser("compare", help=summary, description=f"Say {summary}.")
     compare.add_argument("before", type=Path, metavar="A.json")
@@ -114,6 +114,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     compare.set_defaults(run=_compare)
     bench_serve.add_parser(commands)
+    bench_windows.add_parser(commands)
 
 
 def _run(arguments: argparse.Namespace) -> int:

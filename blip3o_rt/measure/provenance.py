@@ -15,7 +15,7 @@ from blip3o_rt.files import replacing
 from blip3o_rt.machine import cuda_status, gpus, memory, package_version, processor
 
 RECORD_VERSION = 1
-KINDS = ("bench", "validate", "score", "switches")
+KINDS = ("bench", "validate", "score", "switches", "windows")
 PACKAGES = ("torch", "transformers", "diffusers", "triton")
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 

@@ -17,6 +17,7 @@ from blip3o_rt.result import Result
 
 OTHER_PROMPT = "a small yellow star beside a green square, both on a white background"
 STEPS = 2
+WINDOW = 6  # rows of an image in a pass
 WHY = "every random number is a function of the seed and its place"
 
 
@@ -44,7 +45,9 @@ def _text_lines(pipeline: Pipeline, eager: Pipeline | None, dtype: str, steps: i
     both = pipeline.generate(PROMPT, n=2, seed=SEED, steps=steps)
     again = pipeline.generate(PROMPT, n=2, seed=SEED, steps=steps)
     yield _line("the same seed twice", dtype, both, 0, again, 0)
-    alone = pipeline.generate(PROMPT, seed=SEED + 1, steps=steps)
+    alone = pipeline.generate(PROMPT, seed=SEED + 1, steps=steps, draft_window=1)
+    windows = pipeline.generate(PROMPT, seed=SEED + 1, steps=steps, draft_window=WINDOW)
+    yield _line("one token a pass and several", dtype, alone, 0, windows, 0)
     yield _line("alone and in a batch", dtype, both, 1, alone, 0)
     mixed = pipeline.generate([OTHER_PROMPT, PROMPT], seed=SEED, steps=steps)
     yield _line("after another prompt and alone", dtype, both, 0, mixed, 1)

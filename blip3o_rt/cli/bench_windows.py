@@ -1,0 +1,62 @@
+"""blip3o-rt bench windows: what several tokens a pass bring to a checkpoint on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip3o_rt.cli.drawing import load_pipeline
+from blip3o_rt.cli.options import MODEL, SIZES, add_options
+from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
+
+SUMMARY = "tokens a pass and time of an image by draft_window, and of a pass by its rows"
+PROMPTS = ("a large red circle on a blue background", "a small green star beside a yellow square")
+WINDOWS = f"1,2,4,8,16,{AUTO}"
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's parser to those of bench."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "windows", help=SUMMARY, description=f"Measure {SUMMARY}. Stops if an image depends on its window."
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="again for another (two of shapes)")
+    parser.add_argument("--windows", default=WINDOWS, metavar="N,N,..", help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="images per prompt (%(default)s)")
+    parser.add_argument(
+        "--passes-only", action="store_true", help="no images: only what a pass costs by its rows"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers too")
+    add_options(parser.add_argument_group("model"), *MODEL, *SIZES)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print."""
+    if arguments.rounds < 1:
+        raise ParameterError(f"--rounds is {arguments.rounds}: accepted is a number above 0")
+    windows = [int(text) if text.isdigit() else text for text in arguments.windows.split(",")]
+    for window in windows:
+        check_draft_window(window)
+    pipeline = load_pipeline(arguments)
+    from blip3o_rt.measure.bench import windows as measured
+    from blip3o_rt.measure.provenance import record_head, write_record
+
+    prompts = arguments.prompt or list(PROMPTS)
+    found = []
+    if not arguments.passes_only:
+        found = measured.window_times(pipeline, prompts, windows, SamplingParams(), arguments.rounds, _say)
+    passes = measured.pass_times(pipeline, prompts[0], arguments.rounds)
+    print(measured.as_text(found, passes))
+    if arguments.out is not None:
+        head = record_head("windows", sys.argv)
+        write_record(arguments.out, {**head, **measured.as_dict(found, passes), "complete": True})
+        print(arguments.out)
+    return 0
+
+
+def _say(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{line}\033[K", end="", file=sys.stderr)
