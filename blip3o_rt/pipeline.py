@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import GenerationError, ParameterError
+from blip3o_rt.errors import Blip3oError, GenerationError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
@@ -55,6 +56,15 @@ from blip3o_rt.weights import UpdatableWeights
 
 References: TypeAlias = "ReferenceImage | Sequence[ReferenceImage]"
 SAMPLING, DIFFUSION = SamplingParams(), DiffusionParams()  # the defaults
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image of a batch of unlike ones: an edit where there is a reference image (or several)."""
+
+    prompt: str
+    seed: int = SAMPLING.seed
+    reference: References | None = None
 
 
 class Pipeline:
@@ -171,6 +181,11 @@ class Pipeline:
         """Deprecated: `warm_up`."""
         warnings.warn("Pipeline.prepare is deprecated: use warm_up", DeprecationWarning, stacklevel=2)
         self.warm_up()
+
+    @property
+    def max_batch(self) -> int:
+        """Images whose tokens are sampled together."""
+        return self._planner.engine.max_batch
 
     @property
     def weights_version(self) -> int:
@@ -380,6 +395,70 @@ class Pipeline:
             [prompt], references, n, sampling, draft_window, params, progress, callback, on_image
         )
 
+    def generate_each(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        steps: int = DIFFUSION.steps,
+        guidance: float = DIFFUSION.guidance,
+        temperature: float = SAMPLING.temperature,
+        top_k: int | None = SAMPLING.top_k,
+        top_p: float = SAMPLING.top_p,
+        image_tokens_only: bool = SAMPLING.image_tokens_only,
+        on_result: Callable[[int, Image.Image | Blip3oError], None] | None = None,
+    ) -> list[Image.Image | Blip3oError]:
+        """Draw an image of every request, whose prompts, seeds and references are its own.
+
+        An image is the one of `generate` or `edit`. What cannot be drawn costs only itself: its error stands
+        in its place.
+
+        Args:
+            requests: What to draw.
+            steps: Denoising steps.
+            guidance: Scale of classifier-free guidance.
+            temperature: Divides the logits.
+            top_k: How many tokens sampling keeps; None is the published number, 0 is all, 1 is greedy.
+            top_p: Probability mass that sampling keeps.
+            image_tokens_only: Whether only image tokens can be sampled.
+            on_result: Given each image or error with its index as soon as it is there.
+
+        Raises:
+            ParameterError: An argument that is common to all is wrong; raised before any work.
+        """
+        sampling = SamplingParams(0, temperature, top_k, top_p, image_tokens_only)
+        params = DiffusionParams(steps, guidance)
+        self._planner.check([], sampling)
+        check_callback("on_result", on_result, "index", "image")
+        found: dict[int, Image.Image | Blip3oError] = {}
+        with self._run(on_image=on_result) as run:
+
+            def done(index: int, result: Image.Image | Blip3oError) -> None:
+                found[index] = result
+                run.drawn(index, result)
+
+            planned: dict[int, PlanRequest] = {}
+            for index, request in enumerate(requests):
+                try:
+                    planned[index] = self._plan_request(request, sampling, run)
+                except Blip3oError as error:
+                    done(index, error)
+            plans = self._planner.plan_each([*planned.values()], run)
+            for index, plan in zip(planned, plans, strict=True):
+                try:
+                    done(index, self._image(plan, params, run))
+                except GenerationError as error:
+                    done(index, error)
+        return [found[index] for index in range(len(requests))]
+
+    def _plan_request(self, request: ImageRequest, sampling: SamplingParams, run: Run) -> PlanRequest:
+        """A request with its reference encoded. Raises Blip3oError for what cannot be drawn."""
+        sampling = dataclasses.replace(sampling, seed=request.seed)
+        self._planner.check([request.prompt], sampling)
+        references = None if request.reference is None else reference_list(request.reference)
+        reference = self._reference(references, run)
+        self._planner.token_prompt(request.prompt, [sampling], reference)  # raises for one that is too long
+        return PlanRequest(request.prompt, sampling, reference)
+
     def rollout(
         self,
         prompts: str | Sequence[str],
@@ -445,7 +524,7 @@ class Pipeline:
                 for text, reference in zip(texts, found, strict=True)
                 for sample in samples
             ]
-            window = BATCHES * self._planner.engine.max_batch
+            window = BATCHES * self.max_batch
             for first in range(0, len(requests), window):
                 plans = self._planner.plan_each(requests[first : first + window], run)
                 rollouts += [

@@ -223,7 +223,7 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], "bool | None"]
-ImageCallback = Callable[[int, Image.Image], None]  # an image's index in the result, and the image
+ImageCallback = Callable[[int, Any], None]  # an image's index in the result, and the image (or its error)
 
 
 class Run:
@@ -287,8 +287,8 @@ class Run:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - begin
             self._work[name] = self._work.get(name, 0) + done
 
-    def drawn(self, index: int, image: Image.Image) -> None:
-        """Tell the caller of an image that is done."""
+    def drawn(self, index: int, image: Image.Image | Exception) -> None:
+        """Tell the caller of an image that is done, or of its error."""
         if self._on_image is not None:
             self._on_image(index, image)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from blip3o_rt import __version__
-from blip3o_rt.cli import bench, convert, doctor, edit, generate, score, serve, validate
+from blip3o_rt.cli import batch, bench, convert, doctor, edit, generate, score, serve, validate
 from blip3o_rt.cli.like import like_defaults
 from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError
 
@@ -123,6 +123,7 @@ def build_parser() -> Parser:
     parser.commands = subparsers.choices
     generate.add_parser(subparsers)
     edit.add_parser(subparsers)
+    batch.add_parser(subparsers)
     convert.add_parser(subparsers)
     bench.add_parser(subparsers)
     serve.add_parser(subparsers)

@@ -213,3 +213,25 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     del options["seed"]
     check_draft_window(arguments.draft_window)
     return options | {"draft_window": arguments.draft_window}
+
+
+def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of MODEL and SIZES as keyword arguments of Pipeline.load, checked.
+
+    Raises:
+        ParameterError: A value is out of range.
+    """
+    switches = parse_switches(arguments.switch)
+    check_tier(arguments.tier, switches)
+    if arguments.max_batch is not None:
+        check_max_batch(arguments.max_batch)
+    if arguments.max_prompt_tokens is not None:
+        check_max_prompt_tokens(arguments.max_prompt_tokens)
+    names = ("device", "dtype", "tier", "diffusion", "ta_tok", "variant", "allow_base_weights", "cache_dir")
+    sizes = {"max_batch": arguments.max_batch, "max_prompt_tokens": arguments.max_prompt_tokens}
+    return {
+        "path": None if arguments.model is None else str(arguments.model),
+        "switches": switches,
+        **{name: getattr(arguments, name) for name in names},
+        **{name: size for name, size in sizes.items() if size is not None},
+    }

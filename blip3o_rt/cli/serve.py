@@ -6,10 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import MODEL, add_options
+from blip3o_rt.cli.options import MODEL, add_options, model_arguments
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import check_max_batch, check_max_prompt_tokens
-from blip3o_rt.switches import check_tier, parse_switches
 
 DESCRIPTION = (
     "Serve text-to-image and image editing over HTTP by OpenAI's images API, with a page to try it at /. The "
@@ -65,10 +63,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    check_tier(arguments.tier, parse_switches(arguments.switch))
-    check_max_batch(arguments.max_batch)
-    if arguments.max_prompt_tokens is not None:
-        check_max_prompt_tokens(arguments.max_prompt_tokens)
+    model_arguments(arguments)
     if not 0 <= arguments.port <= 65535:
         raise ParameterError(f"--port is {arguments.port}: accepted is 0 to 65535")
     for name, value in vars(arguments).items():
@@ -93,23 +88,8 @@ def server_options(arguments: argparse.Namespace) -> Any:
     from blip3o_rt.serve.messages import EngineOptions
     from blip3o_rt.serve.server import ServerOptions
 
-    model = {
-        "path": None if arguments.model is None else str(arguments.model),
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-        "tier": arguments.tier,
-        "switches": parse_switches(arguments.switch),
-        "diffusion": arguments.diffusion,
-        "ta_tok": arguments.ta_tok,
-        "variant": arguments.variant,
-        "allow_base_weights": arguments.allow_base_weights,
-        "cache_dir": arguments.cache_dir,
-        "max_batch": arguments.max_batch,
-    }
-    if arguments.max_prompt_tokens is not None:
-        model["max_prompt_tokens"] = arguments.max_prompt_tokens
     return ServerOptions(
-        EngineOptions(model, memory_reserve=arguments.memory_reserve * 2**20),
+        EngineOptions(model_arguments(arguments), memory_reserve=arguments.memory_reserve * 2**20),
         host=arguments.host,
         port=arguments.port,
         data=arguments.data,

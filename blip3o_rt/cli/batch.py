@@ -1,0 +1,113 @@
+"""blip3o-rt batch: a file of prompts or edits to a folder of images, on this machine or on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from blip3o_rt.cli import options
+from blip3o_rt.errors import ParameterError
+
+DESCRIPTION = (
+    "Draw an image of every row of a file: of its prompt, or an edit of its image. Row i has seed + i. A run "
+    "that was ended goes on where it was; a row that cannot be drawn costs only itself."
+)
+SOME_FAILED = 1
+FORMATS = ("folder", "tar", "parquet")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "batch", help="draw the rows of a file, however many", description=DESCRIPTION
+    )
+    parser.add_argument(
+        "prompts",
+        type=options.user_path,
+        metavar="PROMPTS",
+        help="a .txt of prompts, or a .csv, .jsonl or .parquet with columns prompt and image (to edit)",
+    )
+    options.add_options(
+        parser.add_argument_group("drawing"), options.parameter("seed", "of row 0"), *options.SAMPLING
+    )
+    options.add_options(parser.add_argument_group("model"), *options.MODEL, *options.SIZES)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", type=options.user_path, required=True, metavar="DIR", help="new, or of a run to go on with"
+    )
+    output.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="folder",
+        help="PNG, WebDataset or parquet (%(default)s)",
+    )
+    output.add_argument(
+        "--shard-rows", type=int, default=1000, metavar="N", help="rows of a folder or file (%(default)s)"
+    )
+    output.add_argument("--quiet", action="store_true", help="no progress bar")
+    ray = parser.add_argument_group("Ray")
+    ray.add_argument("--ray", metavar="ADDRESS", help="a cluster: auto, ray://HOST:PORT, or local")
+    ray.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time (%(default)s)")
+    ray.add_argument("--gpus-per-worker", type=float, metavar="X", help="1, or a fraction (1 on a GPU)")
+    ray.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="X", help="(%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw what is missing of the batch; returns the exit code, 1 where rows failed."""
+    sampling = options.sampling_arguments(arguments)
+    model = options.model_arguments(arguments)
+    for name in ("shard_rows", "workers"):
+        if getattr(arguments, name) < 1:
+            raise ParameterError(
+                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: accepted is 1 or more"
+            )
+    if arguments.ray is None and arguments.workers != 1:
+        raise ParameterError("--workers is for --ray: without it one process draws")
+
+    from blip3o_rt.scale.shards import Batch, BatchFolder
+
+    del sampling["draft_window"]  # it is time alone
+    diffusion = {name: sampling.pop(name) for name in ("steps", "guidance")}
+    kept = ("path", "dtype", "tier", "switches", "variant", "allow_base_weights")
+    batch = Batch(
+        str(arguments.prompts.absolute()),
+        arguments.seed,
+        arguments.format,
+        arguments.shard_rows,
+        sampling,
+        diffusion,
+        {name: model[name] for name in kept},
+    )
+    folder = BatchFolder(arguments.out, batch)
+    with folder.in_use():
+        rows = folder.open()
+        draw(folder, model, rows, arguments)
+    if not folder.failures:
+        return 0
+    print(
+        f"blip3o-rt: {folder.failures} of {rows} rows failed: {folder.folder / 'failures'}", file=sys.stderr
+    )
+    return SOME_FAILED
+
+
+def draw(folder: Any, model: dict[str, Any], rows: int, arguments: argparse.Namespace) -> None:
+    """Draw the shards that are not finished, here or on Ray."""
+    from tqdm import tqdm
+
+    shards = folder.unfinished()
+    left = sum(len(folder.missing(shard)) for shard in shards)
+    hidden = True if arguments.quiet else None  # None: where it is no terminal
+    with tqdm(total=rows, initial=rows - left, unit="row", disable=hidden) as bar:
+        if not shards:
+            return
+        if arguments.ray is None:
+            from blip3o_rt.scale.batch import draw_here
+
+            draw_here(folder, model, shards, bar.update)
+        else:
+            from blip3o_rt.scale.ray_data import Workers, draw_on_ray
+
+            workers = Workers(arguments.workers, arguments.cpus_per_worker, arguments.gpus_per_worker)
+            draw_on_ray(folder, model, shards, arguments.ray, workers, bar.update)
