@@ -123,7 +123,7 @@ class _Capture(TorchDispatchMode):
         """What the block calls is recorded."""
         for_op = Op._find_candidates
 
-        def recorded_candidates(op: Op[Any, Any], device: str, dtype: torch.dtype) -> Any:
+        def recorded_candidates(op: Op[Any, Any], device: torch.device, dtype: torch.dtype) -> Any:
             found = tuple(self._recorded(implementation) for implementation in for_op(op, device, dtype))
             op._candidates[device, dtype] = found
             return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -63,7 +64,10 @@ def _times() -> tuple[float, float]:
     """Seconds of the fastest of a few products of ours and of torch's, taken in turn."""
     x = torch.ones(ROWS, WIDTH, dtype=torch.bfloat16)
     weight, out = x.new_ones(WIDTH, WIDTH), x.new_empty(ROWS, WIDTH)
-    calls = (lambda: native.cpu().linear(x, weight, out=out), lambda: F.linear(x, weight))
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: native.cpu().linear(x, weight, out=out),
+        lambda: F.linear(x, weight),
+    )
     begin = time.perf_counter()
     best = [float("inf")] * len(calls)
     for _ in range(MOST_RUNS):

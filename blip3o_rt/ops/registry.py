@@ -95,7 +95,8 @@ class Implementation:
             return f"takes {' or '.join(map(name_of, self.dtypes))}, got {name_of(dtype)}"
         taken = (weight,) if self.weights is None else self.weights[dtype]
         if weight is not None and weight not in taken:
-            return f"takes a weight of {' or '.join(map(name_of, taken))}, got {name_of(weight)}"
+            accepted = " or ".join(name_of(one) for one in taken if one is not None)
+            return f"takes a weight of {accepted}, got {name_of(weight)}"
         return self.needs.get(dtype, usable)()
 
     def refusal(self, call: Any) -> str | None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from blip3o_rt.params import (
-    AUTO,
     MAX_DRAFT_WINDOW,
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -84,7 +83,7 @@ class ImageRequest(BaseModel):
     top_k: TopK | None = Field(None, description="Likeliest tokens to draw from; 0 is all, 1 is greedy.")
     top_p: float = Field(_sampling.top_p, gt=0, le=1, description="Probability mass to draw from.")
     draft_window: Window | Literal["auto"] = Field(
-        AUTO, description="Rows of an image in a pass of the decoder; 1 is off. The image is the same."
+        "auto", description="Rows of an image in a pass of the decoder; 1 is off. The image is the same."
     )
     priority: Priority = Field(0, description="-1 is background work, 1 is urgent.")
     timeout: float | None = Field(

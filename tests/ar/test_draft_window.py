@@ -101,9 +101,7 @@ def shifted(which: str) -> Callable[..., Tensor]:
     advance = ops.advance_windows
 
     def wrong(*arguments: Any, **options: Any) -> Tensor:
-        names = ("sampled_ids", "cu_rows", "first_ids", "page_table", "page_size", "tokens", "grid_width")
-        names += ("num_generated", "context_lens", "output_slots", "output_ids", "positions", "slot_mapping")
-        given = dict(zip(names, arguments, strict=True))
+        given = dict(zip(advance.argument_names, arguments, strict=False))
         if which == "accepted":  # the first guess is taken for right
             for begin, end in given["cu_rows"].unfold(0, 2, 1).tolist():
                 if end - begin > 1 and given["context_lens"][begin + 1] > 0:

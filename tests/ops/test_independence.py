@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,8 @@ def test_linear(
     inputs = 2 * pairs_of_inputs
     x = random(1, rows, inputs, dtype=dtype)
     if int8:
-        op, weights = ops.linear_w8a16, quantized(2, outputs * 7, inputs)
+        op: Any = ops.linear_w8a16
+        weights: tuple[torch.Tensor, ...] = quantized(2, outputs * 7, inputs)
     else:
         weight = random(2, outputs * 7, inputs, dtype=torch.bfloat16)
         op, weights = ops.linear, (weight, random(3, outputs * 7, dtype=dtype))

@@ -113,7 +113,11 @@ def test_a_look_up_begun_before_a_force_is_forgotten(double: registry.Op) -> Non
         forced.__enter__()
 
     double.withdraw("picky")
-    double.implementation("picky", device="cpu", available=available)(lambda x, *, times=2.0: x * times * 10)
+
+    @double.implementation("picky", device="cpu", available=available)
+    def _(x: torch.Tensor, *, times: float = 2.0) -> torch.Tensor:
+        return x * times * 10
+
     assert double(torch.ones(2)).tolist() == [20, 20]
     assert double(torch.ones(2)).tolist() == [2, 2]
     forced.__exit__(None, None, None)

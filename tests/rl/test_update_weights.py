@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def same(found: list[np.ndarray], expected: list[np.ndarray]) -> bool:
 REFERENCE = Image.fromarray(
     (np.add.outer(np.arange(64), np.arange(64 * 3)) % 256).reshape(64, 64, 3).astype(np.uint8)
 )
-KINDS = [
+KINDS: list[dict[str, Any]] = [
     {"dtype": "fp32"},
     {"dtype": "bf16"},
     {"dtype": "mixed"},
