@@ -17,9 +17,9 @@ from blip3o_rt.params import MAX_DRAFT_WINDOW
 
 PRIOR_RIGHT, PRIOR_GUESSES = 1.5, 2.0  # hopeful, so that the first windows are long enough to learn from
 FORGETTING = 0.9  # of the weight of earlier guesses, a pass
-COST_OF_A_ROW = 0.03  # of a pass of one row, where nothing was measured: bound by its weights
+COST_OF_A_ROW = 0.1  # of a pass of one row, where nothing was measured: little, as its weights bind it
 PASSES_BETWEEN = 4  # before windows are chosen anew
-WORTH_A_CHANGE = 1.03  # times more tokens a second, by the estimates
+WORTH_A_CHANGE = 1.1  # times more tokens a second, by the estimates: laying out takes about a pass
 
 
 @dataclass
@@ -36,6 +36,10 @@ class Agreement:
         wrong = kept < offered
         self.right = FORGETTING * self.right + kept - 1
         self.guesses = FORGETTING * self.guesses + kept - 1 + wrong
+
+    def like(self) -> Agreement:
+        """What a new image may expect where this is what others found."""
+        return Agreement(self.chance * PRIOR_GUESSES, PRIOR_GUESSES)
 
     @property
     def chance(self) -> float:
@@ -131,8 +135,17 @@ class DraftWindows:
 
     def __init__(self, max_rows: int, tokens_per_image: int) -> None:
         self.times = PassTimes()
+        self._typical = Agreement()  # of the images that were finished
         self._max_rows, self._tokens = max_rows, tokens_per_image
         self._passes = 0
+
+    def begin(self, member: Drafting) -> None:
+        """An image joins: expect of it what the last ones showed."""
+        member.agreement = self._typical.like()
+
+    def finish(self, member: Drafting) -> None:
+        """An image is done: learn from it."""
+        self._typical = member.agreement
 
     def choose(self, members: Sequence[Drafting]) -> list[int]:
         """The windows of members that are laid out now."""
@@ -144,18 +157,15 @@ class DraftWindows:
         self._passes += 1
         if all(member.draft_window == 1 for member in members):
             return False
-        too_long = any(member.window > self._left(member) for member in members)
-        if self._passes < PASSES_BETWEEN and not too_long:
+        if self._passes < PASSES_BETWEEN:
             return False
-        chosen = self.choose(members)
-        current = [min(member.window, self._left(member)) for member in members]
-        if too_long:
-            return chosen != [member.window for member in members]
-        return self._rate(members, chosen) > WORTH_A_CHANGE * self._rate(members, current)
+        current = [member.window for member in members]
+        return self._rate(members, self.choose(members)) > WORTH_A_CHANGE * self._rate(members, current)
 
     def _rate(self, members: Sequence[Drafting], windows: list[int]) -> float:
+        """Tokens a second to expect; rows past an image's last token give none."""
         tokens = sum(
-            sum(member.agreement.chance**row for row in range(window))
+            sum(member.agreement.chance**row for row in range(min(window, self._left(member))))
             for member, window in zip(members, windows, strict=True)
         )
         return tokens / self.times.estimate(sum(windows))

@@ -306,6 +306,7 @@ class TokenEngine:
         """Give an image its lane and pages, and read what no other has read of its prompt."""
         prompt = image.request.prompt
         self._batch = None
+        self._windows.begin(image)
         image.lane = self._lanes.pop()
         if donor is not None:
             image.sequence = self.cache.fork(donor.sequence, shared)
@@ -322,6 +323,7 @@ class TokenEngine:
             plans = image.request.plans
             if plans[image.sample] is None:  # else it was interrupted on its way out
                 plans[image.sample] = self._plan(image)
+                self._windows.finish(image)
             self._leave(image)
 
     def _finished(self, image: _Image) -> bool:

@@ -112,6 +112,7 @@ def shifted(which: str) -> Callable[..., Tensor]:
         later = given["context_lens"] > 0
         later[given["cu_rows"][:-1].long().clamp(max=len(later) - 1)] = False
         given[which][later] += 1
+        given["num_generated"].clamp_(max=COUNT)  # what the kernel itself refuses
         return found
 
     return wrong
@@ -140,6 +141,21 @@ def test_a_chance_is_what_agreed_lately() -> None:
     before = agreement.chance
     agreement.note(kept=1, offered=1)  # nothing was guessed
     assert agreement.chance == before
+
+
+def test_a_new_image_expects_what_the_last_one_showed() -> None:
+    engine = make_engine()
+    chances = []  # at the beginning and at the end of each image
+    for _ in range(2):
+        request = engine.submit(make_prompt(8, top_k=3, temperature=0.5))
+        engine.step()
+        (image,) = engine._running
+        chances.append(image.agreement.chance)
+        while not request.done:
+            engine.step()
+        chances.append(image.agreement.chance)
+    assert chances[0] == Agreement().chance != chances[1]
+    assert chances[2] == pytest.approx(chances[1])
 
 
 def times(**seconds: float) -> PassTimes:
