@@ -10,7 +10,7 @@ from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
 from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantized
 from blip3o_rt.ar.matrix import Matrix
-from blip3o_rt.measure.cases.row_linear_w8 import quantized as random_matrix
+from blip3o_rt.measure.cases.quantized import quantized as random_matrix
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.params import SamplingParams

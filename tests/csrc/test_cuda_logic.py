@@ -13,15 +13,11 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
-from blip3o_rt.measure.cases import advance_windows as advance_cases
-from blip3o_rt.measure.cases import decode_attention as decode_cases
-from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
-from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
-from blip3o_rt.measure.cases import qk_norm_rope_append as append_cases
-from blip3o_rt.measure.cases import sample_tokens as sample_cases
-from blip3o_rt.measure.cases.row_linear_w8 import e4m3_numbers, quantized
+from blip3o_rt.measure.cases import cases_of
+from blip3o_rt.measure.cases.attention import append_case, decode_case, paged_case, prefill_case
+from blip3o_rt.measure.cases.quantized import e4m3_numbers, quantized
+from blip3o_rt.measure.cases.sampling import Window, sample_case, window_case
 from blip3o_rt.measure.validate.case import int32, random, run_exact
-from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops import native
 from blip3o_rt.ops.dtypes import E4M3, name_of
 from blip3o_rt.params import MAX_BATCH
@@ -47,7 +43,7 @@ def test_a_binding_takes_the_arguments_of_its_op(op: str, kernels: dict[str, Any
 
 def table() -> Iterator[Any]:
     for op in OPS:
-        for dtype in dict.fromkeys(case.dtype for case in cases_of(op).cases()):
+        for dtype in dict.fromkeys(case.dtype for case in cases_of(op)):
             yield pytest.param(op, dtype, id=f"{op}-{name_of(dtype)}")
 
 
@@ -61,7 +57,7 @@ def test_matches_reference(
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels[op])
     failed: list[str] = []
-    for case in cases_of(op).cases():
+    for case in cases_of(op):
         if case.dtype != dtype or case_text not in case.label:
             continue
         exact = run_exact(ops.all_ops()[op], case)
@@ -198,7 +194,7 @@ def test_ragged_sequences_are_independent(
     """Alone, a sequence has another table width, and so other splits of the workspace."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_decode_attention"])
     lengths = [1 + 37 * i % 150 for i in range(64)]
-    case = attention_cases.case("", dtype, lengths, 4, 2, head_dim, 16)
+    case = paged_case("", dtype, lengths, 4, 2, head_dim, 16)
     assert errors("paged_decode_attention", case, run_exact(ops.paged_decode_attention, case)) == []
     q, k, v, table, context, scale = case.arguments
     together = call("paged_decode_attention", q, k, v, table, context, scale)
@@ -220,7 +216,7 @@ def test_a_tokens_attention_has_the_bits_of_its_two_ops(
         name: f for module in (*both, kernels["decode_attention"]) for name, f in vars(module).items()
     }
     monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(**functions))
-    case = decode_cases.case("", dtype, [1, 64, 65, 130, 200, 16, 17], 4, 2, head_dim, 16)
+    case = decode_case("", dtype, [1, 64, 65, 130, 200, 16, 17], 4, 2, head_dim, 16)
     (*token, k_cache, v_cache), (table, context, eps, scale) = case.arguments[:8], case.arguments[8:]
     caches = k_cache.clone(), v_cache.clone()
     query = call("qk_norm_rope_append", *token, *caches, eps)
@@ -254,7 +250,7 @@ def test_a_token_without_a_place_is_not_a_number_and_written_nowhere(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
-    case = decode_cases.case("", torch.bfloat16, [9, 70, 5, 30, 20, 40], 2, 1, 64, 16)
+    case = decode_case("", torch.bfloat16, [9, 70, 5, 30, 20, 40], 2, 1, 64, 16)
     *_, positions, slot_mapping, k_cache, v_cache, table, context, _, _ = case.arguments
     before = k_cache.clone(), v_cache.clone()
     positions[0], slot_mapping[1], slot_mapping[2], context[3] = 1000, 2**30, slot_mapping[2] - 1, 10**6
@@ -274,7 +270,7 @@ def test_attention_may_be_written_over_its_queries(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, head_dim: int
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_decode_attention"])
-    case = attention_cases.case("", dtype, [130, 1, 0, 65], 4, 2, head_dim, 16)
+    case = paged_case("", dtype, [130, 1, 0, 65], 4, 2, head_dim, 16)
     expected, query = call("paged_decode_attention", *case.arguments), case.arguments[0]
     assert call("paged_decode_attention", *case.arguments, out=query) is query
     assert torch.equal(query, expected)
@@ -288,7 +284,7 @@ def test_a_query_of_a_prompt_has_the_bits_it_has_in_any_piece_of_it(
     """Whole prompts together, and each alone in pieces of every kind of size."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
     lengths = [140, 65, 1, 30]
-    case = prefill_cases.case("", dtype, lengths, lengths, 4, 2, head_dim, 16)
+    case = prefill_case("", dtype, lengths, lengths, 4, 2, head_dim, 16)
     q, k, v, table, starts, _, scale = case.arguments
     together = call("paged_prefill_attention", *case.arguments)
     for b, length in enumerate(lengths):
@@ -308,7 +304,7 @@ def test_prompts_of_a_wrong_length_are_not_numbers(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
-    case = prefill_cases.case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
+    case = prefill_case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
     *_, context, _ = case.arguments
     context[0], context[1] = 1000, 19
     found = call("paged_prefill_attention", *case.arguments)
@@ -331,7 +327,7 @@ def test_queries_that_are_not_there_are_not_written(
 ) -> None:
     """Nor is the memory before and after the results."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
-    case = prefill_cases.case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
+    case = prefill_case("", dtype, [40, 20, 33], [10, 20, 33], 2, 1, 64, 16)
     q, *_, starts, _, _ = case.arguments
     whole = torch.full((63 + 16, 2, 64), 7, dtype=dtype)
     expected = whole.clone()
@@ -348,8 +344,8 @@ def test_a_window_without_a_slot_stays_as_it_is(
 ) -> None:
     """Its slot is on the device, where a wrong one cannot be reported."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["advance_windows"])
-    windows = [advance_cases.Window(3, kept, 2, 2) for kept in (1, 2, 3, 4)]
-    arguments = list(advance_cases.case("", windows).arguments)
+    windows = [Window(3, kept, 2, 2) for kept in (1, 2, 3, 4)]
+    arguments = list(window_case("", windows).arguments)
     counts, output_ids, (positions, slot_mapping) = arguments[7:10], arguments[10], arguments[11:]
     output_slots = counts[2]
     output_slots[0], output_slots[4] = -1, len(output_ids)
@@ -373,18 +369,18 @@ def test_heads_that_no_kernel_holds_are_refused(
 ) -> None:
     """By the compiled function too, for a caller who does not ask what it takes."""
     monkeypatch.setattr(native, "cuda", lambda: kernels["decode_attention"])
-    many = decode_cases.case("", torch.float32, [9], 17, 1, 64, 16)
+    many = decode_case("", torch.float32, [9], 17, 1, 64, 16)
     with pytest.raises(OpError, match="at most 16 query heads for each KV head"):
         ops.decode_attention.named("cuda").run(ops.decode_attention.bind(*many.arguments))
     monkeypatch.setattr(native, "cuda", lambda: kernels["paged_prefill_attention"])
-    wide = prefill_cases.case("", torch.float32, [9], [9], 2, 1, 257, 16)
+    wide = prefill_case("", torch.float32, [9], [9], 2, 1, 257, 16)
     with pytest.raises(OpError, match="D must be at most 256"):
         ops.paged_prefill_attention.named("cuda").run(ops.paged_prefill_attention.bind(*wide.arguments))
 
 
 def test_a_tokens_attention_tells_what_it_takes() -> None:
     refusal = ops.decode_attention.named("cuda").refusal
-    case = decode_cases.case("", torch.bfloat16, [9, 3], 4, 2, 64, 16)
+    case = decode_case("", torch.bfloat16, [9, 3], 4, 2, 64, 16)
     bound = ops.decode_attention.bind(*case.arguments)
     assert refusal(bound) is None
     for moved in ("qkv", "k_cache", "cos_sin_cache"):
@@ -413,7 +409,7 @@ def test_rows_and_tokens_are_independent(
         native, "cuda", lambda: SimpleNamespace(**{op: getattr(k, op) for op, k in kernels.items()})
     )
     x, weight = random(1, 9, 130, dtype=dtype), random(2, 130, dtype=dtype)
-    case = append_cases.case("", dtype, 4, 2, 64, 4, list(range(3, 12)))
+    case = append_case("", dtype, 4, 2, 64, 4, list(range(3, 12)))
     qkv, *weights, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps = case.arguments
     q = call(
         "qk_norm_rope_append", qkv, *weights, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps
@@ -441,7 +437,7 @@ def test_rows_and_tokens_are_independent(
 
 def test_draws_are_independent(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["sample_tokens"])
-    arguments = sample_cases.case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
+    arguments = sample_case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
     together = call("sample_tokens", *arguments)
     for chosen in ([4], [8, 0, 3], [1, 1, 7]):
         assert torch.equal(call("sample_tokens", *(a[chosen] for a in arguments)), together[chosen])

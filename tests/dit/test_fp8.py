@@ -15,8 +15,8 @@ from blip3o_rt import ops
 from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
+from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.case import random
-from blip3o_rt.measure.validate.sweep import cases_of
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.ops.quantized import scaled_mm, scaled_mm_arguments
 from blip3o_rt.weights import SCALE, dequantized, in_8_bits, row_scales, row_values
@@ -74,7 +74,7 @@ def _takes(*arguments: Tensor, **options: Tensor) -> str | None:
 
 def test_a_library_takes_the_product_as_it_is_asked_for() -> None:
     """The call alone, on no device: torch checks there what its CUDA kernels demand of shapes and strides."""
-    for case in cases_of("linear_fp8").cases():
+    for case in cases_of("linear_fp8"):
         supported = _takes(*case.arguments, **case.options) is None
         arguments = [tensor.to("meta") for tensor in case.arguments]
         out, bias = case.options["out"], case.options.get("bias")

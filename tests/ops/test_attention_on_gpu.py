@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.measure.validate.case import copies, run_exact
-from blip3o_rt.measure.validate.sweep import cases_of, check_of
+from blip3o_rt.measure.cases import check_of
+from blip3o_rt.measure.cases.attention import decode_case, paged_case
+from blip3o_rt.measure.validate.case import Case, copies, run_exact
 from blip3o_rt.ops.dtypes import FLOATS
 
 pytestmark = pytest.mark.gpu("_cuda")
@@ -20,11 +22,15 @@ LAUNCHES = 100
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("op_name", ["paged_decode_attention", "decode_attention"])
-def test_many_launches_with_one_scratch_memory(op_name: str, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("op_name", "case"), [("paged_decode_attention", paged_case), ("decode_attention", decode_case)]
+)
+def test_many_launches_with_one_scratch_memory(
+    op_name: str, case: Callable[..., Case], head_dim: int, dtype: torch.dtype
+) -> None:
     """Two batches in turn: a part that is read before it is written is the other batch's, and shows."""
     op = ops.all_ops()[op_name]
-    one = replace(cases_of(op_name).case("", dtype, LENGTHS, 16, 8, head_dim, 16), written=())
+    one = replace(case("", dtype, LENGTHS, 16, 8, head_dim, 16), written=())
     queries, *others = one.arguments
     batches = [one, replace(one, arguments=(queries.roll(1, 0), *others))]
     on_device = [copies(batch, "cuda")[0] for batch in batches]

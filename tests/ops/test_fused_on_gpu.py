@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.cases.quantized import quantized
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.ops.linear import FUSED_ROWS

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blip3o_rt import ops
-from blip3o_rt.measure.cases import decode_attention as decode_cases
-from blip3o_rt.measure.cases import paged_decode_attention as attention_cases
-from blip3o_rt.measure.cases import paged_prefill_attention as prefill_cases
-from blip3o_rt.measure.cases import sample_tokens as sample_cases
-from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.cases.attention import decode_case, paged_case, prefill_case
+from blip3o_rt.measure.cases.quantized import quantized
+from blip3o_rt.measure.cases.sampling import sample_case
 from blip3o_rt.measure.validate.case import PRODUCTS, int32, random, run_exact
 from blip3o_rt.measure.validate.finding import compare
 from blip3o_rt.ops import native
@@ -163,7 +161,7 @@ def test_fused_products(
 @few
 def test_paged_decode_attention(data: st.DataObject, dtype: torch.dtype, lengths: list[int]) -> None:
     set_up(data)
-    q, k, v, page_table, context, scale = attention_cases.case("", dtype, lengths, 6, 2, 24, 16).arguments
+    q, k, v, page_table, context, scale = paged_case("", dtype, lengths, 6, 2, 24, 16).arguments
     together = ops.paged_decode_attention(q, k, v, page_table, context, scale)
     native.cpu().set_num_threads(data.draw(st.integers(1, 8), "other threads"))
     for b in range(len(lengths)):
@@ -191,7 +189,7 @@ def test_decode_attention(
 ) -> None:
     """Of a ragged batch as of its sequences alone; and as of the two ops that it stands for."""
     set_up(data)
-    case = decode_cases.case("", dtype, lengths, 2, 1, 16, page_size)
+    case = decode_case("", dtype, lengths, 2, 1, 16, page_size)
     (*token, k, v), (table, context, eps, scale) = case.arguments[:8], case.arguments[8:]
     caches = k.clone(), v.clone()
     query = ops.qk_norm_rope_append(*(*token, *caches, eps))
@@ -227,7 +225,7 @@ def test_paged_prefill_attention(
 ) -> None:
     """Any part of each of many ragged prompts, against the definition; a prompt does not depend on others."""
     queries = [data.draw(st.integers(0, length)) for length in lengths]
-    case = prefill_cases.case("", dtype, lengths, queries, 2, 1, 16, page_size)
+    case = prefill_case("", dtype, lengths, queries, 2, 1, 16, page_size)
     found = ops.paged_prefill_attention(*case.arguments)
     exact = run_exact(ops.paged_prefill_attention, case)
     assert all(f.passed for f in compare(ops.paged_prefill_attention, case, [found], exact))
@@ -258,7 +256,7 @@ def test_rowwise_ops(op: str, data: st.DataObject, dtype: torch.dtype, rows: int
 @few
 def test_sample_tokens(data: st.DataObject) -> None:
     set_up(data)
-    arguments = sample_cases.case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
+    arguments = sample_case("", random(3, 9, 500, scale=2.0), 0.8, 60, 0.9).arguments
     together = ops.sample_tokens(*arguments)
     chosen = data.draw(st.permutations(range(9)), "order")[:5]
     assert torch.equal(ops.sample_tokens(*(a[chosen] for a in arguments)), together[chosen])

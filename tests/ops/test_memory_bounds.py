@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.case import Case, copies, outputs
-from blip3o_rt.measure.validate.sweep import cases_of, refusal, selected
+from blip3o_rt.measure.validate.sweep import refusal, selected
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import Op
 
@@ -100,7 +101,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 def kernel_cases(progress: Path) -> Iterator[tuple[Op[Any, Any], Case]]:
     """Every op and case, with each instruction set in use whose kernel takes it; `progress` says which."""
     for op in (ops.all_ops()[name] for name in OPS):
-        cases = list(cases_of(op.name).cases())
+        cases = list(cases_of(op.name))
         for isa in native.cpu().isas():
             with selected(f"cpu-{isa}") as implementation:
                 for case in cases:

@@ -17,8 +17,8 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
-from blip3o_rt.measure.cases import paged_decode_attention, qk_norm_rope_append
-from blip3o_rt.measure.cases.row_linear_w8 import quantized
+from blip3o_rt.measure.cases.attention import append_case, paged_case
+from blip3o_rt.measure.cases.quantized import quantized
 from blip3o_rt.measure.validate.case import int32, random
 from blip3o_rt.measure.validate.finding import worst_error
 from blip3o_rt.ops import native
@@ -29,12 +29,12 @@ pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.c
 
 def attention(**changes: object) -> None:
     names = ("q", "k_cache", "v_cache", "page_table", "context_lens", "scale")
-    case = paged_decode_attention.case("", torch.float32, [9, 3], 4, 2, 16, 4)
+    case = paged_case("", torch.float32, [9, 3], 4, 2, 16, 4)
     ops.paged_decode_attention(**(dict(zip(names, case.arguments, strict=True)) | changes))
 
 
 def append(position: int, value: int) -> None:
-    arguments = list(qk_norm_rope_append.case("", torch.float32, 4, 2, 16, 4, [0, 5]).arguments)
+    arguments = list(append_case("", torch.float32, 4, 2, 16, 4, [0, 5]).arguments)
     arguments[position] = int32([0, value])
     ops.qk_norm_rope_append(*arguments)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases import cases_of, ops_with_cases
 from blip3o_rt.measure.validate.case import Case, run_exact
-from blip3o_rt.measure.validate.sweep import cases_of, findings, ops_with_cases, refusal, selected, variants
+from blip3o_rt.measure.validate.sweep import findings, refusal, selected, variants
 from blip3o_rt.ops.dtypes import name_of
 
 
@@ -27,7 +28,7 @@ def table() -> Iterator[Any]:
     for name, op in ops.all_ops().items():
         if name not in ops_with_cases():
             continue  # test_every_op_has_cases says so
-        for dtype in dict.fromkeys(case.dtype for case in cases_of(name).cases()):
+        for dtype in dict.fromkeys(case.dtype for case in cases_of(name)):
             for implementation in op.implementations:
                 for variant in variants(implementation.name):
                     yield pytest.param(name, variant, dtype, id=f"{name}-{variant}-{name_of(dtype)}")
@@ -36,7 +37,7 @@ def table() -> Iterator[Any]:
 @functools.lru_cache(maxsize=1)  # one op's variants follow each other
 def exact_cases(op_name: str, dtype: torch.dtype) -> list[tuple[Case, list[Tensor]]]:
     """The cases of an op and a dtype, with what the reference makes of them in float64."""
-    cases = [case for case in cases_of(op_name).cases() if case.dtype == dtype]
+    cases = [case for case in cases_of(op_name) if case.dtype == dtype]
     return [(case, run_exact(ops.all_ops()[op_name], case)) for case in cases]
 
 
@@ -69,5 +70,5 @@ def test_matches_reference(op_name: str, variant: str, dtype: torch.dtype, case_
 @pytest.mark.parametrize("op_name", sorted(ops.all_ops()))
 def test_reference_runs_on_gpu(op_name: str) -> None:
     op = ops.all_ops()[op_name]
-    for case in cases_of(op_name).cases():
+    for case in cases_of(op_name):
         assert not [found for found in findings(op, "torch", case, "cuda") if not found.passed]

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
-from blip3o_rt.measure.validate.sweep import cases_of
+from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.ops.registry import Op
 from blip3o_rt.ops.shapes import Shapes
 
 
 def smallest_case(op: Op[Any, Any]) -> dict[str, Any]:
     """Arguments by name, of a case that has the most of those that may be absent."""
-    bound = [op.bind(*case.arguments, **case.options) for case in cases_of(op.name).cases()]
+    bound = [op.bind(*case.arguments, **case.options) for case in cases_of(op.name)]
     bound = [call for call in bound if all(t.numel() for t in call if isinstance(t, Tensor))]
     given = max(sum(value is not None for value in call) for call in bound)
     fullest = [call for call in bound if sum(value is not None for value in call) == given]
@@ -68,7 +68,7 @@ def test_a_wrong_shape_is_one_error_for_all_implementations(op: Op[Any, Any]) ->
 def test_a_result_without_memory_of_its_own_has_the_shape_of_the_contract(op: Op[Any, Any]) -> None:
     if op.shapes.result is None:
         pytest.skip("written in place")
-    for case in cases_of(op.name).cases():
+    for case in cases_of(op.name):
         call = op.bind(*case.arguments, **case.options)
         expected = op.reference(*case.arguments, **case.options).shape
         assert op.shapes.result_shape(call) == expected, case.label

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases import cases_of, check_of
 from blip3o_rt.measure.validate.case import Case, copies, outputs, run_exact
-from blip3o_rt.measure.validate.sweep import cases_of, check_of
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)
@@ -67,7 +67,7 @@ def cases(op_name: str) -> list[Case]:
     """
     found = [
         case
-        for case in cases_of(op_name).cases()
+        for case in cases_of(op_name)
         if case.label not in TOO_MANY_PROGRAMS and case.options.get("dtype") != torch.int8
     ]
     return sorted(found, key=size)

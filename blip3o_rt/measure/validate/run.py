@@ -16,10 +16,11 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.errors import CheckpointError, DeviceError
 from blip3o_rt.machine import resolve_device
+from blip3o_rt.measure.cases import ops_with_cases
 from blip3o_rt.measure.validate.checkpoint import sized_checkpoint
 from blip3o_rt.measure.validate.line import GROUPS, Line, at_most
 from blip3o_rt.measure.validate.record import Record
-from blip3o_rt.measure.validate.sweep import check_op_names, ops_with_cases, sweep
+from blip3o_rt.measure.validate.sweep import check_op_names, sweep
 from blip3o_rt.measure.validate.table import HEADER, row, summary
 from blip3o_rt.ops.user_kernels import UserKernel, load_kernels
 

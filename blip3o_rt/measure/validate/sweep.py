@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import pkgutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,35 +13,18 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
 from blip3o_rt.machine import exact_arithmetic
-from blip3o_rt.measure import cases as cases_package
+from blip3o_rt.measure.cases import cases_of, check_of, ops_with_cases
 from blip3o_rt.measure.validate.case import Case, run, run_exact
-from blip3o_rt.measure.validate.finding import Finding, compare
+from blip3o_rt.measure.validate.finding import Finding
 from blip3o_rt.measure.validate.line import Line, at_most, severity
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import Implementation, Op
 
-Check = Callable[[Op[Any, Any], Case, list[Tensor], list[Tensor]], list[Finding]]
 DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.int64: "fp32",  # an op on numbers of tokens is checked with those
 }
-
-
-def ops_with_cases() -> set[str]:
-    """Names of the ops that there are cases for."""
-    return {module.name for module in pkgutil.iter_modules(cases_package.__path__)}
-
-
-def cases_of(op_name: str) -> ModuleType:
-    """The module of an op's cases."""
-    return importlib.import_module(f"{cases_package.__name__}.{op_name}")
-
-
-def check_of(op_name: str) -> Check:
-    """How an op's results are compared with exact ones."""
-    found: Check = getattr(cases_of(op_name), "check", compare)
-    return found
 
 
 def variants(implementation: str) -> list[str]:
@@ -154,7 +134,7 @@ def _variant_lines(
 
     A note where it takes none of the cases; nothing where the op has none in the dtype.
     """
-    cases = [c for c in cases_of(op.name).cases() if DTYPE_NAMES.get(c.dtype) == dtype]
+    cases = [c for c in cases_of(op.name) if DTYPE_NAMES.get(c.dtype) == dtype]
     with selected(variant):  # what it can take, an instruction set may decide
         refusals = {case.label: refusal(op, implementation, case, device) for case in cases}
     taken = [case for case in cases if refusals[case.label] is None]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import ops
+from blip3o_rt.measure.cases import cases_of, check_of
+from blip3o_rt.measure.cases.attention import decode_case, paged_case, prefill_case
 from blip3o_rt.measure.validate.case import DTYPES, Case, copies, outputs, run_exact
 from blip3o_rt.measure.validate.finding import Finding
-from blip3o_rt.measure.validate.sweep import cases_of, check_of
 from blip3o_rt.ops import native
 from tests.csrc.simt.build import CSRC, SimtCompiler, ops_of
 
@@ -33,7 +34,7 @@ def size(case: Case) -> int:
 @functools.cache
 def examples(op_name: str) -> list[tuple[Case, list[Tensor]]]:
     """The cases of an op with their exact results, small ones first."""
-    cases = sorted(cases_of(op_name).cases(), key=size)
+    cases = sorted(cases_of(op_name), key=size)
     return [(case, run_exact(ops.all_ops()[op_name], case)) for case in cases]
 
 
@@ -50,19 +51,24 @@ def errors(op_name: str, case: Case, exact: list[Tensor]) -> list[Finding]:
     return [found for found in check_of(op_name)(op, case, results, exact) if not found.passed]
 
 
-PAGED = {"paged_decode_attention": 1, "paged_prefill_attention": 1, "decode_attention": 6}
-"""Ops that attend to pages, and the place of k_cache, v_cache and page_table among their arguments."""
+PAGED = {
+    "paged_decode_attention": paged_case,
+    "paged_prefill_attention": prefill_case,
+    "decode_attention": decode_case,
+}
+"""Ops that attend to pages, with what makes a case of them."""
 
 
 def unseen_pages(op_name: str) -> list[str]:
     """Pages that do not exist and do not make NaN of what attends to them, and of that alone, in each of an
     op's kernels on native.cuda()."""
-    op, place = ops.all_ops()[op_name], PAGED[op_name]
+    op = ops.all_ops()[op_name]
+    place = op.argument_names.index("k_cache")  # v_cache and page_table follow
     implementation = op.named("cuda")
     prompts, found = op_name == "paged_prefill_attention", []
     for dtype, head_dim in itertools.product(DTYPES, (24, 64, 128)):
         lengths = [[10, 5]] * (2 if prompts else 1)
-        case = cases_of(op_name).case("", dtype, *lengths, 4, 2, head_dim, 4)
+        case = PAGED[op_name]("", dtype, *lengths, 4, 2, head_dim, 4)
         if implementation.refusal(op.bind(*case.arguments)):
             continue
         expected = implementation.run(op.bind(*copies(case)[0]))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.measure.cases import nearest_code, rms_norm
+from blip3o_rt.measure.cases.image import nearest_code_check
+from blip3o_rt.measure.cases.norm import rms_norm_check
 from blip3o_rt.measure.validate.case import Case, random
 from blip3o_rt.measure.validate.finding import Finding, compare, compare_output, half_unit, worst_error
 
@@ -96,7 +97,7 @@ def test_a_later_code_of_two_equal_ones_is_wrong() -> None:
     case = Case("", (torch.eye(4), codes))
     first, later = torch.arange(4), torch.arange(4) + 4
     for chosen, passes in ((first, True), (later, False), (first[:2], False), (first + 5, False)):
-        found = nearest_code.check(ops.nearest_code, case, [chosen], [first])
+        found = nearest_code_check(ops.nearest_code, case, [chosen], [first])
         assert all(finding.passed for finding in found) == passes
 
 
@@ -108,8 +109,8 @@ def test_the_norm_of_a_rounded_residual_is_compared_with_that_residual() -> None
     exact = [ops.rms_norm.reference(exact_sum, case.arguments[1].double(), 1e-6), exact_sum]
     summed = exact_sum.bfloat16()
     result = ops.rms_norm.reference(summed, case.arguments[1], 1e-6)
-    assert all(finding.passed for finding in rms_norm.check(ops.rms_norm, case, [result, summed], exact))
+    assert all(finding.passed for finding in rms_norm_check(ops.rms_norm, case, [result, summed], exact))
     assert not compare(ops.rms_norm, case, [result, summed], exact)[0].passed
     unrounded = ops.rms_norm.reference(exact_sum.float(), case.arguments[1].float(), 1e-6).bfloat16()
-    found = rms_norm.check(ops.rms_norm, case, [unrounded, summed], exact)
+    found = rms_norm_check(ops.rms_norm, case, [unrounded, summed], exact)
     assert [finding.passed for finding in found] == [False, True]

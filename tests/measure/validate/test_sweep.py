@@ -10,8 +10,9 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.errors import OpError
+from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.line import Line
-from blip3o_rt.measure.validate.sweep import cases_of, check_op_names, selected, sweep, variants
+from blip3o_rt.measure.validate.sweep import check_op_names, selected, sweep, variants
 from blip3o_rt.ops import native
 from tests.measure.validate.conftest import Plant
 
@@ -128,7 +129,7 @@ def test_unknown_ops_are_refused() -> None:
 def test_labels_name_one_case_each() -> None:
     """A line that fails names its case by label and dtype."""
     for name in ops.all_ops():
-        found = [(case.label, case.arguments[0].dtype) for case in cases_of(name).cases()]
+        found = [(case.label, case.arguments[0].dtype) for case in cases_of(name)]
         repeated = {label for label in found if found.count(label) > 1}
         assert not repeated, (name, repeated)
 

@@ -1,17 +1,19 @@
-"""The ops of a picture's decoding."""
+"""The ops of an image's decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
 from blip3o_rt.config import ModelConfig, VAEConfig
-from blip3o_rt.measure.bench.op_shapes.shape import Make, OpShape, depthwise_glu, linear_attention
-from blip3o_rt.measure.validate.case import Case, random
+from blip3o_rt.measure.bench.op_shapes.shape import Make, OpShape
+from blip3o_rt.measure.cases.attention import relu_case
+from blip3o_rt.measure.cases.image import convolution_case, glu_case, shuffle_case, unshuffle_case
+from blip3o_rt.measure.cases.norm import channel_case
+from blip3o_rt.measure.validate.case import Case
 from blip3o_rt.vae.layout import GATED_EXPANSION
-
-EPS = 1e-6
 
 
 def autoencoder(config: ModelConfig) -> Iterator[OpShape]:
@@ -33,23 +35,23 @@ def autoencoder(config: ModelConfig) -> Iterator[OpShape]:
         yield OpShape(
             "add_pixel_shuffle",
             f"vae: {sides[i]} x {sides[i]}, {coarse} to {fine} channels",
-            _pixel_shuffle(sides[i], coarse, fine),
+            _square(shuffle_case, sides[i], coarse, fine),
             moved=sides[i] ** 2 * (2 * fine + coarse // 4),
-            check=_pixel_shuffle(min(sides[i], 64), coarse, fine),
+            check=_square(shuffle_case, min(sides[i], 64), coarse, fine),
         )
         yield OpShape(
             "add_pixel_unshuffle",
             f"vae: {sides[i]} x {sides[i]}, {fine} to {coarse} channels",
-            _pixel_unshuffle(sides[i], fine, coarse),
+            _square(unshuffle_case, sides[i], fine, coarse),
             moved=sides[i] ** 2 * (fine + coarse // 2),
-            check=_pixel_unshuffle(min(sides[i], 64), fine, coarse),
+            check=_square(unshuffle_case, min(sides[i], 64), fine, coarse),
         )
         yield OpShape(
             "convolution_silu",
             f"vae: {sides[i]} x {sides[i]}, {fine} channels",
-            _convolution_silu(sides[i], fine),
+            _square(convolution_case, sides[i], fine, fine),
             products=9 * (sides[i] * fine) ** 2,
-            check=_convolution_silu(min(sides[i], 32), fine),
+            check=_square(convolution_case, min(sides[i], 32), fine, fine),
         )
     attending = [i for i, stage in enumerate(stages) if stage.block == "EfficientViTBlock" and stage.layers]
     for i in sorted({attending[0], attending[-1]} if attending else ()):
@@ -62,49 +64,29 @@ def _attention_block(vae: VAEConfig, channels: int, side: int) -> Iterator[OpSha
     yield OpShape(
         "relu_linear_attention",
         f"vae: {side} x {side}, {heads} heads of {head_dim}",
-        lambda dtype: linear_attention(1, side**2, heads, head_dim, dtype, norm=False),
+        lambda dtype: relu_case("", dtype, 1, side**2, heads, head_dim, norm=False),
         products=side**2 * heads * 2 * (head_dim + 1) * head_dim,
-        check=lambda dtype: linear_attention(1, min(side, 32) ** 2, heads, head_dim, dtype, norm=False),
+        check=lambda dtype: relu_case("", dtype, 1, min(side, 32) ** 2, heads, head_dim, norm=False),
     )
     yield OpShape(
         "depthwise_glu",
         f"vae: {side} x {side}, 2 x {hidden} channels",
-        depthwise_glu(1, side, hidden),
+        lambda dtype: glu_case("", dtype, 1, side, side, hidden),
         products=side**2 * 9 * 2 * hidden,
-        check=depthwise_glu(1, min(side, 8), hidden),
+        check=lambda dtype: glu_case("", dtype, 1, min(side, 8), min(side, 8), hidden),
     )
 
 
-def _pixel_shuffle(side: int, coarse: int, fine: int) -> Make:
-    def make(dtype: torch.dtype) -> Case:
-        result = random(1, 1, side, side, fine, dtype=dtype)
-        return Case("", (result, random(2, 1, side // 2, side // 2, coarse, dtype=dtype)), written=(0,))
-
-    return make
-
-
-def _pixel_unshuffle(side: int, fine: int, coarse: int) -> Make:
-    def make(dtype: torch.dtype) -> Case:
-        result = random(1, 1, side // 2, side // 2, coarse, dtype=dtype)
-        return Case("", (result, random(2, 1, side, side, fine, dtype=dtype)), written=(0,))
-
-    return make
-
-
-def _convolution_silu(side: int, channels: int) -> Make:
-    def make(dtype: torch.dtype) -> Case:
-        x, bias = random(1, 1, side, side, channels, dtype=dtype), random(3, channels, dtype=dtype)
-        weight = random(2, channels, 3, 3, channels, dtype=dtype, scale=(9 * channels) ** -0.5)
-        return Case("", (x, weight, bias))
-
-    return make
+def _square(case: Callable[..., Case], side: int, channels: int, wanted: int) -> Make:
+    """A case of one square image."""
+    return lambda dtype: case("", dtype, 1, (side, side), channels, wanted)
 
 
 def _channel_norm(side: int, channels: int) -> Make:
+    """With a residual, in place."""
+
     def make(dtype: torch.dtype) -> Case:
-        shape = (1, side, side, channels)
-        x, residual = random(1, *shape, dtype=dtype), random(2, *shape, dtype=dtype)
-        weights = [random(seed, channels, dtype=dtype) for seed in (3, 4)]
-        return Case("", (x, *weights, EPS), {"residual": residual, "out": x}, written=("out",))
+        case = channel_case("", dtype, 1, side, side, channels)
+        return replace(case, options={**case.options, "out": case.arguments[0]}, written=("out",))
 
     return make

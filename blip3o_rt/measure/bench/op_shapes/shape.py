@@ -1,4 +1,4 @@
-"""An op at one of the model's shapes, and inputs that several stages give their ops."""
+"""An op at one of the model's shapes, and the product that several stages have."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.measure.bench.work import FLOPS_PER_PRODUCT, Work
+from blip3o_rt.measure.cases.linear import product_case
 from blip3o_rt.measure.validate.case import Case, random
 
 BOTH = (torch.float32, torch.bfloat16)
@@ -51,35 +52,8 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def linear(tokens: int, rows: int, columns: int) -> Make:
-    """Of a weight [rows, columns] with a bias."""
-    return lambda dtype: Case(
-        "",
-        (
-            random(1, tokens, columns, dtype=dtype),
-            random(2, rows, columns, dtype=dtype, scale=columns**-0.5),
-            random(3, rows, dtype=dtype),
-        ),
+def linear(tokens: int, outputs: int, inputs: int) -> Make:
+    """The product of tokens with a weight [outputs, inputs], with a bias."""
+    return lambda dtype: product_case(
+        "", dtype, tokens, outputs, inputs, bias=random(3, outputs, dtype=dtype)
     )
-
-
-def linear_attention(
-    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, *, norm: bool
-) -> Case:
-    """With or without a norm of queries and keys."""
-    width = heads * head_dim
-    weights = [1 + random(seed, width, scale=0.3) for seed in (2, 3)]
-    norms = tuple(weight.to(dtype) for weight in weights) if norm else (None, None)
-    return Case("", (random(1, batch, tokens, 3 * width, dtype=dtype), *norms, heads, 1e-5))
-
-
-def depthwise_glu(batch: int, side: int, hidden: int) -> Make:
-    """To `hidden` channels of square images."""
-
-    def make(dtype: torch.dtype) -> Case:
-        biases = [random(seed, 2 * hidden, dtype=dtype) for seed in (2, 4)]
-        weight = random(3, 2 * hidden, 1, 3, 3, dtype=dtype, scale=1 / 3)
-        x = random(1, batch, side, side, 2 * hidden, dtype=dtype)
-        return Case("", (x, biases[0], weight, biases[1]))
-
-    return make
