@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from blip3o_rt import ops
-from blip3o_rt.ops.dtypes import LARGEST_INT8
 from blip3o_rt.weights import SCALE
 
 BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
@@ -49,7 +46,7 @@ class Matrix:
         values = ops.quantize_rows(x, row_scale)
         for first in range(0, len(self.weight), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
-            product = integer_product(values, self.weight[block])
+            product = ops.integer_product(values, self.weight[block])
             bias = None if self.bias is None else self.bias[block]
             ops.scale_product(product, scale[block], row_scale=row_scale, bias=bias, out=out[:, block])
 
@@ -58,20 +55,3 @@ class Matrix:
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
         values = ops.quantize_rows(x, row_scale, dtype=self.weight.dtype)
         ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)
-
-
-def integer_product(values: Tensor, weight: Tensor) -> Tensor:
-    """int32 [M, N] of int8 [M, K] and [N, K]."""
-    if torch_multiplies_integers():
-        return torch._int_mm(values, weight.t())
-    return F.linear(values.float(), weight.float()).to(torch.int32)
-
-
-@functools.cache
-def torch_multiplies_integers() -> bool:
-    """Whether torch's product of int8 matrices is one of integers here.
-
-    On a processor without VNNI it is not: pairs of products are added in 16 bits, which the largest exceed.
-    """
-    largest = torch.full((64, 256), LARGEST_INT8, dtype=torch.int8)
-    return bool((torch._int_mm(largest, largest.t()) == 256 * LARGEST_INT8**2).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,15 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
+from blip3o_rt.machine import cuda_status
 from blip3o_rt.ops import bf16_products, triton_backend
-from blip3o_rt.ops.dtypes import E4M3, FLOATS, cast_out, compute_dtype, largest_value
+from blip3o_rt.ops.dtypes import E4M3, FLOATS, LARGEST_INT8, cast_out, compute_dtype, largest_value
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
-__all__ = ["linear_fp8", "linear_w8a16", "quantize_rows", "row_linear_w8", "scale_product"]
+__all__ = [
+    "integer_product",
+    "linear_fp8",
+    "linear_w8a16",
+    "quantize_rows",
+    "row_linear_w8",
+    "scale_product",
+]
 
 CONVERTED_ROWS = 4096  # rows of the weight of row_linear_w8 that exist as wide numbers at a time
 BLOCK_ROWS = 1024  # of linear_w8a16's weight that exist as floating-point numbers at a time, in the caches
+CUBLAS_UNIT = 8  # of the sides of int8 matrices that torch multiplies on a GPU, where rows are more than 16
 SCALED_MM_UNIT = 16  # torch's product of scaled matrices takes sides that are multiples of it
 
 # The matrix units add the products of 8-bit numbers with some 14 bits, and the library's result is bfloat16.
@@ -177,6 +187,38 @@ def _makes_int8(call: Any) -> str | None:
 
 quantize_rows.triton(dtypes=FLOATS, supports=_makes_e4m3, available=triton_backend.e4m3_unavailable)
 quantize_rows.native("cpu", dtypes=FLOATS, supports=_makes_int8)
+
+
+@op("values [M, K], weight [N, K] -> [M, N]", tolerance={torch.int8: 0.0}, out_dtype=torch.int32)
+def integer_product(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """values weight^T for int8 values [M, K] and weight [N, K] -> int32 [M, N], exact."""
+    return cast_out(F.linear(values.double(), weight.double()), torch.int32, out)
+
+
+@functools.cache
+def _torch_rounds_integers() -> str | None:
+    """Without VNNI torch's product of bytes adds pairs of products in 16 bits, which the largest exceed."""
+    largest = torch.full((64, 256), LARGEST_INT8, dtype=torch.int8)
+    exact = bool((torch._int_mm(largest, largest.t()) == 256 * LARGEST_INT8**2).all())
+    return None if exact else "torch's product of integers is not exact on this processor"
+
+
+def _sides_for_cublas(call: Any) -> str | None:
+    rows, inputs = call.values.shape
+    if rows > 16 and inputs % CUBLAS_UNIT == 0 and len(call.weight) % CUBLAS_UNIT == 0:
+        return None
+    return f"takes more than 16 rows, and K and N that are multiples of {CUBLAS_UNIT}"
+
+
+def _int_mm(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    return cast_out(torch._int_mm(values, weight.t()), torch.int32, out)
+
+
+integer_product.implementation("int_mm", device="cpu", available=_torch_rounds_integers)(_int_mm)
+integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)(
+    _int_mm
+)
+integer_product.native("cpu", dtypes=(torch.int8,))
 
 
 @op(

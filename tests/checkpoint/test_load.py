@@ -67,6 +67,19 @@ def test_mixed_maps_the_matrices_and_widens_the_rest(checkpoint: Path, converted
                 assert torch.equal(tensor.float(), stored.weights[part][name].float())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_mixed_copies_no_matrix(converted: Path) -> None:
+    loaded = load_checkpoint(converted, dtype=MIXED)
+    ranges = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(converted) in line
+    ]
+    kept = [t for tensors in loaded.weights.values() for t in tensors.values() if t.dtype == torch.bfloat16]
+    assert kept
+    assert all(any(first <= t.data_ptr() < last for first, last in ranges) for t in kept)
+
+
 def test_only_the_parts_asked_for_are_read(checkpoint: Path, converted: Path) -> None:
     for path in (checkpoint, converted):
         whole = load_checkpoint(path)

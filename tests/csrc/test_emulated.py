@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from blip3o_rt import ops
-from blip3o_rt.measure.validate.sweep import cases_of, findings, refusal
+from blip3o_rt.measure.cases import cases_of
+from blip3o_rt.measure.validate.sweep import findings, refusal
 from blip3o_rt.ops import native
 
 from .emulated.kernels import EmulatedKernels, build
@@ -57,7 +58,7 @@ def test_every_op_with_a_kernel_is_there(kernels: EmulatedKernels) -> None:
 def test_matches_reference(op_name: str) -> None:
     op = ops.all_ops()[op_name]
     implementation = op.named("cpu")
-    cases = [case for case in cases_of(op_name).cases() if refusal(op, implementation, case, "cpu") is None]
+    cases = [case for case in cases_of(op_name) if refusal(op, implementation, case, "cpu") is None]
     assert cases
     failed = [
         f"{case.label} ({case.dtype}): {finding}"

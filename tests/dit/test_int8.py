@@ -50,11 +50,8 @@ def test_product(rows: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.
         assert float(errors.max()) < PRODUCT_BOUND
 
 
-@pytest.mark.parametrize("integers", [True, False])
-def test_products_of_the_largest_values(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_the_largest_values() -> None:
     """Pairs of them exceed 16 bits, in which processors without VNNI add."""
-    if not integers:
-        monkeypatch.setattr(matrix, "torch_multiplies_integers", lambda: False)
     x = torch.where(torch.arange(64)[:, None] % 3 == 0, -2.0, 2.0).repeat(1, 256)
     weight = torch.where(torch.arange(48)[:, None] % 2 == 0, -1.0, 1.0).repeat(1, 256)
     found = Matrix.of(in_8_bits("to_q.weight", weight), "to_q")(x)
@@ -77,7 +74,7 @@ def test_prediction(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     exact = run(DiT(config, weights), latent, 600.0, tokens)
     with ops.recording_usage() as used:
         found = run(DiT(config, int8), latent, 600.0, tokens)
-    assert {"quantize_rows", "scale_product"} <= used.keys()
+    assert {"quantize_rows", "integer_product", "scale_product"} <= used.keys()
     meant = run(DiT(config, dequantized(int8)), latent, 600.0, tokens)
     assert relative_l2(meant, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) < PREDICTION_BOUND

@@ -173,6 +173,34 @@ def x_dtype(case: Case) -> torch.dtype:
     return case.arguments[0].dtype
 
 
+def integers(seed: int, *shape: int) -> Tensor:
+    """Seeded int8 values."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def integers_case(label: str, rows: int, inputs: int, outputs: int) -> Case:
+    return Case(label, (integers(1, rows, inputs), integers(2, outputs, inputs)))
+
+
+def integer_product_cases() -> Iterator[Case]:
+    """Every number of rows in a tile, sizes around a panel and a block of steps, and the largest values."""
+    for m, n, k in (
+        *((m, 20, 37) for m in (*range(1, 8), 13)),
+        *((5, n, 64) for n in (1, 15, 16, 17, 33)),
+        *((7, 20, k) for k in (1, 2, 3, 511, 512, 513, 1025)),
+        (40, 48, 2240),
+        (0, 4, 8),
+    ):
+        yield integers_case(f"{m} x {k} x {n}", m, k, n)
+    largest = torch.full((9, 1600), -127, dtype=torch.int8)
+    yield Case("the largest values", (largest, -largest))
+    yield Case("part of a wider matrix", (integers(1, 7, 90)[:, 10:70], integers(2, 20, 80)[:, 10:70]))
+    values, weight = integers(1, 7, 64), integers(2, 20, 64)
+    out = torch.zeros(7, 40, dtype=torch.int32)[:, 5:25]
+    yield Case("columns of a wider out", (values, weight), {"out": out}, written=("out",))
+
+
 def scale_case(label: str, dtype: torch.dtype, rows: int, columns: int) -> Case:
     """Integers larger than float32 tells apart, with scales of rows and a bias."""
     generator = torch.Generator().manual_seed(1)

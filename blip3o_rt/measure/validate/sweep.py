@@ -23,7 +23,8 @@ from blip3o_rt.ops.registry import Implementation, Op
 DTYPE_NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
-    torch.int64: "fp32",  # an op on numbers of tokens is checked with those
+    torch.int64: "fp32",  # ops on integers, and on numbers of tokens, are checked with those
+    torch.int8: "fp32",
 }
 
 

@@ -11,7 +11,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.measure.bench.op_shapes.shape import FP32, OpShape, linear
 from blip3o_rt.measure.cases.attention import cross_case, relu_case
 from blip3o_rt.measure.cases.image import glu_case
-from blip3o_rt.measure.cases.quantized import fp8_case, quantize_case, scale_case
+from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, scale_case
 from blip3o_rt.measure.cases.sampling import euler_case
 from blip3o_rt.measure.validate.case import Case, random
 from blip3o_rt.ops.dtypes import E4M3
@@ -44,6 +44,14 @@ def transformer(config: ModelConfig) -> Iterator[OpShape]:
             lambda dtype, values=values: quantize_case("", rows(1, dtype).flatten(0, 1), values),
             moved=2 * tokens * width,
         )
+    yield OpShape(
+        "integer_product",
+        f"dit: {2 * tokens} x {width} x {3 * width}",
+        lambda _: integers_case("", 2 * tokens, width, 3 * width),
+        products=2 * tokens * width * 3 * width,
+        dtypes=FP32,
+        check=lambda _: integers_case("", min(2 * tokens, 64), width, min(3 * width, 256)),
+    )
     yield OpShape(
         "scale_product",
         label,
