@@ -71,6 +71,10 @@ class InsufficientMemoryError(Blip3oError):
     """The machine has less memory than the request needs; the message says how much that is."""
 
 
+class AsleepError(Blip3oError):
+    """A pipeline that sleeps is asked for an image."""
+
+
 class ForkError(Blip3oError):
     """A model is used in a process that was forked after a model had been loaded."""
 

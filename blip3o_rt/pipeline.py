@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import Blip3oError, GenerationError, ParameterError
+from blip3o_rt.errors import AsleepError, Blip3oError, GenerationError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
@@ -67,6 +68,13 @@ class ImageRequest:
     reference: References | None = None
 
 
+class Asleep:
+    """What stands in the place of a sleeping pipeline's stages."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AsleepError("the pipeline sleeps: call wake() first")
+
+
 class Pipeline:
     """A loaded model. Make one with `Pipeline.load`, and use it from any thread for any number of requests.
 
@@ -88,17 +96,22 @@ class Pipeline:
         self.device: torch.device = checkpoint.device
         self.switches: dict[str, str] = dict(checkpoint.switches)
         self.tier = FAST if self.switches else EXACT
-        weights = {part: UpdatableWeights(tensors) for part, tensors in checkpoint.weights.items()}
-        checkpoint = dataclasses.replace(checkpoint, weights={**weights})
-        self._weights = WeightStore(checkpoint, weights)
+        self._checkpoint = dataclasses.replace(checkpoint, weights={})  # all but the weights
+        self._sizes = {"max_batch": check_max_batch(max_batch), "max_prompt_tokens": max_prompt_tokens}
         self._requests = 0  # that run: one, or with those of its callbacks
-        self._runner = runner or GraphRunner.of(self.device)
+        self._given_runner = runner
         self._isolation = Isolation(self.device)
         with self._isolation.turn():
-            self._planner = Planner(
-                checkpoint, self._runner, max_batch=max_batch, max_prompt_tokens=max_prompt_tokens
-            )
-            self._renderer = Renderer(checkpoint, self._runner)
+            self._build(checkpoint.weights)
+
+    def _build(self, weights: Mapping[str, Mapping[str, Tensor]], version: int = 0) -> None:
+        """Make the stages over weights on the device."""
+        held = {part: UpdatableWeights(tensors) for part, tensors in weights.items()}
+        checkpoint = dataclasses.replace(self._checkpoint, weights={**held})
+        self._weights = WeightStore(checkpoint, held, version)
+        self._runner = self._given_runner or GraphRunner.of(self.device)
+        self._planner = Planner(checkpoint, self._runner, **self._sizes)
+        self._renderer = Renderer(checkpoint, self._runner)
 
     @classmethod
     def load(
@@ -185,7 +198,7 @@ class Pipeline:
     @property
     def max_batch(self) -> int:
         """Images whose tokens are sampled together."""
-        return self._planner.engine.max_batch
+        return self._sizes["max_batch"]
 
     @property
     def weights_version(self) -> int:
@@ -218,11 +231,47 @@ class Pipeline:
         with OwnSettings(self.device, torch.get_num_threads()):
             staged = self._weights.stage(weights)
         with self._isolation.turn():
-            if self._requests or self._planner.engine.busy:
+            if self._requests or (not self.asleep and self._planner.engine.busy):
                 raise ParameterError("weights cannot be updated from within a request: do it after it")
             self._weights.apply(staged)
-            self._renderer.refresh()
+            if not self.asleep:
+                self._renderer.refresh()
             return self._weights.version
+
+    @property
+    def asleep(self) -> bool:
+        """Whether `sleep` was called, and not `wake` since."""
+        return isinstance(self._planner, Asleep)
+
+    def sleep(self) -> None:
+        """Release caches, workspaces and graphs, and on a GPU the weights' memory, which move to the host's.
+
+        Waits for its turn. Until `wake`, requests raise AsleepError; weights may be updated.
+
+        Raises ParameterError for a call from a callback of a request.
+        """
+        with self._isolation.turn():
+            if self._requests:
+                raise ParameterError("a pipeline cannot sleep within a request: let it end first")
+            if self.asleep:
+                return
+            host = torch.device("cpu")
+            kept = {part: UpdatableWeights(t) for part, t in self._weights.on(host).items()}
+            checkpoint = dataclasses.replace(self._checkpoint, device=host)
+            self._weights = WeightStore(checkpoint, kept, self._weights.version)
+            self._planner = self._renderer = cast(Any, Asleep())
+            self._runner = GraphRunner(None)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take the memory back and be ready as after `load`; of one that does not sleep, nothing."""
+        with self._isolation.turn():
+            if not self.asleep:
+                return
+            self._build(self._weights.on(self.device), self._weights.version)
+        self.warm_up()
 
     def plan(
         self,

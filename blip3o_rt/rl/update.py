@@ -51,11 +51,13 @@ class Staged:
 class WeightStore:
     """The weights of a pipeline by part and runtime name, and how they are updated."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: Mapping[str, UpdatableWeights]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weights: Mapping[str, UpdatableWeights], version: int = 0
+    ) -> None:
         self._config, self._switches = checkpoint.config, checkpoint.switches
         self._precision, self._device = checkpoint.precision, checkpoint.device
         self._weights = weights
-        self.version = 0
+        self.version = version
 
     def stage(self, new: NewWeights) -> Staged:
         """Check new weights and make what becomes of them, without a change to those in use.
@@ -81,6 +83,13 @@ class WeightStore:
                 text = f"{part} {name} {list(tensor.shape)} {tensor.dtype} {_sum(tensor)}\n"
                 digest.update(text.encode())
         return digest.hexdigest()
+
+    def on(self, device: torch.device) -> dict[str, dict[str, Tensor]]:
+        """The weights by part and name on a device, those that are there already as they are."""
+        return {
+            part: {name: tensor.to(device) for name, tensor in tensors.items()}
+            for part, tensors in self._weights.items()
+        }
 
     def _of_folder(self, folder: str | Path) -> Staged:
         opened = open_checkpoint(folder)
