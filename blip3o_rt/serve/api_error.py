@@ -18,6 +18,7 @@ KINDS: dict[str, tuple[int, str, str]] = {
     "PromptError": (400, "invalid_request_error", "invalid_prompt"),
     "ImageError": (400, "invalid_request_error", "invalid_image"),
     "ParameterError": (400, "invalid_request_error", "invalid_value"),
+    "CheckpointError": (400, "invalid_request_error", "invalid_weights"),
     "InsufficientMemoryError": (503, "server_error", "insufficient_memory"),
     "QueueFull": (429, "rate_limit_error", "queue_full"),
     "ClientQueueFull": (429, "rate_limit_error", "client_queue_full"),

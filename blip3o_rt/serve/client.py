@@ -20,6 +20,8 @@ from blip3o_rt.errors import Blip3oError
 from blip3o_rt.serve.messages import (
     Accepted,
     Cancel,
+    Control,
+    Controlled,
     EngineOptions,
     Event,
     Failed,
@@ -141,6 +143,7 @@ class EngineClient:
         self._ready = asyncio.Event()
         self._first_ready_or_failed = asyncio.Event()
         self._handles: dict[str, Handle] = {}
+        self._controls: dict[str, asyncio.Future[Controlled]] = {}
         self._suspects: deque[Handle] = deque()  # started in a process that ended; wait to be tried alone
         self._failures = 0  # processes that ended without an image between, in a row
         self._failed_loads = 0
@@ -273,6 +276,25 @@ class EngineClient:
         """End a request that has not ended; its client is gone or wants no more of it."""
         self._end(handle, CANCELLED, RequestError(why, "Cancelled", CANCELLED))
 
+    async def control(self, action: str, value: str = "") -> Controlled:
+        """Ask something of the engine itself: see Control.
+
+        Raises:
+            Refused: The engine is not there.
+            RequestError: It could not be done; everything is as before.
+        """
+        if self._process is None or not self._ready.is_set():
+            raise Refused(self._why_unavailable(), "Unavailable", 5.0)
+        control = Control(uuid.uuid4().hex, action, value)
+        future = self._controls[control.id] = self._loop.create_future()
+        self._process.send(control)
+        answer = await future
+        if answer.failed is not None:
+            raise RequestError(answer.failed[1], answer.failed[0])
+        if action == "update":
+            self.options = dataclasses.replace(self.options, weights=value)  # of the next process too
+        return answer
+
     def admit(self, submit: Submit, durable: bool = False) -> None:
         """Raise Refused where a request is not to be taken now."""
         if self.draining or self._closed:
@@ -346,6 +368,10 @@ class EngineClient:
             self._became_ready(message.info)
         elif isinstance(message, LoadFailed):
             self.load_error = message.message
+        elif isinstance(message, Controlled):
+            future = self._controls.pop(message.id)
+            if not future.done():
+                future.set_result(message)
         else:
             self._event(message)  # type: ignore[arg-type]
 
@@ -392,6 +418,8 @@ class EngineClient:
         if process is not self._process or self._closed:
             return
         log.error("engine process %s", how, extra={"fields": {"pid": process.pid}})
+        for id in list(self._controls):
+            self._controls.pop(id).set_result(Controlled(id, failed=(LOST, f"the engine process {how}")))
         loaded = self._ready.is_set()
         self._process = None
         self._ready.clear()

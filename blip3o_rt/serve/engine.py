@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from multiprocessing.connection import Connection
 
-from blip3o_rt.serve.messages import Cancel, EngineOptions, Heartbeat, LoadFailed, Ready, Submit
+from blip3o_rt.serve.messages import Cancel, Control, EngineOptions, Heartbeat, LoadFailed, Ready, Submit
 from blip3o_rt.serve.scheduler import Scheduler
 
 HEARTBEAT_SECONDS = 0.5
@@ -55,7 +55,7 @@ class Engine:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._inbox: queue.SimpleQueue[Submit | Cancel] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Submit | Cancel | Control] = queue.SimpleQueue()
         self._scheduler: Scheduler | None = None
 
     def run(self) -> None:
@@ -85,6 +85,8 @@ class Engine:
     def _load(self, options: EngineOptions) -> None:
         module, _, function = options.loader.partition(":")
         stages = getattr(importlib.import_module(module), function)(options.model, options.memory_reserve)
+        if options.weights is not None:
+            stages.control("update", options.weights)
         self._settings = stages.settings
         self._scheduler = Scheduler(stages, self.send)
         self.send(Ready(stages.info))
@@ -96,6 +98,8 @@ class Engine:
                 message = self._inbox.get(not scheduler.busy, IDLE_SECONDS)
                 if isinstance(message, Submit):
                     scheduler.submit(message)
+                elif isinstance(message, Control):
+                    scheduler.control(message)
                 else:
                     scheduler.cancel(message.id)
         except queue.Empty:

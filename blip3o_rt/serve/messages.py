@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PRIORITIES = (-1, 0, 1)  # background, usual, urgent
+# What a pause does with images that run: fails their requests, lets them end, or draws them again afterwards.
+ABORT, WAIT, KEEP = PAUSES = ("abort", "wait", "keep")
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class EngineOptions:
         model: The keyword arguments of Pipeline.load.
         loader: "module:function" that turns `model` into the stages to schedule.
         memory_reserve: Bytes of memory that must stay free for a request to be accepted.
+        weights: The folder of weights that have replaced those of the model since.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     loader: str = "blip3o_rt.serve.stages:load"
     memory_reserve: int = 256 * 2**20
+    weights: str | None = None
 
 
 # To the engine
@@ -78,7 +82,32 @@ class Cancel:
     id: str
 
 
+@dataclass(frozen=True)
+class Control:
+    """Asks something of the engine itself, which answers with Controlled.
+
+    Args:
+        id: Names the answer.
+        action: "pause", "resume", "update", "weights", "sleep" or "wake".
+        value: Of "pause" one of PAUSES, of "update" a folder of weights.
+    """
+
+    id: str
+    action: str
+    value: str = ""
+
+
 # From the engine
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A Control was done, or failed with a kind and a line."""
+
+    id: str
+    weights_version: int = 0
+    weights_checksum: str = ""
+    failed: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

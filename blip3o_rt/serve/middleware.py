@@ -16,7 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blip3o_rt.serve.api_error import ApiError
 from blip3o_rt.serve.keys import Keys
 
-OPEN_PATHS = re.compile(r"/|/(health|ready|docs|openapi\.json|favicon\.ico)|/page/.*")
+OPEN_PATHS = re.compile(
+    r"/|/(health|ready|docs|openapi\.json|favicon\.ico)|/page/.*|/admin/.*"
+)  # which asks for keys of its own
 CHUNK_SECONDS = 20.0  # between two pieces of a body
 BODY_SECONDS = 120.0  # for a whole body
 SECURITY_HEADERS = (

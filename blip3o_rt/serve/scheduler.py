@@ -18,8 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.serve.messages import (
+    ABORT,
+    KEEP,
     Accepted,
+    Control,
+    Controlled,
     Event,
     Failed,
     Finished,
@@ -75,7 +80,7 @@ class Scheduler:
     def __init__(
         self,
         stages: Any,
-        send: Callable[[Event], None],
+        send: Callable[[Event | Controlled], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stages, self._send, self._clock = stages, send, clock
@@ -87,13 +92,15 @@ class Scheduler:
         self._charged: dict[str, float] = {}  # by client: the work it has had
         self._virtual_time = 0.0  # what the client that was served last had had before
         self._order = 0
+        self._paused = False
+        self._pauses: list[Control] = []  # that are answered once nothing runs
         self.turns = 0
         self.batch_sizes: Counter[int] = Counter()
 
     @property
     def busy(self) -> bool:
-        """Whether there is work."""
-        return bool(self._requests)
+        """Whether there is work to do now."""
+        return bool(self.running if self._paused else self._requests)
 
     @property
     def waiting(self) -> int:
@@ -132,13 +139,61 @@ class Scheduler:
         if self._drawing is not None and self._drawing.request is request:
             self._end_drawing()
 
+    def control(self, control: Control) -> None:
+        """Pause, resume, or change the weights of an engine that is paused; answers Controlled."""
+        if control.action == "pause":
+            self._pause(control)
+            return
+        try:
+            if control.action == "resume" and self._stages.asleep:
+                raise ParameterError("the engine sleeps: wake it first")
+            if control.action in ("update", "sleep", "wake") and (not self._paused or self.running):
+                raise ParameterError("requests may run: pause the engine first")
+            version, checksum = self._stages.control(control.action, control.value)
+        except Exception as error:
+            self._send(Controlled(control.id, failed=self._stages.failure(error)))
+            return
+        self._paused = self._paused and control.action != "resume"
+        for request in self._requests.values():
+            request.prepared = None  # references are encoded with the weights in use
+        self._send(Controlled(control.id, version, checksum))
+
+    def _pause(self, control: Control) -> None:
+        self._paused = True
+        if control.value == ABORT:
+            for id in list(self._requests):
+                self.cancel(id)
+                self._send(Failed(id, "Unavailable", "the engine was paused: try again later"))
+        elif control.value == KEEP:
+            self._put_back()
+        self._pauses.append(control)
+        self._answer_pauses()
+
+    def _put_back(self) -> None:
+        """Have all images that run wait again, to be drawn from their beginning: their seeds decide them."""
+        images = [*self._batch, *self._ready, *([self._drawing] if self._drawing else [])]
+        for image in self._batch:
+            self._stages.cancel_tokens(image.tokens)
+        self._end_drawing()
+        self._batch, self._ready = [], []
+        for image in images:
+            image.tokens, image.passes, image.partials = None, 0, 0
+            image.seconds.clear()
+        self._waiting = images + self._waiting
+
+    def _answer_pauses(self) -> None:
+        while self._pauses and not self.running:
+            self._send(Controlled(self._pauses.pop().id, *self._stages.control("weights")))
+
     def turn(self) -> None:
         """Let images join, draw a token of every image in the batch, and make one denoising step."""
         self.turns += 1
-        self._join()
+        if not self._paused:
+            self._join()
         if not (self._drawing or self._ready) or self.turns % STEPS_PER_PASS == 0:
             self._step_tokens()
         self._step_denoising()
+        self._answer_pauses()
 
     def _enter(self, client: str) -> None:
         """A client that comes or comes back starts level with the one that was served last."""

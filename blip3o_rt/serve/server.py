@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from blip3o_rt.serve.admin import admin_routes
 from blip3o_rt.serve.app import make_app
 from blip3o_rt.serve.client import EngineClient, Limits
 from blip3o_rt.serve.images import ImageWorkers
@@ -42,6 +43,7 @@ class ServerOptions:
         port: The port; 0 takes a free one.
         data: The folder of jobs and linked images; None is a temporary one.
         keys: A file of bearer keys; None accepts everybody.
+        admin_keys: A file of keys that may pause the engine and replace its weights; None: nobody may.
         limits: What is admitted.
         max_images: Images of a request.
         max_steps: Denoising steps of an image.
@@ -59,6 +61,7 @@ class ServerOptions:
     port: int = 8000
     data: Path | None = None
     keys: Path | None = None
+    admin_keys: Path | None = None
     limits: Limits = field(default_factory=Limits)
     max_images: int = 10
     max_steps: int = 100
@@ -74,7 +77,9 @@ class ServerOptions:
 class Server:
     """Everything of one server but its socket; `app` is the ASGI application, `running` its life."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(
+        self, options: ServerOptions, make_client: Callable[..., EngineClient] = EngineClient
+    ) -> None:
         self.options = options
         keys = Keys(options.keys) if options.keys is not None else None
         self._temporary = tempfile.TemporaryDirectory(prefix="blip3o-rt-") if options.data is None else None
@@ -82,7 +87,7 @@ class Server:
         self._store = Store(folder, options.keep_seconds, options.keep_bytes)
         self._workers = ImageWorkers(options.max_pixels)
         metrics = Metrics()
-        self.client = EngineClient(
+        self.client = make_client(
             options.engine, options.limits, metrics.ended, metrics.finished, metrics.heartbeat
         )
         self._jobs = Jobs(self._store, self.client, self._workers)
@@ -95,7 +100,10 @@ class Server:
             options.max_steps,
             options.log_prompts,
         )
-        app: ASGIApp = make_app(self._service, self._jobs, keys is not None)
+        routes = make_app(self._service, self._jobs, keys is not None)
+        if options.admin_keys is not None:
+            routes.include_router(admin_routes(self.client, Keys(options.admin_keys)))
+        app: ASGIApp = routes
         app = BodyLimits(app, options.max_body)
         app = Authentication(app, keys)
         self.app = RequestContext(app)

@@ -145,6 +145,27 @@ class Stages:
         )
         return Drawing(self._pipeline, plan, prepared.diffusion)
 
+    def control(self, action: str, value: str = "") -> tuple[int, str]:
+        """ "update" the weights from a folder, "sleep", "wake", or nothing.
+
+        Returns the weights' version and checksum. Raises Blip3oError.
+        """
+        pipeline = self._pipeline
+        if action == "update":
+            pipeline.update_weights(value)
+        elif action == "sleep":
+            self._engine = None  # type: ignore[assignment]
+            pipeline.sleep()
+        elif action == "wake":
+            pipeline.wake()
+            self._engine = pipeline._planner.engine
+        return pipeline.weights_version, pipeline.weights_checksum()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it was put to sleep and has not been woken."""
+        return self._pipeline.asleep
+
     @staticmethod
     def failure(error: Exception) -> tuple[str, str]:
         """The kind and the line of what a stage raised; raises it again where the process cannot go on."""

@@ -52,6 +52,12 @@ class FakeStages:
     def settings(self) -> AbstractContextManager[object]:
         return nullcontext()
 
+    asleep = False
+
+    def control(self, action: str, value: str = "") -> tuple[int, str]:
+        self.log.append(f"{action} {value}".strip())
+        return 1, "fake"
+
     def failure(self, error: Exception) -> tuple[str, str]:
         if isinstance(error, MemoryError):
             return (
