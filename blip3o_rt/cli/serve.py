@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     http.add_argument("--port", type=int, default=8000, help="port, 0: a free one (%(default)s)")
     http.add_argument("--keys", type=Path, metavar="FILE", help="bearer keys, one a line; without: everybody")
+    http.add_argument("--admin-keys", type=Path, metavar="FILE", help="who may replace the weights (nobody)")
     http.add_argument("--data", type=Path, metavar="DIR", help="keep jobs and their images here (temporary)")
     model = parser.add_argument_group("model")
     add_options(model, *MODEL)
@@ -53,6 +54,15 @@ def add_parser(subparsers: Any) -> None:
         ("--memory-reserve", "MIB", 256, "free memory below which requests are refused"),
     ):
         limits.add_argument(name, type=int, metavar=metavar, default=default, help=f"{text} (%(default)s)")
+    ray = parser.add_argument_group("Ray")
+    ray.add_argument("--ray", metavar="ADDRESS", help="serve on a cluster: auto, local or ray://HOST:PORT")
+    for kind in ("planners", "renderers"):
+        ray.add_argument(
+            f"--{kind}", default="1", metavar="MIN[:MAX]", help=f"{kind} there are (%(default)s)"
+        )
+    ray.add_argument(
+        "--gpus-per-replica", type=float, default=0.0, metavar="X", help="1 or a fraction (%(default)s)"
+    )
     logs = parser.add_argument_group("logs")
     logs.add_argument(
         "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(%(default)s)"
@@ -78,8 +88,53 @@ def run(arguments: argparse.Namespace) -> int:
         raise ParameterError(f"serve needs {error.name}: pip install 'blip3o_rt[serve]'") from None
 
     log_to_stderr(arguments.log_level)
+    if arguments.ray is not None:
+        return serve_on_ray(arguments)
     asyncio.run(serve(server_options(arguments), _say))
     return 0
+
+
+def serve_on_ray(arguments: argparse.Namespace) -> int:
+    """Serve on a cluster until SIGTERM or SIGINT; returns the exit code."""
+    import signal
+    import threading
+
+    from blip3o_rt.scale.cluster import connected
+
+    planners, renderers = replicas("--planners", arguments), replicas("--renderers", arguments)
+    connected(arguments.ray)
+    from ray import serve
+
+    from blip3o_rt.scale.ray_serve import Scale, application
+
+    gpus, options = arguments.gpus_per_replica, server_options(arguments)
+    serve.start(http_options={"host": arguments.host, "port": arguments.port})
+    serve.run(
+        application(options, Scale(*planners, gpus=gpus), Scale(*renderers, 2.0, gpus=gpus)), blocking=False
+    )
+    print(f"blip3o-rt: http://{arguments.host}:{arguments.port}/ (Ctrl-C ends it)", flush=True)
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        ended.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        serve.shutdown()
+    return 0
+
+
+def replicas(option: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Least and most replicas of an option. Raises ParameterError."""
+    text = getattr(arguments, option[2:])
+    least, _, most = text.partition(":")
+    try:
+        found = int(least), int(most or least)
+    except ValueError:
+        found = 0, 0
+    if not 1 <= found[0] <= found[1]:
+        raise ParameterError(f"{option} is {text}: accepted is a number from 1, or MIN:MAX")
+    return found
 
 
 def server_options(arguments: argparse.Namespace) -> Any:
@@ -94,6 +149,7 @@ def server_options(arguments: argparse.Namespace) -> Any:
         port=arguments.port,
         data=arguments.data,
         keys=arguments.keys,
+        admin_keys=arguments.admin_keys,
         limits=Limits(arguments.max_queue, arguments.max_queue_per_client, seconds=arguments.timeout),
         max_images=arguments.max_images,
         max_steps=arguments.max_steps,

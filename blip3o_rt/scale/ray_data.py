@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.errors import Blip3oError, GenerationError, ParameterError, first_line
+from blip3o_rt.errors import Blip3oError, GenerationError, first_line
+from blip3o_rt.scale.cluster import connected
 from blip3o_rt.scale.shards import Batch, BatchFolder
 
 
@@ -70,7 +71,10 @@ def draw_on_ray(
         GenerationError: A worker failed for good.
         ParameterError: Ray is not installed, or there is no cluster at the address.
     """
-    ray = _connected(address)
+    connected(address)
+    import ray.data
+    import ray.exceptions
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     gpus = workers.gpus
@@ -93,17 +97,3 @@ def draw_on_ray(
         if isinstance(cause, Blip3oError):
             raise cause from None
         raise GenerationError(f"the batch failed on Ray: {first_line(error)}") from error
-
-
-def _connected(address: str) -> Any:
-    """Ray, connected to a cluster. Raises ParameterError."""
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise ParameterError(f"--ray needs {error.name}: pip install 'blip3o_rt[ray]'") from None
-    try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ParameterError(f"--ray {address}: there is no cluster ({first_line(error)})") from None
-    return ray
