@@ -27,8 +27,8 @@ help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 demo: $(BUILT) ## Install, build, then draw an image and edit it and another drawing into out/.
-	$(BIN)/blip3o-rt generate "a large red circle on a blue background" --seed 7 --out out/picture.png
-	$(BIN)/blip3o-rt edit "make the circle green" out/picture.png --seed 7 --out out/edit.png
+	$(BIN)/blip3o-rt generate "a large red circle on a blue background" --seed 7 --out out/image.png
+	$(BIN)/blip3o-rt edit "make the circle green" out/image.png --seed 7 --out out/edit.png
 	$(BIN)/blip3o-rt edit "make the square blue" examples/shapes/drawn_with_cairo.png --seed 7 --out out/edit-of-a-drawing.png
 
 build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with CUDA.

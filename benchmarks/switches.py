@@ -4,7 +4,7 @@
     python -m benchmarks.switches --render     write the table of docs/fast-tier.md from the newest records
 
 Every request is drawn by tier exact and by every case in turns, with the same seed, so that all are timed
-under the same load. In float32, where two pictures differ by nothing but the switch. Quantized weights that
+under the same load. In float32, where two images differ by nothing but the switch. Quantized weights that
 only a GPU has kernels for are computed by their definition on a CPU: their likeness, and no time.
 """
 
@@ -100,19 +100,19 @@ class Case:
 
 @dataclass
 class Measured:
-    """What came of a case: its pictures, and how alike each is to the one of tier exact."""
+    """What came of a case: its images, and how alike each is to the one of tier exact."""
 
     case: Case
     drawn: list[Drawn] = field(default_factory=list)
     likeness: list[Likeness] = field(default_factory=list)
 
     def seconds(self, stage: str) -> list[float]:
-        """Of a stage, of every picture that was drawn."""
+        """Of a stage, of every image that was drawn."""
         reports = [one.report for one in self.drawn if one.report is not None]
         return [r.total_seconds if stage == WHOLE else r.stage(stage).seconds for r in reports]
 
     def entry(self, exact: Measured) -> dict[str, Any]:
-        """The record's entry. A PSNR is null where the pictures are equal."""
+        """The record's entry. A PSNR is null where the images are equal."""
         return {
             "switches": dict(self.case.switches),
             "label": self.case.label,
@@ -168,7 +168,7 @@ def measure(
 
 
 def likeness(picture: Drawn, expected: Drawn) -> list[Likeness]:
-    """How alike two pictures are; empty where one of them could not be drawn."""
+    """How alike two images are; empty where one of them could not be drawn."""
     if picture.picture is None or expected.picture is None:
         return []
     return [Likeness.of(np.asarray(picture.picture), np.asarray(expected.picture))]

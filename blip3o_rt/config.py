@@ -200,7 +200,7 @@ class VAEConfig:
             _require(odd, f"{half}_qkv_multiscales", list(stage.multiscales), "odd kernel sizes")
         for fine, coarse in pairwise(stages):
             divides = fine.layers == 0 or 4 * fine.channels % coarse.channels == 0
-            _require(divides, width_key, channels, "counts that divide 4 times their finer neighbour's")
+            _require(divides, width_key, channels, "counts that divide 4 times their finer neighbor's")
             fours = (half, self.downsample) != ("encoder", "pixel_unshuffle") or coarse.channels % 4 == 0
             _require(fours, width_key, channels, "multiples of 4, with downsample_block_type pixel_unshuffle")
         latent, coarsest = self.latent_channels, stages[-1].channels
@@ -289,7 +289,7 @@ class ModelConfig:
 
     @property
     def image_size(self) -> int:
-        """Side of a generated picture in pixels."""
+        """Side of a generated image in pixels."""
         return self.dit.sample_size * self.vae.compression
 
     def check(self) -> None:

@@ -59,7 +59,7 @@ def _picture_elements(config: ModelConfig, tiles: int) -> int:
 
     The finest stage holds three tensors of its width: input, product and result. A stage with attention holds
     the hidden values, gates and results of a gated convolution. A tile has margins of up to an eighth of the
-    picture.
+    image.
     """
     side = config.image_size
     tile = side if tiles == 1 else min(side, side // tiles + side // 8)

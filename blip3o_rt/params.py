@@ -120,12 +120,12 @@ def check_seed(seed: object) -> int:
 
 
 def image_seeds(seed: object, n: object) -> list[int]:
-    """The seeds of the n pictures of one request: seed, seed + 1, ... Raises ParameterError."""
+    """The seeds of the n images of one request: seed, seed + 1, ... Raises ParameterError."""
     first = check_seed(seed)
     count = _integer("n", n, 1, MAX_IMAGES, f"a whole number from 1 to {MAX_IMAGES}")
     if first + count - 1 > MAX_SEED:
         raise ParameterError(
-            f"seed is {first} with n {count}: the last picture's, seed + n - 1, may be at most {MAX_SEED}"
+            f"seed is {first} with n {count}: the last image's, seed + n - 1, may be at most {MAX_SEED}"
         )
     return list(range(first, first + count))
 
@@ -139,12 +139,12 @@ def check_draft_window(value: object) -> int | None:
 
 
 def check_max_batch(value: object) -> int:
-    """How many pictures are drawn together, 1 to 256. Raises ParameterError."""
+    """How many images are drawn together, 1 to 256. Raises ParameterError."""
     return _integer("max_batch", value, 1, MAX_BATCH, f"a whole number from 1 to {MAX_BATCH}")
 
 
 def check_max_prompt_tokens(value: object) -> int:
-    """Positions kept for a prompt with its reference pictures, 16 to 1,000,000. Raises ParameterError."""
+    """Positions kept for a prompt with its reference images, 16 to 1,000,000. Raises ParameterError."""
     accepted = f"a whole number from {MIN_PROMPT_TOKENS} to {MAX_PROMPT_TOKENS}"
     return _integer("max_prompt_tokens", value, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS, accepted)
 

@@ -40,21 +40,21 @@ def sees_reference(config: ModelConfig) -> bool:
 
 
 def latent_shape(config: ModelConfig) -> tuple[int, int, int, int]:
-    """[1, C, h, w] of a picture's noise and latent."""
+    """[1, C, h, w] of an image's noise and latent."""
     side = config.dit.sample_size
     return (1, config.vae.latent_channels, side, side)
 
 
 def captured_geometries(config: ModelConfig, *, edits: bool) -> list[Geometry]:
-    """Of the pictures that are recorded, the largest first: an edit of one reference, and from words."""
+    """Geometries to capture, the largest first: an edit of one reference, and text-to-image."""
     noise = latent_shape(config)
     words = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
     side = config.image_size // config.vae.compression
     reference = (1, noise[1], side, side)
     edit = dataclasses.replace(
         words,
-        beside=reference if sees_reference(config) else None,
-        seen=reference if config.edit.use_und_image_vae else None,
+        concat_latent=reference if sees_reference(config) else None,
+        condition_latents=reference if config.edit.use_und_image_vae else None,
     )
     draws_from_words = config.dit.in_channels == noise[1]
     return [*([edit] if edits and edit != words else []), *([words] if draws_from_words else [])]

@@ -171,7 +171,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """The autoregressive stage's result for one picture.
+    """The autoregressive stage's result for one image.
 
     prompt_ids [1, P] and token_ids [1, T] are vocabulary ids (int64); hidden_states [1, T + 1, hidden] are
     the decoder's final states from `<S0>` to the last image token. reference_latents are the scaled VAE
@@ -195,7 +195,7 @@ class Plan:
 
 
 class Result(list[Image.Image]):
-    """Pictures in order, with the `plans` they came from and a `report` of time, implementations and
+    """Images in order, with the `plans` they came from and a `report` of time, implementations and
     memory."""
 
     def __init__(self, images: Sequence[Image.Image], plans: Sequence[Plan], report: Report) -> None:
@@ -204,7 +204,7 @@ class Result(list[Image.Image]):
         self.report = report
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write the pictures as 000.png, 001.png, ... with their metadata; makes the directory if missing."""
+        """Write the images as 000.png, 001.png, ... with their metadata; makes the directory if missing."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"{index:03d}.png" for index in range(len(self))]

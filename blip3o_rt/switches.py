@@ -40,7 +40,7 @@ class Switch:
     gives_up: what it changes, in words. accepted: its settings in words, for the errors. parse: what a
     setting stands for; raises ValueError where it is none. devices: types of device by setting, where not
     every device has it. kernels: implementations by op, by setting, without which it gains nothing. weights:
-    whether weights are made for it, at load or when converted; any other acts while a picture is made.
+    whether weights are made for it, at load or when converted; any other acts while an image is made.
     default: what tier "fast" takes where no switch is named, None to leave it off.
     """
 
@@ -126,7 +126,7 @@ SWITCHES: Mapping[str, Switch] = MappingProxyType(
         ),
         VAE_TILES: Switch(
             gives_up="time, for memory: the autoencoder's fine stages go in that many tiles along a side",
-            accepted=f"a whole number from 1 (the whole picture) to {MAX_VAE_TILES}",
+            accepted=f"a whole number from 1 (the whole image) to {MAX_VAE_TILES}",
             parse=whole_number(1, MAX_VAE_TILES),
         ),
     }
@@ -162,7 +162,7 @@ def check_stored(switches: Mapping[str, str] | None) -> dict[str, str]:
     for name in found:
         if not SWITCHES[name].weights:
             raise ParameterError(
-                f"switch {name} acts while a picture is made and changes no weight: give it where pictures "
+                f"switch {name} acts while an image is made and changes no weight: give it where images "
                 f"are made; accepted for a conversion are {', '.join(weight_switches(SWITCHES))}"
             )
     return found

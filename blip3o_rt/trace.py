@@ -84,7 +84,7 @@ def check_path(path: Path) -> None:
 class Recording:
     """Makes the ranges of a trace, and stops collecting after the first tokens of a long plan.
 
-    A token takes hundreds of operations: all of a published picture's would be more than a viewer opens.
+    A token takes hundreds of operations: all of a published image's would be more than a viewer opens.
     """
 
     def __init__(self, profiler: profile, activities: list[ProfilerActivity], tokens: int | None) -> None:

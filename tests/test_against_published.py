@@ -1,6 +1,6 @@
 """The whole pipeline against the published way of running the same random checkpoint, in float32.
 
-Every way of looking at a reference picture, alone and together, on several geometries. Bound: 1e-5 relative
+Every way of looking at a reference image, alone and together, on several geometries. Bound: 1e-5 relative
 L2 for hidden states and latents. The oracle's own float32 is within 5e-6 of its float64 here (asserted), and
 the runtime's sums in another order are as far away again; a formula that is wrong is off by 1e-3.
 """
@@ -66,7 +66,7 @@ BEFORE_NORMS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint and a request; `pictures` are the sizes (width, height) of the reference pictures.
+    """A checkpoint and a request; `images` are the sizes (width, height) of the reference images.
 
     A quiet checkpoint's activations are small before the norms.
     """
@@ -90,11 +90,11 @@ CASES = {
     "text, editing checkpoint": Case(preset("tiny", CROSS_AND_NOISE)),
     "edit by tokens": Case(preset("tiny"), ((100, 75),)),
     "edit, cross-attention": Case(preset("tiny", CROSS), ((75, 101),), scheduler=PUBLISHED_SCHEDULER),
-    "edit, cross-attention, two pictures": Case(preset("tiny", CROSS), ((64, 64), (90, 50))),
+    "edit, cross-attention, two images": Case(preset("tiny", CROSS), ((64, 64), (90, 50))),
     "edit, noise": Case(preset("tiny", NOISE), ((33, 20),), image_tokens_only=False),
     "edit, both": Case(preset("tiny", CROSS_AND_NOISE), ((200, 67),), steps=4, guidance=1.0),
     "edit, features": Case(preset("tiny", FEATURES), ((40, 40),), written={"tower": "file"}),
-    "edit, features of two pictures": Case(preset("tiny", FEATURES), ((40, 40), (50, 41))),
+    "edit, features of two images": Case(preset("tiny", FEATURES), ((40, 40), (50, 41))),
     "edit, everything": Case(preset("tiny", EVERYTHING), ((61, 97),), written={"shards": 3}),
     "edit, channels": Case(preset("tiny", channelwise_noise=True), ((80, 70),)),
     "edit, channels and cross-attention": Case(preset("tiny", CROSS, channelwise_noise=True), ((70, 80),)),
@@ -172,7 +172,7 @@ def quieten(file: Path) -> None:
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A smooth random picture."""
+    """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -211,7 +211,7 @@ def test_latent(run: Comparison) -> None:
 
 
 def test_picture(run: Comparison) -> None:
-    """Within one grey level everywhere."""
+    """Within one gray level everywhere."""
     expected = levels(run.oracle.decode(run.latent(run.oracle))).astype(int)
     found = np.asarray(run.render()).astype(int)
     assert found.shape == expected.shape

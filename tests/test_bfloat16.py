@@ -118,7 +118,7 @@ def test_image_tokenizer(edit: Stages) -> None:
 
 
 def test_reference_latent(edit: Stages) -> None:
-    """Of the middle of the picture, a quarter of its area."""
+    """Of the middle of the image, a quarter of its area."""
     with Image.open(edit.folder / "input.png") as image:
         pixels = edit.exact.vae_pixels(image.convert("RGB"))[..., 256:768, 256:768]
     autoencoder = Autoencoder(edit.ours.config.vae, edit.ours.weights["vae"])
@@ -210,7 +210,7 @@ def test_decoded_pixels(stages: Stages) -> None:
 
 
 def test_all_stages_in_a_row(stages: Stages) -> None:
-    """From prompt and picture to pixels in two steps, the tokens replayed, each stage on the one before."""
+    """From prompt and image to pixels in two steps, the tokens replayed, each stage on the one before."""
     name = stages.folder.name
     picture = Image.open(stages.folder / "input.png").convert("RGB") if name == "edit" else None
     noise, steps = stages.golden["noise"], 2

@@ -1,4 +1,4 @@
-"""Switches that act while a picture is made: named wherever a picture is, which depends on no other one."""
+"""Switches that act while an image is made: named wherever an image is, which depends on no other one."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def test_weights_are_converted_for_none_of_them(checkpoint: Path, tmp_path: Path
     (cached,) = tmp_path.iterdir()
     assert Manifest.read(cached).switches == {}
     assert load_checkpoint(cached, switches=SWITCHES).switches == SWITCHES
-    with pytest.raises(ParameterError, match="switch solver acts while a picture is made"):
+    with pytest.raises(ParameterError, match="switch solver acts while an image is made"):
         convert(checkpoint, tmp_path / "other", switches={"solver": "dpm++"}, progress=False)

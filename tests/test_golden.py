@@ -99,7 +99,7 @@ def test_final_latent(golden: Golden) -> None:
 
 
 def test_picture(golden: Golden) -> None:
-    """Within one grey level on 99.9% of the values."""
+    """Within one gray level on 99.9% of the values."""
     image = golden.pipeline.render(golden.plan, noise=golden.expected["noise"])
     assert isinstance(image, Image.Image)
     found = np.asarray(image).astype(int)

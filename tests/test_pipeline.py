@@ -64,7 +64,7 @@ def assert_same_pictures(found: list[Image.Image], expected: list[Image.Image]) 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
 def test_batches_give_the_pictures_of_single_requests(checkpoint: Path, dtype: str) -> None:
-    """Mixed lengths, n > 1, more pictures than the batch holds, either order: the same bits as alone."""
+    """Mixed lengths, n > 1, more images than the batch holds, either order: the same bits as alone."""
     pipeline = Pipeline.load(checkpoint, device="cpu", dtype=dtype, max_batch=3)
     prompts = [
         "a",
@@ -249,7 +249,7 @@ def test_a_picture_that_fails_leaves_the_others(pipeline: Pipeline, monkeypatch:
         ({"n": 0}, "n is 0: accepted is a whole number from 1 to 64"),
         ({"n": 65}, "n is 65"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63 - 1, "n": 2}, "the last picture's"),
+        ({"seed": 2**63 - 1, "n": 2}, "the last image's"),
         ({"seed": "7"}, "seed is '7'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A pipeline whose work is recorded draws the pictures of one whose work runs, and names what was not."""
+"""A pipeline whose work is recorded draws the images of one whose work runs, and names what was not."""
 
 from __future__ import annotations
 

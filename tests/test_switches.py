@@ -46,7 +46,7 @@ def test_weights_are_converted_for_switches_of_the_weights() -> None:
     assert check_stored(None) == {}
     assert weight_switches({**INT8, "step_cache": "2"}) == INT8
     with pytest.raises(
-        ParameterError, match="switch step_cache acts while a picture is made and changes no weight"
+        ParameterError, match="switch step_cache acts while an image is made and changes no weight"
     ):
         check_stored({"step_cache": "2"})
 

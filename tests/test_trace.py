@@ -80,7 +80,7 @@ def without_op_ranges(names: Sequence[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def traced(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Range, Image.Image]:
-    """One request of text to image, as a tree of ranges, and its picture."""
+    """One request of text to image, as a tree of ranges, and its image."""
     path = tmp_path_factory.mktemp("traces") / "generate.json"
     with trace.recorded(path, pipeline.device):
         result = pipeline.generate("a red circle", steps=STEPS, seed=3)

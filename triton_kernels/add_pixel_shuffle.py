@@ -5,7 +5,7 @@ Bytes    per element of the result: read and written once, and its share of x fr
          channels as x has, in bfloat16 5.
 FLOPs    1 per element.
 Bound    memory.
-To tune  With half the channels neighbouring lanes read every second element of x, in 8 loads a thread; a
+To tune  With half the channels neighboring lanes read every second element of x, in 8 loads a thread; a
          program of coarse pixels would read it once, contiguously, and split it.
 """
 

@@ -5,7 +5,7 @@ Bytes    per element of the result: read and written once, and the elements of x
          as many channels as x has, in bfloat16 8.
 FLOPs    1 per element of x.
 Bound    memory.
-To tune  The block, and whether the reads of x, which neighbouring lanes share, all come from the first-level
+To tune  The block, and whether the reads of x, which neighboring lanes share, all come from the first-level
          cache.
 """
 
@@ -33,7 +33,7 @@ def _add_pixel_unshuffle(
     index = tl.program_id(0) * block + tl.arange(0, block)
     inside = index < elements
     channel, pixel = index % wanted, index // wanted
-    column, row = pixel % width, pixel // width  # rows of all pictures, one below the other
+    column, row = pixel % width, pixel // width  # rows of all images, one below the other
     corner = (row.to(tl.int64) * 4 * width + 2 * column) * channels
     group: tl.constexpr = 4 * channels // wanted
     total = tl.zeros((block,), tl.float32)

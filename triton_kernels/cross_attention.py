@@ -4,7 +4,7 @@ Two kernels: the RMS of every query over all heads (only with a norm), then per 
 online softmax over blocks of keys, with the largest logit so far and the sums in float32. In bfloat16 models
 q and the weights of the values are rounded to bfloat16, as the published code rounds them, and the scale and
 the logits, in powers of two, are float32; in float32 models nothing is rounded.
-Tiling   64 queries by 64 keys (by 16 where there are no more: the two keys of an edit's null half), in
+Tiling   64 queries by 64 keys (by 16 where there are no more: an edit's two unconditional keys), in
          float32 half of either; the head's channels are padded to a power of two (112 to 128) and masked.
 Bytes    query twice, out once, keys and values once per block of queries, from the second-level cache: for
          1024 queries of 20 x 112 and 730 keys in bfloat16 20 MB from memory, 105 MB from the cache.

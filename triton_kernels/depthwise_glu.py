@@ -1,6 +1,6 @@
 """value * silu(gate), (value | gate) = depthwise_conv3x3(silu(x + input_bias)) + bias, pixels channels last.
 
-Tiling   a program per picture, strip of columns, block of channels and band of rows. It walks down its band:
+Tiling   a program per image, strip of columns, block of channels and band of rows. It walks down its band:
          a row of the strip and its two shifted copies are loaded and activated once, and go into the sums of
          the three output rows that they touch, which are kept in registers. Lanes beyond the image are zeros
          (the padding is of the activated image), lanes beyond the channels are masked.
@@ -10,7 +10,7 @@ FLOPs    36 per output element for the sums, and 3 activations of each input ele
 Bound    the special function units (4 per 3 activations, 10 per output element: some 32 us for the pixels
          above on an H200, whose memory would take 17), then memory.
 To tune  168 registers leave 12 warps on a multiprocessor (8 warps a program, the next row loaded ahead); an
-         activated row handed to its neighbours through shared memory (tl.gather), or two columns a lane,
+         activated row handed to its neighbors through shared memory (tl.gather), or two columns a lane,
          instead of three activations; the strip, the channels and the band.
 """
 
@@ -128,7 +128,7 @@ def _depthwise_glu(
 def depthwise_glu(x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """x [B, H, W, 2 C] with contiguous channels; biases [2 C], weight [2 C, 1, 3, 3], out, contiguous.
 
-    A picture spans fewer than 2^31 elements.
+    An image spans fewer than 2^31 elements.
     """
     batch, height, width, channels = out.shape
     strips, bands = triton.cdiv(width, BLOCK_COLUMNS), triton.cdiv(height, BAND_ROWS)

@@ -3,8 +3,8 @@
 Three kernels, each reduction in a fixed order that the number of tokens alone decides:
   1. the RMS of every token's keys over all heads (only with norms). q needs none: its factor is positive, so
      it passes the ReLU and cancels in the quotient, but for its share of the 1e-15;
-  2. per picture, head and chunk of tokens: the float32 sums of k v^T and of k;
-  3. per picture, head and block of tokens: the chunks' sums added up, then the quotient.
+  2. per image, head and chunk of tokens: the float32 sums of k v^T and of k;
+  3. per image, head and block of tokens: the chunks' sums added up, then the quotient.
 Tiling   tokens in blocks of 64, chunks of at least 256 tokens and at most 16 of them; a head's channels are
          padded to a power of two of at least 16; lanes beyond tokens and channels are masked.
 Bytes    qkv once and its keys once more, out once, and the chunks' sums, 4 (d^2 + d) each, written once and

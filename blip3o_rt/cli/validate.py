@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
         type=Path,
         default=DEFAULT_OUT,
         metavar="DIR",
-        help="where validate.json, validate.html and the pictures go (%(default)s)",
+        help="where validate.json, validate.html and the images go (%(default)s)",
     )
     parser.set_defaults(run=run)
 

@@ -1,7 +1,7 @@
-"""The diffusion stage of pictures of one geometry, captured over buffers that stay where they are.
+"""The diffusion stage of images of one geometry, captured over buffers that stay where they are.
 
-A picture's condition is one graph and each kind of step another; a step finds its number on the device,
-so one graph serves every step of every schedule, and pictures that are at different steps can take turns.
+An image's condition is one graph and each kind of step another; a step finds its number on the device,
+so one graph serves every step of every schedule, and images that are at different steps can take turns.
 """
 
 from __future__ import annotations
@@ -27,35 +27,47 @@ Tokens = Callable[[Tensor, Tensor | None], ConditionTokens]  # of hidden states 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes that decide what a picture's diffusion stage runs.
+    """The shapes that decide what an image's diffusion stage runs.
 
-    noise [1, C, h, w], hidden_states [T, hidden]; beside, of the reference latent [1, C, h, w'] laid beside
-    the noise; seen, of the reference latents [n, C, h, w] that cross-attention sees.
+    Attributes:
+        noise: [1, C, h, w].
+        hidden_states: [T, hidden].
+        concat_latent: Reference latent [1, C, h, w'] concatenated with the noise.
+        condition_latents: Reference latents [n, C, h, w] that are cross-attention tokens.
     """
 
     noise: Shape
     hidden_states: Shape
-    beside: Shape | None = None
-    seen: Shape | None = None
+    concat_latent: Shape | None = None
+    condition_latents: Shape | None = None
 
     @classmethod
-    def of(cls, noise: Tensor, hidden_states: Tensor, beside: Tensor | None, seen: Tensor | None) -> Geometry:
-        """The geometry of a picture's inputs."""
-        given = (None if tensor is None else tuple(tensor.shape) for tensor in (beside, seen))
+    def of(
+        cls,
+        noise: Tensor,
+        hidden_states: Tensor,
+        concat_latent: Tensor | None,
+        condition_latents: Tensor | None,
+    ) -> Geometry:
+        """The geometry of an image's inputs."""
+        given = (
+            None if tensor is None else tuple(tensor.shape) for tensor in (concat_latent, condition_latents)
+        )
         return cls(tuple(noise.shape), tuple(hidden_states.shape), *given)
 
     def __str__(self) -> str:
         height, width = self.noise[2:]
         parts = [f"a latent of {height} x {width}", f"{self.hidden_states[0]} hidden states"]
-        if self.beside is not None:
-            parts.append(f"a reference of {self.beside[2]} x {self.beside[3]} beside the noise")
-        if self.seen is not None:
-            parts.append(f"{self.seen[0]} references of {self.seen[2]} x {self.seen[3]} in the condition")
+        if self.concat_latent is not None:
+            parts.append(f"a reference of {self.concat_latent[2]} x {self.concat_latent[3]} beside the noise")
+        if self.condition_latents is not None:
+            count, _, height, width = self.condition_latents
+            parts.append(f"{count} references of {height} x {width} in the condition")
         return ", ".join(parts)
 
 
 class CapturedImage:
-    """Buffers of one picture of a geometry, and its condition and steps captured over them.
+    """Buffers of one image of a geometry, and its condition and steps captured over them.
 
     `tokens` makes the condition's tokens of its hidden states, of hidden_dtype, and the reference latents
     that cross-attention sees. `kinds` are the steps to capture. Everything is allocated here.
@@ -73,9 +85,9 @@ class CapturedImage:
         def zeros(shape: Shape) -> Tensor:
             return torch.zeros(shape, dtype=dit.wide, device=dit.device)
 
-        beside = None if geometry.beside is None else zeros(geometry.beside)
+        beside = None if geometry.concat_latent is None else zeros(geometry.concat_latent)
         self._hidden_states = zeros(geometry.hidden_states).to(hidden_dtype)
-        self._seen = None if geometry.seen is None else zeros(geometry.seen)
+        self._seen = None if geometry.condition_latents is None else zeros(geometry.condition_latents)
         condition = dit.condition(tokens(self._hidden_states, self._seen))
         self._state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
         self._condition: Callable[[], Condition] = runner.capture(
@@ -91,7 +103,7 @@ class CapturedImage:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within the block the buffers are one picture's: `busy` says so."""
+        """Within the block the buffers are one image's: `busy` says so."""
         self.busy = True
         try:
             yield
@@ -99,7 +111,7 @@ class CapturedImage:
             self.busy = False
 
     def condition(self, hidden_states: Tensor, seen: Tensor | None = None) -> Condition:
-        """The condition of a picture's hidden states and reference latents, in the buffers of its steps."""
+        """The condition of an image's hidden states and reference latents, in the buffers of its steps."""
         self._hidden_states.copy_(hidden_states)
         if self._seen is not None and seen is not None:
             self._seen.copy_(seen)
@@ -109,7 +121,7 @@ class CapturedImage:
     def begin(
         self, noise: Tensor, tables: ScheduleTables, guidance_scale: float, beside: Tensor | None = None
     ) -> Steps:
-        """The steps of the picture whose condition was computed last, from its noise on."""
+        """The steps of the image whose condition was computed last, from its noise on."""
         state, steps = self._state, tables.schedule.steps
         whole, _ = model_input(noise.to(state.whole), beside, state.whole.shape[1])
         state.whole.copy_(whole)

@@ -1,4 +1,4 @@
-"""What the DiT is conditioned on: tokens of the guided half, and the few distinct ones of the null half."""
+"""What the DiT is conditioned on: the tokens of both branches of guidance."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Projection = Callable[[Tensor], Tensor]  # [..., features] -> [..., caption_chan
 class ConditionTokens:
     """Inputs of the cross-attention before the DiT's own projection.
 
-    conditional [M, caption_channels]; null [U, caption_channels], the distinct tokens of the null half, each
-    standing for null_counts[u] identical ones (attention does not mind their order).
+    conditional [M, caption_channels]. null [U, caption_channels]: the distinct tokens of the unconditional
+    branch; token u stands for null_counts[u] identical ones (attention does not mind their order).
     """
 
     conditional: Tensor
@@ -30,11 +30,12 @@ def condition_tokens(
     reference_latents: Tensor | None = None,
     reference_connector: Projection | None = None,
 ) -> ConditionTokens:
-    """The condition of one picture.
+    """The condition of one image.
 
-    hidden_states [T, hidden] of the decoder; the null half sees zeros in their place, *before* the connector.
-    reference_latents [n, C, h, w] (scaled) of an edit that looks at its reference through cross-attention:
-    each latent cell is a further token; the null half sees zeros in its place, *after* the connector.
+    hidden_states [T, hidden] of the decoder; the unconditional branch sees zeros instead, *before* the
+    connector. reference_latents [n, C, h, w] (scaled) of an edit that looks at its reference through
+    cross-attention: each latent cell is a further token; the unconditional branch sees zeros instead, *after*
+    the connector.
     """
     conditional = diffusion_connector(hidden_states)
     null = diffusion_connector(torch.zeros_like(hidden_states[:1]))
@@ -49,7 +50,10 @@ def condition_tokens(
 
 @dataclass(frozen=True)
 class ConstantNull:
-    """Cross-attention of a null half of identical tokens: whatever the query, [layers, D], projected."""
+    """Cross-attention output of the unconditional branch when all its tokens are equal, [layers, D].
+
+    It does not depend on the query, and is projected already.
+    """
 
     outputs: Tensor
 
@@ -65,10 +69,10 @@ class WeightedNull:
 
 @dataclass(frozen=True)
 class Condition:
-    """All that cross-attention needs of one picture, for every layer and step.
+    """All that cross-attention needs of one image, for every layer and step.
 
-    keys and values [layers, H, M, d] of the conditional half (keys normed), and the null half; None is none,
-    for predictions without guidance.
+    keys and values [layers, H, M, d] of the conditional branch (keys normed), and the unconditional branch:
+    None for predictions without guidance.
     """
 
     keys: Tensor
@@ -77,5 +81,5 @@ class Condition:
 
     @property
     def unguided(self) -> Condition:
-        """The conditional half alone."""
+        """The conditional branch alone."""
         return replace(self, null=None)

@@ -15,7 +15,7 @@ from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
 StepCallback = Callable[[int, int], None]  # steps done, steps in all; raises to cancel
-STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled picture still waits for
+STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled image still waits for
 
 
 class Denoising:

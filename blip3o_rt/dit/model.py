@@ -1,6 +1,6 @@
 """The SANA diffusion transformer (arXiv 2410.10629), token-major, its loop invariants computed ahead.
 
-Three calls, from rare to frequent: `schedule_tables` once per number of steps, `condition` once per picture,
+Three calls, from rare to frequent: `schedule_tables` once per number of steps, `condition` once per image,
 `predict` once per step.
 """
 
@@ -62,7 +62,7 @@ class ScheduleTables:
 
 
 class DiT:
-    """Noise prediction for one picture, both halves of classifier-free guidance at once.
+    """Noise prediction for one image, both branches of classifier-free guidance at once.
 
     `weights` are the runtime tensors of part "dit", all of one dtype (fp32, bf16; float64 for tests) and on
     one device; matrices may be bf16 beside fp32. Activations have the dtype of the others; norms, attention,
@@ -130,10 +130,10 @@ class DiT:
         return out
 
     def predict(self, latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
-        """Noise predictions fp32 [2, out_channels, H, W], null half first, for latent [1, in_channels, H, W].
+        """Noise predictions fp32 [2, out_channels, H, W], unconditional first, for [1, in_channels, H, W].
 
-        Both halves see the same latent, so they part only at the first cross-attention; of a condition
-        without a null half the prediction has none, [1, out_channels, H, W]. H and W are any multiples of the
+        Both branches see the same latent, so they part only at the first cross-attention; of a condition
+        without an unconditional branch it is [1, out_channels, H, W]. H and W are any multiples of the
         patch size. Raises ParameterError for other latents.
         """
         self._check(latent)
@@ -243,7 +243,7 @@ class _Block:
     ) -> Tensor:
         """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D].
 
-        Without a null half [1, N, D] -> [1, N, D].
+        Without an unconditional branch [1, N, D] -> [1, N, D].
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
         normed = workspace.take(Area.NARROW, *x.shape)
@@ -303,8 +303,8 @@ class _CrossAttention:
         return self.to_out(value)
 
     def add(self, x: Tensor, condition: Condition, layer: int, workspace: Workspace) -> None:
-        """x [2, N, D] += attention, in place: x[0] to the null half (where there is one), x[-1] to the
-        condition."""
+        """x [2, N, D] += attention, in place: x[0] to the unconditional tokens (if there are any), x[-1] to
+        the condition."""
         null = condition.null
         attending = x if isinstance(null, WeightedNull) else x[-1:]
         shape = (*attending.shape[:-1], condition.keys[layer].shape[0] * condition.keys[layer].shape[-1])

@@ -1,7 +1,7 @@
 """What the fast tier changes of the denoising loop: guidance left out, predictions left out, another solver.
 
 Which step is which is known before the loop begins, from the schedule alone, so nothing is read back from the
-device and a picture does not depend on any other.
+device and an image does not depend on any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Shortcuts:
     """The switches of the denoising loop; as made without arguments, none.
 
     guidance_interval: the lowest and the highest noise level with guidance, both included; at others the
-    conditional half is computed alone (arXiv 2404.07724). step_cache: the DiT runs at every step_cache-th
+    conditional branch is computed alone (arXiv 2404.07724). step_cache: the DiT runs at every step_cache-th
     step, from the first on, and at the last; what it predicts in between is extrapolated in a straight line
     from the last two times that it ran. second_order: steps are those of DPM-Solver++ (2M), not Euler's.
     """
@@ -76,7 +76,7 @@ class Shortcuts:
 class ShortStep:
     """A step of the fast tier.
 
-    prediction: of both halves with guidance, of the conditional half alone, or extrapolated. kept: whether a
+    prediction: of both branches, of the conditional one alone, or extrapolated. kept: whether a
     prediction of the DiT is kept for those that are extrapolated. second_order: as in `Shortcuts`.
     """
 

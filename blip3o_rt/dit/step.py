@@ -16,11 +16,11 @@ from blip3o_rt.errors import ParameterError
 
 @dataclass(frozen=True)
 class History:
-    """What steps of the fast tier leave to later ones of the same picture.
+    """What steps of the fast tier leave to later ones of the same image.
 
     predictions [2, C, h, w], of the last two times that the DiT ran, the newer first, and the noise levels
     [2] that they were made at; denoised [1, C, h, w], where the last step took the latent to be going. What
-    `first` [] says to be a picture's first step reads nothing of an earlier picture.
+    `first` [] says to be an image's first step reads nothing of an earlier image.
     """
 
     predictions: Tensor
@@ -54,7 +54,7 @@ class History:
 
 @dataclass(frozen=True)
 class StepState:
-    """What the steps of one picture read and write.
+    """What the steps of one image read and write.
 
     whole [1, in_channels, H, W] is what the DiT sees, latent [1, C, h, w] the view of it that the steps move;
     index int64 [1] is the number of steps done; guidance_scale [].
@@ -104,7 +104,7 @@ def guided_step(dit: DiT, state: StepState) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one picture, called one after the other: captured kinds are replayed, others run."""
+    """The steps of one image, called one after the other: captured kinds are replayed, others run."""
 
     dit: DiT
     state: StepState
@@ -129,7 +129,7 @@ def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tu
         if in_channels != channels:
             raise ParameterError(
                 f"this DiT has {in_channels} input channels and the noise {channels}: "
-                "it needs a reference picture, or noise of as many channels"
+                "it needs a reference image, or noise of as many channels"
             )
         whole = noise.clone()
     else:

@@ -47,10 +47,10 @@ MADE_AHEAD = 2**29  # bytes of tensors that wait to be written
 
 
 def preset(name: str, edit: EditConfig | None = None, *, channelwise_noise: bool = False) -> ModelConfig:
-    """A named geometry: "tiny" (about 2 MB; 64 x 64 pictures of 64 tokens) or "published" (the 3B model).
+    """A named geometry: "tiny" (about 2 MB; 64 x 64 images of 64 tokens) or "published" (the 3B model).
 
     `edit` sets the editing flags (default: none). `channelwise_noise` doubles the DiT's channels, for
-    a reference picture beside the noise, channel by channel; it implies use_und_image_vae_as_noise.
+    a reference image beside the noise, channel by channel; it implies use_und_image_vae_as_noise.
     """
     builders = {"tiny": _tiny, "published": _published}
     if name not in builders:
@@ -130,7 +130,7 @@ def write_random_checkpoint(
     model = preset(config) if isinstance(config, str) else config
     _check_arguments(folder, model, dtype, shards, tower)
     folder.mkdir(parents=True, exist_ok=True)
-    if model.ta_tok is not None:  # without a tower too: the picture's token count is read from it
+    if model.ta_tok is not None:  # without a tower too: the image's token count is read from it
         _write_siglip(folder, model.ta_tok)
     if tower == "none":
         model = replace(model, ta_tok=None)

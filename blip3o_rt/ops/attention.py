@@ -52,7 +52,7 @@ def qk_norm_rope_append(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Normalise and rotate q and k of each token, write k and v to the cache, return q.
+    """Normalize and rotate q and k of each token, write k and v to the cache, return q.
 
     qkv [T, (Hq + 2 Hkv) D] = (q heads | k heads | v heads); q_weight, k_weight [D]: RMSNorm over each head.
     cos_sin_cache float32 [max_positions, D] = (cos | sin), D / 2 columns each; positions int32 [T] index it;

@@ -57,7 +57,7 @@ class ImageTokenizer:
         """Features [B, N, hidden] and codes int64 [B, N] of pixels [B, C, S, S] in -1..1.
 
         N is config.tokens. The features are those after Linear and Tanh; the codes are rows of the codebook,
-        chosen in float32 whatever the dtype of the tower. Pictures go through one at a time: the last bit of
+        chosen in float32 whatever the dtype of the tower. Images go through one at a time: the last bit of
         a result does not depend on a batch. Raises ImageError for pixels of another shape.
         """
         size, channels = self.config.image_size, self.config.image_channels
@@ -67,7 +67,7 @@ class ImageTokenizer:
         return torch.cat([features for features, _ in encoded]), torch.stack([codes for _, codes in encoded])
 
     def _encode_picture(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [1, N, hidden] and codes [N] of one picture."""
+        """Features [1, N, hidden] and codes [N] of one image."""
         features = self._features(pixels)
         projected = linear(features[0].to(self.codebook.dtype), *self.bottleneck)
         return features, nearest_code(projected, self.codebook)

@@ -141,7 +141,7 @@ class GatedConvolution:
 
 
 class NearestUpsampling:
-    """conv3x3 of the image doubled by nearest neighbours, plus the pixel-shuffled shortcut.
+    """conv3x3 of the image doubled by nearest neighbors, plus the pixel-shuffled shortcut.
 
     Four of the nine taps of a doubled image meet the same source pixel, so the two steps are one transposed
     convolution of stride 2 with 4 x 4 summed taps: 4/9 of the products, and the doubled image never exists.

@@ -30,7 +30,7 @@ class Autoencoder:
     """DC-AE (arXiv 2410.10733) over its weights.
 
     `weights` are the runtime tensors of part "vae" (vae/layout.py), all of one dtype and on one device;
-    activations have that dtype, norms and attention accumulate in float32. Pictures go through one at a time:
+    activations have that dtype, norms and attention accumulate in float32. Images go through one at a time:
     a result does not depend, in its last bit, on what shares the batch, and the memory is that of one.
     `runner` captures what `capture_decode` and `capture_encode` ask for; None is that of the weights'
     device. `tiles` is the number along a side in which the stages without attention are computed (tiles.py).
@@ -49,17 +49,17 @@ class Autoencoder:
         self._encode = CapturedFunction("vae.encode", self._encode_picture, runner)
 
     def capture_decode(self, height: int, width: int) -> None:
-        """Record `decode` of latents of h x w; run it once where there are no graphs."""
+        """Capture `decode` of latents of h x w; run it once where there are no graphs."""
         latent = torch.empty(1, self.config.latent_channels, height, width, device=self.device)
         self._decode.capture(latent)
 
     def capture_encode(self, height: int, width: int) -> None:
-        """Record `encode` of pictures of H x W pixels; run it once where there are no graphs."""
+        """Capture `encode` of images of H x W pixels; run it once where there are no graphs."""
         pixels = torch.empty(1, self.config.image_channels, height, width, device=self.device)
         self._encode.capture(pixels)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """The picture of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
+        """The image of a latent: [B, latent_channels, h, w] -> float32 [B, image_channels, H, W] in 0..1.
 
         The latent is as the diffusion model holds it, multiplied by the scaling factor; H and W are h and w
         times config.compression.
@@ -68,7 +68,7 @@ class Autoencoder:
         return torch.cat([self._decode(single) for single in latents.split(1)])
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """The latent of a picture: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
+        """The latent of an image: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
 
         The latent is multiplied by the scaling factor, as the diffusion model wants it. Raises ImageError
         unless H and W are multiples of config.compression.

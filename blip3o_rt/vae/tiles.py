@@ -1,8 +1,8 @@
 """The fine stages of the autoencoder tile by tile, in a fraction of their memory.
 
-Attention, which sees the whole picture, is in the coarse stages; the fine ones hold nearly all of the memory
+Attention, which sees the whole image, is in the coarse stages; the fine ones hold nearly all of the memory
 and are convolutions, which see what is near by. A tile is computed with a margin as wide as they reach
-together, and cut back to itself: it is what the whole picture has there, but for the rounding of convolutions
+together, and cut back to itself: it is what the whole image has there, but for the rounding of convolutions
 that may add in another order where sizes differ.
 """
 
@@ -79,7 +79,7 @@ class Span:
 
 
 class TiledBlocks:
-    """Local blocks one after the other, over `tiles` x `tiles` parts of a picture; one part is all of it.
+    """Local blocks one after the other, over `tiles` x `tiles` parts of an image; one part is all of it.
 
     A chain either doubles sizes or halves them. A tile consists of cells, which are pixels of the coarser
     end; a side with fewer cells than tiles is cut into cells.

@@ -24,7 +24,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// kCount neighbouring elements, moved by one load or store of kCount * sizeof(T) bytes.
+// kCount neighboring elements, moved by one load or store of kCount * sizeof(T) bytes.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T)) Pack {
     T element[kCount];

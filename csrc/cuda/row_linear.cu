@@ -42,7 +42,7 @@ constexpr int kPaddedRows = 20;  // of sums in shared memory, so that a warp's s
 
 using Words = Pack<uint32_t, 4>;  // 16 bytes of a row
 
-// Four neighbouring channels of a row as bfloat16.
+// Four neighboring channels of a row as bfloat16.
 struct FourChannels {
     uint32_t word[2];
 };
@@ -168,7 +168,7 @@ __device__ XPieces<kCount> load_x(const RowProductArguments& a, int first_row, i
     return pieces;
 }
 
-// Adds the products of the slice's pieces from `first` on. Four neighbouring channels of a lane serve as those
+// Adds the products of the slice's pieces from `first` on. Four neighboring channels of a lane serve as those
 // of one product: the order of channels is free, as long as weight and x agree.
 template <class Weight, int kCount>
 __device__ void multiply(float (&sums)[4], const WeightSlice& weight, int first, const XPieces<kCount>& x) {

@@ -8,7 +8,7 @@ namespace blip3o::cuda {
 constexpr int kWarp = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// The sum over groups of kLanes neighbouring lanes, for each of them.
+// The sum over groups of kLanes neighboring lanes, for each of them.
 template <int kLanes = kWarp>
 __device__ inline float sum_over_lanes(float value) {
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {

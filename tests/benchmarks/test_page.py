@@ -143,7 +143,7 @@ def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path)
             line["note"] = parts if line["who"] == "ours" else "its only run is its first"
     write(record, tmp_path / "imaginary")
     page = render.page(tmp_path)
-    ours = row(page, "image", "one picture", "1")
+    ours = row(page, "image", "one image", "1")
     assert ours[3].endswith(" (composed)")
     assert ours[4:6] == ["", ""]  # p90 and n
     assert f"* image, ours: {parts}.\n" in page

@@ -87,7 +87,7 @@ def test_the_page_has_the_newest_record_between_its_marks(tmp_path: Path) -> Non
 
 
 def test_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One request of each category: a switch that changes nothing gives equal pictures, others do not."""
+    """One request of each category: a switch that changes nothing gives equal images, others do not."""
     on = {}, {"step_cache": "1"}, {"step_cache": "3"}
     chosen = [switches.Case(case, 4, "denoise") for case in on]
     monkeypatch.setattr(switches, "cases", lambda device: chosen)

@@ -84,7 +84,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     (VAE, "decoder_qkv_multiscales", [[], [], [4], [5]], "odd kernel sizes"),
     (VAE, "decoder_qkv_multiscales", 5, "odd kernel sizes"),
     (VAE, "encoder_block_out_channels", [16, 32, 16, 64], "attention_head_dim"),
-    (VAE, "encoder_block_out_channels", [16, 32, 32, 160], "finer neighbour"),
+    (VAE, "encoder_block_out_channels", [16, 32, 32, 160], "finer neighbor"),
     (VAE, "encoder_block_out_channels", 64, "list"),
     (VAE, "downsample_block_type", "strided", "Conv"),
     (VAE, "upsample_block_type", "bilinear", "interpolate"),

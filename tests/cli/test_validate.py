@@ -231,7 +231,7 @@ def test_interrupted_between_two_lines(command: Command, tiny: Path, monkeypatch
     found = record()
     check_record(found)
     assert found["complete"] is False
-    assert [line["name"] for line in found["lines"]] == ["picture to pixels"]
+    assert [line["name"] for line in found["lines"]] == ["image to pixels"]
     assert Path("out/validate/validate.html").is_file()
 
 
@@ -243,7 +243,7 @@ def test_golden(command: Command, reference_dir: Path) -> None:
     check_record(found)
     names = {line["name"] for line in found["lines"]}
     assert {"greedy tokens", "hidden states, token by token", "latent after 30 steps"} <= names
-    assert {"picture: grey levels", "picture: PSNR", "picture: SSIM"} <= names
+    assert {"image: gray levels", "image: PSNR", "image: SSIM"} <= names
     assert [image["name"] for image in found["images"]] == ["golden t2i"]
     assert found["model"]["size"] == str(folder)
 

@@ -27,7 +27,7 @@ def test_symbols_stay_in_their_namespace(source: Path, tmp_path: Path) -> None:
         pytest.skip("needs a C++ compiler")
     flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-Wno-psabi"]
     definitions = ["-DBLIP3O_ISA=avx512", "-DBLIP3O_VECTOR_BYTES=64"]
-    compiled = tmp_path / "kernel.o"  # unoptimised: then even what is always inlined elsewhere would show
+    compiled = tmp_path / "kernel.o"  # unoptimized: then even what is always inlined elsewhere would show
     command = [compiler, "-std=gnu++17", "-O0", *flags, *definitions, f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     subprocess.run([*command, "-c", str(source), "-o", str(compiled)], check=True)
     listing = subprocess.run(

@@ -85,7 +85,7 @@ def runtime_weights(
 def predict(
     model: SanaTransformer2DModel, latent: Tensor, timestep: float, tokens: ConditionTokens
 ) -> Tensor:
-    """diffusers' predictions [2, C, H, W] with every null token written out, the null half first."""
+    """diffusers' predictions [2, C, H, W] with every null token written out, the unconditional first."""
     null = tokens.null.repeat_interleave(torch.tensor(tokens.null_counts), dim=0)
     when = torch.tensor([timestep])
     halves = [model(latent, half[None], when).sample for half in (null, tokens.conditional)]

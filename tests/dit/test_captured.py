@@ -1,4 +1,4 @@
-"""Recorded steps: replays alone draw the picture that eager steps draw, in any order among other pictures."""
+"""Recorded steps: replays alone draw the image that eager steps draw, in any order among other images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS, SIDE = 7, 5
 
 @dataclass(frozen=True)
 class Picture:
-    """The inputs of one picture's diffusion stage."""
+    """The inputs of one image's diffusion stage."""
 
     noise: Tensor
     hidden: Tensor
@@ -100,7 +100,7 @@ def picture(seed: int, *, steps: int = 3, beside: bool = False, seen: int = 0) -
 def test_replays_draw_what_eager_steps_draw(
     dtype: torch.dtype, in_channels: int, beside: bool, seen: int
 ) -> None:
-    """Bit for bit, for pictures of other contents, numbers of steps and guidance than were recorded."""
+    """Bit for bit, for images of other contents, numbers of steps and guidance than were recorded."""
     model = Model(dtype, in_channels)
     recorded = model.recorded(picture(0, beside=beside, seen=seen))
     assert model.graphs.captured == 2  # the condition, and one step for all schedules
@@ -112,7 +112,7 @@ def test_replays_draw_what_eager_steps_draw(
 
 
 def test_pictures_at_different_steps_take_turns() -> None:
-    """Each of three pictures, of other schedules and geometries, gets the bits it gets alone."""
+    """Each of three images, of other schedules and geometries, gets the bits it gets alone."""
     model = Model()
     asked = [picture(1, steps=5), picture(2, steps=3), picture(3, steps=4, beside=True)]
     seats = [model.recorded(one) for one in asked]
@@ -143,7 +143,7 @@ def test_a_step_that_reads_back_cannot_be_recorded() -> None:
 
 
 def test_a_step_recorded_with_its_number_is_seen() -> None:
-    """What these tests catch: a step whose modulation is that of the recording draws another picture."""
+    """What these tests catch: a step whose modulation is that of the recording draws another image."""
     model = Model()
 
     def first_step(dit: DiT, state: StepState) -> None:

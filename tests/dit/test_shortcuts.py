@@ -75,7 +75,7 @@ MEAN, DEVIATION = 0.7, 0.4
 
 
 def of_a_normal(latent: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity where what is drawn is normal: noise minus picture, as expected given the latent."""
+    """The velocity where what is drawn is normal: noise minus image, as expected given the latent."""
     remaining = 1 - sigma
     variance = (remaining * DEVIATION) ** 2 + sigma**2
     denoised = MEAN + remaining * DEVIATION**2 / variance * (latent - remaining * MEAN)
@@ -121,7 +121,7 @@ def error_of(chosen: Shortcuts, schedule: Schedule) -> float:
 
 @pytest.mark.parametrize(("switches", "order"), [({}, 1), ({"solver": "dpm++"}, 2)], ids=["Euler", "dpm++"])
 def test_order_of_convergence(switches: dict[str, str], order: int) -> None:
-    """Between two levels that have some of picture and of noise: steps halved, the error 2^order less."""
+    """Between two levels that have some of image and of noise: steps halved, the error 2^order less."""
     schedules = (Schedule(torch.linspace(0.9, 0.1, steps + 1), torch.empty(steps)) for steps in (20, 40, 80))
     errors = [error_of(shortcuts(**switches), schedule) for schedule in schedules]
     for coarse, fine in pairwise(errors):
@@ -234,7 +234,7 @@ def test_a_switch_changes_the_latent(name: str) -> None:
 
 @pytest.mark.parametrize("switches", [ALL, {"step_cache": "3"}])
 def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switches: dict[str, str]) -> None:
-    """Its buffers are those of every picture, and nothing of an earlier one is left: here of one that fails,
+    """Its buffers are those of every image, and nothing of an earlier one is left: here of one that fails,
     and of one of a single step."""
     small = Small(**switches)
     (noise,) = random_latents(6)

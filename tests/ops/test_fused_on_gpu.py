@@ -1,4 +1,4 @@
-"""On a GPU too, products with folded neighbours have the bits of the ops one after the other, and a row those
+"""On a GPU too, products with folded neighbors have the bits of the ops one after the other, and a row those
 it has alone."""
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from blip3o_rt.tatok.layout import layout
 
 
 def small_config(**changes: object) -> TATokConfig:
-    """An image tokenizer small enough for a test; patches do not fill the picture, as 14 do not fill 384."""
+    """An image tokenizer small enough for a test; patches do not fill the image, as 14 do not fill 384."""
     fields: dict[str, object] = {
         "image_size": 30,
         "patch_size": 7,

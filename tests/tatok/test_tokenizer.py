@@ -44,7 +44,7 @@ def geometries(draw: st.DrawFn) -> TATokConfig:
         intermediate_size=draw(st.integers(1, 60)),
         num_layers=layers,
         num_heads=heads,
-        # Not the tower's last state: the published tower of that index is normalised or not by version.
+        # Not the tower's last state: the published tower of that index is normalized or not by version.
         selected_layer=draw(st.integers(-layers - 1, -2) | st.integers(0, layers - 1)),
         bottleneck_dim=draw(st.integers(2, 24)),
         codebook_size=draw(st.integers(1, 80)),

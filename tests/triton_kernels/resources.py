@@ -32,7 +32,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DIVISIBLE = [["tt.divisibility", 16]]
-IMAGE_SIDE, KEYS = 1024, 730  # pixels; tokens of a picture's plan, with the one that begins it
+IMAGE_SIDE, KEYS = 1024, 730  # pixels; tokens of an image's plan, with the one that begins it
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def glu(batch: int, side: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def published_launches() -> dict[str, Launch]:
-    """Every specialisation that the published model launches, by dtype, first place, op and kernel."""
+    """Every specialization that the published model launches, by dtype, first place, op and kernel."""
     found: dict[str, Launch] = {}
     known: set[str] = set()
     for dtype_name, dtype in DTYPES.items():

@@ -84,7 +84,7 @@ def runtime_weights(config: VAEConfig, model: AutoencoderDC, dtype: torch.dtype)
 
 
 def oracle_decode(model: AutoencoderDC, latent: Tensor) -> Tensor:
-    """The picture in 0..1, computed in the oracle's dtype and scaled in float32."""
+    """The image in 0..1, computed in the oracle's dtype and scaled in float32."""
     dtype = model.decoder.conv_in.weight.dtype
     with torch.inference_mode():
         image = model.decode((latent / model.config.scaling_factor).to(dtype), return_dict=False)[0]

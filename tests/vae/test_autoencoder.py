@@ -35,7 +35,7 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
 
 
 def centred(image: Tensor) -> Tensor:
-    """0..1 to -1..1, so that an error is not measured against grey."""
+    """0..1 to -1..1, so that an error is not measured against gray."""
     return 2 * image - 1
 
 
@@ -215,8 +215,8 @@ def with_stage(index: int, **changes: object) -> tuple[VAEStageConfig, ...]:
             {"decoder_stages": with_stage(2, multiscales=(4,))},
             r"decoder_qkv_multiscales is \[4\]; accepted: odd",
         ),
-        ({"encoder_stages": with_stage(1, channels=24)}, "divide 4 times their finer neighbour"),
-        ({"decoder_stages": with_stage(3, channels=36)}, "divide 4 times their finer neighbour"),
+        ({"encoder_stages": with_stage(1, channels=24)}, "divide 4 times their finer neighbor"),
+        ({"decoder_stages": with_stage(3, channels=36)}, "divide 4 times their finer neighbor"),
         ({"latent_channels": 12}, "latent_channels is 12; accepted: a divisor of"),
         (
             {"downsample": "pixel_unshuffle", "encoder_stages": with_stage(1, channels=2)},

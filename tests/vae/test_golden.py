@@ -26,7 +26,7 @@ PREFIX = "model.sana_vae."
 
 
 def autoencoder(folder: Path, dtype: torch.dtype) -> tuple[Autoencoder, int]:
-    """The folder's autoencoder, and the side of its pictures."""
+    """The folder's autoencoder, and the side of its images."""
     checkpoint = load_checkpoint(folder / "checkpoint", dtype=dtype)
     return Autoencoder(checkpoint.config.vae, checkpoint.weights["vae"]), checkpoint.config.image_size
 
@@ -43,7 +43,7 @@ def original(folder: Path) -> AutoencoderDC:
 
 @pytest.mark.parametrize("name", ["t2i", "edit"])
 def test_decoded_picture_is_the_published_one(reference_dir: Path, name: str) -> None:
-    """Every value within one grey level: a float32 rounding may fall on the other side of a half."""
+    """Every value within one gray level: a float32 rounding may fall on the other side of a half."""
     folder = reference_dir / name
     decoder, _ = autoencoder(folder, torch.float32)
     image = decoder.decode(load_file(folder / "golden.safetensors")["latents"])
@@ -64,9 +64,9 @@ def test_reference_latent_is_the_published_one(reference_dir: Path) -> None:
 
 
 def test_bfloat16_errs_no_more_than_the_published_modules_in_bfloat16(reference_dir: Path) -> None:
-    """On the reference weights; at most 1.5 times diffusers' own bfloat16 error, over several pictures.
+    """On the reference weights; at most 1.5 times diffusers' own bfloat16 error, over several images.
 
-    In a flat picture every position errs alike, so that the error of one is as much luck as precision.
+    In a flat image every position errs alike, so that the error of one is as much luck as precision.
     """
     folder = reference_dir / "edit"
     ours, size = autoencoder(folder, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Tiles are the whole picture: the same numbers, but for the rounding of convolutions of other sizes.
+"""Tiles are the whole image: the same numbers, but for the rounding of convolutions of other sizes.
 
 In float64 a tile may differ from the whole by 1e-12: that is rounding (1e-16) through some twenty
 convolutions, while a margin one cell too narrow shows at 1e-4 or more.

@@ -1,6 +1,7 @@
 """BLIP3o-NEXT run the published way, on transformers, diffusers and torch alone: what the runtime must equal.
 
-Everything is written out: a second full pass for the hidden states, every null token, both halves of guidance
+Everything is written out: a second full pass for the hidden states, every null token, both branches of
+guidance
 at every step, whole vision tower. Nothing of the runtime is imported but the published configurations that a
 checkpoint refers to by name, so a mistake cannot be in both.
 """
@@ -56,7 +57,7 @@ class Float64(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Reference:
-    """One reference picture as the model sees it.
+    """One reference image as the model sees it.
 
     pixels [1, 3, S, S] of the tower, features [1, T, width] after Linear and Tanh, token_ids [T] (vocabulary
     ids), latent [1, C, h, w] times the scaling factor.
@@ -78,7 +79,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the loop, null half first: what the transformer saw and what it answered."""
+    """One step of the loop, unconditional branch first: what the transformer saw and what it answered."""
 
     model_input: Tensor
     timestep: Tensor
@@ -133,7 +134,7 @@ class PublishedModel:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of a picture of `latent_size`, which may be set to draw smaller or larger ones."""
+        """Pixels a side of an image of `latent_size`, which may be set to draw smaller or larger ones."""
         return self.latent_size * self.vae.spatial_compression_ratio
 
     @property
@@ -260,10 +261,10 @@ class PublishedModel:
         )
         return self._loaded(layers, state)
 
-    # The reference picture
+    # The reference image
 
     def reference(self, image: Image.Image) -> Reference:
-        """What an edit takes from one RGB picture."""
+        """What an edit takes from one RGB image."""
         pixels = self.tower_pixels(image)
         features, codes = self.tokenize(pixels)
         latent = self.encode(self.vae_pixels(image))
@@ -300,7 +301,7 @@ class PublishedModel:
         return F.linear(x, self.tower_weights[f"{name}.weight"], self.tower_weights[f"{name}.bias"])
 
     def vae_pixels(self, image: Image.Image) -> Tensor:
-        """Short side to the picture's size (bilinear), the long side's fraction dropped, centre cut out."""
+        """Short side to the image's size (bilinear), the long side's fraction dropped, centre cut out."""
         size, (width, height) = self.image_size, image.size
         resized = (
             (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -316,7 +317,7 @@ class PublishedModel:
     # The autoregressive stage
 
     def prompt_ids(self, text: str, count: int = 0) -> Tensor:
-        """Ids [1, P] of a picture's prompt, or of an edit's with placeholders for `count` pictures."""
+        """Ids [1, P] of an image's prompt, or of an edit's with placeholders for `count` images."""
         pads = "<|image_pad|>" * (self.tokens_per_image * count)
         content = TEXT_TO_IMAGE + text
         if count:
@@ -328,7 +329,7 @@ class PublishedModel:
         return torch.tensor([self.tokenizer(rendered + "<im_start><S0>")["input_ids"]])
 
     def prompt(self, text: str, references: Sequence[Reference] = ()) -> Prompt:
-        """The prompt of a picture, or of an edit where there are references."""
+        """The prompt of an image, or of an edit where there are references."""
         ids = self.prompt_ids(text, len(references))
         pad = ids == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if not references:
@@ -376,7 +377,7 @@ class PublishedModel:
     # The diffusion stage
 
     def condition(self, hidden: Tensor, references: Sequence[Reference] = ()) -> Tensor:
-        """Condition tokens [2, M, width], every null token written out, the null half first."""
+        """Condition tokens [2, M, width], every null token written out, the unconditional branch first."""
         looks = bool(references) and self.config.get("use_und_image_vae", False)
         of_hidden = self.connector("diffusion_connector")
         of_latents = self.connector("und_image_vae_connector") if looks else None
@@ -453,7 +454,7 @@ class PublishedModel:
 
 
 def levels(pixels: Tensor) -> np.ndarray:
-    """[1, 3, H, W] in 0..1 as grey levels uint8 [H, W, 3]."""
+    """[1, 3, H, W] in 0..1 as gray levels uint8 [H, W, 3]."""
     return (pixels[0].permute(1, 2, 0).float().cpu().numpy() * 255).round().astype("uint8")
 
 

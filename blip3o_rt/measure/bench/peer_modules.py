@@ -138,7 +138,7 @@ def diffusion_connector(config: ModelConfig, weights: Weights) -> nn.Sequential:
 class VisionTower:
     """TA-Tok on transformers' SiglipVisionModel, cut off above the layer in use, with our codebook.
 
-    The published code runs the whole tower and normalises the codebook at every picture; leaving that out
+    The published code runs the whole tower and normalizes the codebook at every image; leaving that out
     favours the peer.
     """
 

@@ -96,7 +96,7 @@ class LanguagePeer:
         return self.model.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0]
 
     def second_pass(self) -> Tensor:
-        """Hidden states [T + 1, hidden] of a finished picture, from one pass over prompt and tokens."""
+        """Hidden states [T + 1, hidden] of a finished image, from one pass over prompt and tokens."""
         tokens = self.stage.config.image_tokens
         codes = tokens.image_token_range
         drawn = [codes[i % len(codes)] for i in range(tokens.tokens_per_image)]
@@ -187,7 +187,7 @@ class ConnectorPeer:
         self.hidden = torch.stack([torch.zeros_like(stage.hidden), stage.hidden])
 
     def run(self) -> Tensor:
-        """[2, T + 1, width], null half first."""
+        """[2, T + 1, width], unconditional branch first."""
         return self.module(self.hidden)
 
 
@@ -271,7 +271,7 @@ def published_decode(
 
 
 class TatokPeer:
-    """transformers' vision tower over a TatokStage's weights and picture."""
+    """transformers' vision tower over a TatokStage's weights and image."""
 
     def __init__(self, stage: TatokStage) -> None:
         self.stage = stage
@@ -282,7 +282,7 @@ class TatokPeer:
 
 
 class ImagePeer:
-    """Whole pictures the published way: generate, a second pass, the denoising loop, the decoder."""
+    """Whole images the published way: generate, a second pass, the denoising loop, the decoder."""
 
     def __init__(
         self,

@@ -51,9 +51,9 @@ def seeded(*shape: int, device: torch.device, low: float | None = None) -> Tenso
 
 
 class ArStage:
-    """The autoregressive stage: prompts, and tokens from half-way into a picture.
+    """The autoregressive stage: prompts, and tokens from half-way into an image.
 
-    Half-way, a token attends to as many positions as it does on average over a picture.
+    Half-way, a token attends to as many positions as it does on average over an image.
     """
 
     parts = ("ar",)
@@ -92,7 +92,7 @@ class ArStage:
 
     @property
     def steps_per_run(self) -> int:
-        """Tokens from the context to the end of the picture."""
+        """Tokens from the context to the end of the image."""
         return self.engine.image_tokens.tokens_per_image
 
     def prefill(self) -> Tensor:
@@ -181,7 +181,7 @@ class TokenSteps:
 
 
 class ConnectorStage:
-    """The connector between decoder and diffusion transformer, on all hidden states of a picture."""
+    """The connector between decoder and diffusion transformer, on all hidden states of an image."""
 
     parts = ("connector",)
 
@@ -194,7 +194,7 @@ class ConnectorStage:
         self._run = GraphRunner.of(checkpoint.device).capture("connector", work)
 
     def run(self) -> ConditionTokens:
-        """Both halves' tokens; the null half's are all the same, so one is computed."""
+        """Both halves' tokens; the unconditional branch's are all the same, so one is computed."""
         return self._run()
 
     def work(self) -> Work:
@@ -205,7 +205,7 @@ class ConnectorStage:
 
 
 class DitStage:
-    """The diffusion transformer: what is computed once per schedule, once per picture, and at every step.
+    """The diffusion transformer: what is computed once per schedule, once per image, and at every step.
 
     edit: of an edit, whose condition has the cells of a reference latent and which sees it beside the noise,
     each where the checkpoint was trained so.
@@ -219,10 +219,10 @@ class DitStage:
         channelwise = self.config.dit.in_channels != channels
         beside = channelwise or self.config.edit.use_und_image_vae_as_noise
         if edit and not (beside or self.config.edit.use_und_image_vae):
-            raise ConfigError("the steps of this checkpoint's edits are those of pictures from words")
+            raise ConfigError("the steps of this checkpoint's edits are those of text-to-image")
         if channelwise and not edit:
             raise ConfigError(
-                "a step of a picture from words needs a transformer that takes the latent alone, not one for "
+                "a step of text-to-image needs a transformer that takes the latent alone, not one for "
                 "edits only"
             )
         self.dit = DiT(self.config.dit, self.weights)
@@ -309,7 +309,7 @@ class DitStage:
 
 
 class VaeStage:
-    """The autoencoder, on a latent and on a picture."""
+    """The autoencoder, on a latent and on an image."""
 
     parts = ("vae",)
 
@@ -339,7 +339,7 @@ class VaeStage:
 
 
 class TatokStage:
-    """The image tokenizer, on a picture."""
+    """The image tokenizer, on an image."""
 
     parts = ("ta_tok",)
 
@@ -362,7 +362,7 @@ class TatokStage:
 
 
 class ImageStage:
-    """Whole pictures through the pipeline, and the time that none of its stages accounts for."""
+    """Whole images through the pipeline, and the time that none of its stages accounts for."""
 
     parts = None
 
@@ -373,7 +373,7 @@ class ImageStage:
         self.host: dict[int, list[float]] = {}
 
     def draw(self, batch: int) -> list[object]:
-        """`batch` pictures of one prompt."""
+        """`batch` images of one prompt."""
         begin = time.perf_counter()
         result = self.pipeline.generate(PROMPT, n=batch, seed=SEED, steps=self.steps, guidance=GUIDANCE)
         whole = time.perf_counter() - begin

@@ -5,7 +5,7 @@ FLOPs are two per multiply-add of the matrix products, convolutions and attentio
 activations alone (norms, activations, sums) is not counted.
 
 Two counts where the runtime does less than the published way: `shortened` leaves out what no step changes and
-what both halves share (dit), and what nearest-neighbour upsampling repeats (vae).
+what both halves share (dit), and what nearest-neighbor upsampling repeats (vae).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def dit_tables(config: DiTConfig, itemsize: int, *, steps: int) -> Work:
 class StepShape:
     """What a denoising step has before it: image tokens, and tokens of the condition.
 
-    counts: how many of the null half's tokens are identical, for each distinct one.
+    counts: how many of the unconditional branch's tokens are identical, for each distinct one.
     """
 
     tokens: int
@@ -120,7 +120,7 @@ class StepShape:
 
 
 def step_shape(config: ModelConfig, *, edit: bool = False) -> StepShape:
-    """Of a picture from words, or of an edit in the ways that the checkpoint looks at its reference."""
+    """Of text-to-image, or of an edit in the ways that the checkpoint looks at its reference."""
     dit, counts = config.dit, (config.image_tokens.tokens_per_image + 1,)
     tokens = (dit.sample_size // dit.patch_size) ** 2
     if not edit:
@@ -133,7 +133,7 @@ def step_shape(config: ModelConfig, *, edit: bool = False) -> StepShape:
 def dit_step(config: ModelConfig, itemsize: int, *, shortened: bool, edit: bool = False) -> Work:
     """One step with classifier-free guidance: both halves through the transformer.
 
-    shortened: time embedding and condition were computed before, and so was the null half's cross-attention
+    shortened: time embedding and condition were computed before, and so was the unconditional cross-attention
     where its tokens are all the same, or it attends to each distinct one once; the patch embedding and the
     first self-attention, before which the halves are the same, are computed once.
     """
@@ -178,7 +178,7 @@ def _linear_attention_products(head_dim: int) -> int:
 
 
 def vae_decode(config: ModelConfig, itemsize: int, *, shortened: bool) -> Work:
-    """A latent to a picture. shortened: upsampling and convolution are one transposed convolution."""
+    """A latent to an image. shortened: upsampling and convolution are one transposed convolution."""
     vae, stages = config.vae, config.vae.decoder_stages
     sides = [config.image_size >> index for index in range(len(stages))]
     products = _convolution(sides[-1], vae.latent_channels, stages[-1].channels)
@@ -192,7 +192,7 @@ def vae_decode(config: ModelConfig, itemsize: int, *, shortened: bool) -> Work:
 
 
 def vae_encode(config: ModelConfig, itemsize: int) -> Work:
-    """A picture to a latent."""
+    """An image to a latent."""
     vae, stages = config.vae, config.vae.encoder_stages
     sides = [config.image_size >> index for index in range(len(stages))]
     products = _convolution(sides[-1], stages[-1].channels, vae.latent_channels)
@@ -212,7 +212,7 @@ def _convolution(side: int, channels_in: int, channels_out: int) -> int:
 
 
 def _upsampling(config: VAEConfig, side: int, channels_in: int, channels_out: int, shortened: bool) -> int:
-    """Products of doubling a picture to `side`: of nine taps on a doubled image four meet distinct pixels."""
+    """Products of doubling an image to `side`: of nine taps on a doubled image four meet distinct pixels."""
     if config.upsample == "pixel_shuffle":
         return _convolution(side // 2, channels_in, 4 * channels_out)
     return _convolution(side, channels_in, channels_out) * (4 if shortened else 9) // 9
@@ -239,7 +239,7 @@ def _block(config: VAEConfig, stage: VAEStageConfig, side: int) -> int:
 
 
 def tatok_encode(config: ModelConfig, itemsize: int) -> Work:
-    """A picture to codes: the vision tower's layers in use, and the nearest of all codes for each token."""
+    """An image to codes: the vision tower's layers in use, and the nearest of all codes for each token."""
     tower = config.ta_tok
     if tower is None:
         return Work(0, 0)

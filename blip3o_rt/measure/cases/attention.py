@@ -292,8 +292,8 @@ def relu_linear_attention_cases() -> Iterator[Case]:
         unseen[..., 64:96] = -unseen[..., 64:96].abs()  # no token has a key for the first head
         yield Case("a head without keys", (unseen, *norms, 2, EPS))
         broken = random(9, 2, 9, 192, dtype=dtype)
-        broken[0, 4, 64 + 3] = torch.nan  # a key of the first picture's first head: all of that head
-        broken[1, 2, 32 + 5] = torch.nan  # a query of the second picture's second head: that token of it
+        broken[0, 4, 64 + 3] = torch.nan  # a key of the first image's first head: all of that head
+        broken[1, 2, 32 + 5] = torch.nan  # a query of the second image's second head: that token of it
         yield Case("not a number", (broken, None, None, 2, EPS))
         out = random(6, 2, 9, 64, dtype=dtype)
         given = random(7, 2, 9, 192, dtype=dtype)

@@ -158,7 +158,7 @@ def quantize_rows_check(
 
 
 def _step_at(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of a value to its neighbours; to the farther one where they differ."""
+    """The distance of a value to its neighbors; to the farther one where they differ."""
     if not dtype.is_floating_point:
         return torch.ones_like(values)
     numbers = torch.finfo(dtype)

@@ -4,7 +4,7 @@ float32: 1e-5 relative L2 from the published modules in float32. Those are withi
 models, sums in another order are as far away again, and a formula that is wrong is off by 1e-3 or more.
 bfloat16: 1.25 times as far from the published modules in float32 as the published modules in bfloat16 are.
 The same rounding in other places, and in fewer of them, is 0.6 to 1.0 times as far on random models; kernels
-that truncate are 1.1 to 1.4 times. From prompt to picture, where one stage's error goes through the next,
+that truncate are 1.1 to 1.4 times. From prompt to image, where one stage's error goes through the next,
 1.5 times.
 """
 

@@ -1,4 +1,4 @@
-"""Same seed, same picture: twice, in a batch, in another order, replayed and run. Every bit is compared."""
+"""Same seed, same image: twice, in a batch, in another order, replayed and run. Every bit is compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHY = "every random number is a function of the seed and its place"
 
 
 def determinism_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]:
-    """Sampled pictures (not greedy ones), and what the decoder made of them, against each other."""
+    """Sampled images (not greedy ones), and what the decoder made of them, against each other."""
     runner = GraphRunner.of(subject.device)
     if not runner.captures:
         yield "determinism: nothing is replayed on this device, so there are no graphs to compare"
@@ -69,13 +69,13 @@ def _edit_lines(
 
 
 def _line(name: str, dtype: str, first: Result, i: int, second: Result, j: int) -> Line:
-    """Picture i of one result against picture j of another, and their plans."""
+    """Image i of one result against image j of another, and their plans."""
     found, expected = _bits(first, i), _bits(second, j)
     return equal_line("determinism", name, dtype, found, expected, why=WHY)
 
 
 def _bits(result: Result, index: int) -> Tensor:
-    """Tokens, hidden states and grey levels of a picture as one vector of float64, which holds them all."""
+    """Tokens, hidden states and gray levels of an image as one vector of float64, which holds them all."""
     plan = result.plans[index]
     parts = [plan.token_ids, plan.hidden_states, torch.from_numpy(np.array(result[index]))]
     return torch.cat([part.flatten().cpu().double() for part in parts])

@@ -1,4 +1,4 @@
-"""Recorded runs of the published code: a checkpoint, and the tensors and the picture it gave, in float32.
+"""Recorded runs of the published code: a checkpoint, and the tensors and the image it gave, in float32.
 
 DIR/checkpoint; DIR/golden.safetensors with gen_ids, prompt_ids, hidden, noise, timesteps, first_in,
 first_noise_pred, last_noise_pred and latents, of an edit also ref_latents, siglip_pixels, und_feats and
@@ -117,7 +117,7 @@ def _is_greedy(recording: Recording, checkpoint: Checkpoint) -> bool:
 
 
 def _reference_lines(recording: Recording, checkpoint: Checkpoint, plan: Plan) -> Iterator[Line]:
-    """What an edit takes from its picture, as far as it was recorded."""
+    """What an edit takes from its image, as far as it was recorded."""
     tensors, config = recording.tensors, checkpoint.config.ta_tok
     for found, name in zip(plan.reference_latents, ("ref_latents",), strict=False):
         if name in tensors:
@@ -125,7 +125,7 @@ def _reference_lines(recording: Recording, checkpoint: Checkpoint, plan: Plan) -
     if config is None or recording.picture is None or "siglip_pixels" not in tensors:
         return
     pixels = tower_pixels(load_reference(recording.picture), config.image_size)
-    yield _line("picture to pixels", pixels, tensors["siglip_pixels"])
+    yield _line("image to pixels", pixels, tensors["siglip_pixels"])
     features, codes = ImageTokenizer(config, checkpoint.weights["ta_tok"]).encode(tensors["siglip_pixels"])
     yield _line("TA-Tok features", features, tensors["und_feats"])
     ids = checkpoint.config.image_tokens.image_token_range.start + codes[0]
@@ -167,7 +167,7 @@ def _last_input(tensors: Mapping[str, Tensor], delta_sigma: float) -> Tensor:
 def _picture_lines(
     recording: Recording, checkpoint: Checkpoint, pipeline: Pipeline, plan: Plan, compared: Compared
 ) -> Iterator[Line]:
-    """The final latent from the recorded noise, and the picture."""
+    """The final latent from the recorded noise, and the image."""
     noise, steps = recording.tensors["noise"], recording.steps
     latent = torch.as_tensor(
         pipeline.render(plan, noise=noise, steps=steps, guidance=GUIDANCE, output="latent")
@@ -178,4 +178,4 @@ def _picture_lines(
     with Image.open(recording.folder / "golden.png") as image:
         expected = np.asarray(image.convert("RGB"))
     likeness = compared(f"golden {recording.folder.name}", levels(pixels), expected)
-    yield from picture_lines("golden", "picture", "fp32", likeness, None)
+    yield from picture_lines("golden", "image", "fp32", likeness, None)

@@ -1,4 +1,4 @@
-"""How alike two pictures are: grey levels, PSNR and SSIM; and the files that show it."""
+"""How alike two images are: gray levels, PSNR and SSIM; and the files that show it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from blip3o_rt.measure.validate.bounds import BF16_RATIO
 from blip3o_rt.measure.validate.line import Line, at_least, at_most
 from blip3o_rt.metadata import save_png
 
-AMPLIFIED = 32  # times, in the picture of the difference
-FP32_PSNR = 20 * math.log10(255)  # every value off by one grey level
+AMPLIFIED = 32  # times, in the image of the difference
+FP32_PSNR = 20 * math.log10(255)  # every value off by one gray level
 FP32_SSIM = 0.999
-WHY_ROUNDED = "each value rounds to the same or the next grey level"
+WHY_ROUNDED = "each value rounds to the same or the next gray level"
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of two pictures: dB (inf where equal), structural similarity, share of values off by more than one."""
+    """Of two images: dB (inf where equal), structural similarity, share of values off by more than one."""
 
     psnr: float
     ssim: float
@@ -32,7 +32,7 @@ class Likeness:
 
     @classmethod
     def of(cls, picture: np.ndarray, expected: np.ndarray) -> Likeness:
-        """Of grey levels uint8 [H, W, 3] of the same size."""
+        """Of gray levels uint8 [H, W, 3] of the same size."""
         difference = picture.astype(int) - expected.astype(int)
         square = float((difference**2).mean())
         return cls(
@@ -43,7 +43,7 @@ class Likeness:
 
 
 def ssim(picture: np.ndarray, expected: np.ndarray) -> float:
-    """Structural similarity of grey levels uint8 [H, W, 3], as in the paper.
+    """Structural similarity of gray levels uint8 [H, W, 3], as in the paper.
 
     Gaussian windows of standard deviation 1.5 (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
     """
@@ -69,16 +69,16 @@ def picture_lines(
     *,
     ratio: float = BF16_RATIO,
 ) -> Iterator[Line]:
-    """How like the published picture in float32 ours is.
+    """How like the published image in float32 ours is.
 
     yardstick: how like it the published one in bfloat16 is, for "bf16" lines: our error may be `ratio` times
     its error, and our loss of similarity, which goes as the error's square, ratio^2 times its loss.
     """
-    equal = "the pictures are equal" if math.isinf(found.psnr) else None
+    equal = "the images are equal" if math.isinf(found.psnr) else None
     if yardstick is None:
         yield at_most(
             group,
-            f"{name}: grey levels",
+            f"{name}: gray levels",
             dtype,
             "share off by more than one",
             found.off_by_more,
@@ -105,7 +105,7 @@ def picture_lines(
         "PSNR dB",
         _decibels(found),
         least,
-        why=f"{ratio:g} x the published bfloat16 picture's error, in dB",
+        why=f"{ratio:g} x the published bfloat16 image's error, in dB",
         reference_error=_decibels(yardstick),
         detail=equal,
     )
@@ -116,30 +116,30 @@ def picture_lines(
         "SSIM",
         found.ssim,
         1 - ratio**2 * (1 - yardstick.ssim),
-        why=f"{ratio:g}^2 x the published bfloat16 picture's loss",
+        why=f"{ratio:g}^2 x the published bfloat16 image's loss",
         reference_error=yardstick.ssim,
     )
 
 
 def _decibels(likeness: Likeness) -> float:
-    """The PSNR as a figure: equal pictures get that of one value in a billion off by one."""
+    """The PSNR as a figure: equal images get that of one value in a billion off by one."""
     return min(likeness.psnr, FP32_PSNR + 90.0)
 
 
-Compared = Callable[[str, np.ndarray, np.ndarray], Likeness]  # name, our picture, the published one
+Compared = Callable[[str, np.ndarray, np.ndarray], Likeness]  # name, our image, the published one
 
 
 class PictureFiles:
-    """Writes compared pictures into a folder and keeps their entries of the record."""
+    """Writes compared images into a folder and keeps their entries of the record."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.entries: list[dict[str, Any]] = []
 
     def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> Likeness:
-        """Write our picture, the published one and their difference, amplified, as PNG files.
+        """Write our image, the published one and their difference, amplified, as PNG files.
 
-        Grey levels uint8 [H, W, 3]; gives how alike the two are.
+        Gray levels uint8 [H, W, 3]; gives how alike the two are.
         """
         stem = "-".join("".join(c if c.isalnum() else " " for c in name).split())
         difference = np.abs(picture.astype(int) - expected.astype(int)) * AMPLIFIED

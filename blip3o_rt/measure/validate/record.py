@@ -15,7 +15,7 @@ FILE = "validate.json"
 class Record:
     """A validate record in memory and, after every change, in its folder.
 
-    model: what was validated. images: entries that whoever writes pictures appends to.
+    model: what was validated. images: entries that whoever writes images appends to.
     """
 
     def __init__(

@@ -74,7 +74,7 @@ class Options:
 
 
 def validate(options: Options, out: Path, show: Show = print) -> list[Line]:
-    """Run the groups, write validate.json, its page and the pictures into `out`, and return every line.
+    """Run the groups, write validate.json, its page and the images into `out`, and return every line.
 
     Lines are shown and saved as they come; after an interruption the record is there with "complete" false.
     Raises Blip3oError for what cannot be begun: an unknown op, a kernel file that does not run, a checkpoint

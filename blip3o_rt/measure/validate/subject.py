@@ -72,12 +72,12 @@ class Subject:
 
     @property
     def edits(self) -> bool:
-        """Whether the DiT is shown a reference picture's latent, as condition or beside the noise."""
+        """Whether the DiT is shown a reference image's latent, as condition or beside the noise."""
         return self.config.edit.use_und_image_vae or self.lays_beside
 
     @property
     def lays_beside(self) -> bool:
-        """Whether an edit lays the reference picture's latent beside the noise."""
+        """Whether an edit lays the reference image's latent beside the noise."""
         return self.config.edit.use_und_image_vae_as_noise or self._channelwise
 
     def looks(self, references: list[Reference]) -> bool:
@@ -86,7 +86,7 @@ class Subject:
 
     @property
     def draws_from_text(self) -> bool:
-        """Whether the DiT runs without a reference picture."""
+        """Whether the DiT runs without a reference image."""
         return not self._channelwise
 
     @property
@@ -95,7 +95,7 @@ class Subject:
 
     @cached_property
     def picture(self) -> Image.Image:
-        """A picture to edit, not square: shapes with straight, slanted and round edges over a gradient."""
+        """An image to edit, not square: shapes with straight, slanted and round edges over a gradient."""
         side = self.config.image_size
         width, height = side + side // 4, side
         ramp = Image.linear_gradient("L").resize((width, height))
@@ -136,11 +136,11 @@ class Subject:
 
     @cached_property
     def reference_latent(self) -> Tensor:
-        """The latent [1, C, h, w] of `picture`, by the published model in float32."""
+        """The latent [1, C, h, w] of `image`, by the published model in float32."""
         model = self.published("fp32")
         return model.encode(model.vae_pixels(self.picture)).clone()
 
     def references(self) -> list[Reference]:
-        """The reference picture as the DiT of an edit sees it."""
+        """The reference image as the DiT of an edit sees it."""
         nothing = torch.empty(0)
         return [Reference(nothing, nothing, nothing, self.reference_latent)]

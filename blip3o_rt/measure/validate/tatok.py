@@ -1,4 +1,4 @@
-"""The image tokenizer against transformers: pixels, features and codes of a picture."""
+"""The image tokenizer against transformers: pixels, features and codes of an image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tatok_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]
     yardstick = _published_bf16(subject, pixels) if "bf16" in dtypes else None
     yield tensor_line(
         "tatok",
-        "picture to pixels",
+        "image to pixels",
         "fp32",
         tower_pixels(subject.picture, subject.config.ta_tok.image_size),
         pixels,

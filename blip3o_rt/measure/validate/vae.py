@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers: a picture encoded, its latent decoded, the decoded picture."""
+"""The autoencoder against diffusers: an image encoded, its latent decoded, the decoded image."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Coded(NamedTuple):
 
 
 def vae_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) -> Iterator[Line]:
-    """Encoder and decoder on the same inputs: a picture, and the latent that the published encoder makes."""
+    """Encoder and decoder on the same inputs: an image, and the latent that the published encoder makes."""
     exact = _published(subject, "fp32")
     yardstick = _published(subject, "bf16") if "bf16" in dtypes else None
     for dtype in dtypes:
         found = _ours(subject, dtype)
         rounded = yardstick if dtype == "bf16" else None
         if dtype == dtypes[0]:
-            yield tensor_line("vae", "picture to pixels", "fp32", found.pixels, exact.pixels, None)
+            yield tensor_line("vae", "image to pixels", "fp32", found.pixels, exact.pixels, None)
         other = rounded.latent if rounded else None
         yield tensor_line("vae", "encode", dtype, found.latent, exact.latent, other)
         other = rounded.decoded if rounded else None

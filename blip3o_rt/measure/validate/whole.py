@@ -1,4 +1,4 @@
-"""The whole pipeline against the published one: prompt and picture in, picture out, drawn and edited."""
+"""The whole pipeline against the published one: prompt and image in, image out, drawn and edited."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEXTS = {"text": PROMPT, "edit": INSTRUCTION}
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture of ours: what the decoder was given and drew, [1, P] and [1, T], and pixels [1, 3, H, W]."""
+    """An image of ours: what the decoder was given and drew, [1, P] and [1, T], and pixels [1, 3, H, W]."""
 
     prompt_ids: Tensor
     token_ids: Tensor
@@ -31,7 +31,7 @@ class Drawn:
 
 
 def pipeline_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) -> Iterator[Line | str]:
-    """Greedy tokens, so that the pictures are of one plan; the published model replays our tokens.
+    """Greedy tokens, so that the images are of one plan; the published model replays our tokens.
 
     A large model is run once, in bfloat16 and at its full size, with one step and random tokens replayed.
     """
@@ -83,7 +83,7 @@ def _ours(subject: Subject, dtype: str, mode: str) -> Drawn:
 
 
 def _random_tokens(subject: Subject) -> Tensor:
-    """As many image tokens as a whole picture has."""
+    """As many image tokens as a whole image has."""
     image_tokens = subject.whole_config.image_tokens
     codes = torch.randint(
         image_tokens.num_image_tokens,
@@ -94,9 +94,9 @@ def _random_tokens(subject: Subject) -> Tensor:
 
 
 def _published(subject: Subject, dtype: str, mode: str, drawn: Drawn) -> Tensor:
-    """Pixels [1, 3, H, W] of the published model from the same words, picture, tokens and noise.
+    """Pixels [1, 3, H, W] of the published model from the same words, image, tokens and noise.
 
-    An edit's prompt has our codes of the picture (where it has codes): one that rounds the other way would
+    An edit's prompt has our codes of the image (where it has codes): one that rounds the other way would
     change all that follows. They are compared for themselves.
     """
     model = subject.published(dtype, whole=subject.scope.large)

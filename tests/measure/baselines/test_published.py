@@ -106,7 +106,7 @@ def test_last_step(golden: Golden) -> None:
 
 
 def test_picture(golden: Golden) -> None:
-    """Within one grey level everywhere, and equal on 99.9% of the values."""
+    """Within one gray level everywhere, and equal on 99.9% of the values."""
     difference = np.abs(levels(golden.model.decode(golden.expected["latents"])).astype(int) - golden.picture)
     assert difference.max() <= 1
     assert (difference == 0).mean() >= 0.999

@@ -126,7 +126,7 @@ def test_a_step_of_every_kind_of_edit(
 
 
 def test_transformers_that_have_no_such_step_say_so(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ConfigError, match="those of pictures from words"):
+    with pytest.raises(ConfigError, match="those of text-to-image"):
         stages.DitStage(of_geometry(checkpoint, EditConfig()), edit=True)
     with pytest.raises(ConfigError, match="one for edits only"):
         stages.DitStage(of_geometry(checkpoint, EditConfig(), channelwise=True))
@@ -147,7 +147,7 @@ def test_image_tokenizer(checkpoint: Checkpoint) -> None:
 
 
 def test_pictures_end_to_end(checkpoint: Checkpoint) -> None:
-    """Both draw tokens of their own, so the pictures differ; ours keeps the time outside its stages."""
+    """Both draw tokens of their own, so the images differ; ours keeps the time outside its stages."""
     stage = stages.ImageStage(checkpoint, max_batch=2, steps=2)
     assert len(stage.draw(2)) == 2
     assert [len(found) for found in stage.host.values()] == [1]

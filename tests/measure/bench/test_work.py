@@ -59,7 +59,7 @@ def test_published_dit_step() -> None:
 
 
 def test_published_editing_step() -> None:
-    """2048 tokens see 730 + 1024 of the condition; the null half's two distinct ones cost it next to nothing.
+    """2048 tokens see 730 + 1024 of the condition; the two distinct null tokens cost next to nothing.
 
     Twice dit.step's tokens, and for each of them 1024 keys more: 2 x 20 x 2048 x 2 x 1024 x 2240 products
     of both halves.

@@ -44,9 +44,9 @@ STAGES: dict[str, tuple[str, dict[str, float], float, float | None, float | None
         3.1e9,
         6.2e9,
     ),
-    "connector": ("one picture", {"ours": 0.031, "published": 0.066}, 1, 3e7, 1.4e10),
+    "connector": ("one image", {"ours": 0.031, "published": 0.066}, 1, 3e7, 1.4e10),
     "dit.tables": ("one schedule", {"ours": 0.8}, 1, 1e8, 4e9),
-    "dit.condition": ("one picture", {"ours": 0.2}, 1, 1e8, 1e11),
+    "dit.condition": ("one image", {"ours": 0.2}, 1, 1e8, 1e11),
     "ar.second_pass": ("the whole sequence", {"published": 11.0}, 800, None, None),
     "dit.step": (
         "one guided step",
@@ -56,7 +56,7 @@ STAGES: dict[str, tuple[str, dict[str, float], float, float | None, float | None
         5.3e12,
     ),
     "vae.decode": (
-        "one picture",
+        "one image",
         {"ours": 27.0, "diffusers": 37.0, "published-compiled": 33.0},
         1,
         9e9,
@@ -98,9 +98,9 @@ def bench_record() -> dict[str, Any]:
             line = timed(name, who, seconds, per=per)
             work = {"bytes": moved, "flops": flops, "ceiling": "read", "share": 0.83} if who == "ours" else {}
             lines.append({**line, "what": what, **work})
-    lines += [{**timed("image", who, seconds, n=3), "what": "one picture"} for who, seconds in ENDS.items()]
+    lines += [{**timed("image", who, seconds, n=3), "what": "one image"} for who, seconds in ENDS.items()]
     lines += [
-        {**timed("image", "ours", 560.0 * batch**0.7, batch=batch, per=batch), "what": "one picture"}
+        {**timed("image", "ours", 560.0 * batch**0.7, batch=batch, per=batch), "what": "one image"}
         for batch in (2, 4)
     ]
     return {
@@ -166,7 +166,7 @@ def ablated(switch: str, line: str, ratio: float) -> dict[str, Any]:
 
 
 def validate_record(folder: Path) -> dict[str, Any]:
-    """A whole validate record with one failure, and its pictures in a folder."""
+    """A whole validate record with one failure, and its images in a folder."""
     for name, colour in (("ours", "#c03030"), ("reference", "#c23030"), ("difference", "#101010")):
         Image.new("RGB", (48, 48), colour).save(folder / f"red-{name}.png")
     lines = [

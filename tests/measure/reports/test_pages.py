@@ -110,7 +110,7 @@ def test_ratios_are_the_baselines_time_over_ours(tmp_path: Path) -> None:
         who: median["ar.token", who] / median["ar.token", "ours"] for who in ("transformers", "published")
     }
     assert token[7:10] == [f"{ratio['transformers']:.2f}x", "", f"{ratio['published']:.2f}x"]
-    image = page.row("image", "one picture", "1")
+    image = page.row("image", "one image", "1")
     assert image[9] == f"{median['image', 'published'] / median['image', 'ours']:.2f}x"
     detail = page.row("image", "4", "ours")
     line = next(line for line in record["lines"] if line["name"] == "image" and line["batch"] == 4)

@@ -1,4 +1,4 @@
-"""Bounds of stages, choices near ties, and the likeness of pictures."""
+"""Bounds of stages, choices near ties, and the likeness of images."""
 
 from __future__ import annotations
 

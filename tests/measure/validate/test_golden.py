@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 
 
 def no_pictures(*_: object) -> Likeness:
-    raise AssertionError("the lines of the picture come after those that are looked at here")
+    raise AssertionError("the lines of the image come after those that are looked at here")
 
 
 def before_the_picture(folder: Path) -> Iterator[Line | str]:
-    """All but the thirty steps, the decoder and the picture, which the command's own test runs."""
+    """All but the thirty steps, the decoder and the image, which the command's own test runs."""
     items = golden_lines(Recording(folder), CPU, no_pictures)
     last = "prediction, last step"
     yield from takewhile(lambda item: not (isinstance(item, Line) and item.name == last), items)
@@ -56,7 +56,7 @@ def test_edit(reference_dir: Path) -> None:
         "prompt ids",
         "hidden states, replayed",
         "reference latent",
-        "picture to pixels",
+        "image to pixels",
         "TA-Tok features",
         "TA-Tok codes",
         "timesteps",
