@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
-from blip3o_rt.machine import cuda_status
+from blip3o_rt.machine import cuda_status, processor
 from blip3o_rt.ops import bf16_products, triton_backend
 from blip3o_rt.ops.dtypes import E4M3, FLOATS, LARGEST_INT8, cast_out, compute_dtype, largest_value
 from blip3o_rt.ops.registry import op
@@ -27,6 +27,7 @@ __all__ = [
 
 CONVERTED_ROWS = 4096  # rows of the weight of row_linear_w8 that exist as wide numbers at a time
 BLOCK_ROWS = 1024  # of linear_w8a16's weight that exist as floating-point numbers at a time, in the caches
+VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 CUBLAS_UNIT = 8  # of the sides of int8 matrices that torch multiplies on a GPU, where rows are more than 16
 SCALED_MM_UNIT = 16  # torch's product of scaled matrices takes sides that are multiples of it
 
@@ -196,8 +197,10 @@ def integer_product(values: Tensor, weight: Tensor, *, out: Tensor | None = None
 
 
 @functools.cache
-def _torch_rounds_integers() -> str | None:
-    """Without VNNI torch's product of bytes adds pairs of products in 16 bits, which the largest exceed."""
+def _no_products_of_integers() -> str | None:
+    """Without VNNI torch multiplies bytes one by one, or adds pairs in 16 bits, which the largest exceed."""
+    if VNNI.isdisjoint(processor().isa):
+        return "no VNNI in this processor, so torch's product of integers is slow or not exact"
     largest = torch.full((64, 256), LARGEST_INT8, dtype=torch.int8)
     exact = bool((torch._int_mm(largest, largest.t()) == 256 * LARGEST_INT8**2).all())
     return None if exact else "torch's product of integers is not exact on this processor"
@@ -214,7 +217,7 @@ def _int_mm(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Ten
     return cast_out(torch._int_mm(values, weight.t()), torch.int32, out)
 
 
-integer_product.implementation("int_mm", device="cpu", available=_torch_rounds_integers)(_int_mm)
+integer_product.implementation("int_mm", device="cpu", available=_no_products_of_integers)(_int_mm)
 integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)(
     _int_mm
 )

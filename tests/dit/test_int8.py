@@ -7,6 +7,8 @@ a prediction: the products of three blocks, 2%, where a wrong scale or row is of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.measure.validate.case import random
+from blip3o_rt.ops import native
+from blip3o_rt.ops import quantized as quantized_ops
 from blip3o_rt.weights import SCALE, dequantized, in_8_bits
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
@@ -79,3 +83,20 @@ def test_prediction(counts: tuple[int, ...], dtype: torch.dtype) -> None:
     assert relative_l2(meant, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) < PREDICTION_BOUND
     assert relative_l2(found, exact) > 0
+
+
+@pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
+@pytest.mark.parametrize(
+    ("isa", "refused"), [("avx512_vnni", False), ("avx_vnni", False), ("amx_int8", False), ("avx2", True)]
+)
+def test_integers_are_multiplied_by_torch_where_the_processor_does(
+    isa: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = replace(quantized_ops.processor(), isa=(isa,))
+    monkeypatch.setattr(quantized_ops, "processor", lambda: fake)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).to(torch.int32))
+    quantized_ops._no_products_of_integers.cache_clear()
+    found = {c.implementation: c for c in ops.choices("cpu", torch.int8) if c.op == "integer_product"}
+    quantized_ops._no_products_of_integers.cache_clear()
+    assert found["int_mm"].chosen != refused
+    assert found["cpu"].chosen == refused
