@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from blip3o_rt.errors import Blip3oError, ParameterError
 from blip3o_rt.params import SamplingParams
@@ -41,6 +42,7 @@ from blip3o_rt.serve.messages import (
 from blip3o_rt.serve.server import Server, ServerOptions
 from blip3o_rt.serve.stages import EMBEDDED, Stages
 
+LOST = (RayError, RayServeException)  # what a handle raises for a replica that is not there
 ATTEMPTS = 10  # of one image, whose replicas may be lost
 PAUSE_SECONDS = 0.5  # before the next one
 BATCH_WAIT_SECONDS = 0.02  # for further requests of a batch
@@ -201,7 +203,7 @@ class ClusterClient(EngineClient):
         while True:
             try:
                 self._became_ready(await self._planners.info.remote())
-            except RayError:
+            except LOST:
                 await asyncio.sleep(PAUSE_SECONDS)
             else:
                 return
@@ -246,20 +248,20 @@ class ClusterClient(EngineClient):
             self._event(Finished(submit.id, index, drawn.image, drawn.seconds, 1.0))
 
     async def _patiently(self, ask: Any) -> Any:
-        """What replicas answer; where one is lost, or two had other weights, others are asked."""
-        reason = ""
-        for _ in range(ATTEMPTS):
+        """What replicas answer. Where one is lost, others are asked; while weights are being replaced, until
+        planner and renderer have the same."""
+        losses = 0
+        while losses < ATTEMPTS:
             try:
                 found = await ask()
-            except RayError as error:
-                reason = type(error).__name__
+            except LOST:
+                losses += 1
+                self.restarts += 1
             else:
                 if found != Drawn():
                     return found
-                reason = "its plan was lost, or of other weights"
-            self.restarts += 1
             await asyncio.sleep(PAUSE_SECONDS)
-        raise Blip3oError(f"no replica could finish the request ({reason}): try again later")
+        raise Blip3oError(f"{losses} replicas were lost while they drew the request: try again later")
 
 
 class Ingress:
@@ -286,6 +288,7 @@ class ServerApp:
             async for event in _lifespan(receive):
                 if event == "startup":
                     await running.enter_async_context(self._server.running())
+                    await self._server.client.wait_ready()
                 else:
                     await running.aclose()
                 await send({"type": f"lifespan.{event}.complete"})
@@ -317,6 +320,7 @@ def application(options: ServerOptions, planners: Scale, renderers: Scale) -> An
         serve.ingress()(Ingress),
         name="ingress",
         max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=options.limits.seconds,  # its requests end before it is replaced
         ray_actor_options={"num_cpus": 0},
     )
     return ingress.bind(options, planner.bind(model, max_batch), renderer.bind(model))

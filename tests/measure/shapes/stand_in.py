@@ -20,7 +20,8 @@ FIRST_IMAGE_TOKEN = 500
 class StandIn:
     """Answers every task by the scene `answer` gives for it; a task is known by its seed."""
 
-    dtype, tier, device = torch.float32, "exact", torch.device("cpu")
+    dtype, precision = torch.float32, "fp32"
+    tier, device = "exact", torch.device("cpu")
     switches: ClassVar[dict[str, str]] = {}
 
     def __init__(self, tasks: Sequence[Task], answer: Callable[[Task], Scene]) -> None:
