@@ -32,9 +32,9 @@ HUES = {
     "red": (-14, 8),
     "green": (95, 155),
     "blue": (205, 245),
-    "yellow": (47, 62),
-    "orange": (20, 36),
-    "purple": (268, 300),
+    "yellow": (48, 62),
+    "orange": (20, 41),
+    "purple": (266, 303),
 }  # degrees
 DARK = ("red", "green", "blue", "purple")  # what keeps its name in the dark: dark yellow is olive
 GRAYS = {"white": (0.9, 1.0), "black": (0.0, 0.14), "gray": (0.42, 0.62)}
@@ -78,7 +78,7 @@ def color(name: str, rng: random.Random) -> RGB:
         red, green, blue = (min(1.0, max(0.0, level + rng.uniform(-0.02, 0.02))) for _ in range(3))
         return red, green, blue
     hue = rng.uniform(*HUES[name]) / 360 % 1.0
-    return colorsys.hsv_to_rgb(hue, rng.uniform(0.72, 1.0), rng.uniform(0.55 if name in DARK else 0.85, 1.0))
+    return colorsys.hsv_to_rgb(hue, rng.uniform(0.66, 1.0), rng.uniform(0.48 if name in DARK else 0.85, 1.0))
 
 
 def figure(shape: Shape, rng: random.Random) -> Figure:

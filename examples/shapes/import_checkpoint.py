@@ -7,6 +7,7 @@ at its first step.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -32,10 +33,12 @@ def import_checkpoint(folder: Path, run: Path) -> None:
         prefix = next(prefix for prefix in PARTS if name.startswith(prefix))
         stage, own = PARTS[prefix]
         stages.setdefault(stage, {})[own + name.removeprefix(prefix)] = tensor.float()
+    vae = json.loads((folder / "sana" / "vae" / "config.json").read_text())
     for stage, weights in stages.items():
-        save_atomically(
-            {"step": 0, "model": weights, "weights": weights, "encoder_final": True}, run / f"{stage}.pt"
-        )
+        state = {"step": 0, "model": weights, "weights": weights}
+        if stage == "autoencoder":
+            state |= {"encoder_final": True, "scaling_factor": vae["scaling_factor"]}
+        save_atomically(state, run / f"{stage}.pt")
     (run / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(folder / name, run / "tokenizer" / name)

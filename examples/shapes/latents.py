@@ -24,14 +24,21 @@ def wait_for_encoder(run: Path) -> None:
 
 
 class Latents:
-    """A run folder's autoencoder; scaling_factor brings latents to unit variance."""
+    """A run folder's autoencoder; scaling_factor brings latents to unit variance.
+
+    An imported autoencoder keeps the factor that it was exported with.
+    """
 
     def __init__(self, run: Path) -> None:
         self.autoencoder = finished_module(build_autoencoder(), run / "autoencoder.pt")
+        imported = (load_state(run / "autoencoder.pt") or {}).get("scaling_factor")
+        self.scaling_factor = imported or self._measured_factor()
+
+    def _measured_factor(self) -> float:
         rng = random.Random(3)
         scenes = [training_scene(rng) for _ in range(256)]
         self.scaling_factor = 1.0
-        self.scaling_factor = round(1 / float(self.latents(render_batch(scenes)[0]).std()), 5)
+        return round(1 / float(self.latents(render_batch(scenes)[0]).std()), 5)
 
     @torch.no_grad()
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
