@@ -83,7 +83,7 @@ def traced(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """One request of text to image, as a tree of ranges, and its image."""
     path = tmp_path_factory.mktemp("traces") / "generate.json"
     with trace.recorded(path, pipeline.device):
-        result = pipeline.generate("a red circle", steps=STEPS, seed=3)
+        result = pipeline.generate("a red circle", steps=STEPS, seed=3, draft_window=1)
     return read(path), result[0]
 
 
@@ -115,7 +115,7 @@ def test_every_op_call_is_a_range_in_its_step(
         return run
 
     monkeypatch.setattr(type(ops.rms_norm), "__call__", counting(ops.rms_norm))
-    pipeline.generate("a red circle", steps=STEPS, seed=3)
+    pipeline.generate("a red circle", steps=STEPS, seed=3, draft_window=1)
     found: dict[str, int] = {}
 
     def count(parent: Range) -> None:
@@ -145,7 +145,7 @@ def test_an_edit_shows_how_its_reference_was_read(pipeline: Pipeline, tmp_path: 
 def test_a_traced_picture_is_the_untraced_one(
     traced: tuple[Range, Image.Image], pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    again = pipeline.generate("a red circle", steps=STEPS, seed=3)[0]
+    again = pipeline.generate("a red circle", steps=STEPS, seed=3, draft_window=1)[0]
     assert np.array_equal(np.asarray(again), np.asarray(traced[1]))
 
 
