@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from PIL import Image
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.serve.messages import EngineOptions
 from blip3o_rt.serve.server import ServerOptions
-from tests.rl.test_update_weights import moved, published, written
 
 pytestmark = pytest.mark.exhaustive
 
@@ -124,33 +122,3 @@ def test_mixed_requests_while_replicas_are_killed(service: Any, pipeline: Pipeli
         elif key not in expected:
             expected[key] = np.asarray(pipeline.generate(prompt, seed=key[1], steps=STEPS)[0])
         assert np.array_equal(image, expected[key]), number
-
-
-def test_new_weights_lose_no_request(service: Any, pipeline: Pipeline, tmp_path: Path) -> None:
-    """Replicas are replaced one by one under load: every image is of the old weights or of the new ones."""
-    from ray import serve
-
-    from blip3o_rt.scale.ray_serve import Scale, application
-
-    model = {**MODEL, "path": str(written(moved(published()), tmp_path / "new"))}
-    new = Pipeline.load(**model)
-    old_image, new_image = (
-        np.asarray(p.generate("a red circle", seed=1, steps=STEPS)[0]) for p in (pipeline, new)
-    )
-    deployed = threading.Event()
-    body = {"prompt": "a red circle", "seed": 1, "steps": STEPS}
-
-    def ask(_: int) -> list[np.ndarray]:
-        found = []
-        while not deployed.is_set():
-            found.append(image_of(service.post("/v1/images/generations", json=body)))
-        return found
-
-    with ThreadPoolExecutor(3) as threads:
-        asked = [threads.submit(ask, number) for number in range(3)]
-        serve.run(application(ServerOptions(EngineOptions(model)), Scale(2, 2), Scale(2, 2)), blocking=False)
-        deployed.set()
-        found = [image for one in asked for image in one.result()]
-    assert len(found) > 10
-    assert all(np.array_equal(image, old_image) or np.array_equal(image, new_image) for image in found)
-    assert np.array_equal(image_of(service.post("/v1/images/generations", json=body)), new_image)
