@@ -44,11 +44,13 @@ def require_room(
 
 
 def _captured_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What graphs of the diffusion stage keep room for, of every geometry that is recorded: keys and values
+    """What graphs of the diffusion stage keep room for, of every geometry that is captured: keys and values
     of the cross-attention, and in float32 what the longest schedule's steps are modulated with."""
     dit, held = config.dit, 0
     for geometry in captured_geometries(config, edits=config.ta_tok is not None):
-        tokens = geometry.hidden_states[0] + (math.prod(geometry.seen[2:]) if geometry.seen else 0)
+        tokens = geometry.hidden_states[0] + (
+            math.prod(geometry.condition_latents[2:]) if geometry.condition_latents else 0
+        )
         held += 2 * dit.num_layers * dit.cross_width * tokens * dtype.itemsize
         held += MAX_STEPS * 7 * dit.width * torch.float32.itemsize  # six for the blocks, one for the end
     return held

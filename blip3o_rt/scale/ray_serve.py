@@ -112,7 +112,7 @@ class Planner:
         self._pipeline = Pipeline.load(**model)
         self._stages = Stages(self._pipeline, _name(model))
         self._weights = self._pipeline.weights_checksum()
-        self.plan.set_max_batch_size(max_batch)  # type: ignore[attr-defined]
+        self.plan.set_max_batch_size(max_batch)
 
     async def info(self) -> ModelInfo:
         """What the model is and takes."""
@@ -146,8 +146,8 @@ class Planner:
             encoded = time.monotonic()
             for number, plan in zip(asked, pipeline._planner.plan_each([*asked.values()], run), strict=True):
                 seconds = {"reference": encoded - begin, "tokens": time.monotonic() - encoded}
-                error = None if plan.error is None else self._stages.failure(plan.error)
-                found[number] = Planned([ray.put(plan)], seconds, self._weights, error)
+                failure = None if plan.error is None else self._stages.failure(plan.error)
+                found[number] = Planned([ray.put(plan)], seconds, self._weights, failure)
         return [found[number] for number in range(len(tasks))]
 
 

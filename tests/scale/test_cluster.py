@@ -15,13 +15,15 @@ from blip3o_rt.serve.client import RequestError
 from blip3o_rt.serve.messages import EngineOptions, Finished, ModelInfo, RawImage, Submit
 
 pytest.importorskip("ray")
+from ray.exceptions import RayError
+
 from blip3o_rt.scale import ray_serve
 from blip3o_rt.scale.ray_serve import ClusterClient, Drawn, Planned, Scale
 
 INFO = ModelInfo("fake", 8, 8, True, 1, 4, 4, 64, "cpu", "fp32", "exact")
 
 
-class Lost(ray_serve.RayError):
+class Lost(RayError):
     pass
 
 

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 pytest.importorskip("fastapi")
 
-from blip3o_rt.serve.client import Limits
+from blip3o_rt.serve.client import EngineClient, Limits
 from blip3o_rt.serve.messages import EngineOptions
 from blip3o_rt.serve.server import Listener, ServerOptions, serve
 
@@ -98,7 +98,7 @@ class RunningServer(HttpServer):
         assert self._listener is not None
         self.listener: Listener = self._listener
         self.url = self.listener.url
-        self.client = self.listener.server.client
+        self.client: EngineClient = self.listener.server.client
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def _run(self, options: ServerOptions) -> None:

@@ -149,8 +149,9 @@ def _ar_matrices(ar: ARConfig) -> dict[str, tuple[int, int]]:
 
 def _row_linear(batch: int, rows: int, columns: int, logits: bool) -> Make:
     def make(dtype: torch.dtype) -> Case:
-        out = {"out": torch.zeros(batch, rows)} if logits else {}
-        return product_case("", dtype, batch, rows, columns, **out)
+        if logits:
+            return product_case("", dtype, batch, rows, columns, out=torch.zeros(batch, rows))
+        return product_case("", dtype, batch, rows, columns)
 
     return make
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.measure.bench.op_shapes.shape import FP32, OpShape, linear
+from blip3o_rt.measure.bench.op_shapes.shape import FP32, Make, OpShape, linear
 from blip3o_rt.measure.cases.attention import cross_case, relu_case
 from blip3o_rt.measure.cases.image import glu_case
 from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, scale_case
@@ -27,6 +27,9 @@ def transformer(config: ModelConfig) -> Iterator[OpShape]:
     def rows(seed: int, dtype: torch.dtype) -> Tensor:
         return random(seed, 2, tokens, width, dtype=dtype)
 
+    def quantized_rows(values: torch.dtype) -> Make:
+        return lambda dtype: quantize_case("", rows(1, dtype).flatten(0, 1), values)
+
     yield OpShape(
         "layer_norm_modulate",
         label,
@@ -41,7 +44,7 @@ def transformer(config: ModelConfig) -> Iterator[OpShape]:
         yield OpShape(
             "quantize_rows",
             f"{label} to {name}",
-            lambda dtype, values=values: quantize_case("", rows(1, dtype).flatten(0, 1), values),
+            quantized_rows(values),
             moved=2 * tokens * width,
         )
     yield OpShape(
