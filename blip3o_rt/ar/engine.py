@@ -137,7 +137,7 @@ class TokenEngine:
         )
         self._windows = DraftWindows(max_rows, image_tokens.tokens_per_image)
         self._results = self._token_steps.results
-        self._lanes = list(range(max_batch))
+        self._free_slots = list(range(max_batch))
         self._waiting: deque[_Image] = deque()
         self._running: list[_Image] = []  # in the order they joined
         self._batch: TokenBatch | None = None  # of those who run, until one joins or leaves
@@ -278,7 +278,7 @@ class TokenEngine:
 
     def _admit(self) -> None:
         """Let images join from the head of the queue while there is room for the next."""
-        while self._waiting and self._lanes:
+        while self._waiting and self._free_slots:
             image = self._waiting[0]
             prompt = image.request.prompt
             donor, shared = self._longest_prefix(prompt)
@@ -303,19 +303,19 @@ class TokenEngine:
         return donor, longest
 
     def _join(self, image: _Image, donor: _Image | None, shared: int) -> None:
-        """Give an image its lane and pages, and read what no other has read of its prompt."""
+        """Give an image its output slot and pages, and read what no other has read of its prompt."""
         prompt = image.request.prompt
         self._batch = None
         self._windows.begin(image)
-        image.lane = self._lanes.pop()
+        image.slot = self._free_slots.pop()
         if donor is not None:
             image.sequence = self.cache.fork(donor.sequence, shared)
         self.cache.reserve(image.sequence, len(prompt.ids) + self.image_tokens.tokens_per_image)
         if donor is not None and shared == len(prompt.ids):
-            first_hidden = self._results.hidden[donor.lane, 0]
+            first_hidden = self._results.hidden[donor.slot, 0]
         else:
             first_hidden = self.decoder.prefill(self._embed_prompt(prompt)[shared:], image.sequence)[-1]
-        self._results.hidden[image.lane, 0] = first_hidden
+        self._results.hidden[image.slot, 0] = first_hidden
 
     def _retire(self) -> None:
         """Give those whose last token is drawn their plans, and let them leave."""
@@ -330,13 +330,13 @@ class TokenEngine:
         return image.drawn == self.image_tokens.tokens_per_image
 
     def _leave(self, image: _Image) -> None:
-        """The one way out of the batch: pages and lane come back."""
+        """The one way out of the batch: pages and output slot come back."""
         self._running.remove(image)
         self._batch = None
         self.cache.release(image.sequence)
-        if image.lane >= 0:
-            self._lanes.append(image.lane)
-            image.lane = -1
+        if image.slot >= 0:
+            self._free_slots.append(image.slot)
+            image.slot = -1
 
     def _lay_out(self) -> TokenBatch:
         by_vocabulary = sorted(self._running, key=lambda image: not image.params.image_tokens_only)
@@ -352,7 +352,7 @@ class TokenEngine:
         return embeddings
 
     def _plan(self, image: _Image) -> TokenPlan:
-        drawn = self._results.tokens[image.lane, : self.image_tokens.tokens_per_image]
+        drawn = self._results.tokens[image.slot, : self.image_tokens.tokens_per_image]
         first_id = self._token_steps.vocabularies[image.params.image_tokens_only].start
         error = None
         if bool((drawn < 0).any()):
@@ -360,7 +360,7 @@ class TokenEngine:
                 "the decoder's logits are not finite: "
                 "the checkpoint's weights are damaged or overflow in this dtype"
             )
-        return TokenPlan(drawn.clamp(min=0) + first_id, self._results.hidden[image.lane].clone(), error)
+        return TokenPlan(drawn.clamp(min=0) + first_id, self._results.hidden[image.slot].clone(), error)
 
 
 def _shared_positions(donor: TokenPrompt, prompt: TokenPrompt, prefill_chunk: int) -> int:

@@ -52,7 +52,7 @@ class Member:
     params: SamplingParams
     prompt_length: int
     sequence: Sequence = field(default_factory=Sequence)
-    lane: int = -1
+    slot: int = -1
     drawn: int = 0
     window: int = 1
     decoded: int = 1
@@ -178,7 +178,7 @@ class TokenBatch:
         self._num_generated = column(torch.int32)  # the number of the token that a row draws
         self._context_lens = column(torch.int32)
         self._output_slots = column(torch.int64)  # of that token and of the hidden state it is drawn from
-        self._positions, self._slots = column(torch.int32), column(torch.int32)
+        self._positions, self._slot_mapping = column(torch.int32), column(torch.int32)
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
         self._hidden = column(steps.decoder.dtype, steps.decoder.config.hidden_size)
         self._kept_tokens, self._kept_hidden = results.tokens.flatten(), results.hidden.flatten(0, 1)
@@ -292,10 +292,10 @@ class TokenBatch:
             self._output_slots,
             self._kept_tokens,
             self._positions,
-            self._slots,
+            self._slot_mapping,
             out=self._token_ids,
         )
-        step = DecodeStep(self._positions, self._slots, self._context_lens, self._page_table, windowed)
+        step = DecodeStep(self._positions, self._slot_mapping, self._context_lens, self._page_table, windowed)
         hidden = self._decoder.decode(self._token_ids, step)
         self._kept_hidden.index_copy_(0, self._output_slots, hidden)
         return self._token_ids
@@ -331,7 +331,7 @@ class TokenBatch:
         number = member.drawn + row
         if row >= member.decoded or number > self._steps.tokens_per_image:
             return 0, 0, self._steps.results.dummy
-        return number, member.prompt_length + number, self._steps.results.index(member.lane, number)
+        return number, member.prompt_length + number, self._steps.results.index(member.slot, number)
 
     def _first_ids_of(self, params: list[SamplingParams]) -> list[int]:
         return [self._steps.vocabularies[p.image_tokens_only].start for p in params]

@@ -150,7 +150,7 @@ def test_every_pass_of_windows_is_a_replay(
     assert_as_alone(requests, dtype, device)
 
 
-def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_touches_no_page_and_no_output_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     """All memory that is not of the three who run stays as it was, NaN in it included."""
     engine, _ = graphed()
     without_python(engine, monkeypatch)
@@ -163,12 +163,12 @@ def test_padding_touches_no_page_and_no_lane(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(COUNT - 2):
         engine.step()
     owned = {page for image in running for page in image.sequence.page_table}
-    lanes = [image.lane for image in running]
+    slots = [image.slot for image in running]
     others = [page for page in range(cache.num_pages) if page not in owned]
     assert others
     for memory in (*cache.keys, *cache.values):
         assert memory[others].isnan().all()
-    unused = [lane for lane in range(MAX_BATCH) if lane not in lanes]
+    unused = [slot for slot in range(MAX_BATCH) if slot not in slots]
     assert results.hidden[unused].isnan().all()
     engine.step()
     assert_as_alone([request])

@@ -141,6 +141,6 @@ def test_a_thousand_requests(windows: list[int | None]) -> None:
         traffic.check_order()
     assert len(traffic.requests) >= REQUESTS
     assert engine.cache.free_pages == engine.cache.num_pages
-    assert sorted(engine._lanes) == list(range(engine.max_batch))
+    assert sorted(engine._free_slots) == list(range(engine.max_batch))
     found = traffic.check_results()
     assert min(found[kind] for kind in ("finished", "failed", "cancelled")) > 100

@@ -47,12 +47,12 @@ def test_a_model_that_draws_what_it_is_asked(command: Command, use: Use) -> None
     assert command.files() == ["out/score/score.json", "out/score/score.png"]
     options = {"steps": 7, "guidance": 2.0, "temperature": 1.0, "top_k": 1, "top_p": 0.95}
     assert "foreign edit 2 100.0% 34.2 to 100.0%" in " ".join(command.output.split())
-    assert model.calls == [{**options, "image_tokens_only": True}] * 10
+    assert model.calls == [{**options, "image_tokens_only": True, "draft_window": "auto"}] * 10
 
     found = record(command.folder / "out/score")
     assert (found["kind"], found["version"], found["complete"]) == ("score", 1, True)
     settings = {"count": COUNT, "seed": SEED, "world": "both", **options}
-    assert found["settings"] == {**settings, "image_tokens_only": True}
+    assert found["settings"] == {**settings, "image_tokens_only": True, "draft_window": "auto"}
     assert found["model"]["size"] == "shapes"
     assert (found["model"]["dtype"], found["model"]["tier"]) == ("fp32", "exact")
     assert found["command"][0] == "blip3o-rt"

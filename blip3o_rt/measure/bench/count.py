@@ -278,7 +278,7 @@ def token(config: ModelConfig, dtype: torch.dtype, *, batch: int, positions: int
     cache = PagedKVCache(config.ar, batch * pages, dtype=dtype, device=device)
     decoder = Decoder(config.ar, checkpoint.weights["ar"], cache, max_rows=batch)
     members = [
-        Member(params=SamplingParams(), prompt_length=positions - 1, lane=lane) for lane in range(batch)
+        Member(params=SamplingParams(), prompt_length=positions - 1, slot=slot) for slot in range(batch)
     ]
     for member in members:
         cache.reserve(member.sequence, positions + tokens)

@@ -198,7 +198,8 @@ def truncating(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
             if id(argument) in wide and not torch.equal(wide[id(argument)], before[id(argument)]):
                 argument.copy_(truncated(wide[id(argument)]))
         out = options.get("out")
-        narrow = bool(wide) and (out is None or out.dtype == torch.bfloat16)
+        first: Tensor = arguments[0]  # a bfloat16 weight beside float32 gives float32
+        narrow = first.dtype == torch.bfloat16 and (out is None or out.dtype == torch.bfloat16)
         return truncated(result) if narrow else result
 
     return run
