@@ -31,7 +31,7 @@ class Agreement:
 
     def note(self, kept: int, offered: int) -> None:
         """Add a pass that kept so many tokens of at most `offered`."""
-        if offered < 2:
+        if offered < 2 or kept < 1:
             return
         wrong = kept < offered
         self.right = FORGETTING * self.right + kept - 1

@@ -185,9 +185,11 @@ class TokenBatch:
         self._captured: dict[tuple[bool, bool], Callable[[], Tensor]] = {}  # image tokens only, windowed
         self._run: Callable[[], Tensor] = lambda: self._token_ids
         self._members: list[Member] = []
+        self._windows: list[int] = []  # of the members as they were laid out
         self._rows = 0
         self._windowed = False
         self._counts = LateCounts(self._num_generated)
+        self._interrupted = False
         self._ahead = {
             windowed: RunAhead(self._decoder.device, passes)
             for windowed, passes in ((False, PASSES_AHEAD), (True, WINDOWED_PASSES_AHEAD))
@@ -207,6 +209,7 @@ class TokenBatch:
         """Make these the batch's members."""
         image_rows = sum(member.window for member in members if member.params.image_tokens_only)
         self._members = members
+        self._windows = [member.window for member in members]
         self._rows = sum(member.window for member in members)
         self._windowed = self._rows > len(members)
         self._write(members, image_rows > 0)
@@ -226,6 +229,7 @@ class TokenBatch:
         """
         self._ahead[self._windowed].step()
         offered = [member.decoded for member in self._members]
+        self._interrupted = True
         for member in self._members:
             member.decoded = 1  # all that is sure where the pass is interrupted
         token_ids = self._run()
@@ -236,23 +240,28 @@ class TokenBatch:
         else:
             for member in self._members:
                 member.drawn += 1
+        self._interrupted = False
         return token_ids[: self._rows]
 
     def settle(self) -> None:
         """Wait until the members' counts are those of the last pass."""
-        self._count(self._counts.newest(), [member.window for member in self._members])
+        self._count(self._counts.newest(), self._windows)
+        if self._interrupted:  # guesses may have moved on without their hidden states
+            for member in self._members:
+                member.decoded = 1
+            self._interrupted = False
 
     def _count(self, counts: list[int] | None, offered: list[int]) -> None:
         """Take over what the device has counted since the last time, when so many rows were offered."""
         if counts is None:
             return
         row = 0
-        for member, rows in zip(self._members, offered, strict=True):
+        for member, window, rows in zip(self._members, self._windows, offered, strict=True):
             left = self._steps.tokens_per_image - member.drawn
             member.agreement.note(counts[row] - member.drawn, min(rows, left))
             member.drawn = counts[row]
-            member.decoded = min(member.window, self._steps.tokens_per_image - member.drawn + 1)
-            row += member.window
+            member.decoded = min(window, self._steps.tokens_per_image - member.drawn + 1)
+            row += window
 
     def _work(self, image_rows: int, windowed: bool) -> Callable[[], Tensor]:
         """The pass where the first `image_rows` rows draw image tokens only."""

@@ -12,6 +12,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
+from blip3o_rt.ar.token_step import LateCounts
 from blip3o_rt.graphs import CudaGraphs, GraphRunner
 from blip3o_rt.params import SamplingParams
 from tests import recorded_graph
@@ -232,6 +233,14 @@ def test_the_ops_of_replayed_tokens_are_reported() -> None:
 def test_a_replay_that_is_interrupted_can_be_taken_again(
     window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    noted: list[list[int]] = []  # counts that can be read again later, as those of a GPU
+
+    def after_a_pass(counts: LateCounts) -> list[int]:
+        noted[:] = [counts._counters.tolist()]
+        return noted[0]
+
+    monkeypatch.setattr(LateCounts, "after_a_pass", after_a_pass)
+    monkeypatch.setattr(LateCounts, "newest", lambda _: noted.pop() if noted else None)
     engine, _ = graphed()
     requests = [
         engine.submit(make_prompt(LONG[:length], seed=length, draft_window=window, top_k=2))
