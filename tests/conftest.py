@@ -7,13 +7,35 @@ Markers are described in pyproject.toml. `golden` is given to every test that re
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from blip3o_rt.ops import native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_the_tree() -> Iterator[None]:
+    """Fail when a file or folder appears in the tree that git does not ignore; tests write to tmp_path."""
+    before = untracked()
+    yield
+    left = untracked() - before
+    assert not left, f"tests left these in {ROOT}: {sorted(left)}"
+
+
+def untracked() -> set[str]:
+    """Files and folders, also empty ones, that git neither tracks nor ignores; none without git."""
+    if not shutil.which("git"):
+        return set()
+    command = ["git", "ls-files", "--others", "--exclude-standard", "--directory", "-z"]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split("\0"))
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +44,7 @@ def reference_dir() -> Path:
 
     BLIP3O_REFERENCE names it; otherwise it is looked for beside the repository.
     """
-    beside = Path(__file__).resolve().parents[2] / "shared" / "reference"
+    beside = ROOT.parent / "shared" / "reference"
     folder = Path(os.environ.get("BLIP3O_REFERENCE", beside))
     if not folder.is_dir():
         pytest.skip("needs the reference checkpoints: set BLIP3O_REFERENCE to their folder")
