@@ -212,9 +212,9 @@ def products(results: Path) -> None:
     import torch
 
     from blip3o_rt import ops
-    from blip3o_rt.measure.bench.op_shapes import op_shapes
     from blip3o_rt.measure.bench.ops import time_shape
     from blip3o_rt.measure.bench.rooflines import measure
+    from blip3o_rt.measure.cases.model_shapes import op_shapes
     from blip3o_rt.measure.random_checkpoint import preset
 
     device, found = torch.device("cuda", 0), {}

@@ -15,9 +15,9 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.graphs import GraphRunner
-from blip3o_rt.measure.bench.op_shapes import OpShape, op_shapes
 from blip3o_rt.measure.bench.subject import Subject
 from blip3o_rt.measure.bench.timing import Candidate, device_clock, quiet, sample
+from blip3o_rt.measure.cases.model_shapes import OpShape, op_shapes
 from blip3o_rt.measure.records import BenchRecord, OpTime
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.measure.validate.case import Case, copies
@@ -99,7 +99,7 @@ def check(
     op: Op[Any, Any], shape: OpShape, dtype: torch.dtype, implementation: str, device: torch.device
 ) -> Finding:
     """The worst finding against the float64 reference, at the shape or at the smaller one standing for it."""
-    found = findings(op, implementation, (shape.check or shape.make)(dtype), device.type)
+    found = findings(op, implementation, shape.make_small(dtype), device.type)
     return next((f for f in found if not f.passed), max(found, key=lambda f: f.found))
 
 

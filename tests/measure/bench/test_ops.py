@@ -9,8 +9,8 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.measure.bench import ops as bench_ops
-from blip3o_rt.measure.bench.op_shapes import OpShape, op_shapes
 from blip3o_rt.measure.bench.ops import Rotation, time_shape
+from blip3o_rt.measure.cases.model_shapes import OpShape, op_shapes
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.measure.validate.case import Case, random
 from blip3o_rt.ops.user_kernels import load_kernels
