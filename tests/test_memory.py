@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip3o_rt import memory
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import EditConfig
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.pipeline import Pipeline, memory
 from blip3o_rt.precision import BF16, FP32, MIXED, Precision
 from tests.recorded_graph import RecordedGraphs
 

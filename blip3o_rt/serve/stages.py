@@ -21,7 +21,7 @@ from blip3o_rt.machine import format_bytes, memory
 from blip3o_rt.metadata import generated_image
 from blip3o_rt.params import DiffusionParams, SamplingParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.planner import NO_REFERENCE, Reference
+from blip3o_rt.pipeline.planner import NO_REFERENCE, Reference
 from blip3o_rt.result import Plan
 from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
 

@@ -81,7 +81,7 @@ def test_int8_weights_are_refused_where_not_asked_for(checkpoint: Path, tmp_path
 def test_int8_weights_of_the_transformer_are_refused_on_a_gpu(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("blip3o_rt.pipeline.resolve_device", torch.device)
+    monkeypatch.setattr("blip3o_rt.pipeline.pipeline.resolve_device", torch.device)
     switches = {"dit_weights": "int8"}
     with pytest.raises(ParameterError, match="accepted is device 'cpu', or tier 'exact'"):
         Pipeline.load(checkpoint, device="cuda:0", dtype="fp32", tier="fast", switches=switches)

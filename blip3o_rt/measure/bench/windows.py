@@ -13,7 +13,7 @@ from tabulate import tabulate
 from blip3o_rt.ar.engine import TokenPrompt
 from blip3o_rt.params import SamplingParams, check_draft_window
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.planner import NO_REFERENCE
+from blip3o_rt.pipeline.planner import NO_REFERENCE
 
 ROWS = (1, 2, 4, 8, 16)
 PASSES = 4  # that are timed at a time, after one that is not

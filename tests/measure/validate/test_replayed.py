@@ -15,7 +15,7 @@ from blip3o_rt.measure.validate.determinism import determinism_lines
 from blip3o_rt.measure.validate.golden import Recording, golden_lines
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import Subject
-from blip3o_rt.renderer import Renderer
+from blip3o_rt.pipeline.renderer import Renderer
 from tests.measure.validate.test_golden import CPU, no_pictures
 from tests.recorded_graph import RecordedGraphs
 

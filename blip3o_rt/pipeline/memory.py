@@ -12,8 +12,8 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import require_memory
 from blip3o_rt.params import MAX_STEPS
+from blip3o_rt.pipeline.renderer import captured_geometries
 from blip3o_rt.precision import FP32, Precision
-from blip3o_rt.renderer import captured_geometries
 from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.layout import GATED_EXPANSION
 

@@ -25,7 +25,6 @@ from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
 from blip3o_rt.machine import resolve_device
-from blip3o_rt.memory import require_room
 from blip3o_rt.metadata import eight_bit
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import (
@@ -46,9 +45,10 @@ from blip3o_rt.params import (
     prompt_list,
     reference_list,
 )
-from blip3o_rt.planner import NO_REFERENCE, Planner, PlanRequest, Reference
+from blip3o_rt.pipeline.memory import require_room
+from blip3o_rt.pipeline.planner import NO_REFERENCE, Planner, PlanRequest, Reference
+from blip3o_rt.pipeline.renderer import Renderer
 from blip3o_rt.precision import BF16, resolve_precision
-from blip3o_rt.renderer import Renderer
 from blip3o_rt.result import ImageCallback, Plan, ProgressCallback, Result, Run
 from blip3o_rt.rl.rollout import BATCHES, Rollout, Rollouts, references_of
 from blip3o_rt.rl.update import NewWeights, WeightStore
