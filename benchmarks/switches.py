@@ -35,7 +35,7 @@ from blip3o_rt.measure.records import median, read_records
 from blip3o_rt.measure.shapes.score import Drawn, check_model, draw_and_judge, wilson_interval
 from blip3o_rt.measure.shapes.tasks import Task, draw_tasks
 from blip3o_rt.measure.units import ratio_text
-from blip3o_rt.measure.validate.pictures import Likeness
+from blip3o_rt.measure.validate.images import Likeness
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.switches import (
@@ -157,9 +157,9 @@ def measure(
                 next(draw_and_judge(pipelines[tuple(case.switches.items())], [task], steps=case.steps))
                 for case in found
             ]
-            alike = [likeness(picture, drawn[0]) for picture in drawn]
-            for one, picture, likenesses in zip(measured, drawn, alike, strict=True):
-                one.drawn.append(picture)
+            alike = [likeness(image, drawn[0]) for image in drawn]
+            for one, image, likenesses in zip(measured, drawn, alike, strict=True):
+                one.drawn.append(image)
                 one.likeness += likenesses
     except KeyboardInterrupt:
         if not measured[0].drawn:
@@ -167,11 +167,11 @@ def measure(
     return measured
 
 
-def likeness(picture: Drawn, expected: Drawn) -> list[Likeness]:
+def likeness(image: Drawn, expected: Drawn) -> list[Likeness]:
     """How alike two images are; empty where one of them could not be drawn."""
-    if picture.picture is None or expected.picture is None:
+    if image.image is None or expected.image is None:
         return []
-    return [Likeness.of(np.asarray(picture.picture), np.asarray(expected.picture))]
+    return [Likeness.of(np.asarray(image.image), np.asarray(expected.image))]
 
 
 def load(case: Case, model: Path | None, device: str, dtype: str) -> Pipeline:

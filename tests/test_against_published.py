@@ -72,7 +72,7 @@ class Case:
     """
 
     config: ModelConfig
-    pictures: tuple[tuple[int, int], ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
     image_tokens_only: bool = True
     steps: int = 3
     guidance: float = 2.0
@@ -156,7 +156,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         (folder / "sana/scheduler/scheduler_config.json").write_text(json.dumps(case.scheduler))
     pipeline = Pipeline.load(folder, device="cpu", dtype="fp32")
     oracle = PublishedModel(folder)
-    images = [picture(*size, seed=seed) for seed, size in enumerate(case.pictures)]
+    images = [image(*size, seed=seed) for seed, size in enumerate(case.images)]
     plan = pipeline.plan(PROMPT, image=images or None, top_k=1, image_tokens_only=case.image_tokens_only)
     shape = (1, oracle.latent_channels, oracle.latent_size, oracle.latent_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -171,7 +171,7 @@ def quieten(file: Path) -> None:
     save_file(weights, file)
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
+def image(width: int, height: int, seed: int) -> Image.Image:
     """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -210,7 +210,7 @@ def test_latent(run: Comparison) -> None:
     assert relative_l2(run.render(output="latent"), run.latent(run.oracle)) < BOUND
 
 
-def test_picture(run: Comparison) -> None:
+def test_image(run: Comparison) -> None:
     """Within one gray level everywhere."""
     expected = levels(run.oracle.decode(run.latent(run.oracle))).astype(int)
     found = np.asarray(run.render()).astype(int)

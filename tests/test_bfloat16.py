@@ -212,15 +212,15 @@ def test_decoded_pixels(stages: Stages) -> None:
 def test_all_stages_in_a_row(stages: Stages) -> None:
     """From prompt and image to pixels in two steps, the tokens replayed, each stage on the one before."""
     name = stages.folder.name
-    picture = Image.open(stages.folder / "input.png").convert("RGB") if name == "edit" else None
+    image = Image.open(stages.folder / "input.png").convert("RGB") if name == "edit" else None
     noise, steps = stages.golden["noise"], 2
     pipeline = Pipeline(stages.ours, max_batch=1)
-    plan = pipeline.plan(PROMPTS[name], image=picture, token_ids=stages.token_ids)
+    plan = pipeline.plan(PROMPTS[name], image=image, token_ids=stages.token_ids)
     found = pipeline.render(plan, noise=noise, steps=steps, output="tensor")
     assert isinstance(found, Tensor)
 
     def published(model: PublishedModel) -> Tensor:
-        references = [model.reference(picture)] if picture is not None else []
+        references = [model.reference(image)] if image is not None else []
         hidden = model.hidden_states(model.prompt(PROMPTS[name], references), stages.token_ids)
         return model.decode(model.latent(noise, model.condition(hidden, references), references, steps=steps))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blip3o_rt.config import EditConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.measure.random_checkpoint import folder_name, preset
-from blip3o_rt.measure.shapes.judge import judge, read_picture
+from blip3o_rt.measure.shapes.judge import judge, read_image
 from blip3o_rt.measure.shapes.scene import Scene, Shape
 from blip3o_rt.pipeline import Pipeline
 
@@ -17,11 +17,11 @@ def test_it_lies_in_the_package() -> None:
 def test_it_draws_what_it_is_asked() -> None:
     """One easy request of each kind; how often it does is for `blip3o-rt score` to say."""
     pipeline = Pipeline.load(device="cpu")
-    (picture,) = pipeline.generate("a large red circle in the centre on a blue background", seed=7)
+    (image,) = pipeline.generate("a large red circle in the centre on a blue background", seed=7)
     circle = Shape("red", "circle", "large", "centre")
-    assert judge(read_picture(picture), Scene("blue", (circle,))).right
-    (edited,) = pipeline.edit("change the background to yellow", picture, seed=7)
-    assert judge(read_picture(edited), Scene("yellow", (circle,))).right
+    assert judge(read_image(image), Scene("blue", (circle,))).right
+    (edited,) = pipeline.edit("change the background to yellow", image, seed=7)
+    assert judge(read_image(edited), Scene("yellow", (circle,))).right
 
 
 def test_another_geometry_of_a_random_checkpoint_is_another_folder() -> None:

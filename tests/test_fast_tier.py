@@ -32,11 +32,11 @@ def load(checkpoint: Path, switches: dict[str, str] | None = None) -> Pipeline:
     return Pipeline.load(checkpoint, device="cpu", dtype="fp32", tier=tier, switches=switches, max_batch=3)
 
 
-def levels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture)
+def levels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image)
 
 
-def test_a_picture_of_the_fast_tier_says_so_and_depends_on_no_other(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_image_of_the_fast_tier_says_so_and_depends_on_no_other(checkpoint: Path, tmp_path: Path) -> None:
     fast = load(checkpoint, SWITCHES)
     together = fast.generate(["a circle", "a square"], n=2, seed=3, steps=STEPS)
     (alone,) = load(checkpoint, SWITCHES).generate("a square", seed=4, steps=STEPS)
@@ -47,14 +47,14 @@ def test_a_picture_of_the_fast_tier_says_so_and_depends_on_no_other(checkpoint: 
     assert (drawn["tier"], drawn["switches"]) == ("fast", SWITCHES)
 
 
-def test_a_picture_says_how_its_plan_was_made_whoever_renders_it(checkpoint: Path) -> None:
+def test_an_image_says_how_its_plan_was_made_whoever_renders_it(checkpoint: Path) -> None:
     switches = {"ar_weights": "int8", "step_cache": "2"}
     exact, fast = load(checkpoint), load(checkpoint, switches)
 
     def said(planner: Pipeline, renderer: Pipeline) -> tuple[str, dict[str, str]] | None:
-        picture = renderer.render(planner.plan("a circle"), steps=1)
-        assert isinstance(picture, Image.Image)
-        drawn = picture.info["parameters"]
+        image = renderer.render(planner.plan("a circle"), steps=1)
+        assert isinstance(image, Image.Image)
+        drawn = image.info["parameters"]
         return (drawn["tier"], drawn["switches"]) if "tier" in drawn else None
 
     assert said(exact, exact) is None
@@ -64,14 +64,14 @@ def test_a_picture_says_how_its_plan_was_made_whoever_renders_it(checkpoint: Pat
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_each_changes_the_picture_and_nothing_of_the_plan(checkpoint: Path, name: str) -> None:
+def test_each_changes_the_image_and_nothing_of_the_plan(checkpoint: Path, name: str) -> None:
     exact = load(checkpoint).generate("a circle", steps=STEPS)
     fast = load(checkpoint, {name: SWITCHES[name]}).generate("a circle", steps=STEPS)
     assert exact.plans[0].token_ids.equal(fast.plans[0].token_ids)
     assert not np.array_equal(levels(exact[0]), levels(fast[0]))
 
 
-def test_settings_that_leave_nothing_out_give_the_exact_picture(checkpoint: Path) -> None:
+def test_settings_that_leave_nothing_out_give_the_exact_image(checkpoint: Path) -> None:
     exact = load(checkpoint).generate("a circle", steps=STEPS)[0]
     off = load(checkpoint, {"guidance_interval": "0:1", "step_cache": "1"})
     assert np.array_equal(levels(off.generate("a circle", steps=STEPS)[0]), levels(exact))

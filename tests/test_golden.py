@@ -98,7 +98,7 @@ def test_final_latent(golden: Golden) -> None:
     assert relative_l2(found, golden.expected["latents"]) < TOLERANCE
 
 
-def test_picture(golden: Golden) -> None:
+def test_image(golden: Golden) -> None:
     """Within one gray level on 99.9% of the values."""
     image = golden.pipeline.render(golden.plan, noise=golden.expected["noise"])
     assert isinstance(image, Image.Image)
@@ -108,7 +108,7 @@ def test_picture(golden: Golden) -> None:
     assert (np.abs(found - expected) <= 1).mean() >= 0.999
 
 
-def test_tensor_output_is_the_picture(text_to_image: Golden) -> None:
+def test_tensor_output_is_the_image(text_to_image: Golden) -> None:
     pipeline, plan = text_to_image.pipeline, text_to_image.plan
     noise = text_to_image.expected["noise"]
     pixels = pipeline.render(plan, noise=noise, steps=2, output="tensor")

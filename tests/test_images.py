@@ -66,7 +66,7 @@ def test_lossless_files_come_back_as_they_were(tmp_path: Path, name: str) -> Non
 
 
 def test_the_name_of_a_file_does_not_matter(tmp_path: Path) -> None:
-    path = saved(corners(), tmp_path / "picture.png").rename(tmp_path / "picture.doc")
+    path = saved(corners(), tmp_path / "image.png").rename(tmp_path / "image.doc")
     assert np.array_equal(values(load_reference(path)), values(corners()))
 
 
@@ -471,10 +471,10 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def with_chunks(picture: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
+def with_chunks(image: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG of the image with chunks before its pixels."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     content = buffer.getvalue()
     return content[:33] + b"".join(png_chunk(*chunk) for chunk in chunks) + content[33:]
 

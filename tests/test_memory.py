@@ -24,7 +24,7 @@ from tests.recorded_graph import RecordedGraphs
         (EditConfig(), 1),  # an edit sees its reference in the tokens alone, and is drawn as words are
     ],
 )
-def test_recorded_pictures_are_counted(tmp_path: Path, edit: EditConfig, geometries: int) -> None:
+def test_recorded_images_are_counted(tmp_path: Path, edit: EditConfig, geometries: int) -> None:
     write_random_checkpoint(tmp_path / "tiny", preset("tiny", edit), seed=1)
     checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     pipeline = Pipeline(checkpoint, runner=GraphRunner(RecordedGraphs()))
@@ -47,7 +47,7 @@ def test_without_graphs_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch
 
 def test_tiles_take_less_until_attention_is_the_most() -> None:
     published = preset("published")
-    held = [memory._picture_elements(published, tiles) for tiles in (1, 2, 4, 8)]
+    held = [memory._image_elements(published, tiles) for tiles in (1, 2, 4, 8)]
     assert held[0] == 3 * 1024 * 1024 * 128
     assert held[0] > 2 * held[1] > 2 * held[2] == 2 * held[3]
 

@@ -149,7 +149,7 @@ def test_a_switch_that_is_given_twice_is_refused() -> None:
     assert str(error.value) == "switch step_cache is given as '2' and '3': give it once"
 
 
-def test_every_switch_acts_on_the_plan_or_on_its_picture() -> None:
+def test_every_switch_acts_on_the_plan_or_on_its_image() -> None:
     assert set(plan_switches(SWITCHES)) == {"ar_weights"}
     assert {*plan_switches(SWITCHES), *render_switches(SWITCHES)} == {*SWITCHES}
 

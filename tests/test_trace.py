@@ -142,7 +142,7 @@ def test_an_edit_shows_how_its_reference_was_read(pipeline: Pipeline, tmp_path: 
     assert len(read(path).find("nearest_code [cpu]") + read(path).find("nearest_code [torch]")) == 1
 
 
-def test_a_traced_picture_is_the_untraced_one(
+def test_a_traced_image_is_the_untraced_one(
     traced: tuple[Range, Image.Image], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     again = pipeline.generate("a red circle", steps=STEPS, seed=3, draft_window=1)[0]
@@ -233,7 +233,7 @@ def test_nvtx_ranges_open_and_close() -> None:
 def test_the_command_writes_a_trace(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, target = tmp_path / "picture.png", tmp_path / "traces" / "trace.json"
+    out, target = tmp_path / "image.png", tmp_path / "traces" / "trace.json"
     options = ["--steps", "1", "--dtype", "fp32", "--device", "cpu", "--quiet", "--out", str(out)]
     options += ["--model", str(checkpoint), "--trace", str(target), "--trace-tokens", "1"]
     assert main(["generate", "a red circle", *options]) == 0

@@ -34,9 +34,9 @@ def _add_pixel_shuffle(
     index = tl.program_id(0) * block + tl.arange(0, block)
     inside = index < elements
     channel, pixel = index % wanted, index // wanted
-    column, row, picture = pixel % width, pixel // width % height, pixel // (width * height)
+    column, row, image = pixel % width, pixel // width % height, pixel // (width * height)
     source = (4 * channel + (row & 1) * 2 + (column & 1)) // (4 * wanted // channels)
-    coarse = (picture * (height // 2) + (row >> 1)) * (width // 2) + (column >> 1)
+    coarse = (image * (height // 2) + (row >> 1)) * (width // 2) + (column >> 1)
     added = tl.load(x + coarse.to(tl.int64) * channels + source, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(result + index, mask=inside, other=0.0).to(tl.float32) + added
     if bias is not None:

@@ -63,7 +63,7 @@ class PagedKVCache:
             raise InsufficientMemoryError(
                 f"the key/value cache needs {missing} more pages and has {len(self._free)} free "
                 f"of {self.num_pages}; "
-                "load the pipeline with a larger max_batch or generate fewer pictures at once"
+                "load the pipeline with a larger max_batch or generate fewer images at once"
             )
         for _ in range(missing):
             page = self._free.pop()

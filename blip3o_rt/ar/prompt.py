@@ -45,7 +45,7 @@ class PromptEncoder:
         self._max_tokens = max_tokens
         self._positions = positions or max_tokens
         self._lock = threading.Lock()  # the tokenizer refuses a call from a second thread
-        # The ids that only the template may write: markers of the chat, of pictures and the image tokens.
+        # The ids that only the template may write: markers of the chat, of images and the image tokens.
         self._reserved = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
         self._require_id("<im_start>", image_tokens.image_start_tag_id)
         self._require_id("<S0>", image_tokens.scale_start_token_id)
@@ -58,7 +58,7 @@ class PromptEncoder:
             )
 
     def check(self, prompt: str) -> None:
-        """Raise PromptError where the words cannot be a prompt, whatever pictures come with them."""
+        """Raise PromptError where the words cannot be a prompt, whatever images come with them."""
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is {shown(prompt)}: accepted is a string")
         try:

@@ -168,7 +168,7 @@ def make_folder(option: str, folder: Path) -> None:
 
 
 def file_name(prompt: str) -> str:
-    """A prompt's letters with their marks, and digits, words joined by hyphens; "picture" without any."""
+    """A prompt's letters with their marks, and digits, words joined by hyphens; "image" without any."""
     text = unicodedata.normalize("NFC", prompt.lower())
     kept = "".join(
         "" if (kind := unicodedata.category(character)) == "Cf" else character if kind[0] in "LMN" else " "
@@ -178,4 +178,4 @@ def file_name(prompt: str) -> str:
     end = MAX_NAME_LENGTH
     while end < len(name) and unicodedata.category(name[end])[0] == "M":
         end -= 1  # a letter is kept with its marks, or not at all
-    return name[: max(end, 1)].strip("-") or "picture"
+    return name[: max(end, 1)].strip("-") or "image"

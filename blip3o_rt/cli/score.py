@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "score",
         help="measure how often the shapes model draws what it is asked",
-        description="Draw captions and edits with a model of the shapes, judge the pictures by their pixels, "
+        description="Draw captions and edits with a model of the shapes, judge the images by their pixels, "
         "and print the accuracy by category and by property with 95%% confidence intervals. Edits of "
         "images that somebody else drew, the foreign world, are judged by hue and outline.",
     )
@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
         type=int,
         default=DEFAULT_COUNT,
         metavar="N",
-        help="pictures of each category: held out, single, two, edit; foreign edit (%(default)s)",
+        help="images of each category: held out, single, two, edit; foreign edit (%(default)s)",
     )
     tasks.add_argument(
         "--world",
@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
         help="which images are edited: the model's own, foreign ones, or both (%(default)s)",
     )
     tasks.add_argument(
-        "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the pictures (%(default)s)"
+        "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the images (%(default)s)"
     )
     add_options(parser.add_argument_group("drawing"), *SAMPLING)
     add_options(parser.add_argument_group("model"), *MODEL)
@@ -69,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
         "--fail-under",
         type=float,
         metavar="PERCENT",
-        help=f"exit with {UNDER_THE_BAR} where fewer of a world's pictures are right",
+        help=f"exit with {UNDER_THE_BAR} where fewer of a world's images are right",
     )
     output.add_argument("--quiet", action="store_true", help="no progress bar and no tables, only the paths")
     parser.set_defaults(run=run, max_batch=1, max_prompt_tokens=None)
@@ -107,17 +107,17 @@ def run(arguments: argparse.Namespace) -> int:
     if drawn and not arguments.quiet:
         print(table(drawn))
     if interrupt is not None:
-        print(f"blip3o-rt: {len(drawn)} of {len(tasks)} pictures were drawn", file=sys.stderr)
+        print(f"blip3o-rt: {len(drawn)} of {len(tasks)} images were drawn", file=sys.stderr)
         raise interrupt
     return passes(drawn, arguments.fail_under)
 
 
 def passes(drawn: list[Drawn], bar: float | None) -> int:
-    """The exit code: UNDER_THE_BAR where fewer of a world's pictures are right than the bar asks."""
+    """The exit code: UNDER_THE_BAR where fewer of a world's images are right than the bar asks."""
     from blip3o_rt.measure.shapes.score import share_right
 
     code = 0
-    for words, foreign in (("pictures", False), ("foreign edits", True)):
+    for words, foreign in (("images", False), ("foreign edits", True)):
         world = [one for one in drawn if (one.task.foreign is not None) == foreign]
         if bar is not None and world and 100 * share_right(world) < bar:
             share = f"{100 * share_right(world):.1f}% of the {words} are right"
@@ -151,7 +151,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.seed + 4 * arguments.count > MAX_SEED:
         raise ParameterError(
-            f"--seed is {arguments.seed} with --count {arguments.count}: the last picture's seed, "
+            f"--seed is {arguments.seed} with --count {arguments.count}: the last image's seed, "
             f"seed + 4 x count, may be at most {MAX_SEED}"
         )
     bar = arguments.fail_under

@@ -78,7 +78,7 @@ def _decode(data: bytes, name: str, max_pixels: int) -> RawImage:
                     )
                 return raw_image(load_reference(image))
     except ImageError as error:
-        raise ImageError(str(error).replace("the picture", name).replace("the image", name, 1)) from None
+        raise ImageError(str(error).replace("the image", name, 1)) from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} is too large: at most {max_pixels} pixels are accepted") from None
     except UnidentifiedImageError:

@@ -45,7 +45,7 @@ class ImageTokenizer:
         self.dtype = self.patch_weight.dtype
         self.device = self.patch_weight.device
         runner = runner or GraphRunner.of(self.device)
-        self._encode = CapturedFunction("tatok.encode", self._encode_picture, runner)
+        self._encode = CapturedFunction("tatok.encode", self._encode_image, runner)
 
     def capture(self) -> None:
         """Capture `encode`; run it once where there are no graphs."""
@@ -66,7 +66,7 @@ class ImageTokenizer:
         encoded = [self._encode(single) for single in pixels.to(self.device, self.dtype).split(1)]
         return torch.cat([features for features, _ in encoded]), torch.stack([codes for _, codes in encoded])
 
-    def _encode_picture(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [1, N, hidden] and codes [N] of one image."""
         features = self._features(pixels)
         projected = linear(features[0].to(self.codebook.dtype), *self.bottleneck)

@@ -45,8 +45,8 @@ class Autoencoder:
         self._decoder = tiled_end(_decoder(config, weights), tiles)
         self._encoder = tiled_beginning(_encoder(config, weights), tiles)
         runner = runner or GraphRunner.of(self.device)
-        self._decode = CapturedFunction("vae.decode", self._decode_picture, runner)
-        self._encode = CapturedFunction("vae.encode", self._encode_picture, runner)
+        self._decode = CapturedFunction("vae.decode", self._decode_image, runner)
+        self._encode = CapturedFunction("vae.encode", self._encode_image, runner)
 
     def capture_decode(self, height: int, width: int) -> None:
         """Capture `decode` of latents of h x w; run it once where there are no graphs."""
@@ -77,15 +77,15 @@ class Autoencoder:
         side = self.config.compression
         if height % side or width % side:
             raise ImageError(f"cannot encode {width} x {height} pixels: multiples of {side} are accepted")
-        pictures = pixels.to(self.device, compute_dtype(pixels))
-        return torch.cat([self._encode(single) for single in pictures.split(1)])
+        images = pixels.to(self.device, compute_dtype(pixels))
+        return torch.cat([self._encode(single) for single in images.split(1)])
 
-    def _decode_picture(self, latent: Tensor) -> Tensor:
+    def _decode_image(self, latent: Tensor) -> Tensor:
         x = latent / self.config.scaling_factor + self.config.shift_factor
         pixels = self._run(self._decoder, x).div_(2).add_(0.5)
         return pixels.masked_fill_(pixels.isinf(), torch.nan).clamp_(0, 1)  # what overflowed stays to be seen
 
-    def _encode_picture(self, pixels: Tensor) -> Tensor:
+    def _encode_image(self, pixels: Tensor) -> Tensor:
         latent = self._run(self._encoder, pixels)
         return latent.sub_(self.config.shift_factor).mul_(self.config.scaling_factor)
 

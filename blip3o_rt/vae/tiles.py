@@ -94,7 +94,7 @@ class TiledBlocks:
     def __call__(self, x: Tensor) -> Tensor:
         """[1, H, W, C] to [1, H', W', C']."""
         height, width = (side // self._cell_in for side in x.shape[1:3])
-        picture: Tensor | None = None
+        image: Tensor | None = None
         for rows in self._spans(height):
             for columns in self._spans(width):
                 part = x[:, _pixels(rows.first, rows.last, self._cell_in)]
@@ -103,13 +103,13 @@ class TiledBlocks:
                 tile = tile[:, _pixels(rows.begin - rows.first, rows.end - rows.first, self._cell_out)]
                 begin, end = columns.begin - columns.first, columns.end - columns.first
                 tile = tile[:, :, _pixels(begin, end, self._cell_out)]
-                if picture is None:
+                if image is None:
                     sides = height * self._cell_out, width * self._cell_out
-                    picture = tile.new_empty(1, *sides, tile.shape[3])
-                place = picture[:, _pixels(rows.begin, rows.end, self._cell_out)]
+                    image = tile.new_empty(1, *sides, tile.shape[3])
+                place = image[:, _pixels(rows.begin, rows.end, self._cell_out)]
                 place[:, :, _pixels(columns.begin, columns.end, self._cell_out)] = tile
-        assert picture is not None
-        return picture
+        assert image is not None
+        return image
 
     def _run(self, x: Tensor) -> Tensor:
         for block in self._blocks:

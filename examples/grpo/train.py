@@ -57,7 +57,7 @@ def reward(rollout: Rollout, task: Task) -> float:
     """The share of the properties that are right, and as much again where all are."""
     assert rollout.image is not None
     image = Image.fromarray(rollout.image.permute(1, 2, 0).numpy())
-    verdict = judges.judge(judges.read_picture(image), task.scene)
+    verdict = judges.judge(judges.read_image(image), task.scene)
     right = list(vars(verdict).values())
     return sum(right) / len(right) / 2 + verdict.right / 2
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
-from blip3o_rt.measure.shapes.judge import Verdict, judge, read_picture
+from blip3o_rt.measure.shapes.judge import Verdict, judge, read_image
 from blip3o_rt.measure.shapes.render import render_batch, to_image
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, random_scene
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, random_scene
 from blip3o_rt.measure.shapes.score import Drawn, judge_task, scores, table
 from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN_EDIT, Task, draw_foreign_tasks, draw_tasks
 from blip3o_rt.metadata import save_png
@@ -31,14 +31,14 @@ BARS = {"held out": 0.9, "single": 0.95, "two": 0.85, "edit": 0.85, "foreign edi
 
 
 def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Share of pictures right in every property, and in all of them."""
+    """Share of images right in every property, and in all of them."""
     names = [*vars(verdicts[0]), "right"]
     return {name: round(sum(getattr(v, name) for v in verdicts) / len(verdicts), 3) for name in names}
 
 
-def reconstructions(pictures: torch.Tensor, output: torch.Tensor, path: Path, margin: int = 2) -> None:
-    """Writes pictures [N, 3, H, W] over their reconstructions, side by side."""
-    padded = torch.nn.functional.pad(torch.cat([pictures, output], dim=2), (0, margin), value=0.35)
+def reconstructions(images: torch.Tensor, output: torch.Tensor, path: Path, margin: int = 2) -> None:
+    """Writes images [N, 3, H, W] over their reconstructions, side by side."""
+    padded = torch.nn.functional.pad(torch.cat([images, output], dim=2), (0, margin), value=0.35)
     save_png(to_image(torch.cat(list(padded), dim=2)), path, {})
 
 
@@ -48,35 +48,35 @@ def score_autoencoder(run: Path, count: int, seed: int) -> dict[str, float]:
     model = finished_module(build_autoencoder(), run / "autoencoder.pt")
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
-    pictures, _ = render_batch(scenes)
-    output = (model.decode(model.encode(pictures * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
-    reconstructions(pictures[:16], output[:16], run / "autoencoder.png")
-    verdicts = [judge(read_picture(to_image(p)), scene) for p, scene in zip(output, scenes, strict=True)]
-    return shares(verdicts) | {"psnr": round(float(-10 * (output - pictures).square().mean().log10()), 2)}
+    images, _ = render_batch(scenes)
+    output = (model.decode(model.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
+    reconstructions(images[:16], output[:16], run / "autoencoder.png")
+    verdicts = [judge(read_image(to_image(p)), scene) for p, scene in zip(output, scenes, strict=True)]
+    return shares(verdicts) | {"psnr": round(float(-10 * (output - images).square().mean().log10()), 2)}
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
     """An image as the runtime's image tokenizer reads it, [3, H, W] in [0, 1]."""
-    small = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BICUBIC)
+    small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 
 
 def score_tasks(pipeline: ReferencePipeline, tasks: list[Task], seed: int) -> list[Drawn]:
     """Draws tasks of one category in one batch."""
-    images, references = [task.reference for task in tasks], None
-    if images[0] is not None:
-        references = torch.stack([pixels(image) for image in images if image is not None])
-    pictures, codes = pipeline.generate([task.prompt for task in tasks], references, seed)
+    given, references = [task.reference for task in tasks], None
+    if given[0] is not None:
+        references = torch.stack([pixels(image) for image in given if image is not None])
+    images, codes = pipeline.generate([task.prompt for task in tasks], references, seed)
     return [
-        judge_task(task, to_image(picture), planned, 0.0)
-        for task, picture, planned in zip(tasks, pictures, codes.tolist(), strict=True)
+        judge_task(task, to_image(image), planned, 0.0)
+        for task, image, planned in zip(tasks, images, codes.tolist(), strict=True)
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states")
-    parser.add_argument("--count", type=int, default=48, help="pictures per category")
+    parser.add_argument("--count", type=int, default=48, help="images per category")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument(
         "--only", choices=("autoencoder", "captions", "edits", "foreign"), help="one part of it"

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from blip3o_rt.measure.shapes.render import inside, render_batch
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, Scene, Shape
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, Scene, Shape
 
 RGB = tuple[float, float, float]  # channels in [0, 1]
 
-HALF_EXTENTS = {"small": (5.6, 8.7), "large": (9.5, 12.8)}  # pixels of PICTURE_SIZE
+HALF_EXTENTS = {"small": (5.6, 8.7), "large": (9.5, 12.8)}  # pixels of IMAGE_SIZE
 PLACE_SHIFT = 3.5  # pixels, of a center from the named place
 ANGLES = {"star": 36.0, "circle": 0.0, "ring": 0.0}  # degrees either way; another kind turns by OTHER_ANGLE
 OTHER_ANGLE = 18.0
@@ -57,7 +57,7 @@ FILTERS = (
 
 @dataclass(frozen=True)
 class Figure:
-    """A shape as somebody drew it: center and half extent in pixels of PICTURE_SIZE, angle in radians."""
+    """A shape as somebody drew it: center and half extent in pixels of IMAGE_SIZE, angle in radians."""
 
     kind: str
     center: tuple[float, float]
@@ -85,7 +85,7 @@ def figure(shape: Shape, rng: random.Random) -> Figure:
     """A figure that the shape's words describe."""
     half_extent = rng.uniform(*HALF_EXTENTS[shape.size])
     x, y = (
-        min(PICTURE_SIZE - half_extent, max(half_extent, middle + rng.uniform(-PLACE_SHIFT, PLACE_SHIFT)))
+        min(IMAGE_SIZE - half_extent, max(half_extent, middle + rng.uniform(-PLACE_SHIFT, PLACE_SHIFT)))
         for middle in shape.centre
     )
     reach = math.radians(ANGLES.get(shape.kind, OTHER_ANGLE))
@@ -105,7 +105,7 @@ def figures(scene: Scene, rng: random.Random) -> tuple[RGB, list[Figure]]:
 
 def coverage(figure: Figure, side: int, subsamples: int) -> tuple[slice, slice, np.ndarray]:
     """Rows, columns and the share of each of their pixels that a figure covers, of side x side pixels."""
-    scale = side / PICTURE_SIZE
+    scale = side / IMAGE_SIZE
     (x, y), extent = (value * scale for value in figure.center), figure.half_extent * scale
     reach = 1.5 * extent
     top, left = max(0, math.floor(y - reach)), max(0, math.floor(x - reach))
@@ -156,7 +156,7 @@ def _compressed(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def reference(background: RGB, figures: Sequence[Figure], rng: random.Random) -> Image.Image:
-    """An image of figures as somebody might have made it, PICTURE_SIZE pixels per side."""
+    """An image of figures as somebody might have made it, IMAGE_SIZE pixels per side."""
     pixel_art = rng.random() < PIXEL_ART_SHARE
     side = rng.choice(PIXEL_ART if pixel_art else RESOLUTIONS)
     pixels, _ = draw(background, figures, side, 1 if pixel_art else max(2, 256 // side))
@@ -165,14 +165,14 @@ def reference(background: RGB, figures: Sequence[Figure], rng: random.Random) ->
     if pixel_art:
         enlarged = side * rng.choice((1, 2, 4, 8))
         image = image.resize((enlarged, enlarged), Image.Resampling.NEAREST)
-    return _compressed(image, rng).resize((PICTURE_SIZE, PICTURE_SIZE), rng.choice(FILTERS))
+    return _compressed(image, rng).resize((IMAGE_SIZE, IMAGE_SIZE), rng.choice(FILTERS))
 
 
 def draw_references(scenes: Sequence[Scene], rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
     """Foreign images [N, 3, H, W] in [0, 1] of scenes, and the coverage [N, 1, H, W] of what they show."""
     drawn = [figures(scene, rng) for scene in scenes]
     images = np.stack([np.asarray(reference(background, found, rng)) for background, found in drawn])
-    covered = np.stack([draw(background, found, PICTURE_SIZE, 4)[1] for background, found in drawn])
+    covered = np.stack([draw(background, found, IMAGE_SIZE, 4)[1] for background, found in drawn])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(covered).unsqueeze(1)
 
 
@@ -185,5 +185,5 @@ def draw_mixed(
         parts.append(draw_references(scenes[:foreign], rng))
     if foreign < len(scenes):
         parts.append(render_batch(scenes[foreign:]))
-    pictures, covered = zip(*parts, strict=True)
-    return torch.cat(pictures), torch.cat(covered)
+    images, covered = zip(*parts, strict=True)
+    return torch.cat(images), torch.cat(covered)

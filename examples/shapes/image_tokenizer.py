@@ -35,7 +35,7 @@ class Codebook(nn.Module):
 
 
 class ImageTokenizer(nn.Module):
-    """Pictures to codes. Module names are those of the published tokenizer's state dictionary."""
+    """Images to codes. Module names are those of the published tokenizer's state dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,17 +46,17 @@ class ImageTokenizer(nn.Module):
             {"in_linear": nn.Linear(width, CODE_WIDTH), "regularizer": Codebook()}
         )
 
-    def similarity_and_states(self, pictures: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def similarity_and_states(self, images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Cosine of every token with every code [N, tokens, codes], and the tower's hidden states.
 
-        Pictures are [N, 3, H, W] in [0, 1].
+        Images are [N, 3, H, W] in [0, 1].
         """
-        states = self.encoder(pixel_values=(pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states
+        states = self.encoder(pixel_values=(images - 0.5) / 0.5, output_hidden_states=True).hidden_states
         features = self.bottleneck["in_linear"](self.encode_task_layer(states[VISION_SELECT_LAYER]))
         unit = F.normalize(features.float(), dim=-1)
         return unit @ self.bottleneck["regularizer"].unit_rows().T, states
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [N, tokens] of pictures [N, 3, H, W] in [0, 1]."""
-        return self.similarity_and_states(pictures)[0].argmax(dim=-1)
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Codes int64 [N, tokens] of images [N, 3, H, W] in [0, 1]."""
+        return self.similarity_and_states(images)[0].argmax(dim=-1)

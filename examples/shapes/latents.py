@@ -1,4 +1,4 @@
-"""The finished autoencoder between pictures and latents of unit variance."""
+"""The finished autoencoder between images and latents of unit variance."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Latents:
         return round(1 / float(self.latents(render_batch(scenes)[0]).std()), 5)
 
     @torch.no_grad()
-    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [N, C, h, w] of pictures in [0, 1]."""
-        return self.autoencoder.encode(pictures * 2 - 1).latent * self.scaling_factor
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [N, C, h, w] of images in [0, 1]."""
+        return self.autoencoder.encode(images * 2 - 1).latent * self.scaling_factor
 
     @torch.no_grad()
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures [N, 3, H, W] in [0, 1] of scaled latents."""
+    def images(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W] in [0, 1] of scaled latents."""
         return (self.autoencoder.decode(latents / self.scaling_factor).sample / 2 + 0.5).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Generates pictures with the reference modules alone (transformers, diffusers), in batches."""
+"""Generates images with the reference modules alone (transformers, diffusers), in batches."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ReferencePipeline:
     def render(
         self, hidden: torch.Tensor, noise: torch.Tensor, reference: torch.Tensor | None
     ) -> torch.Tensor:
-        """Pictures [N, 3, H, W] by STEPS Euler steps with guidance, from noise [N, C, h, w]."""
+        """Images [N, 3, H, W] by STEPS Euler steps with guidance, from noise [N, C, h, w]."""
         condition = torch.cat(
             [self.model.null_condition(hidden, reference), self.model.condition(hidden, reference)]
         )
@@ -76,13 +76,13 @@ class ReferencePipeline:
             unconditional, conditional = velocity.chunk(2)
             guided = unconditional + GUIDANCE * (conditional - unconditional)
             latents = latents + (following - sigma) * guided
-        return self.autoencoder.pictures(latents)
+        return self.autoencoder.images(latents)
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[str], references: torch.Tensor | None, seed: int, top_k: int = TOP_K
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [N, 3, H, W] and codes [N, tokens] of captions, or of edits of references [N, 3, H, W]."""
+        """Images [N, 3, H, W] and codes [N, tokens] of captions, or of edits of references [N, 3, H, W]."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(len(prompts), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator)
         if references is None:

@@ -110,7 +110,7 @@ class PromptTokenizer:
         return self._encode(f"{TEXT_TO_IMAGE} {prompt}")
 
     def edit(self, prompt: str, codes: list[int]) -> list[int]:
-        """Prompt ids of an edit of a picture with these codes."""
+        """Prompt ids of an edit of an image with these codes."""
         pads = "<|image_pad|>" * len(codes)
         ids = self._encode(f"{EDIT} {prompt}.\n<|vision_start|>{pads}<|vision_end|>")
         images = iter(codes)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
 
-from blip3o_rt.measure.shapes.judge import judge, read_picture
+from blip3o_rt.measure.shapes.judge import judge, read_image
 from blip3o_rt.measure.shapes.render import render_batch, to_image
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, PLACES, Scene, random_scene, training_scene
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, PLACES, Scene, random_scene, training_scene
 
 from .model_config import AUTOENCODER
 from .training import (
@@ -36,7 +36,7 @@ LATENT_NOISE = 0.1  # added while training, so that the decoder forgives a diffu
 LATENT_PENALTY = 1e-3  # keeps latents near unit scale, where that noise means something
 COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
 EDGE_WEIGHT = 8.0
-CROP = PICTURE_SIZE // 2  # side of the crops around shapes that the first part of training sees
+CROP = IMAGE_SIZE // 2  # side of the crops around shapes that the first part of training sees
 BARS = {"scenes_read": 0.97}
 GATE_BATCH = 50
 CROP_SHARE = 0.8  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
@@ -53,31 +53,31 @@ def pixel_weight(covered: torch.Tensor) -> torch.Tensor:
     return 1 + COVERED_WEIGHT * covered + EDGE_WEIGHT * edge
 
 
-def crop_around_shapes(scenes: list[Scene], pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
+def crop_around_shapes(scenes: list[Scene], images: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """The CROP x CROP window around one shape of every scene (the middle of a scene without any)."""
     windows = []
-    for scene, picture in zip(scenes, pictures, strict=True):
+    for scene, image in zip(scenes, images, strict=True):
         place = PLACES.index(rng.choice(scene.shapes).place if scene.shapes else "centre")
         top, left = (CROP // 2 * cell for cell in divmod(place, 3))
-        windows.append(picture[:, top : top + CROP, left : left + CROP])
+        windows.append(image[:, top : top + CROP, left : left + CROP])
     return torch.stack(windows)
 
 
 def training_batch(rng: random.Random, batch: int, crops: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [N, 3, S, S] and their coverage [N, 1, S, S], whole or as crops around shapes."""
+    """Images [N, 3, S, S] and their coverage [N, 1, S, S], whole or as crops around shapes."""
     scenes = [training_scene(rng) for _ in range(batch)]
-    pictures, covered = render_batch(scenes)
+    images, covered = render_batch(scenes)
     if not crops:
-        return pictures, covered
-    cropped = crop_around_shapes(scenes, torch.cat([pictures, covered], dim=1), rng)
+        return images, covered
+    cropped = crop_around_shapes(scenes, torch.cat([images, covered], dim=1), rng)
     return cropped[:, :3], cropped[:, 3:]
 
 
 def reconstruction_loss(
-    model: AutoencoderDC, pictures: torch.Tensor, covered: torch.Tensor
+    model: AutoencoderDC, images: torch.Tensor, covered: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Weighted L1 of the reconstruction through noisy latents, and the latents' mean square."""
-    target = pictures * 2 - 1
+    target = images * 2 - 1
     with autocast():
         latents = model.encode(target).latent
         noisy = latents + LATENT_NOISE * torch.randn_like(latents)
@@ -91,9 +91,9 @@ def reconstruction_loss(
 def reconstruction_psnr(model: AutoencoderDC, seed: int = 7, count: int = 64) -> float:
     """PSNR in dB of float32 reconstructions of fixed unseen scenes."""
     rng = random.Random(seed)
-    pictures, _ = render_batch([training_scene(rng) for _ in range(count)])
-    output = model.decode(model.encode(pictures * 2 - 1).latent).sample
-    error = ((output / 2 + 0.5).clamp(0, 1) - pictures).square().mean()
+    images, _ = render_batch([training_scene(rng) for _ in range(count)])
+    output = model.decode(model.encode(images * 2 - 1).latent).sample
+    error = ((output / 2 + 0.5).clamp(0, 1) - images).square().mean()
     return round(float(-10 * error.log10()), 2)
 
 
@@ -105,7 +105,7 @@ def gate(model: AutoencoderDC, count: int = 600, seed: int = 11) -> dict[str, fl
     for _ in range(count // GATE_BATCH):
         scenes = [random_scene(rng) for _ in range(GATE_BATCH)]
         output = model.decode(model.encode(render_batch(scenes)[0] * 2 - 1).latent).sample / 2 + 0.5
-        right += sum(judge(read_picture(to_image(p)), s).right for p, s in zip(output, scenes, strict=True))
+        right += sum(judge(read_image(to_image(p)), s).right for p, s in zip(output, scenes, strict=True))
     return {"scenes_read": round(right / (count // GATE_BATCH * GATE_BATCH), 4)}
 
 

@@ -37,21 +37,21 @@ from .training import (
 
 COSINE_SCALE = 30.0
 SHAPE_WEIGHT = 4.0  # of a cell that holds a shape, against one of background
-NOISE = 0.04  # standard deviation added to pixels, so that generated pictures are read as well
+NOISE = 0.04  # standard deviation added to pixels, so that generated images are read as well
 BLUR_SHARE = 0.3
 COVERAGE_WEIGHT = 5.0
 COVERAGE_LAYER = 2  # hidden state that the coverage head reads
 BARS = {"scenes_recovered": 0.95, "foreign_recovered": 0.9}
 
 
-def roughen(pictures: torch.Tensor) -> torch.Tensor:
-    """Noise, a slight colour cast, and for some pictures a blur: what generated pictures suffer from."""
-    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    chosen = (torch.rand(len(pictures), 1, 1, 1) < BLUR_SHARE).float()
-    pictures = pictures + chosen * (blurred - pictures)
-    cast = torch.randn(len(pictures), 3, 1, 1) * NOISE / 2
-    strength = torch.rand(len(pictures), 1, 1, 1) * NOISE
-    return (pictures + cast + strength * torch.randn_like(pictures)).clamp(0, 1)
+def roughen(images: torch.Tensor) -> torch.Tensor:
+    """Noise, a slight colour cast, and for some images a blur: what generated images suffer from."""
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    chosen = (torch.rand(len(images), 1, 1, 1) < BLUR_SHARE).float()
+    images = images + chosen * (blurred - images)
+    cast = torch.randn(len(images), 3, 1, 1) * NOISE / 2
+    strength = torch.rand(len(images), 1, 1, 1) * NOISE
+    return (images + cast + strength * torch.randn_like(images)).clamp(0, 1)
 
 
 def tokenizer_loss(
@@ -62,9 +62,9 @@ def tokenizer_loss(
     The first `foreign` scenes are shown as others draw them; their codes are the exact scene's.
     """
     target = torch.tensor([scene_codes(scene) for scene in scenes])
-    pictures, covered = draw_mixed(scenes, foreign, rng)
+    images, covered = draw_mixed(scenes, foreign, rng)
     with autocast():
-        similarity, states = model.similarity_and_states(roughen(pictures))
+        similarity, states = model.similarity_and_states(roughen(images))
         drawn = coverage_head(states[COVERAGE_LAYER])
     shape_cells = target >= FIRST_SHAPE_CODE
     weight = torch.where(shape_cells, SHAPE_WEIGHT, 1.0)

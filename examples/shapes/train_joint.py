@@ -123,8 +123,8 @@ def flow_losses(
 
     Cells that a shape touches weigh more in the flow-matching loss.
     """
-    pictures, covered = render_batch(batch.scenes)
-    data = stages.latents(pictures).repeat(noises, 1, 1, 1)
+    images, covered = render_batch(batch.scenes)
+    data = stages.latents(images).repeat(noises, 1, 1, 1)
     reference = None if batch.references is None else stages.latents(batch.references)
     touched = (F.adaptive_max_pool2d(covered, data.shape[-1]) > 0).float()
     weight = (1 + (SHAPE_CELL_WEIGHT - 1) * touched).repeat(noises, 1, 1, 1)

@@ -60,7 +60,7 @@ def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool, values: to
     assert error < FLOAT32_TOLERANCE
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch() -> None:
     samples = [SamplingParams(seed=seed) for seed in range(4)]
     weights = weights_in_8_bits(torch.int8, tied=False)
     together = engine(weights, tied=False, batch=4).generate([TokenPrompt(PROMPT, samples)])

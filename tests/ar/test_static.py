@@ -1,4 +1,4 @@
-"""While tokens are drawn nothing is allocated, and a picture that joins waits for nothing that is queued."""
+"""While tokens are drawn nothing is allocated, and an image that joins waits for nothing that is queued."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_joins_is_uploaded_without_waiting() -> None:
 
 
 @needs_gpu
-def test_a_picture_joins_while_a_gpu_is_busy() -> None:
+def test_an_image_joins_while_a_gpu_is_busy() -> None:
     engine = make_engine({name: tensor.cuda() for name, tensor in WEIGHTS.items()})
     engine.capture()
     for _ in range(2):  # the first loads kernels and pins memory

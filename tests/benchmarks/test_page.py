@@ -134,7 +134,7 @@ def test_other_switches_are_another_table(tmp_path: Path) -> None:
     assert [name for name, found in records.items() if exact.matches(BenchRecord.of(found))] == ["exact"]
 
 
-def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path) -> None:
+def test_a_composed_image_and_a_single_run_are_said_to_be_that(tmp_path: Path) -> None:
     """In the table, below it and beside the target; what was timed says nothing."""
     record = bench_record()
     parts = "composed: 729 x ar.token (ours) + 30 x dit.step (ours)"
@@ -148,8 +148,8 @@ def test_a_composed_picture_and_a_single_run_are_said_to_be_that(tmp_path: Path)
     assert ours[4:6] == ["", ""]  # p90 and n
     assert f"* image, ours: {parts}.\n" in page
     assert "* image, published: its only run is its first.\n" in page
-    picture = row(page, "an image beside the published code")[-1]
-    assert picture.endswith(" (composed; its only run is its first)")
+    image = row(page, "an image beside the published code")[-1]
+    assert image.endswith(" (composed; its only run is its first)")
     assert "(" not in row(page, "a denoising step beside diffusers")[-1]
 
 

@@ -108,10 +108,10 @@ def test_an_interrupt_leaves_whole_rounds(tmp_path: Path, monkeypatch: pytest.Mo
     compared = switches.likeness
     calls = itertools.count()
 
-    def interrupted(*pictures: Any) -> Any:
+    def interrupted(*images: Any) -> Any:
         if next(calls) >= 3:  # two cases of a round, and one of the next
             raise KeyboardInterrupt
-        return compared(*pictures)
+        return compared(*images)
 
     monkeypatch.setattr(switches, "likeness", interrupted)
     assert switches.main(["--count", "1", "--out", str(tmp_path)]) == 130

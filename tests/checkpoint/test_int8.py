@@ -110,7 +110,7 @@ def test_a_wide_matrix_is_dropped_as_soon_as_it_is_quantized(
 def test_the_pipeline_says_what_it_ran(checkpoint: Path, tmp_path: Path) -> None:
     pipeline = Pipeline.load(checkpoint, device="cpu", tier="fast", switches=BOTH, max_batch=1)
     result = pipeline.generate("a red circle", steps=1)
-    (path,) = result.save(tmp_path / "pictures")
+    (path,) = result.save(tmp_path / "images")
     drawn = read_metadata(path)["parameters"]
     assert (drawn["tier"], drawn["switches"]) == ("fast", BOTH)
     report = result.report

@@ -111,7 +111,7 @@ def test_images_are_named_after_prompt_and_seed(command: Command, pipeline: type
         command("generate", "A red circle!", "Красный круг", "?!", "-n", "2", "--seed", "3", "--out", "a/b")
         == 0
     )
-    names = ["a-red-circle-3", "a-red-circle-4", "picture-3", "picture-4", "красный-круг-3", "красный-круг-4"]
+    names = ["a-red-circle-3", "a-red-circle-4", "image-3", "image-4", "красный-круг-3", "красный-круг-4"]
     assert command.files() == [f"a/b/{name}.png" for name in names]
     fields = read_metadata(command.folder / "a/b/красный-круг-4.png")
     assert (fields["prompt"], fields["seed"], fields["parameters"]) == ("Красный круг", 4, {"steps": 30})

@@ -58,9 +58,9 @@ def test_a_model_that_draws_what_it_is_asked(command: Command, use: Use) -> None
     assert found["command"][0] == "blip3o-rt"
     every = {"category": "all", "property": "right", "right": 8, "n": 8, "share": 1.0, "high": 1.0}
     assert {**every, "low": pytest.approx(0.6756, abs=1e-4)} in found["scores"]
-    assert [picture["seed"] for picture in found["pictures"][:8]] == list(range(SEED, SEED + 8))
-    assert all(picture["right"] and picture["plan"] for picture in found["pictures"])
-    edits = [picture["edit"] for picture in found["pictures"]]
+    assert [image["seed"] for image in found["pictures"][:8]] == list(range(SEED, SEED + 8))
+    assert all(image["right"] and image["plan"] for image in found["pictures"])
+    edits = [image["edit"] for image in found["pictures"]]
     assert edits == [*[None] * 3, "recolour", *[None] * 3, "background", "recolour", "background"]
     with Image.open(command.folder / "out/score/score.png") as sheet:
         assert sheet.width > 500
@@ -71,19 +71,19 @@ def test_a_model_that_draws_something_else(command: Command, use: Use) -> None:
     assert command("score", *OPTIONS, "--out", "elsewhere", "--quiet") == 0
     assert command.output.splitlines() == ["elsewhere/score.json", "elsewhere/score.png"]
     found = record(command.folder / "elsewhere")
-    assert not any(picture["right"] for picture in found["pictures"])
+    assert not any(image["right"] for image in found["pictures"])
     assert command("score", *OPTIONS, "--fail-under", "85") == 1
     assert command.errors.splitlines() == [
-        "blip3o-rt: 0.0% of the pictures are right, under the bar of 85%",
+        "blip3o-rt: 0.0% of the images are right, under the bar of 85%",
         "blip3o-rt: 0.0% of the foreign edits are right, under the bar of 85%",
     ]
 
 
-@pytest.mark.parametrize(("world", "pictures"), [("own", 8), ("foreign", 2), ("both", 10)])
-def test_a_world_alone(command: Command, use: Use, world: str, pictures: int) -> None:
+@pytest.mark.parametrize(("world", "images"), [("own", 8), ("foreign", 2), ("both", 10)])
+def test_a_world_alone(command: Command, use: Use, world: str, images: int) -> None:
     use(what_is_asked)
     assert command("score", *OPTIONS, "--world", world, "--quiet", "--fail-under", "100") == 0
-    assert len(record(command.folder / "out/score")["pictures"]) == pictures
+    assert len(record(command.folder / "out/score")["pictures"]) == images
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
@@ -118,7 +118,7 @@ def test_an_interrupt_keeps_what_was_drawn(command: Command, use: Use) -> None:
 
     use(interrupted)
     assert command("score", *OPTIONS, "--fail-under", "100") == 130
-    assert command.errors.splitlines() == ["blip3o-rt: 5 of 10 pictures were drawn", "blip3o-rt: interrupted"]
+    assert command.errors.splitlines() == ["blip3o-rt: 5 of 10 images were drawn", "blip3o-rt: interrupted"]
     assert "all 5 100.0%" in " ".join(command.output.split())
     found = record(command.folder / "out/score")
     assert found["complete"] is False
@@ -126,7 +126,7 @@ def test_an_interrupt_keeps_what_was_drawn(command: Command, use: Use) -> None:
     assert "out/score/score.png" in command.files()
 
 
-def test_an_interrupt_before_the_first_picture(command: Command, use: Use) -> None:
+def test_an_interrupt_before_the_first_image(command: Command, use: Use) -> None:
     def interrupted(task: Task) -> Scene:
         raise KeyboardInterrupt
 
@@ -145,7 +145,7 @@ def test_an_interrupt_before_the_first_picture(command: Command, use: Use) -> No
         (("--fail-under", "nan"), "--fail-under is nan: accepted is a percentage from 0 to 100"),
         (("--steps", "0"), "steps is 0: accepted is a whole number from 1 to 1000"),
         (("--seed", "-1"), "seed is -1: accepted is a whole number from 0 to 9223372036854775807"),
-        (("--seed", str(2**63 - 1)), "the last picture's seed, seed + 4 x count, may be at most"),
+        (("--seed", str(2**63 - 1)), "the last image's seed, seed + 4 x count, may be at most"),
         (("--out", "file"), "--out is file, a file: accepted is a folder"),
     ],
 )

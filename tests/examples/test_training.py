@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.measure.shapes.render import render
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, Scene, Shape
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
 from examples.shapes import train_autoencoder, train_image_tokenizer, train_joint, training
 from examples.shapes.export import checkpoint_tensors, export
@@ -126,10 +126,10 @@ def test_what_is_exported_loads_and_draws(unbroken: Path, tmp_path: Path) -> Non
     export(unbroken, folder)  # and again over it
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     pipeline = Pipeline.load(folder, device="cpu", dtype="fp32")
-    [picture] = pipeline.generate("a red circle", steps=1)
-    assert picture.size == (PICTURE_SIZE, PICTURE_SIZE)
+    [image] = pipeline.generate("a red circle", steps=1)
+    assert image.size == (IMAGE_SIZE, IMAGE_SIZE)
     [edited] = pipeline.edit("make the square blue", render(SCENE), steps=1)
-    assert edited.size == picture.size
+    assert edited.size == image.size
 
 
 # A python for train.sh: writes what it is asked to run, fails the stage FAIL names, takes long over SLOW. The

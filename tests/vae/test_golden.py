@@ -42,7 +42,7 @@ def original(folder: Path) -> AutoencoderDC:
 
 
 @pytest.mark.parametrize("name", ["t2i", "edit"])
-def test_decoded_picture_is_the_published_one(reference_dir: Path, name: str) -> None:
+def test_decoded_image_is_the_published_one(reference_dir: Path, name: str) -> None:
     """Every value within one gray level: a float32 rounding may fall on the other side of a half."""
     folder = reference_dir / name
     decoder, _ = autoencoder(folder, torch.float32)
@@ -72,8 +72,8 @@ def test_bfloat16_errs_no_more_than_the_published_modules_in_bfloat16(reference_
     ours, size = autoencoder(folder, torch.bfloat16)
     exact, rounded = original(folder), original(folder).to(torch.bfloat16)
     latents = load_file(folder / "golden.safetensors")["latents"].split(16, dim=2)
-    pictures = [folder / "input.png", folder / "golden.png", reference_dir / "t2i" / "golden.png"]
-    pixels = [reference_pixels(load_reference(picture), size // 4) for picture in pictures]
+    images = [folder / "input.png", folder / "golden.png", reference_dir / "t2i" / "golden.png"]
+    pixels = [reference_pixels(load_reference(image), size // 4) for image in images]
 
     def decoding_error(decode: Callable[[Tensor], Tensor]) -> float:
         return rms([relative_l2(centred(decode(x)), centred(oracle_decode(exact, x))) for x in latents])

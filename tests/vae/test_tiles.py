@@ -130,7 +130,7 @@ def test_tiles_can_be_recorded() -> None:
     assert graphs.replayed == 1
 
 
-def test_the_switch_draws_the_same_picture_and_says_so(tmp_path: Path) -> None:
+def test_the_switch_draws_the_same_image_and_says_so(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path / "tiny", preset("tiny", EditConfig(use_und_image_vae=True)), seed=1)
     whole = Pipeline.load(tmp_path / "tiny", device="cpu", dtype="fp32")
     tiled = Pipeline.load(

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from blip3o_rt.measure.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
+    IMAGE_SIZE,
     KINDS,
-    PICTURE_SIZE,
     PLACES,
     SIZES,
     Scene,
@@ -23,7 +23,7 @@ from blip3o_rt.measure.shapes.scene import (
 
 GRID = 8  # cells per side
 TOKENS_PER_IMAGE = GRID * GRID
-CELL = PICTURE_SIZE // GRID  # pixels
+CELL = IMAGE_SIZE // GRID  # pixels
 COVERED_SHARE = 0.25
 FIRST_SHAPE_CODE = len(BACKGROUNDS)
 USED_CODES = FIRST_SHAPE_CODE + len(COLOURS) * len(KINDS) * len(SIZES)

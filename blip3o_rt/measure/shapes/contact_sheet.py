@@ -1,4 +1,4 @@
-"""One picture of many: every drawn picture with its prompt and verdict, failures framed and named in red."""
+"""One image of many: every drawn image with its prompt and verdict, failures framed and named in red."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE
 from blip3o_rt.measure.shapes.score import Drawn, wilson_interval
 from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN
 
 FRAME = 3
-SIDE = 2 * PICTURE_SIZE  # pixels of a picture on the sheet
+SIDE = 2 * IMAGE_SIZE  # pixels of an image on the sheet
 FRAMED = SIDE + 2 * FRAME
 MARGIN = 10
 FONT_SIZE, HEADING_SIZE = 11, 16
 LINE = FONT_SIZE + 3
 TEXT_LINES = 5  # under an edit
-CELL_WIDTH = 2 * FRAMED + MARGIN  # a picture and its text, or the picture before and the one after
+CELL_WIDTH = 2 * FRAMED + MARGIN  # an image and its text, or the image before and the one after
 HEADING = 2 * HEADING_SIZE
-COLUMNS, MANY_COLUMNS, MANY = 5, 12, 160  # from MANY pictures on, more stand side by side
+COLUMNS, MANY_COLUMNS, MANY = 5, 12, 160  # from MANY images on, more stand side by side
 DESCRIPTIONS = CATEGORIES | FOREIGN
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 40), (20, 120, 50), (200, 0, 30)
 
 
 def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
-    """Every picture at twice its size, by category in the order of the tasks."""
+    """Every image at twice its size, by category in the order of the tasks."""
     sections = {name: [one for one in drawn if one.task.category == name] for name in DESCRIPTIONS}
     columns = MANY_COLUMNS if len(drawn) >= MANY else COLUMNS
     columns = min(columns, max(1, *map(len, sections.values())))
@@ -64,7 +64,7 @@ def _heading(category: str, members: Sequence[Drawn]) -> str:
 
 
 def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Drawn, left: int, top: int) -> None:
-    """The picture with its text beside it, or what is edited, the picture, and the text under both."""
+    """The image with its text beside it, or what is edited, the image, and the text under both."""
     reference = one.task.reference
     if reference is None:
         at, text_at, text_width = left, (left + FRAMED + MARGIN, top), FRAMED
@@ -73,8 +73,8 @@ def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Drawn, left: i
         at, text_at, text_width = left + FRAMED + MARGIN, (left, top + FRAMED), CELL_WIDTH
     if not one.verdict.right:
         pen.rectangle((at, top, at + FRAMED - 1, top + FRAMED - 1), outline=WRONG, width=FRAME)
-    if one.picture is not None:
-        _paste(sheet, one.picture, at, top)
+    if one.image is not None:
+        _paste(sheet, one.image, at, top)
     font = ImageFont.load_default(FONT_SIZE)
     verdict = wrapped(_verdict_words(one), text_width, font)
     colours = [RIGHT if one.verdict.right else WRONG] * len(verdict)
@@ -84,12 +84,12 @@ def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, one: Drawn, left: i
         y += LINE
 
 
-def _paste(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> None:
-    sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left + FRAME, top + FRAME))
+def _paste(sheet: Image.Image, image: Image.Image, left: int, top: int) -> None:
+    sheet.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left + FRAME, top + FRAME))
 
 
 def _verdict_words(one: Drawn) -> str:
-    if one.picture is None:
+    if one.image is None:
         return f"FAILED to draw, seed {one.task.seed}:"
     words = "right" if one.verdict.right else f"WRONG {', '.join(one.wrong)}"
     return f"{words}, seed {one.task.seed}:"

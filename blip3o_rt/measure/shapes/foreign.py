@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageColor, ImageDraw
 
 from blip3o_rt.measure.shapes.edits import Edit
-from blip3o_rt.measure.shapes.scene import HALF_EXTENT, PICTURE_SIZE, Scene, Shape
+from blip3o_rt.measure.shapes.scene import HALF_EXTENT, IMAGE_SIZE, Scene, Shape
 
 CSS_COLORS = {
     "red": ("red", "crimson", "firebrick"),
@@ -27,13 +27,13 @@ CSS_COLORS = {
     "black": ("black", "#111111"),
     "gray": ("gray", "dimgray"),
 }
-HALF_EXTENTS = {"small": (6.0, 8.4), "large": (9.8, 12.4)}  # pixels of PICTURE_SIZE
+HALF_EXTENTS = {"small": (6.0, 8.4), "large": (9.8, 12.4)}  # pixels of IMAGE_SIZE
 PLACE_SHIFT = 3.0  # pixels, of a center from the named place
 LARGEST_ANGLE = 15.0  # degrees either way
 SIDES = (64, 96, 128, 200, 256, 320)  # pixels of an image
 QUALITIES = (None, 75, 90)  # of JPEG; None: an image that was never compressed
 SUPERSAMPLING = 4
-SMALLEST_GAP = 1.0  # pixels of PICTURE_SIZE between the boxes of two shapes
+SMALLEST_GAP = 1.0  # pixels of IMAGE_SIZE between the boxes of two shapes
 LOWEST_CONTRAST = 0.3  # RGB distance (channels 0 to 1) of a shape from its background
 RING_HOLE = 0.5
 STAR_INNER = 0.42
@@ -44,7 +44,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Mark:
-    """One shape as drawn: its words, and where and how large it is, in pixels of PICTURE_SIZE."""
+    """One shape as drawn: its words, and where and how large it is, in pixels of IMAGE_SIZE."""
 
     colour: str
     css_color: str
@@ -80,7 +80,7 @@ class Sketch:
     background: str
     css_background: str
     marks: tuple[Mark, ...]
-    side: int = PICTURE_SIZE
+    side: int = IMAGE_SIZE
     quality: int | None = None
 
     def draw(self) -> Image.Image:
@@ -89,7 +89,7 @@ class Sketch:
         image = Image.new("RGB", (fine, fine), self.css_background)
         pen = ImageDraw.Draw(image)
         for mark in self.marks:
-            scale = fine / PICTURE_SIZE
+            scale = fine / IMAGE_SIZE
             for radius, color in ((1.0, mark.css_color), (RING_HOLE, self.css_background)):
                 size = mark.half_extent * radius
                 points = [
@@ -123,7 +123,7 @@ def _mark(shape: Shape, rng: random.Random) -> Mark:
     """A mark that the shape's words describe."""
     half_extent = rng.uniform(*HALF_EXTENTS[shape.size])
     x, y = (
-        min(PICTURE_SIZE - half_extent, max(half_extent, middle + rng.uniform(-PLACE_SHIFT, PLACE_SHIFT)))
+        min(IMAGE_SIZE - half_extent, max(half_extent, middle + rng.uniform(-PLACE_SHIFT, PLACE_SHIFT)))
         for middle in shape.centre
     )
     angle = rng.choice((0.0, rng.uniform(-LARGEST_ANGLE, LARGEST_ANGLE)))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from blip3o_rt.measure.shapes.foreign import RING_HOLE, ForeignEdit, Mark, Sketch
 from blip3o_rt.measure.shapes.judge import Verdict, components, core, grown, split_by_colour
-from blip3o_rt.measure.shapes.scene import KINDS, PICTURE_SIZE
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, KINDS
 
 FOREGROUND_DISTANCE = 0.2  # RGB distance (channels 0 to 1) from the background
 SMALLEST_AREA = 14  # pixels
@@ -73,7 +73,7 @@ def _outlines() -> list[tuple[str, np.ndarray]]:
     found = []
     for kind in KINDS:
         for angle in np.arange(0, SYMMETRY.get(kind, ANGLE_STEP), ANGLE_STEP):
-            mark = Mark("white", "white", kind, (PICTURE_SIZE / 2, PICTURE_SIZE / 2), PICTURE_SIZE / 4, angle)
+            mark = Mark("white", "white", kind, (IMAGE_SIZE / 2, IMAGE_SIZE / 2), IMAGE_SIZE / 4, angle)
             drawn = Sketch("black", "black", (mark,)).draw()
             found.append((kind, normalized(np.asarray(drawn)[..., 0].astype(np.float32) / 255)[0]))
     return found
@@ -113,7 +113,7 @@ def _describe(part: np.ndarray, pixels: np.ndarray, behind: np.ndarray) -> Outli
 
 def read_outlines(image: Image.Image) -> tuple[str, list[Outline]]:
     """The name of an image's background and the outlines before it, told from its pixels alone."""
-    small = image.convert("RGB").resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    small = image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     pixels = np.asarray(small, dtype=np.float32) / 255
     rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     behind = np.median(rim, axis=0)

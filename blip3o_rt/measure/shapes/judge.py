@@ -1,4 +1,4 @@
-"""Reads a scene back from a picture's pixels, and judges pictures against the scenes they should show."""
+"""Reads a scene back from an image's pixels, and judges images against the scenes they should show."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from blip3o_rt.measure.shapes.edits import Edit
 from blip3o_rt.measure.shapes.render import coverage, render
 from blip3o_rt.measure.shapes.scene import (
     HALF_EXTENT,
+    IMAGE_SIZE,
     KINDS,
     PALETTE,
-    PICTURE_SIZE,
     PLACES,
     SIZES,
     Scene,
@@ -50,7 +50,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture shows."""
+    """What an image shows."""
 
     background: str
     regions: tuple[Region, ...]
@@ -58,7 +58,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which properties of a picture are right; `right` is all of them together."""
+    """Which properties of an image are right; `right` is all of them together."""
 
     background: bool
     count: bool
@@ -109,7 +109,7 @@ def grown(mask: np.ndarray) -> np.ndarray:
 
 
 def core(mask: np.ndarray) -> np.ndarray:
-    """Pixels whose four neighbours are in the mask too (outside the picture counts as in)."""
+    """Pixels whose four neighbours are in the mask too (outside the image counts as in)."""
     padded = np.pad(mask, 1, constant_values=True)
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
@@ -125,9 +125,9 @@ def split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarra
 @functools.cache
 def _templates() -> list[tuple[str, str, tuple[float, float], np.ndarray]]:
     """(kind, size, sub-pixel offset, coverage [WINDOW, WINDOW]) of every shape around the window's middle."""
-    first = (PICTURE_SIZE - WINDOW) // 2
+    first = (IMAGE_SIZE - WINDOW) // 2
     window = slice(first, first + WINDOW)
-    middle = PICTURE_SIZE / 2
+    middle = IMAGE_SIZE / 2
     return [
         (kind, size, (dx, dy), coverage(kind, HALF_EXTENT[size], middle + dx, middle + dy)[window, window])
         for kind, size, dx, dy in itertools.product(KINDS, SIZES, (0.0, 0.5), (0.0, 0.5))
@@ -160,7 +160,7 @@ def _place(x: float, y: float) -> str:
 
 
 def _describe(part: np.ndarray, pixels: np.ndarray, labels: np.ndarray, behind: np.ndarray) -> Region:
-    """What one region of the picture is."""
+    """What one region of the image is."""
     inner = core(part)
     chosen = labels[inner] if inner.sum() >= SMALLEST_CORE else labels[part]
     label = int(np.bincount(chosen).argmax())
@@ -173,14 +173,13 @@ def _describe(part: np.ndarray, pixels: np.ndarray, labels: np.ndarray, behind: 
     return Region(list(PALETTE)[label], kind, size, _place(*centre), centre, round(iou, 3))
 
 
-def read_picture(picture: Image.Image) -> Seen:
-    """What a picture of PICTURE_SIZE pixels per side shows, told from its pixels alone."""
-    if picture.size != (PICTURE_SIZE, PICTURE_SIZE):
+def read_image(image: Image.Image) -> Seen:
+    """What an image of IMAGE_SIZE pixels per side shows, told from its pixels alone."""
+    if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(
-            f"the picture is {picture.width} x {picture.height} pixels; "
-            f"accepted is {PICTURE_SIZE} x {PICTURE_SIZE}"
+            f"the image is {image.width} x {image.height} pixels; accepted is {IMAGE_SIZE} x {IMAGE_SIZE}"
         )
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     labels = _nearest_palette(pixels)
     label = int(np.bincount(labels.ravel()).argmax())
     behind = np.median(pixels[labels == label], axis=0)
@@ -196,7 +195,7 @@ def read_picture(picture: Image.Image) -> Seen:
 
 
 def judge(seen: Seen, scene: Scene) -> Verdict:
-    """Compares what a picture shows with a scene, pairing shapes so that the most properties agree."""
+    """Compares what an image shows with a scene, pairing shapes so that the most properties agree."""
     best: dict[str, bool] = {}
     names = ("colour", "kind", "size", "place")
     for order in itertools.permutations(seen.regions[:4], min(len(scene.shapes), len(seen.regions))):
@@ -209,14 +208,14 @@ def judge(seen: Seen, scene: Scene) -> Verdict:
     return Verdict(background=seen.background == scene.background, count=count, **agreed)
 
 
-def judge_edit(picture: Image.Image, reference: Image.Image, edit: Edit) -> Verdict:
+def judge_edit(image: Image.Image, reference: Image.Image, edit: Edit) -> Verdict:
     """Judges an edit by the scene after it, and by the pixels that it should not touch."""
     before, after, got, was = (
-        np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-        for image in (render(edit.before), render(edit.after), picture, reference)
+        np.asarray(shown.convert("RGB"), dtype=np.float32) / 255
+        for shown in (render(edit.before), render(edit.after), image, reference)
     )
     touched = grown(np.abs(before - after).max(axis=-1) > 0.02)
     difference = np.abs(got - was).mean(axis=-1)[~touched]
-    verdict = judge(read_picture(picture), edit.after)
+    verdict = judge(read_image(image), edit.after)
     unchanged = difference.size == 0 or float(difference.mean()) <= UNCHANGED_TOLERANCE
     return Verdict(**{**vars(verdict), "unchanged": unchanged})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from blip3o_rt.measure.shapes.scene import KINDS, PALETTE, PICTURE_SIZE, PLACES, SIZES, Scene, Shape
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, KINDS, PALETTE, PLACES, SIZES, Scene, Shape
 
 SUBSAMPLES = 8  # per pixel and axis
 SQUARE_HALF_SIDE = 0.9  # of the half extent, so that a square does not look larger than a circle
@@ -57,15 +57,15 @@ def inside(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @functools.cache
 def coverage(kind: str, half_extent: float, x: float, y: float) -> np.ndarray:
     """Share of every pixel that the shape covers, float32 [H, W]; its centre (x, y) is in pixels."""
-    samples = (np.arange(PICTURE_SIZE * SUBSAMPLES) + 0.5) / SUBSAMPLES
+    samples = (np.arange(IMAGE_SIZE * SUBSAMPLES) + 0.5) / SUBSAMPLES
     grid_y, grid_x = np.meshgrid((samples - y) / half_extent, (samples - x) / half_extent, indexing="ij")
     hits = inside(kind, grid_x, grid_y)
-    blocks = hits.reshape(PICTURE_SIZE, SUBSAMPLES, PICTURE_SIZE, SUBSAMPLES)
+    blocks = hits.reshape(IMAGE_SIZE, SUBSAMPLES, IMAGE_SIZE, SUBSAMPLES)
     return blocks.mean(axis=(1, 3), dtype=np.float32)
 
 
 def shape_coverage(shape: Shape) -> np.ndarray:
-    """Coverage of a scene's shape, float32 [PICTURE_SIZE, PICTURE_SIZE]."""
+    """Coverage of a scene's shape, float32 [IMAGE_SIZE, IMAGE_SIZE]."""
     return coverage(shape.kind, shape.half_extent, *shape.centre)
 
 
@@ -84,10 +84,10 @@ def _colour(name: str) -> list[float]:
 
 
 def render_batch(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures [N, 3, H, W] in [0, 1] and the shapes' coverage [N, 1, H, W], both float32."""
-    pictures = torch.tensor([_colour(scene.background) for scene in scenes])[:, :, None, None]
-    pictures = pictures.repeat(1, 1, PICTURE_SIZE, PICTURE_SIZE)
-    covered = torch.zeros(len(scenes), 1, PICTURE_SIZE, PICTURE_SIZE)
+    """Images [N, 3, H, W] in [0, 1] and the shapes' coverage [N, 1, H, W], both float32."""
+    images = torch.tensor([_colour(scene.background) for scene in scenes])[:, :, None, None]
+    images = images.repeat(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    covered = torch.zeros(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
     for layer in range(2):
         rows = [i for i, scene in enumerate(scenes) if len(scene.shapes) > layer]
         if not rows:
@@ -97,17 +97,17 @@ def render_batch(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
         kind, size, place = (torch.tensor(index) for index in zip(*keys, strict=True))
         alpha = _coverage_table()[kind, size, place].unsqueeze(1)
         colours = torch.tensor([_colour(s.colour) for s in shapes])[:, :, None, None]
-        pictures[rows] = pictures[rows] * (1 - alpha) + colours * alpha
+        images[rows] = images[rows] * (1 - alpha) + colours * alpha
         covered[rows] = torch.maximum(covered[rows], alpha)
-    return pictures, covered
+    return images, covered
 
 
-def to_image(picture: torch.Tensor) -> Image.Image:
-    """A picture float [3, H, W] in [0, 1] as an 8-bit RGB image."""
-    pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+def to_image(image: torch.Tensor) -> Image.Image:
+    """An image float [3, H, W] in [0, 1] as an 8-bit RGB image."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(pixels.numpy(), "RGB")
 
 
 def render(scene: Scene) -> Image.Image:
-    """One scene as an RGB image of PICTURE_SIZE pixels per side."""
+    """One scene as an RGB image of IMAGE_SIZE pixels per side."""
     return to_image(render_batch([scene])[0][0])

@@ -1,4 +1,4 @@
-"""Scenes of flat shapes: what a picture may hold, what is held out, and random scenes."""
+"""Scenes of flat shapes: what an image may hold, what is held out, and random scenes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLACES = (
     "bottom right",
 )
 
-PICTURE_SIZE = 64  # pixels per side
+IMAGE_SIZE = 64  # pixels per side
 HALF_EXTENT = {"small": 7.0, "large": 11.0}  # pixels
 GRID_CENTRES = (12.5, 32.0, 51.5)  # pixels, of the three columns and rows
 SAME_COLOUR_GAP = 4.0  # pixels two shapes of one colour must stay apart, so that they never merge

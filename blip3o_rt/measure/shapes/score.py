@@ -17,9 +17,9 @@ from blip3o_rt.errors import GenerationError, ParameterError
 from blip3o_rt.measure.shapes.codes import TOKENS_PER_IMAGE, USED_CODES, describe_codes
 from blip3o_rt.measure.shapes.edits import EDIT_KINDS
 from blip3o_rt.measure.shapes.foreign_judge import judge_foreign_edit
-from blip3o_rt.measure.shapes.judge import Verdict, judge, judge_edit, read_picture
+from blip3o_rt.measure.shapes.judge import Verdict, judge, judge_edit, read_image
 from blip3o_rt.measure.shapes.render import render
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE
 from blip3o_rt.measure.shapes.tasks import CATEGORIES, FOREIGN, FOREIGN_EDIT, Task
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ NOTHING = Verdict(*[False] * len(dataclasses.fields(Verdict)))
 
 @dataclass(frozen=True)
 class Drawn:
-    """A task, the picture that came of it (None: drawing failed) and what is right about it.
+    """A task, the image that came of it (None: drawing failed) and what is right about it.
 
-    plan_right: whether the image tokens, read as codes, describe the scene, whatever the picture shows.
+    plan_right: whether the image tokens, read as codes, describe the scene, whatever the image shows.
     report: what drawing it took; None where it failed or was not drawn here.
     """
 
     task: Task
-    picture: Image.Image | None
+    image: Image.Image | None
     verdict: Verdict
     plan_right: bool
     seconds: float
@@ -56,13 +56,13 @@ class Drawn:
 
     @property
     def wrong(self) -> list[str]:
-        """The properties of the picture that are wrong."""
+        """The properties of the image that are wrong."""
         return [name for name, right in dataclasses.asdict(self.verdict).items() if not right]
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many of n pictures of a category have a property right; "right" is all properties together."""
+    """How many of n images of a category have a property right; "right" is all properties together."""
 
     category: str
     name: str
@@ -95,12 +95,12 @@ def wilson_interval(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def check_model(pipeline: Pipeline) -> None:
-    """Raise ParameterError for a model that cannot know the shapes: of another picture size or token grid."""
+    """Raise ParameterError for a model that cannot know the shapes: of another image size or token grid."""
     size, tokens = pipeline.config.image_size, pipeline.config.image_tokens
-    if size != PICTURE_SIZE or tokens.tokens_per_image != TOKENS_PER_IMAGE:
+    if size != IMAGE_SIZE or tokens.tokens_per_image != TOKENS_PER_IMAGE:
         raise ParameterError(
-            f"the model draws {size} px pictures of {tokens.tokens_per_image} tokens: accepted is a model of "
-            f"the shapes, {PICTURE_SIZE} px and {TOKENS_PER_IMAGE} tokens"
+            f"the model draws {size} px images of {tokens.tokens_per_image} tokens: accepted is a model of "
+            f"the shapes, {IMAGE_SIZE} px and {TOKENS_PER_IMAGE} tokens"
         )
     if tokens.num_image_tokens < USED_CODES:
         raise ParameterError(
@@ -112,7 +112,7 @@ def check_model(pipeline: Pipeline) -> None:
 def draw_and_judge(pipeline: Pipeline, tasks: Sequence[Task], **options: Any) -> Iterator[Drawn]:
     """Draws every task by itself, with its own seed; options are those of Pipeline.generate.
 
-    A picture whose drawing fails (GenerationError) is wrong in everything.
+    An image whose drawing fails (GenerationError) is wrong in everything.
     """
     for task in tasks:
         begin = time.perf_counter()
@@ -134,21 +134,21 @@ def _draw(pipeline: Pipeline, task: Task, options: dict[str, Any]) -> Result:
     return pipeline.edit(task.prompt, reference, seed=task.seed, **options)
 
 
-def judge_task(task: Task, picture: Image.Image, codes: Sequence[int], seconds: float) -> Drawn:
-    """What is right about a task's picture, and about its plan [tokens] of codes."""
+def judge_task(task: Task, image: Image.Image, codes: Sequence[int], seconds: float) -> Drawn:
+    """What is right about a task's image, and about its plan [tokens] of codes."""
     if task.foreign is not None:
-        verdict = judge_foreign_edit(picture, task.foreign)
+        verdict = judge_foreign_edit(image, task.foreign)
     elif task.edit is not None:
-        verdict = judge_edit(picture, render(task.edit.before), task.edit)
+        verdict = judge_edit(image, render(task.edit.before), task.edit)
     else:
-        verdict = judge(read_picture(picture), task.scene)
-    return Drawn(task, picture, verdict, describe_codes(codes).shows_the_same(task.scene), seconds)
+        verdict = judge(read_image(image), task.scene)
+    return Drawn(task, image, verdict, describe_codes(codes).shows_the_same(task.scene), seconds)
 
 
 def scores(drawn: Sequence[Drawn]) -> list[Score]:
     """Every property by category, by kind of edit and over all of the own world.
 
-    Categories without pictures are left out.
+    Categories without images are left out.
     """
     right: Counter[tuple[str, str]] = Counter()
     seen: Counter[tuple[str, str]] = Counter()
@@ -178,12 +178,12 @@ def edit_category(kind: str, category: str = "edit") -> str:
 
 
 def share_right(drawn: Sequence[Drawn]) -> float:
-    """The share of all pictures that are right in everything; 0 where there are none."""
+    """The share of all images that are right in everything; 0 where there are none."""
     return sum(one.verdict.right for one in drawn) / len(drawn) if drawn else 0.0
 
 
 def table(drawn: Sequence[Drawn]) -> str:
-    """What a person reads: pictures right by category, then each world's by property."""
+    """What a person reads: images right by category, then each world's by property."""
     found = scores(drawn)
     blocks = {
         "category": [_row(score.category, score) for score in found if score.name == "right"],
@@ -193,7 +193,7 @@ def table(drawn: Sequence[Drawn]) -> str:
         ],
     }
     return "\n\n".join(
-        tabulate(rows, [name, "pictures", "right", "95% interval"], disable_numparse=True, colalign=ALIGN)
+        tabulate(rows, [name, "images", "right", "95% interval"], disable_numparse=True, colalign=ALIGN)
         for name, rows in blocks.items()
         if rows
     )
@@ -208,7 +208,7 @@ def _row(name: str, score: Score) -> list[str]:
 
 
 def record(drawn: Sequence[Drawn]) -> dict[str, Any]:
-    """The scores and every picture's verdict, JSON-ready."""
+    """The scores and every image's verdict, JSON-ready."""
     return {
         "scores": [score.to_dict() for score in scores(drawn)],
         "pictures": [
@@ -217,7 +217,7 @@ def record(drawn: Sequence[Drawn]) -> dict[str, Any]:
                 "edit": None if one.task.edit is None else one.task.edit.kind,
                 "prompt": one.task.prompt,
                 "seed": one.task.seed,
-                "failed": one.picture is None,
+                "failed": one.image is None,
                 "seconds": round(one.seconds, 4),
                 **one.properties,
             }

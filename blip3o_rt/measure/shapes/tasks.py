@@ -17,7 +17,7 @@ CATEGORIES = {
     "held out": "one shape in a combination of colour, shape and background that was never trained",
     "single": "one shape in a trained combination",
     "two": "two shapes, any combinations",
-    "edit": "an exact picture and a change of it, every kind of change as often, any combinations",
+    "edit": "an exact image and a change of it, every kind of change as often, any combinations",
 }
 FOREIGN_EDIT = "foreign edit"
 FOREIGN = {FOREIGN_EDIT: "an image that somebody else drew and a change of it, judged by hue and outline"}
@@ -25,7 +25,7 @@ FOREIGN = {FOREIGN_EDIT: "an image that somebody else drew and a change of it, j
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to draw: what is asked for, the seed to draw it with, and the scene it should show.
+    """One image to draw: what is asked for, the seed to draw it with, and the scene it should show.
 
     An edit also has the scene before; one of somebody else's image has that image.
     """

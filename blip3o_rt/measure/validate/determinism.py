@@ -61,10 +61,10 @@ def _text_lines(pipeline: Pipeline, eager: Pipeline | None, dtype: str, steps: i
 def _edit_lines(
     pipeline: Pipeline, eager: Pipeline | None, subject: Subject, dtype: str, steps: int
 ) -> Iterator[Line]:
-    first, second = (pipeline.edit(INSTRUCTION, subject.picture, seed=SEED, steps=steps) for _ in range(2))
+    first, second = (pipeline.edit(INSTRUCTION, subject.image, seed=SEED, steps=steps) for _ in range(2))
     yield _line("edit: the same seed twice", dtype, first, 0, second, 0)
     if eager is not None:
-        run = eager.edit(INSTRUCTION, subject.picture, seed=SEED, steps=steps)
+        run = eager.edit(INSTRUCTION, subject.image, seed=SEED, steps=steps)
         yield _line("edit: replayed as graphs and run without", dtype, first, 0, run, 0)
 
 

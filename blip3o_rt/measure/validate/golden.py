@@ -29,8 +29,8 @@ from blip3o_rt.images import load_reference, tower_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import equal_line, tensor_line
+from blip3o_rt.measure.validate.images import Compared, image_lines
 from blip3o_rt.measure.validate.line import Line
-from blip3o_rt.measure.validate.pictures import Compared, picture_lines
 from blip3o_rt.params import DiffusionParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Plan
@@ -59,14 +59,14 @@ class Recording:
         missing = [name for name in REQUIRED if name not in self.tensors]
         if missing:
             raise CheckpointError(f"{folder / 'golden.safetensors'} has no {', '.join(missing)}")
-        self.picture = folder / "input.png" if (folder / "input.png").is_file() else None
+        self.image = folder / "input.png" if (folder / "input.png").is_file() else None
 
     @property
     def prompt(self) -> str:
         """The words of the recorded prompt. Raises CheckpointError where it is not worded as published."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.checkpoint, local_files_only=True)
         text = str(tokenizer.decode(self.tensors["prompt_ids"][0]))
-        found = re.search(PROMPTS[self.picture is not None], text, re.DOTALL)
+        found = re.search(PROMPTS[self.image is not None], text, re.DOTALL)
         if found is None:
             raise CheckpointError(f"{self.folder}: the recorded prompt is not worded as published: {text!r}")
         return found[1]
@@ -87,20 +87,20 @@ def golden_lines(recording: Recording, device: torch.device, compared: Compared)
     pipeline.warm_up()
     prompt, tokens = recording.prompt, recording.tokens
     if _is_greedy(recording, checkpoint):
-        plan = pipeline.plan(prompt, image=recording.picture, top_k=1)
+        plan = pipeline.plan(prompt, image=recording.image, top_k=1)
         yield equal_line("golden", "greedy tokens", "fp32", plan.token_ids, tokens, why="the likeliest token")
         yield _line("hidden states, token by token", plan.hidden_states, recording.tensors["hidden"])
     else:
         yield "golden: the recorded tokens were sampled, so they are replayed"
-    plan = pipeline.plan(prompt, image=recording.picture, token_ids=tokens)
+    plan = pipeline.plan(prompt, image=recording.image, token_ids=tokens)
     expected_ids = recording.tensors["prompt_ids"]
     yield equal_line("golden", "prompt ids", "fp32", plan.prompt_ids, expected_ids, why="the same tokenizer")
     yield _line("hidden states, replayed", plan.hidden_states, recording.tensors["hidden"])
     with exact_arithmetic(device):
-        if recording.picture is not None:
+        if recording.image is not None:
             yield from _reference_lines(recording, checkpoint, plan)
         yield from _prediction_lines(recording, checkpoint)
-    yield from _picture_lines(recording, checkpoint, pipeline, plan, compared)
+    yield from _image_lines(recording, checkpoint, pipeline, plan, compared)
 
 
 def _line(name: str, found: Tensor, expected: Tensor) -> Line:
@@ -122,9 +122,9 @@ def _reference_lines(recording: Recording, checkpoint: Checkpoint, plan: Plan) -
     for found, name in zip(plan.reference_latents, ("ref_latents",), strict=False):
         if name in tensors:
             yield _line("reference latent", found, tensors[name])
-    if config is None or recording.picture is None or "siglip_pixels" not in tensors:
+    if config is None or recording.image is None or "siglip_pixels" not in tensors:
         return
-    pixels = tower_pixels(load_reference(recording.picture), config.image_size)
+    pixels = tower_pixels(load_reference(recording.image), config.image_size)
     yield _line("image to pixels", pixels, tensors["siglip_pixels"])
     features, codes = ImageTokenizer(config, checkpoint.weights["ta_tok"]).encode(tensors["siglip_pixels"])
     yield _line("TA-Tok features", features, tensors["und_feats"])
@@ -164,7 +164,7 @@ def _last_input(tensors: Mapping[str, Tensor], delta_sigma: float) -> Tensor:
     return torch.cat([latent, tensors["ref_latents"]], dim=3) if beside else latent
 
 
-def _picture_lines(
+def _image_lines(
     recording: Recording, checkpoint: Checkpoint, pipeline: Pipeline, plan: Plan, compared: Compared
 ) -> Iterator[Line]:
     """The final latent from the recorded noise, and the image."""
@@ -178,4 +178,4 @@ def _picture_lines(
     with Image.open(recording.folder / "golden.png") as image:
         expected = np.asarray(image.convert("RGB"))
     likeness = compared(f"golden {recording.folder.name}", levels(pixels), expected)
-    yield from picture_lines("golden", "image", "fp32", likeness, None)
+    yield from image_lines("golden", "image", "fp32", likeness, None)

@@ -128,7 +128,7 @@ class _Run:
         self._subject: Any = None
         images: list[dict[str, Any]] = []
         if folder is not None:
-            from blip3o_rt.measure.validate.pictures import PictureFiles
+            from blip3o_rt.measure.validate.images import ImageFiles
             from blip3o_rt.measure.validate.subject import Subject
 
             self._subject = Subject(
@@ -140,7 +140,7 @@ class _Run:
                 diffusion=options.diffusion,
                 ta_tok=options.ta_tok,
             )
-            self._compared = PictureFiles(out)
+            self._compared = ImageFiles(out)
             images = self._compared.entries
         model = {
             "size": options.model_name,
@@ -203,8 +203,8 @@ class _Run:
 
         subject, dtypes = self._subject, self._options.dtypes
         if group in ("vae", "pipeline"):
-            pictured = {"vae": vae_lines, "pipeline": pipeline_lines}[group]
-            yield from pictured(subject, dtypes, self._compared)
+            with_images = {"vae": vae_lines, "pipeline": pipeline_lines}[group]
+            yield from with_images(subject, dtypes, self._compared)
         else:
             plain: dict[str, Callable[..., Iterator[Line | str]]] = {
                 "ar": ar_lines,

@@ -94,20 +94,20 @@ class Subject:
         return self.config.dit.in_channels == 2 * self.config.vae.latent_channels
 
     @cached_property
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         """An image to edit, not square: shapes with straight, slanted and round edges over a gradient."""
         side = self.config.image_size
         width, height = side + side // 4, side
         ramp = Image.linear_gradient("L").resize((width, height))
-        picture = Image.merge("RGB", (ramp, ramp.rotate(180), Image.new("L", (width, height), 160)))
-        draw = ImageDraw.Draw(picture)
+        image = Image.merge("RGB", (ramp, ramp.rotate(180), Image.new("L", (width, height), 160)))
+        draw = ImageDraw.Draw(image)
         draw.ellipse((width * 0.2, height * 0.25, width * 0.5, height * 0.7), fill=(220, 40, 30))
         draw.rectangle((width * 0.6, height * 0.1, width * 0.85, height * 0.4), fill=(250, 220, 40))
         draw.polygon(
             [(width * 0.65, height * 0.9), (width * 0.9, height * 0.9), (width * 0.75, height * 0.55)],
             fill=(30, 160, 70),
         )
-        return picture
+        return image
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -138,7 +138,7 @@ class Subject:
     def reference_latent(self) -> Tensor:
         """The latent [1, C, h, w] of `image`, by the published model in float32."""
         model = self.published("fp32")
-        return model.encode(model.vae_pixels(self.picture)).clone()
+        return model.encode(model.vae_pixels(self.image)).clone()
 
     def references(self) -> list[Reference]:
         """The reference image as the DiT of an edit sees it."""

@@ -21,7 +21,7 @@ def tatok_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]
         yield "tatok: the checkpoint has no image tokenizer"
         return
     model = subject.published("fp32")
-    pixels = model.tower_pixels(subject.picture)
+    pixels = model.tower_pixels(subject.image)
     exact = model.features(pixels)
     scores = model.code_scores(exact)
     del model
@@ -30,7 +30,7 @@ def tatok_lines(subject: Subject, dtypes: Sequence[str]) -> Iterator[Line | str]
         "tatok",
         "image to pixels",
         "fp32",
-        tower_pixels(subject.picture, subject.config.ta_tok.image_size),
+        tower_pixels(subject.image, subject.config.ta_tok.image_size),
         pixels,
         None,
     )

@@ -11,8 +11,8 @@ from blip3o_rt.images import reference_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import tensor_line
+from blip3o_rt.measure.validate.images import Compared, Likeness, image_lines
 from blip3o_rt.measure.validate.line import Line
-from blip3o_rt.measure.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.measure.validate.subject import Subject
 from blip3o_rt.vae.model import Autoencoder
 
@@ -41,19 +41,19 @@ def vae_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) -> It
         expected = levels(exact.decoded)
         likeness = compared(f"vae decode {dtype}", levels(found.decoded), expected)
         known = Likeness.of(levels(rounded.decoded), expected) if rounded else None
-        yield from picture_lines("vae", "decode", dtype, likeness, known)
+        yield from image_lines("vae", "decode", dtype, likeness, known)
 
 
 def _published(subject: Subject, dtype: str) -> Coded:
     model = subject.published(dtype)
-    pixels = model.vae_pixels(subject.picture)
+    pixels = model.vae_pixels(subject.image)
     return Coded(pixels, model.encode(pixels), model.decode(subject.reference_latent))
 
 
 def _ours(subject: Subject, dtype: str) -> Coded:
     checkpoint = subject.ours(dtype, "vae")
     autoencoder = Autoencoder(checkpoint.config.vae, checkpoint.weights["vae"])
-    pixels = reference_pixels(subject.picture, checkpoint.config.image_size)
+    pixels = reference_pixels(subject.image, checkpoint.config.image_size)
     with exact_arithmetic(subject.device):
         latent = autoencoder.encode(pixels)
         return Coded(pixels, latent, autoencoder.decode(subject.reference_latent))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import PIPELINE_RATIO, tensor_line
+from blip3o_rt.measure.validate.images import Compared, Likeness, image_lines
 from blip3o_rt.measure.validate.line import Line
-from blip3o_rt.measure.validate.pictures import Compared, Likeness, picture_lines
 from blip3o_rt.measure.validate.subject import INSTRUCTION, PROMPT, SEED, Subject
 from blip3o_rt.ops.random import normal_noise
 from blip3o_rt.params import DiffusionParams
@@ -51,7 +51,7 @@ def pipeline_lines(subject: Subject, dtypes: Sequence[str], compared: Compared) 
             expected = levels(exact)
             likeness = compared(f"pipeline {mode} {dtype}", levels(found.pixels), expected)
             known = None if rounded is None else Likeness.of(levels(rounded), expected)
-            yield from picture_lines("pipeline", mode, dtype, likeness, known, ratio=PIPELINE_RATIO)
+            yield from image_lines("pipeline", mode, dtype, likeness, known, ratio=PIPELINE_RATIO)
 
 
 def _modes(subject: Subject) -> list[str]:
@@ -74,8 +74,8 @@ def _ours(subject: Subject, dtype: str, mode: str) -> Drawn:
     large = subject.scope.large
     pipeline = Pipeline(subject.ours(dtype, whole=large), max_batch=1)
     tokens = _random_tokens(subject) if large else None
-    picture = subject.picture if mode == "edit" else None
-    plan = pipeline.plan(TEXTS[mode], image=picture, top_k=1, token_ids=tokens)
+    image = subject.image if mode == "edit" else None
+    plan = pipeline.plan(TEXTS[mode], image=image, top_k=1, token_ids=tokens)
     pixels = pipeline.render(
         plan, noise=_noise(subject), steps=_steps(subject), guidance=GUIDANCE, output="tensor"
     )
@@ -100,7 +100,7 @@ def _published(subject: Subject, dtype: str, mode: str, drawn: Drawn) -> Tensor:
     change all that follows. They are compared for themselves.
     """
     model = subject.published(dtype, whole=subject.scope.large)
-    references = [model.reference(subject.picture)] if mode == "edit" else []
+    references = [model.reference(subject.image)] if mode == "edit" else []
     if references and not subject.config.edit.use_tar_siglip_features:
         prompt = model.embed(drawn.prompt_ids)
     else:

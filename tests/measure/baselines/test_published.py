@@ -31,7 +31,7 @@ class Golden(NamedTuple):
     prompt: Prompt
     condition: Tensor
     expected: dict[str, Tensor]
-    picture: np.ndarray
+    image: np.ndarray
 
     @property
     def tokens(self) -> Tensor:
@@ -43,15 +43,15 @@ def golden(request: pytest.FixtureRequest, reference_dir: Path) -> Golden:
     folder = reference_dir / request.param
     model = PublishedModel(folder / "checkpoint")
     expected = load_file(folder / "golden.safetensors")
-    picture = folder / "input.png"
-    references = [model.reference(Image.open(picture).convert("RGB"))] if picture.exists() else []
+    image = folder / "input.png"
+    references = [model.reference(Image.open(image).convert("RGB"))] if image.exists() else []
     return Golden(
         model=model,
         references=references,
         prompt=model.prompt(PROMPTS[request.param], references),
         condition=model.condition(expected["hidden"], references),
         expected=expected,
-        picture=np.asarray(Image.open(folder / "golden.png")).astype(int),
+        image=np.asarray(Image.open(folder / "golden.png")).astype(int),
     )
 
 
@@ -105,8 +105,8 @@ def test_last_step(golden: Golden) -> None:
     assert relative_l2(found, expected["last_noise_pred"]) < BOUND
 
 
-def test_picture(golden: Golden) -> None:
+def test_image(golden: Golden) -> None:
     """Within one gray level everywhere, and equal on 99.9% of the values."""
-    difference = np.abs(levels(golden.model.decode(golden.expected["latents"])).astype(int) - golden.picture)
+    difference = np.abs(levels(golden.model.decode(golden.expected["latents"])).astype(int) - golden.image)
     assert difference.max() <= 1
     assert (difference == 0).mean() >= 0.999

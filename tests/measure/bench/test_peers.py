@@ -146,7 +146,7 @@ def test_image_tokenizer(checkpoint: Checkpoint) -> None:
     assert torch.equal(codes, expected_codes)
 
 
-def test_pictures_end_to_end(checkpoint: Checkpoint) -> None:
+def test_images_end_to_end(checkpoint: Checkpoint) -> None:
     """Both draw tokens of their own, so the images differ; ours keeps the time outside its stages."""
     stage = stages.ImageStage(checkpoint, max_batch=2, steps=2)
     assert len(stage.draw(2)) == 2
@@ -158,7 +158,7 @@ def test_pictures_end_to_end(checkpoint: Checkpoint) -> None:
     assert bool(((pixels >= 0) & (pixels <= 1)).all())
 
 
-def test_the_half_way_context_holds_half_a_picture(checkpoint: Checkpoint) -> None:
+def test_the_half_way_context_holds_half_an_image(checkpoint: Checkpoint) -> None:
     stage = stages.ArStage(checkpoint, max_batch=1)
     tokens = checkpoint.config.image_tokens
     assert len(stage.context) == len(stage.prompt_ids) + tokens.tokens_per_image // 2

@@ -113,7 +113,7 @@ def test_record_of_all_stages(execute: Callable[..., BenchRecord], tmp_path: Pat
         assert name in text
 
 
-def test_batches_are_of_tokens_and_pictures(execute: Callable[..., BenchRecord]) -> None:
+def test_batches_are_of_tokens_and_images(execute: Callable[..., BenchRecord]) -> None:
     record = execute(settings("ar.token", "connector", "image", batches=(1, 3), runs=1))
     assert {(line.name, line.batch, line.per) for line in record.lines} == {
         ("ar.token", 1, 1),

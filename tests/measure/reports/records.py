@@ -174,7 +174,7 @@ def validate_record(folder: Path) -> dict[str, Any]:
         check("ops", "silu_mul", "worst error", 2.5e-2, 3.9e-3, implementation="cpu", shape="3 x 64"),
         check("ar", "hidden states", "relative L2", 4.0e-3, 6.6e-3, reference_error=4.4e-3),
         check("dit", "noise prediction, step 0", "relative L2", 9.1e-3, 1.2e-2, reference_error=8.0e-3),
-        check("pipeline", "picture", "PSNR dB", 44.2, 38.0),
+        check("pipeline", "image", "PSNR dB", 44.2, 38.0),
         check("determinism", "two runs", "different values", 0.0, 0.0),
     ]
     images = {name: f"red-{name}.png" for name in ("ours", "reference", "difference")}

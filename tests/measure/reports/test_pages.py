@@ -197,11 +197,11 @@ def test_a_validate_page_names_what_failed(tmp_path: Path) -> None:
     assert page.row("silu_mul")[-2:] == ["FAILED", "One rounding."]
     hidden = page.row("hidden states")
     assert hidden[3:7] == ["0.00400", "≤ 0.00660", "0.00440", "passed"]
-    assert page.row("picture")[3:6] == ["44.2", "≥ 38.0", "passed"]
+    assert page.row("image")[3:6] == ["44.2", "≥ 38.0", "passed"]
     assert json.loads(page.script) == record
 
 
-def test_pictures_are_inside_the_page(tmp_path: Path) -> None:
+def test_images_are_inside_the_page(tmp_path: Path) -> None:
     record = validate_record(tmp_path)
     page = validate_page(record, tmp_path)
     embedded = [base64.b64decode((image["src"] or "").partition("base64,")[2]) for image in page.images]

@@ -57,7 +57,7 @@ class StandIn:
 
 
 class Result(list[Image.Image]):
-    """Pictures with their plans, as the pipeline returns them."""
+    """Images with their plans, as the pipeline returns them."""
 
     report = None
 

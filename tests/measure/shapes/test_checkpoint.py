@@ -1,7 +1,7 @@
 """The trained model of the shapes through transformers and diffusers alone, and through the runtime.
 
-In float32, text-to-image and an edit: the same prompt ids and greedy tokens, and the same picture. The PSNR
-asked for is 45 dB; a picture whose every value is off by one grey level has 48 dB.
+In float32, text-to-image and an edit: the same prompt ids and greedy tokens, and the same image. The PSNR
+asked for is 45 dB; an image whose every value is off by one grey level has 48 dB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.baselines.published import PublishedModel, Reference, levels
 from blip3o_rt.measure.shapes.render import render
-from blip3o_rt.measure.shapes.scene import PICTURE_SIZE, Scene, Shape
+from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Plan
 
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
     """One request, run by the runtime (its greedy plan) and ready to be run the published way."""
 
     prompt: str
-    picture: Image.Image | None
+    image: Image.Image | None
     references: list[Reference]
     plan: Plan
     pipeline: Pipeline
@@ -75,10 +75,10 @@ class Comparison(NamedTuple):
 @pytest.fixture(scope="module", params=REQUESTS)
 def run(request: pytest.FixtureRequest, pipeline: Pipeline, published: PublishedModel) -> Comparison:
     prompt, before = REQUESTS[request.param]
-    picture = None if before is None else render(before)
-    references = [] if picture is None else [published.reference(picture)]
-    plan = pipeline.plan(prompt, image=picture, top_k=1)
-    return Comparison(prompt, picture, references, plan, pipeline, published)
+    image = None if before is None else render(before)
+    references = [] if image is None else [published.reference(image)]
+    plan = pipeline.plan(prompt, image=image, top_k=1)
+    return Comparison(prompt, image, references, plan, pipeline, published)
 
 
 def test_greedy_tokens(run: Comparison) -> None:
@@ -90,7 +90,7 @@ def test_hidden_states(run: Comparison) -> None:
     assert relative_l2(run.plan.hidden_states, run.published_hidden()) < BOUND
 
 
-def test_picture_of_thirty_steps(run: Comparison) -> None:
+def test_image_of_thirty_steps(run: Comparison) -> None:
     shape = (1, run.published.latent_channels, run.published.latent_size, run.published.latent_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     condition = run.published.condition(run.published_hidden(), run.references)
@@ -105,7 +105,7 @@ def test_both_ways_of_editing_are_on(pipeline: Pipeline) -> None:
     assert pipeline.config.edit.use_und_image_vae
     assert pipeline.config.edit.use_und_image_vae_as_noise
     assert pipeline.config.ta_tok is not None
-    assert pipeline.config.image_size == PICTURE_SIZE
+    assert pipeline.config.image_size == IMAGE_SIZE
 
 
 def test_it_is_small_enough_to_ship(shapes_checkpoint: Path) -> None:

@@ -107,20 +107,20 @@ def test_tasks_are_what_their_categories_say() -> None:
             assert task.prompt == task.edit.instruction
 
 
-def test_the_right_pictures_score_all(right: list[Drawn]) -> None:
+def test_the_right_images_score_all(right: list[Drawn]) -> None:
     assert share_right(right) == 1.0
     assert all(score.right == score.n for score in scores(right))
 
 
-def test_other_pictures_score_nothing(wrong: list[Drawn]) -> None:
+def test_other_images_score_nothing(wrong: list[Drawn]) -> None:
     assert share_right(wrong) == 0.0
     assert share_right([]) == 0.0
     by_name = {(score.category, score.name): score.right for score in scores(wrong)}
     assert by_name["all", "right"] == by_name["all", "plan"] == 0
 
 
-def test_pictures_of_other_tasks_score_next_to_nothing(tasks: list[Task]) -> None:
-    """Every category's pictures handed to its next task: a chance hit is possible, two would be a bug."""
+def test_images_of_other_tasks_score_next_to_nothing(tasks: list[Task]) -> None:
+    """Every category's images handed to its next task: a chance hit is possible, two would be a bug."""
     following = {a.seed: b.scene for a, b in zip(tasks, [*tasks[4:], *tasks[:4]], strict=True)}
     shuffled = draw_and_judge(StandIn(tasks, lambda task: following[task.seed]), tasks)
     assert sum(one.verdict.right for one in shuffled) <= 1
@@ -167,7 +167,7 @@ def test_counting_by_category_and_property(tasks: list[Task]) -> None:
     assert "colour 48 75.0% 61.2 to 85.1%" in printed
 
 
-def test_a_picture_that_fails_is_wrong_and_shown_so(tasks: list[Task]) -> None:
+def test_an_image_that_fails_is_wrong_and_shown_so(tasks: list[Task]) -> None:
     class Failing(StandIn):
         def generate(self, prompt: str, *, seed: int, **options: object) -> list:
             if seed == tasks[0].seed:
@@ -176,7 +176,7 @@ def test_a_picture_that_fails_is_wrong_and_shown_so(tasks: list[Task]) -> None:
 
     drawn = list(draw_and_judge(Failing(tasks, what_is_asked), tasks[:4]))
     assert [one.verdict.right for one in drawn] == [False, True, True, True]
-    assert drawn[0].picture is None
+    assert drawn[0].image is None
     assert not any(drawn[0].properties.values())
     assert frames(sheets.contact_sheet(drawn)) == 1
 
@@ -188,7 +188,7 @@ def test_models_of_something_else_are_refused(tasks: list[Task]) -> None:
     with pytest.raises(ParameterError, match=r"100 image tokens: accepted is .* at least 105"):
         check_model(model)
     model.config.image_size = 1024
-    with pytest.raises(ParameterError, match="draws 1024 px pictures of 64 tokens: accepted is a model of"):
+    with pytest.raises(ParameterError, match="draws 1024 px images of 64 tokens: accepted is a model of"):
         check_model(model)
 
 
@@ -207,19 +207,19 @@ def test_contact_sheet_frames_what_is_wrong_and_only_that(right: list[Drawn], wr
     assert frames(sheets.contact_sheet(mixed)) == len(wrong) - 20
 
 
-def test_contact_sheet_shows_every_picture(right: list[Drawn]) -> None:
-    """Each picture at twice its size, an edit's beside the one before; text stands between them."""
+def test_contact_sheet_shows_every_image(right: list[Drawn]) -> None:
+    """Each image at twice its size, an edit's beside the one before; text stands between them."""
     sheet = sheets.contact_sheet(right)
     pixels = np.asarray(sheet)
     shown = np.lib.stride_tricks.sliding_window_view(pixels, (sheets.SIDE, sheets.SIDE), axis=(0, 1))
     for one in right[:4]:
-        pictures = [one.picture] if one.task.edit is None else [render(one.task.edit.before), one.picture]
-        for picture in pictures:
-            large = np.asarray(picture.resize((sheets.SIDE, sheets.SIDE), 0)).transpose(2, 0, 1)
+        images = [one.image] if one.task.edit is None else [render(one.task.edit.before), one.image]
+        for image in images:
+            large = np.asarray(image.resize((sheets.SIDE, sheets.SIDE), 0)).transpose(2, 0, 1)
             corners = (pixels[: shown.shape[0], : shown.shape[1]] == large[:, 0, 0]).all(-1)
             assert any((shown[y, x] == large).all() for y, x in np.argwhere(corners)), one.task
     assert sheet.width < 1500
 
 
-def test_contact_sheet_of_one_picture(right: list[Drawn]) -> None:
+def test_contact_sheet_of_one_image(right: list[Drawn]) -> None:
     assert sheets.contact_sheet(right[:1]).width < 400

@@ -12,17 +12,17 @@ from PIL import Image, ImageFilter
 from blip3o_rt.measure.shapes import captions, codes, edits, judge, render, scene
 from blip3o_rt.measure.shapes.scene import HELD_OUT, PLACES, Scene, Shape
 
-PICTURES = 120
+IMAGES = 120
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = random.Random(2)
-    return [scene.random_scene(rng) for _ in range(PICTURES)]
+    return [scene.random_scene(rng) for _ in range(IMAGES)]
 
 
 def test_scorer_reads_every_exact_render(scenes: list[Scene]) -> None:
-    verdicts = [judge.judge(judge.read_picture(render.render(s)), s) for s in scenes]
+    verdicts = [judge.judge(judge.read_image(render.render(s)), s) for s in scenes]
     assert all(verdict.right for verdict in verdicts)
 
 
@@ -32,18 +32,18 @@ def test_scorer_reads_every_kind_size_and_place() -> None:
             for size in scene.SIZES:
                 colour = scene.COLOURS[index % len(scene.COLOURS)]
                 drawn = Scene("gray", (Shape(colour, kind, size, place),))
-                seen = judge.read_picture(render.render(drawn))
+                seen = judge.read_image(render.render(drawn))
                 assert judge.judge(seen, drawn).right, (drawn, seen)
 
 
 def test_scorer_rejects_shuffled_pairs() -> None:
     rng = random.Random(3)
-    drawn = [scene.random_scene(rng, shapes=rng.choice((1, 2))) for _ in range(PICTURES)]
+    drawn = [scene.random_scene(rng, shapes=rng.choice((1, 2))) for _ in range(IMAGES)]
     right = [
-        judge.judge(judge.read_picture(render.render(shown)), asked).right
+        judge.judge(judge.read_image(render.render(shown)), asked).right
         for shown, asked in zip(drawn, [*drawn[1:], drawn[0]], strict=True)
     ]
-    assert sum(right) <= 0.02 * PICTURES
+    assert sum(right) <= 0.02 * IMAGES
 
 
 @pytest.mark.parametrize("name", ["colour", "kind", "size", "place"])
@@ -51,9 +51,7 @@ def test_one_wrong_property_is_the_one_reported(name: str) -> None:
     asked = Shape("red", "circle", "large", "left")
     wrong = {"colour": "blue", "kind": "square", "size": "small", "place": "top"}
     shown = Shape(**{**vars(asked), name: wrong[name]})
-    verdict = judge.judge(
-        judge.read_picture(render.render(Scene("white", (shown,)))), Scene("white", (asked,))
-    )
+    verdict = judge.judge(judge.read_image(render.render(Scene("white", (shown,)))), Scene("white", (asked,)))
     assert not verdict.right
     assert [key for key, good in vars(verdict).items() if not good] == [name]
 
@@ -61,9 +59,9 @@ def test_one_wrong_property_is_the_one_reported(name: str) -> None:
 def test_scorer_counts_shapes_and_names_the_background() -> None:
     one = Scene("yellow", (Shape("red", "star", "large", "centre"),))
     two = Scene("yellow", (*one.shapes, Shape("blue", "ring", "small", "top left")))
-    assert not judge.judge(judge.read_picture(render.render(two)), one).count
-    assert not judge.judge(judge.read_picture(render.render(one)), two).right
-    assert not judge.judge(judge.read_picture(render.render(one)), Scene("gray", one.shapes)).background
+    assert not judge.judge(judge.read_image(render.render(two)), one).count
+    assert not judge.judge(judge.read_image(render.render(one)), two).right
+    assert not judge.judge(judge.read_image(render.render(one)), Scene("gray", one.shapes)).background
 
 
 def test_scorer_forgives_blur_and_noise(scenes: list[Scene]) -> None:
@@ -75,25 +73,25 @@ def test_scorer_forgives_blur_and_noise(scenes: list[Scene]) -> None:
         pixels = np.asarray(blurred).astype(np.int16) + noise.normal(0, 3, (64, 64, 3)).round().astype(
             np.int16
         )
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
-        right += judge.judge(judge.read_picture(picture), drawn).right
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
+        right += judge.judge(judge.read_image(image), drawn).right
     assert right >= 0.95 * len(scenes)
 
 
-def test_scorer_refuses_a_picture_of_another_size() -> None:
+def test_scorer_refuses_an_image_of_another_size() -> None:
     with pytest.raises(ValueError, match="accepted is 64 x 64"):
-        judge.read_picture(Image.new("RGB", (32, 32)))
+        judge.read_image(Image.new("RGB", (32, 32)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_scorer_reads_any_picture(seed: int) -> None:
+def test_scorer_reads_any_image(seed: int) -> None:
     """Noise, coarse blotches and faint smudges are no scene, and no reason to fail."""
     rng = np.random.default_rng(seed)
     blotches = Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8), "RGB")
     smudges = 128 + rng.normal(0, 40, (64, 64, 3)) * (rng.random((64, 64, 1)) < 0.1)
     asked = Scene("gray", (Shape("red", "circle", "large", "left"),))
-    for picture in (blotches.resize((64, 64)), Image.fromarray(smudges.clip(0, 255).astype(np.uint8), "RGB")):
-        assert not judge.judge(judge.read_picture(picture), asked).right
+    for image in (blotches.resize((64, 64)), Image.fromarray(smudges.clip(0, 255).astype(np.uint8), "RGB")):
+        assert not judge.judge(judge.read_image(image), asked).right
 
 
 def test_edits_are_judged_by_the_scene_after_and_by_untouched_pixels() -> None:
@@ -107,7 +105,7 @@ def test_edits_are_judged_by_the_scene_after_and_by_untouched_pixels() -> None:
     shown = Scene("white", (Shape("red", "circle", "large", "left"),))
     keep = edits.Edit("keep", "keep the image unchanged", shown, shown)
     tinted = Image.blend(render.render(shown), Image.new("RGB", (64, 64), (128, 128, 128)), 0.15)
-    assert judge.judge(judge.read_picture(tinted), shown).right
+    assert judge.judge(judge.read_image(tinted), shown).right
     assert not judge.judge_edit(tinted, render.render(shown), keep).unchanged
 
 
@@ -160,9 +158,9 @@ def test_codes_tell_the_scene(scenes: list[Scene]) -> None:
 
 def test_render_paints_shapes_over_the_background() -> None:
     drawn = Scene("white", (Shape("red", "square", "large", "top left"),))
-    pictures, covered = render.render_batch([drawn])
+    images, covered = render.render_batch([drawn])
     red, white = (torch.tensor(scene.PALETTE[name]) / 255 for name in ("red", "white"))
-    torch.testing.assert_close(pictures[0, :, 12, 12], red)  # inside
-    torch.testing.assert_close(pictures[0, :, 40, 40], white)  # outside
+    torch.testing.assert_close(images[0, :, 12, 12], red)  # inside
+    torch.testing.assert_close(images[0, :, 40, 40], white)  # outside
     area = float(covered.sum())
     assert area == pytest.approx((2 * 11 * render.SQUARE_HALF_SIDE) ** 2, rel=0.02)  # analytic area

@@ -14,8 +14,8 @@ from PIL import Image
 from blip3o_rt.measure.validate.bounds import BF16_RATIO, FP32_BOUND, equal_line, tensor_line
 from blip3o_rt.measure.validate.choices import choice_line
 from blip3o_rt.measure.validate.dit import _latents_line
+from blip3o_rt.measure.validate.images import AMPLIFIED, ImageFiles, Likeness, image_lines
 from blip3o_rt.measure.validate.line import at_least, at_most
-from blip3o_rt.measure.validate.pictures import AMPLIFIED, Likeness, PictureFiles, picture_lines
 from blip3o_rt.measure.validate.table import figure, row
 
 EXACT = torch.full((4, 5), 2.0)
@@ -87,57 +87,57 @@ def test_choices_out_of_range_fail() -> None:
 
 
 def test_likeness_by_hand() -> None:
-    picture = np.random.default_rng(0).integers(0, 250, (32, 32, 3), dtype=np.uint8)
-    same = Likeness.of(picture, picture)
+    image = np.random.default_rng(0).integers(0, 250, (32, 32, 3), dtype=np.uint8)
+    same = Likeness.of(image, image)
     assert (same.psnr, same.ssim, same.off_by_more) == (math.inf, pytest.approx(1.0), 0.0)
-    one = Likeness.of(picture + 1, picture)
+    one = Likeness.of(image + 1, image)
     assert one.psnr == pytest.approx(20 * math.log10(255))
     assert one.off_by_more == 0
-    assert Likeness.of(picture + 2, picture).off_by_more == 1
-    assert Likeness.of(255 - picture, picture).ssim < 0
+    assert Likeness.of(image + 2, image).off_by_more == 1
+    assert Likeness.of(255 - image, image).ssim < 0
 
 
-def test_one_value_of_an_fp32_picture_off_by_two_fails() -> None:
-    picture = np.full((64, 64, 3), 100, dtype=np.uint8)
-    found = picture.copy()
+def test_one_value_of_an_fp32_image_off_by_two_fails() -> None:
+    image = np.full((64, 64, 3), 100, dtype=np.uint8)
+    found = image.copy()
     found[0, 0, 0] = 102
-    levels = next(picture_lines("vae", "decode", "fp32", Likeness.of(found, picture), None))
+    levels = next(image_lines("vae", "decode", "fp32", Likeness.of(found, image), None))
     assert not levels.passed
 
 
 @pytest.mark.parametrize(("off_by", "passes"), [(0, True), (1, True), (2, False)])
-def test_fp32_pictures_are_within_one_grey_level(off_by: int, passes: bool) -> None:
-    picture = np.random.default_rng(0).integers(0, 250, (32, 32, 3), dtype=np.uint8)
-    found = Likeness.of(picture + np.uint8(off_by), picture)
-    lines = list(picture_lines("vae", "decode", "fp32", found, None))
+def test_fp32_images_are_within_one_grey_level(off_by: int, passes: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 250, (32, 32, 3), dtype=np.uint8)
+    found = Likeness.of(image + np.uint8(off_by), image)
+    lines = list(image_lines("vae", "decode", "fp32", found, None))
     assert [line.measure for line in lines] == ["share off by more than one", "PSNR dB", "SSIM"]
     assert all(line.passed for line in lines) == passes
     for line in lines:
         json.dumps(line.to_dict(), allow_nan=False)
 
 
-def test_bf16_pictures_are_held_to_the_published_one() -> None:
+def test_bf16_images_are_held_to_the_published_one() -> None:
     yardstick = Likeness(psnr=40.0, ssim=0.99, off_by_more=0.5)
     for psnr, ssim, passes in ((38.2, 0.985, [True, True]), (38.0, 0.984, [False, False])):
-        lines = list(picture_lines("vae", "decode", "bf16", Likeness(psnr, ssim, 0.5), yardstick))
+        lines = list(image_lines("vae", "decode", "bf16", Likeness(psnr, ssim, 0.5), yardstick))
         assert [line.passed for line in lines] == passes
         assert [line.reference_error for line in lines] == [40.0, 0.99]
 
 
-def test_picture_files(tmp_path: Path) -> None:
-    files = PictureFiles(tmp_path)
-    picture = np.full((16, 16, 3), 10, dtype=np.uint8)
-    expected = picture.copy()
+def test_image_files(tmp_path: Path) -> None:
+    files = ImageFiles(tmp_path)
+    image = np.full((16, 16, 3), 10, dtype=np.uint8)
+    expected = image.copy()
     expected[0, 0], expected[0, 1] = 13, 255
-    files("vae decode fp32", picture, expected)
+    files("vae decode fp32", image, expected)
     (entry,) = files.entries
     assert set(entry) == {"name", "ours", "reference", "difference", "psnr", "ssim", "amplified"}
     difference = np.asarray(Image.open(tmp_path / entry["difference"]))
     assert difference[0, 0, 0] == 3 * AMPLIFIED
     assert difference[0, 1, 0] == 255
     assert difference[1:].max() == 0
-    assert np.array_equal(np.asarray(Image.open(tmp_path / entry["ours"])), picture)
-    files("equal", picture, picture)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / entry["ours"])), image)
+    files("equal", image, image)
     assert files.entries[1]["psnr"] is None
 
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.validate.golden import Recording, golden_lines
+from blip3o_rt.measure.validate.images import Likeness
 from blip3o_rt.measure.validate.line import Line
-from blip3o_rt.measure.validate.pictures import Likeness
 
 CPU = torch.device("cpu")
 
 
-def no_pictures(*_: object) -> Likeness:
+def no_images(*_: object) -> Likeness:
     raise AssertionError("the lines of the image come after those that are looked at here")
 
 
-def before_the_picture(folder: Path) -> Iterator[Line | str]:
+def before_the_image(folder: Path) -> Iterator[Line | str]:
     """All but the thirty steps, the decoder and the image, which the command's own test runs."""
-    items = golden_lines(Recording(folder), CPU, no_pictures)
+    items = golden_lines(Recording(folder), CPU, no_images)
     last = "prediction, last step"
     yield from takewhile(lambda item: not (isinstance(item, Line) and item.name == last), items)
 
@@ -48,7 +48,7 @@ def test_prompts_are_read_from_the_recording(reference_dir: Path) -> None:
 
 
 def test_edit(reference_dir: Path) -> None:
-    items = list(before_the_picture(reference_dir / "edit"))
+    items = list(before_the_image(reference_dir / "edit"))
     assert items[0] == "golden: the recorded tokens were sampled, so they are replayed"
     lines = [item for item in items if isinstance(item, Line)]
     assert all(line.passed and line.group == "golden" for line in lines)
@@ -71,7 +71,7 @@ def test_what_differs_is_named(reference_dir: Path, tmp_path: Path) -> None:
         tensors["und_tokens"][:3] += 1
         tensors["und_feats"] *= 1.0001
 
-    items = before_the_picture(changed(reference_dir / "edit", tmp_path / "edit", change))
+    items = before_the_image(changed(reference_dir / "edit", tmp_path / "edit", change))
     failed = {item.name: item.found for item in items if isinstance(item, Line) and not item.passed}
     assert set(failed) == {"TA-Tok codes", "TA-Tok features", "prediction, first step"}
     assert failed["TA-Tok codes"] == 3

@@ -16,7 +16,7 @@ from blip3o_rt.measure.validate.golden import Recording, golden_lines
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import Subject
 from blip3o_rt.pipeline.renderer import Renderer
-from tests.measure.validate.test_golden import CPU, no_pictures
+from tests.measure.validate.test_golden import CPU, no_images
 from tests.recorded_graph import RecordedGraphs
 
 R = TypeVar("R")
@@ -54,7 +54,7 @@ def test_tokens(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hidden states, token by token" in failed(ar_lines(subject, ["fp32"]))
 
 
-def test_pictures(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = record(RecordedGraphs(), monkeypatch)
     lines = lines_of(determinism_lines(subject, ["fp32"]))
     assert all(line.passed for line in lines)
@@ -73,7 +73,7 @@ def test_without_graphs_there_is_nothing_to_compare(subject: Subject) -> None:
 def test_a_recording(reference_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = record(RecordedGraphs(), monkeypatch)
     monkeypatch.setattr(Renderer, "capture", lambda *_, **__: None)  # the tokens are enough to see, and quick
-    lines = lines_of(islice(golden_lines(Recording(reference_dir / "t2i"), CPU, no_pictures), 2))
+    lines = lines_of(islice(golden_lines(Recording(reference_dir / "t2i"), CPU, no_images), 2))
     assert [line.name for line in lines] == ["greedy tokens", "hidden states, token by token"]
     assert all(line.passed for line in lines)
     assert graphs.replayed > 0

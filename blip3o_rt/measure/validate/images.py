@@ -31,25 +31,25 @@ class Likeness:
     off_by_more: float
 
     @classmethod
-    def of(cls, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+    def of(cls, image: np.ndarray, expected: np.ndarray) -> Likeness:
         """Of gray levels uint8 [H, W, 3] of the same size."""
-        difference = picture.astype(int) - expected.astype(int)
+        difference = image.astype(int) - expected.astype(int)
         square = float((difference**2).mean())
         return cls(
             psnr=10 * math.log10(255**2 / square) if square else math.inf,
-            ssim=ssim(picture, expected),
+            ssim=ssim(image, expected),
             off_by_more=float((np.abs(difference) > 1).mean()),
         )
 
 
-def ssim(picture: np.ndarray, expected: np.ndarray) -> float:
+def ssim(image: np.ndarray, expected: np.ndarray) -> float:
     """Structural similarity of gray levels uint8 [H, W, 3], as in the paper.
 
     Gaussian windows of standard deviation 1.5 (Wang et al. 2004, doi 10.1109/TIP.2003.819861).
     """
     return float(
         structural_similarity(
-            picture,
+            image,
             expected,
             channel_axis=2,
             data_range=255,
@@ -60,7 +60,7 @@ def ssim(picture: np.ndarray, expected: np.ndarray) -> float:
     )
 
 
-def picture_lines(
+def image_lines(
     group: str,
     name: str,
     dtype: str,
@@ -129,28 +129,28 @@ def _decibels(likeness: Likeness) -> float:
 Compared = Callable[[str, np.ndarray, np.ndarray], Likeness]  # name, our image, the published one
 
 
-class PictureFiles:
+class ImageFiles:
     """Writes compared images into a folder and keeps their entries of the record."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.entries: list[dict[str, Any]] = []
 
-    def __call__(self, name: str, picture: np.ndarray, expected: np.ndarray) -> Likeness:
+    def __call__(self, name: str, image: np.ndarray, expected: np.ndarray) -> Likeness:
         """Write our image, the published one and their difference, amplified, as PNG files.
 
         Gray levels uint8 [H, W, 3]; gives how alike the two are.
         """
         stem = "-".join("".join(c if c.isalnum() else " " for c in name).split())
-        difference = np.abs(picture.astype(int) - expected.astype(int)) * AMPLIFIED
+        difference = np.abs(image.astype(int) - expected.astype(int)) * AMPLIFIED
         files = {
-            "ours": picture,
+            "ours": image,
             "reference": expected,
             "difference": difference.clip(max=255).astype(np.uint8),
         }
         for kind, levels in files.items():
             save_png(Image.fromarray(levels), self._folder / f"{stem}-{kind}.png", {})
-        likeness = Likeness.of(picture, expected)
+        likeness = Likeness.of(image, expected)
         self.entries.append(
             {
                 "name": name,
