@@ -12,9 +12,9 @@ from torch import Tensor
 from blip3o_rt import ops, trace
 from blip3o_rt.ar.kv_cache import PagedKVCache, Sequence
 from blip3o_rt.ar.layout import EMBEDDING, HEAD
-from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig
+from blip3o_rt.ops.layer import Linear
 
 PREFILL_CHUNK = 256  # positions: enough that arithmetic hides the reading of the weights
 
@@ -24,13 +24,13 @@ class Layer:
     """Weights of one decoder layer; qkv and gate|up are packed along their rows."""
 
     input_norm: Tensor
-    qkv: Matrix
+    qkv: Linear
     q_norm: Tensor
     k_norm: Tensor
-    attention_out: Matrix
+    attention_out: Linear
     mlp_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Decoder:
         self.cache = cache
         self.prefill_chunk = cache.pages_for(prefill_chunk) * cache.page_size
         self.embedding = weights[EMBEDDING]
-        self.head = Matrix.of(weights, HEAD if HEAD in weights else EMBEDDING)
+        self.head = Linear.of(weights, (HEAD if HEAD in weights else EMBEDDING).removesuffix(".weight"))
         self.final_norm = weights["norm.weight"]
         self.layers = [_layer(weights, f"layers.{index}.") for index in range(config.num_layers)]
         self.dtype = self.final_norm.dtype  # of activations
@@ -164,7 +164,7 @@ class Decoder:
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
-            qkv = layer.qkv.linear(normed)
+            qkv = layer.qkv.prompt_linear(normed)
             query = ops.qk_norm_rope_append(
                 qkv,
                 layer.q_norm,
@@ -179,9 +179,9 @@ class Decoder:
             attended = ops.paged_prefill_attention(
                 query, keys, values, table, cu_seqlens_q, context_lens, config.head_dim**-0.5
             )
-            output = layer.attention_out.linear(attended.flatten(1))
+            output = layer.attention_out.prompt_linear(attended.flatten(1))
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
-            output = layer.down.linear(ops.silu_mul(layer.gate_up.linear(normed)))
+            output = layer.down.prompt_linear(ops.silu_mul(layer.gate_up.prompt_linear(normed)))
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
         return normed
 
@@ -251,11 +251,11 @@ class Decoder:
 def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
     return Layer(
         input_norm=weights[prefix + "input_layernorm.weight"],
-        qkv=Matrix.of(weights, prefix + "self_attn.qkv_proj.weight"),
+        qkv=Linear.of(weights, prefix + "self_attn.qkv_proj"),
         q_norm=weights[prefix + "self_attn.q_norm.weight"],
         k_norm=weights[prefix + "self_attn.k_norm.weight"],
-        attention_out=Matrix.of(weights, prefix + "self_attn.o_proj.weight"),
+        attention_out=Linear.of(weights, prefix + "self_attn.o_proj"),
         mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        gate_up=Matrix.of(weights, prefix + "mlp.gate_up_proj.weight"),
-        down=Matrix.of(weights, prefix + "mlp.down_proj.weight"),
+        gate_up=Linear.of(weights, prefix + "mlp.gate_up_proj"),
+        down=Linear.of(weights, prefix + "mlp.down_proj"),
     )

@@ -18,10 +18,10 @@ from blip3o_rt import ops, trace
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
-from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.scheduler import Schedule
 from blip3o_rt.dit.workspace import Area, Workspace
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.ops.layer import Linear
 from blip3o_rt.weights import hoisted
 
 QK_NORM_EPS = 1e-5
@@ -262,8 +262,8 @@ class _SelfAttention:
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.num_heads = config.num_heads
-        self.to_qkv = Matrix.of(weights, prefix + "to_qkv")
-        self.to_out = Matrix.of(weights, prefix + "to_out.0")
+        self.to_qkv = Linear.of(weights, prefix + "to_qkv")
+        self.to_out = Linear.of(weights, prefix + "to_out.0")
         self.q_norm, self.k_norm = (
             weights.get(prefix + "norm_q.weight"),
             weights.get(prefix + "norm_k.weight"),
@@ -281,9 +281,9 @@ class _CrossAttention:
 
     def __init__(self, config: DiTConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.num_heads = config.num_cross_heads
-        self.to_q = Matrix.of(weights, prefix + "to_q")
-        self.to_kv = Matrix.of(weights, prefix + "to_kv")
-        self.to_out = Matrix.of(weights, prefix + "to_out.0")
+        self.to_q = Linear.of(weights, prefix + "to_q")
+        self.to_kv = Linear.of(weights, prefix + "to_kv")
+        self.to_out = Linear.of(weights, prefix + "to_out.0")
         self.q_norm, self.k_norm = (
             weights.get(prefix + "norm_q.weight"),
             weights.get(prefix + "norm_k.weight"),
@@ -329,13 +329,13 @@ class _FeedForward:
     """1x1 convolution, depthwise 3x3 gate, 1x1 convolution; the 1x1 ones are matrix products over tokens."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self.inverted = Matrix.of(weights, prefix + "conv_inverted", bias=False)
+        self.inverted = Linear.of(weights, prefix + "conv_inverted", bias=False)
         self.inverted_bias = weights[prefix + "conv_inverted.bias"]
         self.depth_weight, self.depth_bias = (
             weights[prefix + "conv_depth.weight"],
             weights[prefix + "conv_depth.bias"],
         )
-        self.point = Matrix.of(weights, prefix + "conv_point")
+        self.point = Linear.of(weights, prefix + "conv_point")
 
     def __call__(self, x: Tensor, height: int, width: int, workspace: Workspace) -> Tensor:
         grid, expanded = (len(x), height, width), len(self.inverted_bias)

@@ -9,10 +9,10 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
 from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantized
-from blip3o_rt.ar.matrix import Matrix
 from blip3o_rt.measure.cases.quantized import quantized as random_matrix
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.ops.layer import Linear
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.weights import dequantized
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
@@ -76,7 +76,7 @@ def test_an_image_does_not_depend_on_its_batch() -> None:
 def test_products_with_many_rows(rows: int, width: int, dtype: torch.dtype, values: torch.dtype) -> None:
     x, (weight, scale) = random(1, rows, width, dtype=dtype), random_matrix(2, 41, width, values)
     exact = x.double() @ (weight.double() * scale.double()[:, None]).T
-    found = Matrix(weight, scale).linear(x)
+    found = Linear(weight, scale=scale).prompt_linear(x)
     assert found.dtype == dtype
     size = exact.abs() + exact.square().mean().sqrt()
     bound = TWICE_ROUNDED if dtype == torch.bfloat16 else FLOAT32_TOLERANCE

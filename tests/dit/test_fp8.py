@@ -13,11 +13,11 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.dit.layout import layout, quantized
-from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
+from blip3o_rt.ops.layer import Linear
 from blip3o_rt.ops.quantized import scaled_mm, scaled_mm_arguments
 from blip3o_rt.weights import SCALE, dequantized, in_8_bits, row_scales, row_values
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
@@ -43,7 +43,7 @@ def test_product(rows: tuple[int, ...], dtype: torch.dtype) -> None:
     for of_row in (1e-3, 1.0, 30.0):  # a row's error is its own, however large the others
         x.view(-1, 224)[0] *= of_row
         tensors = {**in_8_bits("to_q.weight", weight, E4M3), "to_q.bias": bias}
-        found = Matrix.of(tensors, "to_q")(x)
+        found = Linear.of(tensors, "to_q")(x)
         assert (found.shape, found.dtype) == ((*rows, 48), dtype)
         exact = x.double() @ weight.double().T
         errors = (found.double() - exact - bias.double()).norm(dim=-1) / (

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from blip3o_rt import ops
-from blip3o_rt.dit import matrix
 from blip3o_rt.dit.layout import layout, quantized
-from blip3o_rt.dit.matrix import Matrix
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.measure.validate.case import random
-from blip3o_rt.ops import native
+from blip3o_rt.ops import layer, native
 from blip3o_rt.ops import quantized as quantized_ops
+from blip3o_rt.ops.layer import Linear
 from blip3o_rt.weights import SCALE, dequantized, in_8_bits
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
@@ -40,12 +39,12 @@ def test_the_layout_is_that_of_the_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(1,), (7,), (2, 9)])
 def test_product(rows: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix, "BLOCK_ROWS", 16)  # several blocks, the last one smaller
+    monkeypatch.setattr(layer, "BLOCK_ROWS", 16)  # several blocks, the last one smaller
     x, weight, bias = random(1, *rows, 224, dtype=dtype), random(2, 41, 224), random(3, 41, dtype=dtype)
     for of_row in (1e-3, 1.0, 30.0):  # a row's error is its own, however large the others
         x.view(-1, 224)[0] *= of_row
         tensors = {**in_8_bits("to_q.weight", weight), "to_q.bias": bias}
-        found = Matrix.of(tensors, "to_q")(x)
+        found = Linear.of(tensors, "to_q")(x)
         assert (found.shape, found.dtype) == ((*rows, 41), dtype)
         exact = x.double() @ weight.double().T
         errors = (found.double() - exact - bias.double()).norm(dim=-1) / (
@@ -58,14 +57,14 @@ def test_products_of_the_largest_values() -> None:
     """Pairs of them exceed 16 bits, in which processors without VNNI add."""
     x = torch.where(torch.arange(64)[:, None] % 3 == 0, -2.0, 2.0).repeat(1, 256)
     weight = torch.where(torch.arange(48)[:, None] % 2 == 0, -1.0, 1.0).repeat(1, 256)
-    found = Matrix.of(in_8_bits("to_q.weight", weight), "to_q")(x)
+    found = Linear.of(in_8_bits("to_q.weight", weight), "to_q")(x)
     torch.testing.assert_close(found, x @ weight.T, rtol=1e-6, atol=0)
 
 
 def test_no_bias_is_taken_where_none_is_wanted() -> None:
     x, weight = random(1, 3, 8), random(2, 5, 8)
     tensors = {"a.weight": weight, "a.bias": random(3, 5)}
-    assert torch.equal(Matrix.of(tensors, "a", bias=False)(x), x @ weight.T)
+    assert torch.equal(Linear.of(tensors, "a", bias=False)(x), x @ weight.T)
 
 
 @pytest.mark.parametrize("counts", [(7,), (7, 3)], ids=["text", "edit"])

@@ -1,4 +1,4 @@
-"""A weight matrix of the transformer as it is kept, and its product with the rows of all tokens."""
+"""A linear layer as the model keeps it, in 16, 32 or 8 bits, and its products with few rows and with many."""
 
 from __future__ import annotations
 
@@ -11,24 +11,69 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.weights import SCALE
 
+FEW_ROWS = 8  # with more, a product is worth widening an 8-bit weight to the dtype of the rows
 BLOCK_ROWS = 2048  # of an int8 weight whose product exists as int32 at a time
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """[N, K], a bias [N]: `weight` in the dtype of x, or int8 or e4m3 with a float32 `scale` [N] for rows."""
+class Linear:
+    """A weight [N, K] and a bias [N] or None.
+
+    The weight has the dtype of x, or is int8 or e4m3 with a float32 `scale` [N] of its rows.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor], name: str, *, bias: bool = True) -> Matrix:
+    def of(cls, weights: Mapping[str, Tensor], name: str, *, bias: bool = True) -> Linear:
         """The layer of that name among runtime tensors, with its bias if it has one."""
         weight = name + ".weight"
         return cls(
             weights[weight], weights.get(name + ".bias") if bias else None, weights.get(weight + SCALE)
         )
+
+    def rows(self, first: int, last: int) -> Linear:
+        """Rows first .. last, in the same memory."""
+        parts = (None if t is None else t[first:last] for t in (self.bias, self.scale))
+        return Linear(self.weight[first:last], *parts)
+
+    # The decoder: W8A16 where the weight has 8 bits, no bias
+
+    def row_linear(self, x: Tensor, *, out: Tensor) -> Tensor:
+        """x [M, K] -> out [M, N] for the few rows of a decoding step, each as if it were alone."""
+        if self.scale is None:
+            return ops.row_linear(x, self.weight, out=out)
+        return ops.row_linear_w8(x, self.weight, self.scale, out=out)
+
+    def norm_row_linear(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        *,
+        gated: bool = False,
+        scratch: ops.Scratch,
+        out: Tensor,
+    ) -> Tensor:
+        """RMSNorm of x [M, K] and its product -> out [M, N], or [M, N / 2] of gates and ups."""
+        return ops.norm_row_linear(
+            x, norm_weight, eps, self.weight, scale=self.scale, gated=gated, scratch=scratch, out=out
+        )
+
+    def row_linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [M, N] += the product with x [M, K], in place."""
+        return ops.row_linear_add(x, self.weight, residual, scale=self.scale)
+
+    def prompt_linear(self, x: Tensor) -> Tensor:
+        """x [M, K] -> [M, N] for the many rows of a prompt."""
+        if self.scale is None:
+            return ops.linear(x, self.weight)
+        product = ops.row_linear_w8 if len(x) <= FEW_ROWS else ops.linear_w8a16
+        return product(x, self.weight, self.scale)
+
+    # The transformer: W8A8 where the weight has 8 bits
 
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N], contiguous. `out` must not overlap x."""
