@@ -204,30 +204,13 @@ def _aligned_heads(call: Any) -> str | None:
 decode_attention.native("cuda", dtypes=FLOATS, supports=_aligned_heads, scratch=_attention_scratch)
 
 
-@decode_attention.implementation("composed", dtypes=FLOATS, checks_shapes=True)
-def _composed(
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos_sin_cache: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    context_lens: Tensor,
-    eps: float,
-    scale: float,
-    *,
-    scratch: Scratch | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@decode_attention.composed(dtypes=FLOATS)
+def _(call: Any) -> Tensor:
     """The two ops, each on its own best implementation; the query is where the result will be."""
-    query = qk_norm_rope_append(
-        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out=out
-    )
+    *token, page_table, context_lens, eps, scale, scratch, out = call
+    query = qk_norm_rope_append(*token, eps, out=out)
     return paged_decode_attention(
-        query, k_cache, v_cache, page_table, context_lens, scale, scratch=scratch, out=query
+        query, call.k_cache, call.v_cache, page_table, context_lens, scale, scratch=scratch, out=query
     )
 
 

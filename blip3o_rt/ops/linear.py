@@ -208,26 +208,17 @@ norm_row_linear.native("cuda", dtypes=(torch.bfloat16,), supports=_few_rows)
 norm_row_linear.native("cpu", dtypes=FLOATS, supports=_known_to_cpu, weights=WEIGHTS)
 
 
-@norm_row_linear.implementation("composed", dtypes=FLOATS, checks_shapes=True, supports=_known_to_ops)
-def _composed(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    *,
-    scale: Tensor | None = None,
-    gated: bool = False,
-    scratch: Scratch | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@norm_row_linear.composed(dtypes=FLOATS, supports=_known_to_ops)
+def _(call: Any) -> Tensor:
     """The ops one after the other, each on the best implementation it has."""
+    x, weight, out = call.x, call.weight, call.out
     (rows, inputs), outputs = x.shape, len(weight)
     if out is None:
-        out = torch.empty((rows, outputs // 2 if gated else outputs), dtype=x.dtype, device=x.device)
-    scratch = Scratch() if scratch is None else scratch
-    sizes = [rows * outputs if gated else 0, rows * inputs]
+        out = x.new_empty(rows, outputs // 2 if call.gated else outputs)
+    scratch = Scratch() if call.scratch is None else call.scratch
+    sizes = [rows * outputs if call.gated else 0, rows * inputs]
     gate_up, normed = scratch.memory(sum(sizes), x.dtype, x.device)[: sum(sizes)].split(sizes)
-    normed = rms_norm(x, norm_weight, eps, out=normed.view(rows, inputs))
-    if not gated:
-        return _product(normed, weight, scale, out)
-    return silu_mul(_product(normed, weight, scale, gate_up.view(rows, outputs)), out=out)
+    normed = rms_norm(x, call.norm_weight, call.eps, out=normed.view(rows, inputs))
+    if not call.gated:
+        return _product(normed, weight, call.scale, out)
+    return silu_mul(_product(normed, weight, call.scale, gate_up.view(rows, outputs)), out=out)

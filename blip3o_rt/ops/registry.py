@@ -190,13 +190,11 @@ class Op(Generic[P, R]):
         dtypes: tuple[torch.dtype, ...] | None = None,
         supports: Callable[..., str | None] | None = None,
         available: Callable[[], str | None] = usable,
-        checks_shapes: bool = False,
         **others: Any,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register the decorated function (same signature as the op) before the torch reference.
 
         Args:
-            checks_shapes: The function refuses wrong shapes itself, or the ops that it calls do.
             others: As in Implementation.
             supports: Given the bound call, which has the op's arguments as attributes: None, or why the
                 function cannot compute it. One with the op's signature is taken as well, and deprecated.
@@ -214,11 +212,19 @@ class Op(Generic[P, R]):
             supports = functools.partial(self._apply, supports)
 
         def register(function: Callable[P, R]) -> Callable[P, R]:
-            run = functools.partial(self._apply, function) if checks_shapes else self._checked(function)
+            run = self._checked(function)
             self._add(Implementation(name, run, device, dtypes, supports, available, **others))
             return function
 
         return register
+
+    def composed(
+        self, *, dtypes: tuple[torch.dtype, ...], supports: Supports | None = None
+    ) -> Callable[[Callable[[Any], R]], None]:
+        """Register the decorated function of a bound call, which calls other ops; these check the shapes."""
+        return lambda function: self._add(
+            Implementation("composed", function, dtypes=dtypes, supports=supports)
+        )
 
     def native(
         self,
