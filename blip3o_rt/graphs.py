@@ -203,8 +203,9 @@ def graphs_wanted() -> bool:
 
 
 class RunAhead:
-    """Keeps the host from queueing more than `steps` pieces of work ahead of a GPU: whoever cancels has to
-    wait for what is queued. On other devices it does nothing.
+    """Keeps the host from queueing more than `steps` pieces of work ahead of a GPU.
+
+    A request that is cancelled has to wait for what is queued. On other devices this does nothing.
     """
 
     def __init__(self, device: torch.device, steps: int) -> None:

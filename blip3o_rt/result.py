@@ -195,8 +195,7 @@ class Plan:
 
 
 class Result(list[Image.Image]):
-    """Images in order, with the `plans` they came from and a `report` of time, implementations and
-    memory."""
+    """Images in order, the `plans` they came from, and a `report` of time, implementations and memory."""
 
     def __init__(self, images: Sequence[Image.Image], plans: Sequence[Plan], report: Report) -> None:
         super().__init__(images)

@@ -54,8 +54,7 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """One image's tokens [T] (vocabulary ids, int64) and hidden states [T + 1, hidden], or why there are
-    none."""
+    """One image's tokens int64 [T] (vocabulary ids) and hidden states [T + 1, hidden], or its error."""
 
     token_ids: Tensor
     hidden_states: Tensor
@@ -143,8 +142,7 @@ class TokenEngine:
         self._batch: TokenBatch | None = None  # of those who run, until one joins or leaves
 
     def capture(self) -> None:
-        """Capture the token step as graphs, where the device has them; before the first request, which would
-        run without."""
+        """Capture the token step as graphs, where the device has them. Call it before the first request."""
         self._token_steps.capture()
 
     def submit(self, prompt: TokenPrompt) -> Request:

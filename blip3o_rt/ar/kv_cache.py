@@ -71,8 +71,9 @@ class PagedKVCache:
             sequence.page_table.append(page)
 
     def fork(self, parent: Sequence, length: int | None = None) -> Sequence:
-        """A sequence with the parent's first `length` positions (all that are taken): full pages shared, a
-        partly filled last page copied.
+        """A sequence with the parent's first `length` positions (None: all that are taken).
+
+        Full pages are shared; a partly filled last page is copied.
 
         Raises InsufficientMemoryError, and takes none, when there is no page for the copy.
         """

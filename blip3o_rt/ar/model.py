@@ -136,8 +136,7 @@ class Decoder:
 
     @trace.spanned("ar.prefill")
     def prefill(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
-        """Run a prompt's embeddings [N, hidden] from position `sequence.length` on; returns their hidden
-        states [N, hidden].
+        """Hidden states [N, hidden] of a prompt's embeddings [N, hidden], from `sequence.length` on.
 
         The sequence's pages must be reserved. Each prompt runs alone, so its result cannot depend on a
         batch-mate; and in chunks at fixed positions, so where it begins at one of them (behind the pages of
@@ -229,8 +228,7 @@ class Decoder:
             ops.decode_attention(*heads, keys, values, *pages, eps, scale, scratch=self.scratch, out=out)
 
     def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
-        """Logits of a range of vocabulary ids: hidden states [B, hidden] -> out, float32 [B,
-        len(vocabulary)]."""
+        """Hidden states [B, hidden] -> logits of a range of ids: out, float32 [B, len(vocabulary)]."""
         return self.head.rows(vocabulary.start, vocabulary.stop).row_linear(hidden, out=out)
 
     def _norm_after(self, index: int) -> Tensor:

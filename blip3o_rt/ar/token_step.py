@@ -62,8 +62,9 @@ class Member:
 
 
 class Results:
-    """Tokens and hidden states of the images in flight: an output slot of [tokens_per_image + 1] for each,
-    and a dummy slot.
+    """Tokens and hidden states of the images in flight, in output slots of [tokens_per_image + 1].
+
+    One more slot is the dummy slot.
 
     `tokens` holds the draws, numbered from the first of the vocabulary they were drawn from, -1 where the
     logits were not finite, and behind the draws guesses. The last element of a slot stays unused there, so
@@ -126,8 +127,10 @@ class TokenSteps:
             self._batch(size).capture(self._runner, kinds if size <= single else [True])
 
     def lay_out(self, members: list[Member]) -> TokenBatch:
-        """The batch of these members, which are ordered by vocabulary, image tokens first; its passes go on
-        from their tokens so far, until another is laid out."""
+        """The batch of these members, which go on from their tokens so far until another is laid out.
+
+        They are ordered by vocabulary, image tokens first.
+        """
         if self._current is not None:
             self._current.settle()
         rows = sum(member.window for member in members)
@@ -196,8 +199,7 @@ class TokenBatch:
         }
 
     def capture(self, runner: GraphRunner, kinds: list[bool]) -> None:
-        """Capture the pass of rows that draw image tokens only, and of rows that draw from everything; kinds:
-        for windows of one row (False), of several (True)."""
+        """Capture a pass over each vocabulary, for windows of one row (False in `kinds`) or several."""
         for image_only, windowed in product((False, True), kinds):
             self._write([], image_only)
             vocabulary = "image tokens" if image_only else "all tokens"
@@ -335,8 +337,10 @@ class TokenBatch:
             upload(values, buffer)
 
     def _state(self, member: Member, row: int) -> tuple[int, int, int]:
-        """Number, context length and output slot of a row of a window; those of padding where the last pass
-        left no hidden state for it."""
+        """Number, context length and output slot of a row of a window.
+
+        They are those of padding where the last pass left no hidden state for the row.
+        """
         number = member.drawn + row
         if row >= member.decoded or number > self._steps.tokens_per_image:
             return 0, 0, self._steps.results.dummy

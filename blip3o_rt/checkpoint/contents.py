@@ -33,8 +33,7 @@ HEAD_SAMPLE = 13  # of so many pieces of a head, one is compared: text and image
 
 
 def check_contents(model: ModelConfig, config: str, sources: Mapping[str, PartSource]) -> list[str]:
-    """Check that every needed tensor is there, of the right shape and type, and no other that would change
-    what is computed.
+    """Check that every needed tensor is there, and no other that would change what is computed.
 
     Args:
         model: The configuration.

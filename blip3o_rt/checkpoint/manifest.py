@@ -118,8 +118,9 @@ def is_converted(folder: Path) -> bool:
 
 
 def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
-    """Compare a converted checkpoint's files with its manifest: sizes, and with `checksums` their SHA-256 and
-    that every number is finite.
+    """Compare a converted checkpoint's files with its manifest.
+
+    Sizes are compared; with `checksums` also SHA-256, and every number has to be finite.
 
     Raises CheckpointError for a file that is missing, of another size, or of other content.
     """

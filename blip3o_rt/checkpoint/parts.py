@@ -71,8 +71,10 @@ def weight_bytes(
 
 
 def layout_fingerprint(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> str:
-    """A hash of how every runtime tensor is made: it changes when a tensor is stored in another arrangement,
-    even under the same name and shape."""
+    """A hash of how every runtime tensor is made.
+
+    It changes when a tensor is stored in another arrangement, even under the same name and shape.
+    """
     recipes = [
         (
             part,
@@ -188,8 +190,11 @@ def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tenso
 
 
 def _sound_chunks(stored: StoredTensor, limit: torch.dtype, extremes: Extremes) -> Iterator[Tensor]:
-    """A tensor's chunks. Raises CheckpointError for what is not finite in `limit`, and after the last one
-    for a matrix that is zero throughout, or all but so, as a sample of its elements shows."""
+    """A tensor's chunks.
+
+    Raises CheckpointError for what is not finite in `limit`; after the last chunk also for a matrix that a
+    sample of its elements shows to be zero throughout, or all but so.
+    """
     where = f"{stored.path}: tensor {stored.name!r}"
     stride = max(1, math.prod(stored.shape) // SAMPLE)
     sampled = filled = 0

@@ -241,8 +241,10 @@ def _stored_dtype(tensors: Tensors) -> torch.dtype:
 
 
 def _diffusion_folder(root: Path, config: ConfigFile, source: Source) -> Path:
-    """The diffusers folder: the one given, the one that config.json names, or a published one's known
-    configurations, which come without weights."""
+    """The diffusers folder: the one given, else the one that config.json names, else a known one.
+
+    Known ones are configurations without weights.
+    """
     if source.diffusion is not None:
         given = checkpoint_folder(source.diffusion)
         if not is_file(given / COMPONENTS["transformer"]):
@@ -279,8 +281,10 @@ def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path, sour
 
 
 def _dit_config(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """The DiT's numbers. Its channel counts are those of the trained weights where the checkpoint has them:
-    the channel-wise editing variant widens them without writing that into any configuration file."""
+    """The DiT's numbers, with the channel counts of the trained weights where the checkpoint has them.
+
+    The channel-wise editing variant widens them, and no configuration file says so.
+    """
     patch = shapes.get(published_name("dit", "patch_embed.proj.weight"))
     projection = shapes.get(published_name("dit", "proj_out.weight"))
     if patch is not None and projection is not None and len(patch) == 4 and len(projection) == 2:
@@ -302,8 +306,11 @@ class _Tower:
 
     @classmethod
     def find(cls, root: Path, config: ConfigFile, tensors: Tensors, given: Source) -> _Tower:
-        """Weights: of the file given, else of the checkpoint, else of a ta_tok.pth it names or has beside it.
-        Settings: of the ta_tok.pth where there is one, else those that the weights' shapes tell."""
+        """The tower's weights and settings.
+
+        Weights are those of the file given, else of the checkpoint, else of a ta_tok.pth that it names or
+        has beside it. Settings are those of the ta_tok.pth, else what the shapes of the weights tell.
+        """
         file = _ta_tok_file(root, config) if given.ta_tok is None else local_path(given.ta_tok, "ta_tok")
         settings, loose = (None, None) if file is None else _read_ta_tok(file)
         inside = any(name.startswith(PREFIXES["ta_tok"]) for name in tensors)

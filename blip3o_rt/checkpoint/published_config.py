@@ -327,8 +327,10 @@ def _counts(values: object, minimum: int) -> bool:
 
 
 def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
-    """The Euler schedule. Published folders are written for DPMSolverMultistep, whose key `flow_shift` has no
-    effect on it; no other schedule or prediction is computed."""
+    """The Euler schedule; no other schedule or prediction is computed.
+
+    Published folders are written for DPMSolverMultistep, whose key `flow_shift` has no effect here.
+    """
     classes = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
     config.choice("_class_name", classes, classes[0])
     config.only("prediction_type", "flow_prediction")
@@ -344,8 +346,10 @@ def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
 
 
 def parse_ta_tok(settings: ConfigFile, vision: ConfigFile) -> TATokConfig:
-    """TA-Tok's numbers, from its own settings and SigLIP's vision configuration (whose missing keys have the
-    defaults of that architecture)."""
+    """TA-Tok's numbers, from its own settings and SigLIP's vision configuration.
+
+    Keys that the vision configuration lacks have the defaults of that architecture.
+    """
     vision.choice("model_type", ("siglip_vision_model",), "siglip_vision_model")
     vision.only("hidden_act", "gelu_pytorch_tanh")
     bottleneck = settings.section("bottleneck").section("args")

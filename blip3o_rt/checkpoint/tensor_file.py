@@ -62,8 +62,10 @@ class StoredTensor:
     read: Callable[[int], Iterator[Tensor]]
 
     def chunks(self, every: int = 1) -> Iterator[Tensor]:
-        """Its elements in order, as one-dimensional pieces that are valid until the next is taken; or one in
-        `every` of these."""
+        """Its elements in order, as one-dimensional pieces, or one in `every` of these.
+
+        A piece is valid until the next is taken.
+        """
         return self.read(every)
 
 

@@ -303,8 +303,7 @@ class _CrossAttention:
         return self.to_out(value)
 
     def add(self, x: Tensor, condition: Condition, layer: int, workspace: Workspace) -> None:
-        """x [2, N, D] += attention, in place: x[0] to the unconditional tokens (if there are any), x[-1] to
-        the condition."""
+        """x [2, N, D] += attention, in place: x[0] to unconditional tokens, if any, x[-1] to the others."""
         null = condition.null
         attending = x if isinstance(null, WeightedNull) else x[-1:]
         shape = (*attending.shape[:-1], condition.keys[layer].shape[0] * condition.keys[layer].shape[-1])

@@ -231,8 +231,7 @@ def paged_prefill_attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k^T) v, causal, of each sequence's last queries over its first context_lens[b]
-    positions.
+    """softmax(scale q k^T) v, causal, of a sequence's last queries over its context_lens[b] positions.
 
     q [T, Hq, D]: sequence b has the tokens cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 (int32 [B + 1], from 0
     to T), which are at the last positions of its context (int32 [B], at least as many); each attends to the
@@ -288,8 +287,10 @@ def _gathered(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """torch's own attention, sequence by sequence, on keys and values copied out of their pages; in float32,
-    because bfloat16 is far slower on a CPU."""
+    """torch's own attention, sequence by sequence, on keys and values copied out of their pages.
+
+    In float32, because bfloat16 is far slower on a CPU.
+    """
     out = torch.empty_like(q) if out is None else out
     starts, lengths = cu_seqlens_q.tolist(), context_lens.tolist()
     positions = page_table.shape[1] * k_cache.shape[2]

@@ -44,8 +44,10 @@ def require_room(
 
 
 def _captured_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """What graphs of the diffusion stage keep room for, of every geometry that is captured: keys and values
-    of the cross-attention, and in float32 what the longest schedule's steps are modulated with."""
+    """Memory that graphs of the diffusion stage keep, for every geometry that is captured.
+
+    It holds keys and values of the cross-attention, and in float32 the modulation of the longest schedule.
+    """
     dit, held = config.dit, 0
     for geometry in captured_geometries(config, edits=config.ta_tok is not None):
         tokens = geometry.hidden_states[0] + (

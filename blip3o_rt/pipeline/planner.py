@@ -194,8 +194,10 @@ class Planner:
         )
 
     def check_token_ids(self, token_ids: Tensor | Sequence[int]) -> Tensor:
-        """One image's tokens to replay, int64 [T]. Raises ParameterError for another number of them, or ids
-        outside the vocabulary."""
+        """One image's tokens to replay, int64 [T].
+
+        Raises ParameterError for another number of them, or ids outside the vocabulary.
+        """
         count, vocabulary = self.config.image_tokens.tokens_per_image, self.config.ar.vocab_size
         accepted = f"accepted are {count} integers, [{count}] or [1, {count}]"
         check_dense("token_ids", token_ids)

@@ -227,8 +227,10 @@ class Renderer:
         return self._schedules[steps]
 
     def check_noise(self, noise: Tensor) -> Tensor:
-        """The noise in float32. Raises ParameterError unless it is a floating-point tensor of the latent's
-        shape that stays finite."""
+        """The noise in float32.
+
+        Raises ParameterError unless it is a floating-point tensor of the latent's shape that stays finite.
+        """
         shape = self.latent_shape
         if not isinstance(noise, Tensor):
             raise ParameterError(f"noise is {shown(noise)}: accepted is a tensor")

@@ -31,8 +31,9 @@ class RolloutFunc:
         self._trained: int | None = None  # the trainer's step whose weights are in use
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        """A completion for every entry of the prompts, in order; equal ones that follow each other are one
-        group, drawn with consecutive seeds.
+        """A completion for every entry of the prompts, in order.
+
+        Equal prompts that follow each other are one group, drawn with consecutive seeds.
 
         Raises ParameterError for a trainer whose temperature is not 1.
         """

@@ -248,8 +248,11 @@ class ClusterClient(EngineClient):
             self._event(Finished(submit.id, index, drawn.image, drawn.seconds, 1.0))
 
     async def _patiently(self, ask: Any) -> Any:
-        """What replicas answer. Where one is lost, others are asked; while weights are being replaced, until
-        planner and renderer have the same."""
+        """What replicas answer.
+
+        Where one is lost, others are asked; while weights are being replaced, until planner and renderer have
+        the same.
+        """
         losses = 0
         while losses < ATTEMPTS:
             try:

@@ -103,8 +103,11 @@ def image_routes(service: Service) -> APIRouter:
         responses={200: {"content": EVENTS}, **only(400, 401, 404, 408, 413, 429, 500, 503, 504)},
     )
     async def generations(request: Request, body: GenerationRequest) -> Any:
-        """Draw images of a prompt. With `stream`, events: `image_generation.partial_image`, `.completed`, and
-        with `progress` also `.queued` and `.progress`; an `error` event where the request fails."""
+        """Draw images of a prompt.
+
+        With `stream`, events: `image_generation.partial_image`, `.completed`, and with `progress` also
+        `.queued` and `.progress`; an `error` event where the request fails.
+        """
         return await service.respond(request, body, (), GENERATION)
 
     @router.post(

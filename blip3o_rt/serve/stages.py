@@ -76,8 +76,10 @@ class Stages:
         return self._pipeline._isolation.turn()
 
     def check(self, submit: Submit) -> int:
-        """The number of tokens of a request's prompt. Raises Blip3oError for what could never run, or where
-        the memory is short, before anything is computed."""
+        """The number of tokens of a request's prompt.
+
+        Raises Blip3oError for what could never run, or where the memory is short, before any computation.
+        """
         pipeline = self._pipeline
         DiffusionParams(**submit.diffusion)
         for _, seed in submit.seeds:
