@@ -178,7 +178,7 @@ class Plan:
     latents [1, C, h, w] of an edit's images, reference_sha256 the hashes of their pixels.
     non_image_positions lists the tokens that are not image tokens, which only whole-vocabulary sampling and
     replayed tokens can contain. replayed: the tokens were given, not drawn. switches are those of the fast
-    tier that it was made with, whoever renders it. error says why a plan cannot be rendered.
+    tier that it was made with, whatever renders it. error says why a plan cannot be rendered.
     """
 
     prompt: str

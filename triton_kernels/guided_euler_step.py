@@ -1,7 +1,7 @@
 """Guidance and one Euler step: latent + delta_sigma * (null + guidance_scale * (conditional - null)).
 
 Tiling   a program per 1024 elements of the latent; latent and prediction may be parts of larger tensors. Both
-         scalars are read from device memory, so that a recorded launch can be run again with other values.
+         scalars are read from device memory, so that a captured launch can be replayed with other values.
 Bytes    per element: latent and both predictions read, out written: 16.
 FLOPs    5 per element.
 Bound    launch latency: a latent has 32768 elements.

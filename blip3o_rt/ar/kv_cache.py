@@ -24,7 +24,7 @@ class PagedKVCache:
     """Keys and values of all layers in pages of `page_size` positions, allocated once.
 
     `keys[layer]` and `values[layer]` are [num_pages, num_kv_heads, page_size, head_dim]. A page may belong to
-    several sequences as long as nobody writes to it: `fork` shares the full pages and copies the last,
+    several sequences as long as none writes to it: `fork` shares the full pages and copies the last,
     partial one. Pages are counted by their owners, and only a sequence owns pages.
     """
 

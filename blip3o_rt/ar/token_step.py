@@ -12,7 +12,7 @@ the pass itself moves on: nothing is read back within it.
 
 Where work is captured as graphs, there is one for every bucket of rows (1, 2, 4, .. the most), for each
 vocabulary to draw from, and for windows of one row and of several. A batch takes the smallest that holds it,
-and the rows beyond its own are padding: rows of no context, which write to no page and to a slot of nobody.
+and the rows beyond its own are padding: rows of no context, which write to no page and to the dummy slot.
 A batch that draws from both vocabularies runs as the same work, eagerly.
 """
 

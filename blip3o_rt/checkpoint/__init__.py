@@ -1,1 +1,1 @@
-"""Checkpoints: the published layout, the runtime layout, and the way from one to the other."""
+"""Checkpoints: the published layout, the runtime layout, and the conversion of one to the other."""

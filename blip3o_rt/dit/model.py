@@ -139,11 +139,11 @@ class DiT:
         self._check(latent)
         patch = self.config.patch_size
         height, width = latent.shape[2] // patch, latent.shape[3] // patch
-        halves = 1 if condition.null is None else 2
+        branches = 1 if condition.null is None else 2
         patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(1, height * width, -1)
         x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D]
-        workspace = self._workspace(halves * height * width)
+        workspace = self._workspace(branches * height * width)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation.blocks[layer], condition, layer, height, width, workspace)
         shift, scale = modulation.final
@@ -151,8 +151,8 @@ class DiT:
             x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
         )
         patches = F.linear(normed, self.out_weight, self.out_bias)
-        patches = patches.view(halves, height, width, patch, patch, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(halves, -1, height * patch, width * patch)
+        patches = patches.view(branches, height, width, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(branches, -1, height * patch, width * patch)
 
     def _workspace(self, tokens: int) -> Workspace:
         width, expanded = self.config.width, self.config.mlp_hidden
@@ -241,7 +241,7 @@ class _Block:
         width: int,
         workspace: Workspace,
     ) -> Tensor:
-        """[1 or 2, N, D] -> [2, N, D], in place where x has both halves already; modulation [6, D].
+        """[1 or 2, N, D] -> [2, N, D], in place where x has both branches already; modulation [6, D].
 
         Without an unconditional branch [1, N, D] -> [1, N, D].
         """

@@ -89,7 +89,7 @@ StepKind = Callable[[DiT, StepState], None]  # a way to make the next step, all 
 
 
 def guided_step(dit: DiT, state: StepState) -> None:
-    """Both halves, guidance, and the Euler step that state.index says, which it increments."""
+    """Both branches, guidance, and the Euler step that state.index says, which it increments."""
     _, channels, _, width = state.latent.shape
     prediction = dit.predict(state.whole, state.tables.at(state.index), state.condition)
     ops.guided_euler_step(

@@ -21,7 +21,7 @@ PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
-    """What every record begins with; its "complete" is False until whoever fills the record says otherwise.
+    """What every record begins with; its "complete" is False until the record is finished.
 
     kind: one of KINDS. command: the command line that makes the record, word by word.
     """

@@ -1,4 +1,4 @@
-"""Scratch memory of kernels, held by whoever calls them again and again, so that a call allocates nothing."""
+"""Scratch memory of kernels, held by their caller from call to call, so that a call allocates nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Scratch:
     """Memory that the calls on one stream use in turn, each as long as it runs.
 
     It grows where a call asks for more than any before. What was given out once stays as long as this object,
-    because a recorded graph goes on using it: make the largest call first.
+    because a captured graph goes on using it: make the largest call first.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The image of images for the README."""
+"""The strip of images that the README shows."""
 
 from __future__ import annotations
 

@@ -383,14 +383,14 @@ class PublishedModel:
         of_latents = self.connector("und_image_vae_connector") if looks else None
         with self._arithmetic():
             hidden = torch.cat([torch.zeros_like(hidden), hidden])
-            halves = of_hidden(hidden.to(self.device, self.dtype))
+            branches = of_hidden(hidden.to(self.device, self.dtype))
             if of_latents is None:
-                return halves
+                return branches
             cells = torch.cat(
                 [reference.latent.permute(0, 2, 3, 1).flatten(1, 2) for reference in references], 1
             )
             seen = of_latents(cells.to(self.device, self.dtype))
-            return torch.cat([halves, torch.cat([torch.zeros_like(seen), seen])], dim=1)
+            return torch.cat([branches, torch.cat([torch.zeros_like(seen), seen])], dim=1)
 
     def predict(self, model_input: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
         """Noise predictions [2, C, H, W] for a model input [2, C, H, W]."""

@@ -1,1 +1,1 @@
-"""How fast: every stage beside its peers and the machine's ceilings, every op, every switch."""
+"""How fast: every stage beside its baselines and the machine's rooflines, every op, every switch."""

@@ -88,7 +88,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block nothing is counted: whoever runs there counts itself."""
+        """Within the block nothing is counted: what runs there counts itself."""
         before, self._active = self._active, False
         try:
             yield

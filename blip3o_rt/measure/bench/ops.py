@@ -108,7 +108,7 @@ class Rotation:
 
     Where all copies together fit the caches, these are emptied before the copies are taken again: `emptied`
     says that the last `take` did so. The code of a call is then as cold as its inputs, which in a model it
-    is not, so whoever times should call once in between.
+    is not, so a call that is not timed goes first.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:

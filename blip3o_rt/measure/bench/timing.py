@@ -193,7 +193,7 @@ def _attempt(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block no garbage is collected and no gradients are recorded: neither is anybody's work."""
+    """Within the block no garbage is collected and no gradients are kept: neither is work of a candidate."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -5,7 +5,7 @@ FLOPs are two per multiply-add of the matrix products, convolutions and attentio
 activations alone (norms, activations, sums) is not counted.
 
 Two counts where the runtime does less than the published way: `shortened` leaves out what no step changes and
-what both halves share (dit), and what nearest-neighbor upsampling repeats (vae).
+what both branches share (dit), and what nearest-neighbor upsampling repeats (vae).
 """
 
 from __future__ import annotations
@@ -131,11 +131,11 @@ def step_shape(config: ModelConfig, *, edit: bool = False) -> StepShape:
 
 
 def dit_step(config: ModelConfig, itemsize: int, *, shortened: bool, edit: bool = False) -> Work:
-    """One step with classifier-free guidance: both halves through the transformer.
+    """One step with classifier-free guidance: both branches through the transformer.
 
     shortened: time embedding and condition were computed before, and so was the unconditional cross-attention
     where its tokens are all the same, or it attends to each distinct one once; the patch embedding and the
-    first self-attention, before which the halves are the same, are computed once.
+    first self-attention, before which the branches are the same, are computed once.
     """
     dit, shape = config.dit, step_shape(config, edit=edit)
     patch = shape.tokens * dit.width * dit.patch_size**2  # of a channel

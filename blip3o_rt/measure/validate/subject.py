@@ -28,7 +28,7 @@ SEED = 7
 class Subject:
     """A checkpoint in the published layout, what of it is run, and the inputs its stages are given.
 
-    Nothing stays loaded: whoever asks for a checkpoint or a published model drops it before the next.
+    Nothing stays loaded: a checkpoint or a published model is dropped before the next is asked for.
     diffusion and ta_tok are as in `Source`. Raises CheckpointError for a folder in the runtime's own
     layout, which the published code cannot read.
     """
