@@ -32,7 +32,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 STATE = "state.json"
 PACKING = 15.0  # seconds kept for the last packing
 GRACE = 4.0  # of a piece's seconds, to write what it has after it was interrupted
-TREE_BYTES = 64 * 2**20  # that a checkout may have to travel to a machine
 DONE, FAILED, CUT, LEFT_OUT = "done", "failed", "cut short", "left out: no time"
 
 
@@ -164,7 +163,7 @@ def unpack_wheels(wheels: Path, folder: Path) -> None:
 # Without a GPU
 
 
-def dry_run(pieces: Sequence[Piece], seconds: float, wheels: Path | None) -> int:
+def dry_run(pieces: Sequence[Piece], seconds: float) -> int:
     """Walk through the pieces with a clock that takes each at its budget; 1 where something would not do."""
     site = Site(Path("results"), Path("work"))
     problems = [problem for piece in pieces for problem in command_problems(piece.command(site))]
@@ -180,10 +179,7 @@ def dry_run(pieces: Sequence[Piece], seconds: float, wheels: Path | None) -> int
     for piece in pieces:
         if piece.essential and run.state[piece.name]["outcome"] != DONE:
             problems.append(f"{piece.name} does not fit in {seconds:.0f} s")
-    size = tree_bytes(wheels)
-    if size > TREE_BYTES:
-        problems.append(f"the checkout has {size / 2**20:.0f} MiB: at most 64 MiB travel")
-    print(f"{now + PACKING:5.0f} s  packed; a checkout of {size / 2**20:.1f} MiB")
+    print(f"{now + PACKING:5.0f} s  packed")
     for problem in problems:
         print(f"PROBLEM: {problem}")
     return 1 if problems else 0
@@ -206,19 +202,6 @@ def command_problems(command: Sequence[str]) -> list[str]:
         except (Blip3oError, SystemExit) as error:
             found.append(f"blip3o-rt does not take {shlex.join(arguments)}: {error}")
     return found
-
-
-def tree_bytes(wheels: Path | None) -> int:
-    """Bytes of the files that travel: tracked, untracked and not ignored, and carried wheels."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    paths = {ROOT / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name}
-    paths.update(wheels.glob("*.whl") if wheels is not None else ())
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 # The command
@@ -277,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{take(arguments.take, RESULTS)}: now python -m benchmarks.render")
         return 0
     if arguments.dry_run:
-        return dry_run(chosen(arguments), arguments.seconds, arguments.wheels)
+        return dry_run(chosen(arguments), arguments.seconds)
     lacking = missing((*PACKAGES, *BUILD_PACKAGES))
     if lacking or arguments.ready:
         print("missing packages: " + ", ".join(lacking) if lacking else "nothing is missing", file=sys.stderr)

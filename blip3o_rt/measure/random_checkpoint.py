@@ -286,40 +286,36 @@ def _write_configs(folder: Path, model: ModelConfig, dtype: str) -> None:
 
 
 def _model_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    ar, tokens = model.ar, model.image_tokens
+    tokens = model.image_tokens
     return {
         "architectures": ["blip3oQwenForInferenceLM"],
         "model_type": "blip3o_qwen_inference",
         "attention_bias": False,
         "diffusion_name_or_path": "sana",
         "eos_token_id": special_token_id(model, "<|im_end|>"),
-        "head_dim": ar.head_dim,
         "hidden_act": "silu",
-        "hidden_size": ar.hidden_size,
         "image_end_tag_id": tokens.image_end_tag_id,
         "image_start_tag_id": tokens.image_start_tag_id,
         "image_start_token_id": tokens.image_start_token_id,
-        "intermediate_size": ar.intermediate_size,
-        "max_position_embeddings": ar.max_position_embeddings,
         "mm_vision_tower": "ta_tok.pth",
-        "num_attention_heads": ar.num_heads,
-        "num_hidden_layers": ar.num_layers,
         "num_image_tokens": tokens.num_image_tokens,
-        "num_key_value_heads": ar.num_kv_heads,
         "num_scale_tokens": tokens.image_start_token_id - tokens.scale_start_token_id,
         "pad_token_id": special_token_id(model, "<|endoftext|>"),
-        "rms_norm_eps": ar.rms_norm_eps,
         "rope_scaling": None,
-        "rope_theta": ar.rope_theta,
         "scale_start_token_id": tokens.scale_start_token_id,
-        "tie_word_embeddings": ar.tie_word_embeddings,
         "torch_dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
         "use_sliding_window": False,
-        "use_tar_siglip_features": model.edit.use_tar_siglip_features,
-        "use_und_image_vae": model.edit.use_und_image_vae,
-        "use_und_image_vae_as_noise": model.edit.use_und_image_vae_as_noise,
-        "vocab_size": ar.vocab_size,
+        **language_config(model.ar),
+        **asdict(model.edit),
     }
+
+
+def language_config(config: ARConfig) -> dict[str, Any]:
+    """The geometry of the decoder, as transformers' Qwen3Config names it."""
+    renamed = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    renamed["num_key_value_heads"] = "num_kv_heads"
+    own = asdict(config)
+    return {name: own.pop(of) for name, of in renamed.items()} | own
 
 
 def transformer_config(config: DiTConfig) -> dict[str, Any]:
@@ -373,10 +369,9 @@ def vae_config(config: VAEConfig) -> dict[str, Any]:
     return data
 
 
-def _write_siglip(folder: Path, config: TATokConfig) -> None:
-    (folder / "siglip2").mkdir()
-    vision = {
-        "model_type": "siglip_vision_model",
+def vision_config(config: TATokConfig) -> dict[str, Any]:
+    """The geometry of the image tokenizer's tower, as transformers' SiglipVisionConfig names it."""
+    return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": config.hidden_size,
         "image_size": config.image_size,
@@ -387,6 +382,11 @@ def _write_siglip(folder: Path, config: TATokConfig) -> None:
         "num_hidden_layers": config.num_layers,
         "patch_size": config.patch_size,
     }
+
+
+def _write_siglip(folder: Path, config: TATokConfig) -> None:
+    (folder / "siglip2").mkdir()
+    vision = {"model_type": "siglip_vision_model", **vision_config(config)}
     _write_json(folder / "siglip2" / "config.json", {"model_type": "siglip", "vision_config": vision})
 
 

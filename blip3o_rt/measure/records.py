@@ -30,6 +30,7 @@ KEYS = {
     "rooflines": "ceilings",
 }
 E = TypeVar("E", bound="Entry")
+R = TypeVar("R", bound="Record")
 T = TypeVar("T")
 
 
@@ -70,7 +71,13 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         values = {_key(name): getattr(self, name) for name in _readers(type(self))}  # type: ignore[arg-type]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {key: _written(value) for key, value in values.items()}
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [entry.to_json() if isinstance(entry, Entry) else entry for entry in value]
+    return value
 
 
 def _key(name: str) -> str:
@@ -235,7 +242,10 @@ class Ablation(Entry):
 
 @dataclass(kw_only=True)
 class Record(Entry):
-    """The head of any record: which machine, versions, commit and command made it, and on which model."""
+    """The head of any record: which machine, versions, commit and command made it, and on which model.
+
+    With a path, every change is saved: an interrupted run keeps what it has.
+    """
 
     kind: str = "bench"
     version: int = RECORD_VERSION
@@ -247,6 +257,32 @@ class Record(Entry):
     complete: bool = True
     model: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.path: Path | None = None
+
+    @classmethod
+    def begin(cls: type[R], path: Path, command: Sequence[str], model: Mapping[str, Any]) -> R:
+        """A record that is saved at the path from now on."""
+        record = cls.of({**record_head(cls.kind, command), "model": model})
+        record.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.save()
+        return record
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_record(self.path, self.to_json())
+
+    def note(self, text: str) -> None:
+        """Remember something about the run as a whole."""
+        self.notes.append(text)
+        self.save()
+
+    def finish(self) -> None:
+        """Everything asked for was measured, or says why not."""
+        self.complete = True
+        self.save()
 
     @property
     def device(self) -> str:
@@ -268,7 +304,7 @@ class Record(Entry):
 
 @dataclass(kw_only=True)
 class BenchRecord(Record):
-    """What a bench measured. With a path, every change is saved: an interrupted run keeps what it has."""
+    """What a bench measured."""
 
     rooflines: list[Roofline] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
@@ -276,17 +312,8 @@ class BenchRecord(Record):
     ablations: list[Ablation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.path: Path | None = None
+        super().__post_init__()
         self.failures = 0
-
-    @classmethod
-    def begin(cls, path: Path, command: Sequence[str], model: Mapping[str, Any]) -> BenchRecord:
-        """A record that is saved at the path from now on."""
-        record = cls.of({**record_head("bench", command), "model": model})
-        record.path = path
-        record.path.parent.mkdir(parents=True, exist_ok=True)
-        record.save()
-        return record
 
     @classmethod
     def load(cls, path: Path) -> BenchRecord:
@@ -303,21 +330,6 @@ class BenchRecord(Record):
             )
         return cls.of(data)
 
-    def save(self) -> None:
-        if self.path is not None:
-            write_record(self.path, self.to_json())
-
-    def to_json(self) -> dict[str, Any]:
-        data = super().to_json()
-        for key in ("ceilings", "lines", "ops", "ablations"):
-            data[key] = [entry.to_json() for entry in data[key]]
-        return data
-
-    def note(self, text: str) -> None:
-        """Remember something about the run as a whole."""
-        self.notes.append(text)
-        self.save()
-
     def fail(self, what: str, error: BaseException) -> None:
         """Remember something that went wrong and has no entry to say so."""
         self.failures += 1
@@ -327,11 +339,6 @@ class BenchRecord(Record):
         """Keep an entry from now on."""
         kept: Any = {Line: self.lines, OpTime: self.ops, Ablation: self.ablations}[type(entry)]
         kept.append(entry)
-        self.save()
-
-    def finish(self) -> None:
-        """Everything asked for was measured, or says why not."""
-        self.complete = True
         self.save()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
-LARGE_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -31,16 +30,6 @@ def time_text(seconds: float | None) -> str:
         if abs(seconds) >= 0.9995 * scale or unit == "ns":  # 1.00 s, not 1,000 ms
             return f"{significant(seconds / scale)} {unit}"
     return ""
-
-
-def scaled_text(value: float | None, unit: str) -> str:
-    """1.23 GB, 45.6 TFLOP: a decimal prefix before the unit; empty for None."""
-    if value is None:
-        return ""
-    for scale, prefix in LARGE_UNITS:
-        if abs(value) >= scale:
-            return f"{significant(value / scale)} {prefix}{unit}"
-    return f"{significant(value)} {unit}"
 
 
 def memory_text(count: float | None) -> str:

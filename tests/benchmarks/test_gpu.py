@@ -85,11 +85,6 @@ def test_the_dry_run_finds_an_unknown_option_and_a_missing_file() -> None:
     assert gpu.command_problems(absent) == ["tests/nowhere.py is not in the checkout"]
 
 
-def test_what_travels_is_counted_with_its_wheels(tmp_path: Path) -> None:
-    (tmp_path / "a.whl").write_bytes(b"x" * 1000)
-    assert gpu.tree_bytes(tmp_path) == gpu.tree_bytes(None) + 1000 < gpu.TREE_BYTES
-
-
 def test_results_come_back_after_every_piece(site: Site, tmp_path: Path) -> None:
     run = Run(site, 100.0, gpu.execute(site, tmp_path / "out"))
     run.all([python("one", "print('hello')", 30), python("two", "raise SystemExit(3)", 30)])

@@ -155,7 +155,7 @@ def dit_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
         yield case
     if "dit.condition" in choice.names:
         case = Case("dit.condition", "keys and values of all layers, once per image")
-        case.add(OURS, stage.condition, stage.condition_work(), prepare=stage.prepare_picture)
+        case.add(OURS, stage.condition, stage.condition_work(), prepare=stage.capture_image)
         yield case
     if "dit.step" in choice.names:
         yield _step_case("dit.step", "one denoising step with guidance", stage, choice)

@@ -20,7 +20,12 @@ from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, SchedulerConfig, 
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.connector.model import NORM_EPS
 from blip3o_rt.dit.layout import layout as dit_layout
-from blip3o_rt.measure.random_checkpoint import transformer_config, vae_config
+from blip3o_rt.measure.random_checkpoint import (
+    language_config,
+    transformer_config,
+    vae_config,
+    vision_config,
+)
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec, concatenate_rows, dequantized
@@ -71,20 +76,7 @@ def language_model(config: ARConfig, weights: Weights) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    geometry: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-    }
-    settings = Qwen3Config(**geometry)
+    settings = Qwen3Config(**language_config(config))
     with torch.device("meta"):
         model = Qwen3ForCausalLM(settings)
     model.model.rotary_emb = Qwen3RotaryEmbedding(settings)  # computed, not loaded; float32
@@ -145,19 +137,8 @@ class VisionTower:
     def __init__(self, config: TATokConfig, weights: Weights) -> None:
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        geometry: dict[str, Any] = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.layers_run,
-            "num_attention_heads": config.num_heads,
-            "num_channels": config.image_channels,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
-            "layer_norm_eps": config.layer_norm_eps,
-            "hidden_act": "gelu_pytorch_tanh",
-            "vision_use_head": False,
-        }
-        settings = SiglipVisionConfig(**geometry)
+        cut_off = {"num_hidden_layers": config.layers_run, "vision_use_head": False}
+        settings = SiglipVisionConfig(**{**vision_config(config), **cut_off})
         originals = original_tensors(ta_tok_layout(config), weights)
         state = {n.removeprefix("encoder."): t for n, t in originals.items() if n.startswith("encoder.")}
         with torch.device("meta"):

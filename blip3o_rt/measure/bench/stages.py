@@ -1,6 +1,6 @@
 """The runtime's stages as calls that can be timed: the code that a request runs, on seeded inputs.
 
-On a GPU they are recorded as graphs first, as a pipeline does before it is ready.
+On a GPU they are captured as graphs first, as a pipeline does before it is ready.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ class ArStage:
     Half-way, a token attends to as many positions as it does on average over an image.
     """
 
-    parts = ("ar",)
-
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -108,7 +106,7 @@ class ArStage:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an activation, and of a weight of the peers."""
+        """Bytes of an activation, and of a weight of the baselines."""
         return self.engine.decoder.dtype.itemsize
 
     @property
@@ -183,8 +181,6 @@ class TokenSteps:
 class ConnectorStage:
     """The connector between decoder and diffusion transformer, on all hidden states of an image."""
 
-    parts = ("connector",)
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config, self.weights = checkpoint.config, checkpoint.weights["connector"]
         self.connector = Connector(self.weights, "diffusion_connector")
@@ -194,7 +190,7 @@ class ConnectorStage:
         self._run = GraphRunner.of(checkpoint.device).capture("connector", work)
 
     def run(self) -> ConditionTokens:
-        """Both halves' tokens; the unconditional branch's are all the same, so one is computed."""
+        """Both branches' tokens; the unconditional branch's are all the same, so one is computed."""
         return self._run()
 
     def work(self) -> Work:
@@ -210,8 +206,6 @@ class DitStage:
     edit: of an edit, whose condition has the cells of a reference latent and which sees it beside the noise,
     each where the checkpoint was trained so.
     """
-
-    parts = ("dit",)
 
     def __init__(self, checkpoint: Checkpoint, steps: int = STEPS, *, edit: bool = False) -> None:
         self.config, self.weights, self.edit = checkpoint.config, checkpoint.weights["dit"], edit
@@ -241,7 +235,7 @@ class DitStage:
         self.state: StepState | None = None
         self._step: Callable[[], None] = nothing
         self._runner = GraphRunner.of(self.dit.device)
-        self._picture: CapturedImage | None = None
+        self._captured: CapturedImage | None = None
 
     def every_token(self) -> None:
         """Take each unconditional token as if no other were identical to it: the same condition."""
@@ -253,18 +247,18 @@ class DitStage:
     def tables(self) -> ScheduleTables:
         return self.dit.schedule_tables(self.schedule)
 
-    def prepare_picture(self) -> None:
-        """Record the condition and every kind of step as a pipeline does, where there are graphs."""
-        if self._picture is None and self._runner.captures:
+    def capture_image(self) -> None:
+        """Capture the condition and every kind of step as a pipeline does, where there are graphs."""
+        if self._captured is None and self._runner.captures:
             tokens = self.tokens
             geometry = Geometry.of(self.noise, tokens.conditional, self.reference, None)
             given = geometry, lambda *_: tokens, self.dit.dtype, self._runner, self.shortcuts.kinds
-            self._picture = CapturedImage(self.dit, *given)
+            self._captured = CapturedImage(self.dit, *given)
 
     def condition(self) -> Condition:
-        if self._picture is None:
+        if self._captured is None:
             return self.dit.condition(self.tokens)
-        return self._picture.condition(self.tokens.conditional)
+        return self._captured.condition(self.tokens.conditional)
 
     def prepare(self, index: int = 0) -> None:
         """What the step of that index takes as given, and the noise in the place of the latent."""
@@ -284,14 +278,14 @@ class DitStage:
     def prepare_denoise(self) -> None:
         """What all steps of the schedule take as given."""
         self.prepare()
-        self.prepare_picture()
+        self.capture_image()
 
     def denoise(self) -> Tensor:
         """The latent after all steps of the schedule, as the checkpoint's switches make them."""
         assert self.state is not None
         given = self.noise, self.state.tables, self.state.condition, GUIDANCE
         return denoise(
-            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, captured=self._picture
+            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, captured=self._captured
         )
 
     def tables_work(self) -> Work:
@@ -302,7 +296,7 @@ class DitStage:
         return work.dit_condition(self.config.dit, self.itemsize, tokens=count)
 
     def step_work(self, *, shortened: bool) -> Work | None:
-        """shortened: ours. None where its products are of 8 bits: nothing measures their ceiling."""
+        """shortened: ours. None where its products are of 8 bits: nothing measures their roofline."""
         if shortened and self.quantized:
             return None
         return work.dit_step(self.config, self.itemsize, shortened=shortened, edit=self.edit)
@@ -310,8 +304,6 @@ class DitStage:
 
 class VaeStage:
     """The autoencoder, on a latent and on an image."""
-
-    parts = ("vae",)
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config, self.weights = checkpoint.config, checkpoint.weights["vae"]
@@ -341,8 +333,6 @@ class VaeStage:
 class TatokStage:
     """The image tokenizer, on an image."""
 
-    parts = ("ta_tok",)
-
     def __init__(self, checkpoint: Checkpoint) -> None:
         tower = checkpoint.config.ta_tok
         if tower is None:
@@ -363,8 +353,6 @@ class TatokStage:
 
 class ImageStage:
     """Whole images through the pipeline, and the time that none of its stages accounts for."""
-
-    parts = None
 
     def __init__(self, checkpoint: Checkpoint, *, max_batch: int, steps: int = STEPS) -> None:
         self.pipeline = Pipeline(checkpoint, max_batch=max_batch)

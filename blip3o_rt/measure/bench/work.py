@@ -37,11 +37,6 @@ class Work:
     def __mul__(self, times: int) -> Work:
         return Work(self.bytes * times, self.flops * times)
 
-    def floor(self, bytes_per_second: float, flops_per_second: float) -> tuple[bool, float]:
-        """Whether arithmetic bounds it (else memory), and the seconds that it takes at that ceiling."""
-        moving, computing = self.bytes / bytes_per_second, self.flops / flops_per_second
-        return computing > moving, max(moving, computing)
-
 
 # The autoregressive stage
 

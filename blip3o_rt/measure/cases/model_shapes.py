@@ -65,7 +65,8 @@ class OpShape:
 
     def make_small(self, dtype: torch.dtype) -> Case:
         """The inputs to check it on."""
-        return self.case("", dtype, *map(min, self.sizes, self.limits), *self.sizes[len(self.limits) :])
+        few = [min(size, limit) for size, limit in zip(self.sizes, self.limits, strict=False)]
+        return self.case("", dtype, *few, *self.sizes[len(few) :])
 
     def work(self, case: Case, result: Tensor) -> Work:
         """Bytes read and written, and operations, of one call."""
@@ -106,11 +107,16 @@ def op_shapes(config: ModelConfig, batches: Sequence[int]) -> Iterator[OpShape]:
 def decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
     """A token of each of `batch` images."""
     ar, images, label = config.ar, config.image_tokens, f"decode x{batch}"
+    sizes: tuple[Any, ...]
+    plain: Callable[..., Case]
+    w8: Callable[..., Case]
     yield from _token_rows(ar, batch, label)
     matrices, codes = _matrices(ar), images.num_image_tokens
     for name, (rows, columns) in {**matrices, "head, image rows": (codes, ar.hidden_size)}.items():
         what, sizes = f"{label}: {name} {rows} x {columns}", (batch, rows, columns)
-        plain, w8 = (product_case, _w8) if name in matrices else (_logits, partial(_w8, logits=True))
+        plain, w8 = product_case, _w8
+        if name not in matrices:
+            plain, w8 = _logits, partial(_w8, logits=True)
         yield product("row_linear", what, plain, *sizes, limits=(batch, 4096), reads=True)
         yield product("row_linear_w8", what, w8, *sizes, limits=(batch, 4096), reads=True)
     for name, (rows, columns) in matrices.items():
@@ -185,6 +191,7 @@ def _matrices(ar: ARConfig) -> dict[str, tuple[int, int]]:
 def denoising_step(config: ModelConfig) -> Iterator[OpShape]:
     """A step of text-to-image, both branches of guidance."""
     dit = config.dit
+    sizes: tuple[Any, ...]
     side, width, hidden = dit.sample_size // dit.patch_size, dit.width, dit.mlp_hidden
     tokens = side**2
     rows, label = 2 * tokens, f"dit: 2 x {tokens} tokens of {width}"
@@ -233,6 +240,7 @@ def _relu_attention(
 def image_decoding(config: ModelConfig) -> Iterator[OpShape]:
     """Norms at the finest and the coarsest resolution, and the attention blocks where there are any."""
     vae, stages = config.vae, config.vae.decoder_stages
+    sizes: tuple[int, ...]
     sides = [config.image_size >> index for index in range(len(stages))]
     ends = {(stages[i].channels, sides[i]) for i in (0, -1) if stages[i].layers}
     for channels, side in sorted(ends, reverse=True):

@@ -21,7 +21,6 @@ from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, KINDS
 
 FOREGROUND_DISTANCE = 0.2  # RGB distance (channels 0 to 1) from the background
 SMALLEST_AREA = 14  # pixels
-INNER_COVERAGE = 0.9  # of a region's pixels that tell its color
 HUE_ENDS = (
     (14, "red"),
     (43, "orange"),

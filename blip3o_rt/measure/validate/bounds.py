@@ -42,17 +42,9 @@ def tensor_line(
     error = _error(found, exact)
     if dtype == "fp32" or published is None:
         return at_most(group, name, dtype, "relative L2", error, FP32_BOUND, why=WHY_FP32, **rest)
-    yardstick = _error(published, exact)
+    known, why = _error(published, exact), why_bf16(ratio)
     return at_most(
-        group,
-        name,
-        dtype,
-        "relative L2",
-        error,
-        ratio * yardstick,
-        why=why_bf16(ratio),
-        reference_error=yardstick,
-        **rest,
+        group, name, dtype, "relative L2", error, ratio * known, why=why, reference_error=known, **rest
     )
 
 

@@ -51,12 +51,6 @@ def random_folder(size: str, work: Path) -> Path:
     return work / folder_name(preset(size, EDITING))
 
 
-def converted_folder(size: str, dtype: str, work: Path) -> Path:
-    """Where bench keeps its converted form in "fp32" or "bf16": another version or geometry has another."""
-    published = random_folder(size, work)
-    return published.with_name(f"{published.name}-{dtype}")
-
-
 def _random_checkpoint(config: ModelConfig, folder: Path, show: Callable[[str], None]) -> Path:
     """A seeded random checkpoint, written into the folder unless it is there."""
     work = folder.parent

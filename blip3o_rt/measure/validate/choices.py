@@ -7,6 +7,8 @@ is below the best by more than both scores may be off.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from blip3o_rt.measure.validate.bounds import BF16_RATIO, FP32_BOUND
@@ -45,14 +47,6 @@ def choice_line(
         detail += f"; the first wrong one is {place}: its score is {float(gap[place]):.2e} below the best"
     elif bool((gap > 0).any()):
         detail += f", the others are within rounding of it ({float(gap.max()):.2e} below)"
-    return at_most(
-        group,
-        name,
-        dtype,
-        f"wrong {noun}s",
-        float(wrong.sum()),
-        0.0,
-        why=f"a score may be off by {rounding:.1e}, so ties up to {2 * rounding:.1e} go either way",
-        reference_error=reference_error,
-        detail=detail,
-    )
+    why = f"a score may be off by {rounding:.1e}, so ties up to {2 * rounding:.1e} go either way"
+    rest: dict[str, Any] = {"why": why, "reference_error": reference_error, "detail": detail}
+    return at_most(group, name, dtype, f"wrong {noun}s", float(wrong.sum()), 0.0, **rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,17 +71,11 @@ def _latents_line(
         bounds = [BF16_RATIO * yardstick for yardstick in yardsticks]
     worst = max(range(len(errors)), key=lambda index: severity(errors[index], bounds[index]))
     each = ", ".join(f"{error:.1e}" for error in errors)
-    return at_most(
-        "dit",
-        f"{mode}: latents after each step",
-        dtype,
-        "relative L2",
-        errors[worst],
-        bounds[worst],
-        why=WHY_FP32 if published is None else why_bf16(),
-        reference_error=None if published is None else yardsticks[worst],
-        detail=f"worst of {len(errors)} steps: {worst + 1}; each: {each}",
-    )
+    name, why = f"{mode}: latents after each step", WHY_FP32 if published is None else why_bf16()
+    known = None if published is None else yardsticks[worst]
+    detail = f"worst of {len(errors)} steps: {worst + 1}; each: {each}"
+    rest: dict[str, Any] = {"why": why, "reference_error": known, "detail": detail}
+    return at_most("dit", name, dtype, "relative L2", errors[worst], bounds[worst], **rest)
 
 
 def _published(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,50 +76,20 @@ def image_lines(
     its error, and our loss of similarity, which goes as the error's square, ratio^2 times its loss.
     """
     equal = "the images are equal" if math.isinf(found.psnr) else None
+    psnr = partial(at_least, group, f"{name}: PSNR", dtype, "PSNR dB", _decibels(found), detail=equal)
+    similarity = partial(at_least, group, f"{name}: SSIM", dtype, "SSIM", found.ssim)
     if yardstick is None:
-        yield at_most(
-            group,
-            f"{name}: gray levels",
-            dtype,
-            "share off by more than one",
-            found.off_by_more,
-            0.0,
-            why=WHY_ROUNDED,
-        )
-        yield at_least(
-            group,
-            f"{name}: PSNR",
-            dtype,
-            "PSNR dB",
-            _decibels(found),
-            FP32_PSNR,
-            why=WHY_ROUNDED,
-            detail=equal,
-        )
-        yield at_least(group, f"{name}: SSIM", dtype, "SSIM", found.ssim, FP32_SSIM, why=WHY_ROUNDED)
+        measure, off, why = "share off by more than one", found.off_by_more, WHY_ROUNDED
+        yield at_most(group, f"{name}: gray levels", dtype, measure, off, 0.0, why=why)
+        yield psnr(FP32_PSNR, why=why)
+        yield similarity(FP32_SSIM, why=why)
         return
-    least = _decibels(yardstick) - 20 * math.log10(ratio)
-    yield at_least(
-        group,
-        f"{name}: PSNR",
-        dtype,
-        "PSNR dB",
-        _decibels(found),
-        least,
-        why=f"{ratio:g} x the published bfloat16 image's error, in dB",
-        reference_error=_decibels(yardstick),
-        detail=equal,
-    )
-    yield at_least(
-        group,
-        f"{name}: SSIM",
-        dtype,
-        "SSIM",
-        found.ssim,
-        1 - ratio**2 * (1 - yardstick.ssim),
-        why=f"{ratio:g}^2 x the published bfloat16 image's loss",
-        reference_error=yardstick.ssim,
-    )
+    known = _decibels(yardstick)
+    why = f"{ratio:g} x the published bfloat16 image's error, in dB"
+    yield psnr(known - 20 * math.log10(ratio), why=why, reference_error=known)
+    why = f"{ratio:g}^2 x the published bfloat16 image's loss"
+    least = 1 - ratio**2 * (1 - yardstick.ssim)
+    yield similarity(least, why=why, reference_error=yardstick.ssim)
 
 
 def _decibels(likeness: Likeness) -> float:

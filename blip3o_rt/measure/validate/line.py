@@ -20,66 +20,37 @@ class Line:
 
     group: str
     name: str
-    implementation: str | None
     dtype: str
-    shape: str | None
     measure: str
     found: float | None
-    reference_error: float | None
     bound: float
-    why: str
     passed: bool
-    detail: str | None
+    why: str
+    implementation: str | None = None
+    shape: str | None = None
+    reference_error: float | None = None
+    detail: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary; figures that are not finite are None."""
         return {name: _finite(value) for name, value in asdict(self).items()}
 
 
-def at_most(group: str, name: str, dtype: str, measure: str, found: float, bound: float, **rest: Any) -> Line:
+def at_most(
+    group: str, name: str, dtype: str, measure: str, found: float, bound: float, *, why: str, **rest: Any
+) -> Line:
     """A line of an error: it passes where found <= bound, and not where found is no number.
 
-    rest: why, and any of implementation, shape, reference_error and detail.
+    rest: any of implementation, shape, reference_error and detail.
     """
-    return _line(group, name, dtype, measure, found, bound, found <= bound, **rest)
+    return Line(group, name, dtype, measure, found, bound, bool(found <= bound), why, **rest)
 
 
 def at_least(
-    group: str, name: str, dtype: str, measure: str, found: float, bound: float, **rest: Any
+    group: str, name: str, dtype: str, measure: str, found: float, bound: float, *, why: str, **rest: Any
 ) -> Line:
     """A line of a likeness (PSNR, SSIM): it passes where found >= bound; otherwise as `at_most`."""
-    return _line(group, name, dtype, measure, found, bound, found >= bound, **rest)
-
-
-def _line(
-    group: str,
-    name: str,
-    dtype: str,
-    measure: str,
-    found: float,
-    bound: float,
-    passed: bool,
-    *,
-    why: str,
-    implementation: str | None = None,
-    shape: str | None = None,
-    reference_error: float | None = None,
-    detail: str | None = None,
-) -> Line:
-    return Line(
-        group=group,
-        name=name,
-        implementation=implementation,
-        dtype=dtype,
-        shape=shape,
-        measure=measure,
-        found=found,
-        reference_error=reference_error,
-        bound=bound,
-        why=why,
-        passed=bool(passed),
-        detail=detail or None,
-    )
+    return Line(group, name, dtype, measure, found, bound, bool(found >= bound), why, **rest)
 
 
 def severity(found: float, bound: float) -> float:

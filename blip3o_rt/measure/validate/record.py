@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from blip3o_rt.measure.provenance import record_head, write_record
+from blip3o_rt.measure.records import Record
 from blip3o_rt.measure.validate.line import Line
 
 FILE = "validate.json"
 
 
-class Record:
-    """A validate record in memory and, after every change, in its folder.
+@dataclass(kw_only=True)
+class ValidateRecord(Record):
+    """Lines and compared images, as they are in the file."""
 
-    model: what was validated. images: entries that whoever writes images appends to.
-    """
-
-    def __init__(
-        self, folder: Path, command: Sequence[str], model: Mapping[str, Any], images: list[dict[str, Any]]
-    ) -> None:
-        self.path = folder / FILE
-        self.data: dict[str, Any] = {
-            **record_head("validate", command),
-            "model": dict(model),
-            "lines": [],
-            "images": images,
-            "notes": [],
-        }
+    kind: str = "validate"
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, item: Line | str) -> None:
         """A line, or a note on the run."""
         if isinstance(item, Line):
-            self.data["lines"].append(item.to_dict())
+            self.lines.append(item.to_dict())
+            self.save()
         else:
-            self.data["notes"].append(item)
-        self.save()
-
-    def finish(self) -> None:
-        """Everything asked for was compared."""
-        self.data["complete"] = True
-        self.save()
-
-    def save(self) -> None:
-        """Write what there is."""
-        write_record(self.path, self.data)
+            self.note(item)

@@ -19,7 +19,7 @@ from blip3o_rt.machine import resolve_device
 from blip3o_rt.measure.cases import ops_with_cases
 from blip3o_rt.measure.validate.checkpoint import sized_checkpoint
 from blip3o_rt.measure.validate.line import GROUPS, Line, at_most
-from blip3o_rt.measure.validate.record import Record
+from blip3o_rt.measure.validate.record import FILE, ValidateRecord
 from blip3o_rt.measure.validate.sweep import check_op_names, sweep
 from blip3o_rt.measure.validate.table import HEADER, row, summary
 from blip3o_rt.ops.user_kernels import UserKernel, load_kernels
@@ -150,9 +150,9 @@ class _Run:
             "threads": torch.get_num_threads(),
             "kernels": [f"{kernel.op}={kernel.implementation}" for kernel in kernels],
         }
-        out.mkdir(parents=True, exist_ok=True)
-        self.record = Record(out, options.command, model, images)
-        self.record.save()
+        self._path = out / FILE
+        self.record = ValidateRecord.begin(self._path, options.command, model)
+        self.record.images = images
         if self._subject is not None and set(options.groups) & set(STAGES):
             self._add(self._subject.scope.note(self._subject.whole_config))
 
@@ -229,12 +229,12 @@ class _Run:
         """Write the page, where pages can be written, and say how it went."""
         self.record.save()
         self._show(summary(self.lines))
-        self._show(str(self.record.path))
+        self._show(str(self._path))
         with contextlib.suppress(ImportError):
             from blip3o_rt.measure.reports import validate_html
 
-            page = self.record.path.with_name(PAGE)
-            validate_html(self.record.data, page)
+            page = self._path.with_name(PAGE)
+            validate_html(self.record.to_json(), page)
             self._show(str(page))
 
 

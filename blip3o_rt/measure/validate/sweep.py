@@ -115,17 +115,12 @@ def sweep(
 
 def _not_compared(op_name: str, implementation: str, reason: str | None) -> Line:
     """The line of an implementation that was asked for and ran on no case."""
-    return at_most(
-        "ops",
-        op_name,
-        "",
-        "kernels that took no case",
-        1.0,
-        0.0,
-        why="what is asked for must be compared",
-        implementation=implementation,
-        detail=reason or "it takes none of the op's cases in these dtypes",
-    )
+    rest: dict[str, Any] = {
+        "why": "what is asked for must be compared",
+        "implementation": implementation,
+        "detail": reason or "it takes none of the op's cases in these dtypes",
+    }
+    return at_most("ops", op_name, "", "kernels that took no case", 1.0, 0.0, **rest)
 
 
 def _variant_lines(
@@ -166,18 +161,9 @@ def _place(case: Case, finding: Finding) -> str:
 def _op_line(
     op: Op[Any, Any], variant: str, dtype: str, finding: Finding, detail: str, shape: str | None = None
 ) -> Line:
-    return at_most(
-        "ops",
-        op.name,
-        dtype,
-        finding.measure,
-        finding.found,
-        finding.bound,
-        why="the op's tolerance against its reference in float64",
-        implementation=variant,
-        shape=shape,
-        detail=detail,
-    )
+    why = "the op's tolerance against its reference in float64"
+    rest: dict[str, Any] = {"why": why, "implementation": variant, "shape": shape, "detail": detail}
+    return at_most("ops", op.name, dtype, finding.measure, finding.found, finding.bound, **rest)
 
 
 def check_op_names(op_names: Collection[str]) -> list[str]:

@@ -160,10 +160,5 @@ def test_other_ways_to_resample_count_too() -> None:
     )
 
 
-def test_the_slower_ceiling_bounds() -> None:
-    assert Work(100, 10).floor(10.0, 10.0) == (False, 10.0)
-    assert Work(10, 100).floor(10.0, 10.0) == (True, 10.0)
-
-
 def test_no_image_tokenizer_is_no_work() -> None:
     assert work.tatok_encode(replace(PUBLISHED, ta_tok=None), BF16) == Work(0, 0)
