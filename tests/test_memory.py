@@ -41,13 +41,13 @@ def test_without_graphs_nothing_is_held_for_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     for graphs in ("on", "off"):
         monkeypatch.setenv("BLIP3O_GRAPHS", graphs)
-        memory.require_room(model, BF16, {}, torch.device("cuda"), 1, 1536)
+        memory.require_model_memory(model, BF16, {}, torch.device("cuda"), 1, 1536)
     assert needed[0] - needed[1] == memory._captured_bytes(model, torch.bfloat16) > 0
 
 
 def test_tiles_take_less_until_attention_is_the_most() -> None:
     published = preset("published")
-    held = [memory._image_elements(published, tiles) for tiles in (1, 2, 4, 8)]
+    held = [memory._activation_elements(published, tiles) for tiles in (1, 2, 4, 8)]
     assert held[0] == 3 * 1024 * 1024 * 128
     assert held[0] > 2 * held[1] > 2 * held[2] == 2 * held[3]
 
@@ -57,7 +57,7 @@ def test_positions_that_cannot_be_used_are_not_asked_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     usable = model.ar.max_position_embeddings - model.image_tokens.tokens_per_image
     for longest in (usable, 1_000_000):
-        memory.require_room(model, FP32, {}, torch.device("cpu"), 4, longest)
+        memory.require_model_memory(model, FP32, {}, torch.device("cpu"), 4, longest)
     assert needed[0] == needed[1]
 
 
@@ -75,7 +75,7 @@ def test_the_remedy_names_what_takes_the_memory(
 ) -> None:
     said = []
     monkeypatch.setattr(memory, "require_memory", lambda *arguments: said.append(arguments[-1]))
-    memory.require_room(preset("published"), precision, {}, torch.device("cpu"), max_batch, 1536)
+    memory.require_model_memory(preset("published"), precision, {}, torch.device("cpu"), max_batch, 1536)
     assert said[0].startswith(remedy)
 
 
@@ -83,5 +83,5 @@ def test_mixed_takes_at_most_60_percent_of_float32(monkeypatch: pytest.MonkeyPat
     model, needed = preset("published"), []
     monkeypatch.setattr(memory, "require_memory", lambda found, *_: needed.append(found))
     for precision in (FP32, MIXED):
-        memory.require_room(model, precision, {}, torch.device("cpu"), 1, 1536)
+        memory.require_model_memory(model, precision, {}, torch.device("cpu"), 1, 1536)
     assert needed[1] <= 0.6 * needed[0]

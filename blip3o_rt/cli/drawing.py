@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import trace
 from blip3o_rt.cli.like import differences
+from blip3o_rt.cli.options import model_arguments
 from blip3o_rt.cli.outputs import ImageFiles
 from blip3o_rt.errors import Blip3oWarning
 from blip3o_rt.files import replacing
-from blip3o_rt.switches import parse_switches
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,21 +28,9 @@ def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
     """The model the arguments name, on the device they name; options are further ones of Pipeline.load."""
     from blip3o_rt.pipeline import Pipeline  # PyTorch takes seconds to import: not for --help
 
-    sizes = {"max_batch": arguments.max_batch, "max_prompt_tokens": arguments.max_prompt_tokens}
-    return Pipeline.load(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        tier=arguments.tier,
-        switches=parse_switches(arguments.switch),
-        diffusion=arguments.diffusion,
-        ta_tok=arguments.ta_tok,
-        variant=arguments.variant,
-        allow_base_weights=arguments.allow_base_weights,
-        cache_dir=arguments.cache_dir,
-        **{name: size for name, size in sizes.items() if size is not None},
-        **options,
-    )
+    named = model_arguments(arguments)
+    del named["path"]  # which is text there
+    return Pipeline.load(arguments.model, **named, **options)
 
 
 def ranges(arguments: argparse.Namespace, pipeline: Pipeline) -> AbstractContextManager[None]:

@@ -186,12 +186,8 @@ def request_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     options = sampling_arguments(arguments)
     check_model(arguments)
-    check_tier(arguments.tier, parse_switches(arguments.switch))
+    model_arguments(arguments)
     image_seeds(arguments.seed, arguments.n)
-    if arguments.max_batch is not None:
-        check_max_batch(arguments.max_batch)
-    if arguments.max_prompt_tokens is not None:
-        check_max_prompt_tokens(arguments.max_prompt_tokens)
     return {"n": arguments.n, "seed": arguments.seed, **options, "progress": not arguments.quiet}
 
 

@@ -18,7 +18,7 @@ from blip3o_rt.switches import VAE_TILES, setting
 from blip3o_rt.vae.layout import GATED_EXPANSION
 
 
-def require_room(
+def require_model_memory(
     config: ModelConfig,
     precision: Precision,
     switches: Mapping[str, str],
@@ -32,10 +32,10 @@ def require_room(
     longest = min(max_prompt_tokens, ar.max_position_embeddings - tokens)  # as much as can be used
     kept = (longest + tokens) * 2 * ar.num_layers * ar.kv_size + (tokens + 1) * ar.hidden_size
     cache = max_batch * kept * dtype.itemsize  # keys, values and hidden states
-    image = _image_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
+    activations = _activation_elements(config, setting(switches, VAE_TILES) or 1) * dtype.itemsize
     captured = _captured_bytes(config, dtype) if device.type == "cuda" and graphs_wanted() else 0
     weights = sum(weight_bytes(config, precision, switches).values())
-    needed = weights + cache + image + captured
+    needed = weights + cache + activations + captured
     smaller = f"a smaller max_batch ({max_batch}) or max_prompt_tokens ({longest})"
     if cache < weights:
         smaller = "dtype bf16" if precision is FP32 else "tier fast with 8-bit weights"
@@ -58,7 +58,7 @@ def _captured_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return held
 
 
-def _image_elements(config: ModelConfig, tiles: int) -> int:
+def _activation_elements(config: ModelConfig, tiles: int) -> int:
     """Elements of activations that the autoencoder holds at once, for tiles along a side of its fine stages.
 
     The finest stage holds three tensors of its width: input, product and result. A stage with attention holds

@@ -45,7 +45,7 @@ from blip3o_rt.params import (
     prompt_list,
     reference_list,
 )
-from blip3o_rt.pipeline.memory import require_room
+from blip3o_rt.pipeline.memory import require_model_memory
 from blip3o_rt.pipeline.planner import NO_REFERENCE, Planner, PlanRequest, Reference
 from blip3o_rt.pipeline.renderer import Renderer
 from blip3o_rt.precision import BF16, resolve_precision
@@ -170,7 +170,7 @@ class Pipeline:
         with OwnSettings(target, torch.get_num_threads()):
             opened = open_checkpoint(source)
             precision = resolve_precision(dtype, target, opened.stored_dtype)
-            require_room(opened.config, precision, chosen, target, max_batch, max_prompt_tokens)
+            require_model_memory(opened.config, precision, chosen, target, max_batch, max_prompt_tokens)
             checkpoint = opened.load(target, precision, switches=chosen, cache_dir=cache_dir)
         if target.type == "cpu" and precision is BF16:
             bf16_products.slower()  # what must be measured is measured now, not in a request
