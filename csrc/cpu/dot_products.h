@@ -13,11 +13,8 @@ namespace blip3o::cpu::BLIP3O_ISA {
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = kLanes == 16 ? 4 : 3;
 
-// Where the rows of w are. Four rows of a matrix in memory at a time are something that the hardware's
-// prefetchers follow badly (half the speed of one stream), so a tile fetches the next four in one stream
-// while it computes.
-enum class Source { cache, memory };
-
+// Several rows of a matrix in memory at a time are something that the hardware's prefetchers follow badly (half
+// the speed of one stream), so a tile fetches what is read later in one stream while it computes.
 // Fetches step number `step` of kBytes each into the second-level cache.
 template <int64_t kBytes>
 BLIP3O_INLINE void prefetch(const char* from, int64_t step) {
@@ -74,21 +71,22 @@ BLIP3O_INLINE void dot_column_block(const float* x, int64_t x_stride, int64_t ro
 }
 
 // emit(row, column, value) for all rows of x and all `columns` rows of w, column block by column block.
+// Meanwhile as many elements are fetched from `next` on as w has, unless it is null: w is in the cache then.
 template <class T, class Emit>
 BLIP3O_INLINE void dot_products(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride,
-                                int64_t columns, int64_t size, Source source, const Emit& emit) {
+                                int64_t columns, int64_t size, const T* next, const Emit& emit) {
     int64_t c = 0;
     const auto at = [&](int64_t first) {
         return [&emit, first](int64_t row, int64_t column, float value) { emit(row, first + column, value); };
     };
+    const auto later = [&](int64_t column) {
+        return next ? reinterpret_cast<const char*>(next + column * w_stride) : nullptr;
+    };
     for (; c + kTileColumns <= columns; c += kTileColumns) {
-        const T* block = w + c * w_stride;
-        const char* next = reinterpret_cast<const char*>(block + kTileColumns * w_stride);
-        dot_column_block<kTileColumns>(x, x_stride, rows, block, w_stride, size,
-                                       source == Source::memory ? next : nullptr, at(c));
+        dot_column_block<kTileColumns>(x, x_stride, rows, w + c * w_stride, w_stride, size, later(c), at(c));
     }
     for (; c < columns; ++c) {
-        dot_column_block<1>(x, x_stride, rows, w + c * w_stride, w_stride, size, nullptr, at(c));
+        dot_column_block<1>(x, x_stride, rows, w + c * w_stride, w_stride, size, later(c), at(c));
     }
 }
 

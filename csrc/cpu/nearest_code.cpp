@@ -33,7 +33,7 @@ void nearest_code(const NearestCodeArguments& a, int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows; r += kTileRows) {
             const int64_t block = rows - r < kTileRows ? rows - r : kTileRows;
             dot_products(features + r * padded, padded, block, a.codebook.row<const float>(first),
-                         a.codebook.stride, codes, width, Source::cache,
+                         a.codebook.stride, codes, width, static_cast<const float*>(nullptr),
                          [&](int64_t row, int64_t code, float score) {
                              if (score > best[r + row]) {  // codes come in order, so a tie keeps the lower
                                  best[r + row] = score;

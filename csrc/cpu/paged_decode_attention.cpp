@@ -67,10 +67,20 @@ void softmax_step(const Group& group, int64_t g, int64_t positions) {
     for (int64_t i = 0; i < group.padded_dim; i += kLanes) store(sums + i, load(sums + i) * rescale);
 }
 
-// sums += weight * v for kCount positions; v is their first row.
+// Rows of K and V of one KV head on a page. Pages of a head lie far apart, where the hardware's prefetchers do
+// not look, so the next page is fetched while this one is read: a line now and then, since a processor holds
+// some twenty fetches and waits for room.
+template <class T>
+struct Page {
+    const T *k, *v;
+};
+
+// sums += weight * v for kCount positions; v is their first row. Those from `next` on are fetched.
 template <int kCount, class T>
-BLIP3O_INLINE void add_values(const Group& group, const T* v, int64_t first) {
+BLIP3O_INLINE void add_values(const Group& group, const T* v, int64_t first, const T* next) {
+    const char* lines = reinterpret_cast<const char*>(next);
     for_each_vector(group.head_dim, [&](int64_t i, int64_t count) {
+        prefetch<kCount * kLanes * sizeof(T)>(lines, i / kLanes);
         Vec values[kCount];
         for (int p = 0; p < kCount; ++p) values[p] = load(v + p * group.head_dim + i, count);
         for (int64_t g = 0; g < group.heads; ++g) {
@@ -83,15 +93,15 @@ BLIP3O_INLINE void add_values(const Group& group, const T* v, int64_t first) {
 }
 
 template <class T>
-void attend_page(const Group& group, const T* k, const T* v, int64_t positions) {
-    dot_products(group.queries, group.padded_dim, group.heads, k, group.head_dim, positions, group.head_dim,
-                 Source::cache, [&](int64_t g, int64_t p, float score) {
-                     group.weights[g * group.padded_page + p] = score;
-                 });
+void attend_page(const Group& group, Page<T> page, Page<T> next, int64_t positions) {
+    const int64_t row = group.head_dim;
+    dot_products(
+        group.queries, group.padded_dim, group.heads, page.k, row, positions, row, next.k,
+        [&](int64_t g, int64_t p, float score) { group.weights[g * group.padded_page + p] = score; });
     for (int64_t g = 0; g < group.heads; ++g) softmax_step(group, g, positions);
     int64_t p = 0;
-    for (; p + 4 <= positions; p += 4) add_values<4>(group, v + p * group.head_dim, p);
-    for (; p < positions; ++p) add_values<1>(group, v + p * group.head_dim, p);
+    for (; p + 4 <= positions; p += 4) add_values<4>(group, page.v + p * row, p, next.v + p * row);
+    for (; p < positions; ++p) add_values<1>(group, page.v + p * row, p, next.v + p * row);
 }
 
 template <class T>
@@ -104,38 +114,28 @@ void finish(const Group& group, T* out) {
     }
 }
 
-// Rows of one KV head on the page that holds `position` of sequence b.
+// The page that holds `position` of sequence b.
 template <class T>
-const T* page_rows(const PagedDecodeAttentionArguments& a, const void* cache, int64_t b, int64_t h,
-                   int64_t position) {
+Page<T> page_of(const PagedDecodeAttentionArguments& a, int64_t b, int64_t h, int64_t position) {
     const int64_t page = a.page_table[b * a.max_blocks + position / a.cache.page_size];
-    const int64_t row = (page * a.cache.kv_heads + h) * a.cache.page_size;
-    return static_cast<const T*>(cache) + row * a.cache.head_dim;
-}
-
-// Pages of one head lie far apart, where the hardware's prefetchers do not look.
-template <class T>
-void fetch(const T* rows, int64_t elements) {
-    for (int64_t i = 0; i < elements; i += 64 / sizeof(T)) __builtin_prefetch(rows + i, 0, 2);
+    const int64_t first = (page * a.cache.kv_heads + h) * a.cache.page_size * a.cache.head_dim;
+    return {static_cast<const T*>(a.cache.k) + first, static_cast<const T*>(a.cache.v) + first};
 }
 
 template <class T>
 void attend(const PagedDecodeAttentionArguments& a, int64_t begin, int64_t end) {
     const Group group = make_group(a);
-    const int64_t page_size = a.cache.page_size, page_elements = page_size * a.cache.head_dim;
+    const int64_t page_size = a.cache.page_size;
     for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / a.cache.kv_heads, h = unit % a.cache.kv_heads;
         const int64_t first_row = (b * a.q_heads + h * group.heads) * a.cache.head_dim;
         start(group, static_cast<const T*>(a.q) + first_row, a.scale);
         const int64_t length = a.context_lens[b];
         for (int64_t position = 0; position < length; position += page_size) {
-            if (position + page_size < length) {
-                fetch(page_rows<T>(a, a.cache.k, b, h, position + page_size), page_elements);
-                fetch(page_rows<T>(a, a.cache.v, b, h, position + page_size), page_elements);
-            }
-            const int64_t positions = length - position < page_size ? length - position : page_size;
-            attend_page(group, page_rows<T>(a, a.cache.k, b, h, position),
-                        page_rows<T>(a, a.cache.v, b, h, position), positions);
+            const int64_t after = position + page_size, left = length - position;
+            const Page<T> page = page_of<T>(a, b, h, position);
+            const Page<T> next = after < length ? page_of<T>(a, b, h, after) : page;
+            attend_page(group, page, next, left < page_size ? left : page_size);
         }
         finish(group, static_cast<T*>(a.out) + first_row);
     }

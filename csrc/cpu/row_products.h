@@ -38,8 +38,9 @@ BLIP3O_INLINE void row_products(const Rows& all_x, const Rows& weight, const Row
             };
         };
         if (rows < kWidenedRows || sizeof(W) == sizeof(float)) {
-            dot_products(x, padded, rows, weight.row<const W>(begin), weight.stride, end - begin, inputs,
-                         Source::memory, emit_from(begin));
+            const W* columns = weight.row<const W>(begin);
+            dot_products(x, padded, rows, columns, weight.stride, end - begin, inputs,
+                         columns + kTileColumns * weight.stride, emit_from(begin));
             continue;
         }
         for (int64_t column = begin; column < end; column += kTileColumns) {
@@ -47,7 +48,8 @@ BLIP3O_INLINE void row_products(const Rows& all_x, const Rows& weight, const Row
             for (int64_t c = 0; c < columns; ++c) {
                 widen_row(block + c * padded, weight.row<const W>(column + c), inputs);
             }
-            dot_products(x, padded, rows, block, padded, columns, inputs, Source::cache, emit_from(column));
+            dot_products(x, padded, rows, block, padded, columns, inputs, static_cast<const float*>(nullptr),
+                         emit_from(column));
         }
     }
 }
