@@ -67,7 +67,7 @@ def add_parser(subparsers: Any) -> None:
         dest="baselines",
         action=Renamed,
         metavar="NAMES",
-        help="transformers, diffusers, published, compiled, graphed, or none (the first three)",
+        help="transformers, diffusers, published, compiled, graphed, fp32, or none (the first three)",
     )
     what.add_argument(
         "--ops", nargs="?", const="all", metavar="NAMES", help="every implementation of these ops (of all)"

@@ -123,6 +123,17 @@ def test_without_the_baselines_packages(
     assert [line["who"] for line in record()["lines"]] == ["ours"]
 
 
+def test_float32_beside_mixed(command: Command, work: Path) -> None:
+    """The same weights in float32 are a baseline of our own, unless they are what is measured."""
+    options = ("--lines", "ar.token,dit.step,vae.decode,connector", "--baselines", "fp32")
+    assert command(*quick(work, *options, "--dtype", "mixed")) == 0
+    found = {(line["name"], line["who"]) for line in record()["lines"]}
+    both = {(name, who) for name in ("ar.token", "dit.step", "vae.decode") for who in ("ours", "fp32")}
+    assert found == both | {("connector", "ours")}
+    assert command(*quick(work, *options, "--dtype", "fp32")) == 0
+    assert {line["who"] for line in record()["lines"]} == {"ours"}
+
+
 def test_compare(command: Command) -> None:
     def write(name: str, seconds: float) -> None:
         line = {

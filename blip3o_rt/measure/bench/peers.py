@@ -2,7 +2,8 @@
 
 transformers, diffusers: their modules as they are, eager. published: the published way, which draws over the
 whole vocabulary, reads the whole sequence a second time and runs the connector inside the denoising loop.
-compiled, graphed: the same under torch.compile with a static cache, without and with CUDA graphs.
+compiled, graphed: the same under torch.compile with a static cache, without and with CUDA graphs. fp32: this
+runtime, with weights and arithmetic in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from blip3o_rt.measure.bench.stages import (
 )
 from blip3o_rt.params import SamplingParams
 
-PEERS = ("transformers", "diffusers", "published", "compiled", "graphed")
+FLOAT32 = "fp32"
+PEERS = ("transformers", "diffusers", "published", "compiled", "graphed", FLOAT32)
 DEFAULT_PEERS = ("transformers", "diffusers", "published")
 WHO = {"compiled": "published-compiled", "graphed": "published-graphed"}  # others are called as they are
 COMPILE_MODES = {"compiled": "default", "graphed": "reduce-overhead"}
@@ -55,6 +57,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
         raise ParameterError(f"baselines has {name!r}: accepted are {', '.join(PEERS)} and none")
     if name == "graphed" and device.type != "cuda":
         return "CUDA graphs need a GPU"
+    if name == FLOAT32:
+        return None
     reason = peer_modules.missing_package(PACKAGE.get(name, "diffusers"))
     if reason is None and name in COMPILE_MODES:
         reason = compile_problem(device)

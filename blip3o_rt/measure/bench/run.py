@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
+from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.graphs import graphs_wanted
@@ -20,7 +21,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.bench import compose, peers, rooflines
 from blip3o_rt.measure.bench.ablation import ablate
 from blip3o_rt.measure.bench.count import kernel_launches, operator_calls
-from blip3o_rt.measure.bench.lines import LINES, Case, Choice
+from blip3o_rt.measure.bench.lines import BY_NAME, LINES, Case, Choice
 from blip3o_rt.measure.bench.ops import time_ops
 from blip3o_rt.measure.bench.stages import STEPS, ArStage, ImageStage
 from blip3o_rt.measure.bench.subject import Subject
@@ -30,6 +31,7 @@ from blip3o_rt.measure.units import time_text
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import ENVIRONMENT_VARIABLE
 from blip3o_rt.ops.user_kernels import UserKernel
+from blip3o_rt.precision import FP32
 
 MORE_RUNS = {"ar.token": 4}  # a line of short calls takes more rounds where each is one call
 COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count its launches
@@ -126,12 +128,19 @@ class Run:
         for cases, part in dict.fromkeys((spec.cases, spec.part) for spec in chosen):
             assert cases is not None
             try:
+                float32 = self.float32([part] if part else None)
                 for case in cases(self.subject.load([part] if part else None), self.choice):
-                    self.case(case)
+                    self.case(case if float32 is None else with_float32(case, float32))
             except Blip3oError as error:
                 names = [spec.name for spec in chosen if spec.cases is cases]
                 self.note(f"{', '.join(names)} left out: {error}")
             free_memory(self.subject.device)
+
+    def float32(self, parts: Sequence[str] | None) -> Checkpoint | None:
+        """The same parts in float32, where that baseline is asked for and is another than ours."""
+        if peers.FLOAT32 not in self.settings.baselines or self.subject.precision == FP32:
+            return None
+        return replace(self.subject, precision=FP32).load(parts)
 
     def note(self, text: str) -> None:
         self.record.note(text)
@@ -250,6 +259,15 @@ class Run:
                 self.add(case, who, timings[-1])
         if timings:
             self.log(summary(case, timings) + " (composed)")
+
+
+def with_float32(case: Case, checkpoint: Checkpoint) -> Case:
+    """The case with our candidate on a float32 checkpoint beside it, where a line has one of its own."""
+    ours = BY_NAME[case.name].ours
+    if ours is not None and case.batch == 1:
+        candidate = ours(checkpoint)
+        case.add(peers.FLOAT32, candidate.call, prepare=candidate.prepare, queued=candidate.queued)
+    return case
 
 
 def image_case(batch: int) -> Case:

@@ -11,6 +11,7 @@ import torch
 from tabulate import tabulate
 
 from blip3o_rt.ar.engine import TokenPrompt
+from blip3o_rt.measure.units import time_text
 from blip3o_rt.params import SamplingParams, check_draft_window
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.pipeline.planner import NO_REFERENCE
@@ -117,7 +118,7 @@ def as_text(windows: Sequence[WindowTime], passes: Sequence[PassTime]) -> str:
             [
                 found.window,
                 f"{found.tokens_per_pass:.2f}",
-                _milliseconds(found.seconds),
+                time_text(found.seconds),
                 f"{found.speedup:.2f}x",
             ]
             for found in windows
@@ -130,9 +131,9 @@ def as_text(windows: Sequence[WindowTime], passes: Sequence[PassTime]) -> str:
     rows = [
         [
             str(found.rows),
-            _milliseconds(found.seconds),
+            time_text(found.seconds),
             f"{found.relative:.2f}x",
-            *(_milliseconds(found.image_seconds[f"{p:g}"]) if p <= found.rows else "" for p in ASSUMED),
+            *(time_text(found.image_seconds.get(f"{per_pass:g}")) for per_pass in ASSUMED),
         ]
         for found in passes
     ]
@@ -164,7 +165,3 @@ def _now(pipeline: Pipeline) -> float:
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
     return time.perf_counter()
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms"
