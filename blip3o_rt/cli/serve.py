@@ -48,6 +48,7 @@ def add_parser(subparsers: Any) -> None:
         ("--max-body", "MIB", 64, "size of a request"),
         ("--max-pixels", "MEGAPIXELS", 32, "size of an uploaded image"),
         ("--timeout", "SECONDS", 600, "how long a request may take"),
+        ("--stall-timeout", "SECONDS", 300, "how long a step may take before the engine is restarted"),
         ("--drain", "SECONDS", 30, "how long requests may go on after SIGTERM"),
         ("--keep-hours", "HOURS", 168, "how long jobs and linked images are kept"),
         ("--keep-gib", "GIB", 10, "how much of them is kept"),
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port <= 65535:
         raise ParameterError(f"--port is {arguments.port}: accepted is 0 to 65535")
     for name, value in vars(arguments).items():
-        if name.startswith(("max_", "keep_", "timeout")) and isinstance(value, int) and value < 1:
+        if name.startswith(("max_", "keep_", "timeout", "stall_")) and isinstance(value, int) and value < 1:
             raise ParameterError(f"--{name.replace('_', '-')} is {value}: accepted is 1 or more")
     try:
         import asyncio
@@ -150,7 +151,12 @@ def server_options(arguments: argparse.Namespace) -> Any:
         data=arguments.data,
         keys=arguments.keys,
         admin_keys=arguments.admin_keys,
-        limits=Limits(arguments.max_queue, arguments.max_queue_per_client, seconds=arguments.timeout),
+        limits=Limits(
+            arguments.max_queue,
+            arguments.max_queue_per_client,
+            seconds=arguments.timeout,
+            stall_seconds=arguments.stall_timeout,
+        ),
         max_images=arguments.max_images,
         max_steps=arguments.max_steps,
         max_body=arguments.max_body * 2**20,

@@ -72,12 +72,15 @@ class Limits:
         client_queue: Images of one client.
         reference_bytes: Samples of reference images held for requests that are not finished.
         seconds: How long a request may take, from coming to its last image.
+        stall_seconds: How long the engine may take for one piece of work, a step for instance, before it is
+            ended and started anew.
     """
 
     queue: int = 64
     client_queue: int = 64
     reference_bytes: int = 1 << 30
     seconds: float = 600.0
+    stall_seconds: float = 300.0
 
 
 @dataclass(eq=False)
@@ -200,7 +203,7 @@ class EngineClient:
             return "failing" if self._failed_loads or self._failures > 1 else "restarting"
         if process.stopped:
             return "stopped"
-        if time.monotonic() - process.heard > QUIET_SECONDS:
+        if time.monotonic() - process.heard > QUIET_SECONDS or self._hangs(process):
             return "stalled"
         if self._ready.is_set():
             return "ok"
@@ -365,6 +368,7 @@ class EngineClient:
         if isinstance(message, Heartbeat):
             self._on_heartbeat(message)
         elif isinstance(message, Ready):
+            process.progressed = time.monotonic()
             self._became_ready(message.info)
         elif isinstance(message, LoadFailed):
             self.load_error = message.message
@@ -436,8 +440,8 @@ class EngineClient:
     def _take_back(self, how: str) -> None:
         """Requests of a process that ended wait for the next one; those that it tried too often fail."""
         for handle in list(self._handles.values()):
-            if handle.in_engine and handle.started is not None:
-                handle.attempts += 1
+            if handle.in_engine and (handle.started is not None or handle.accepted is None):
+                handle.attempts += 1  # it was being drawn, or being taken in
             handle.in_engine, handle.started = False, None
             if handle.attempts >= MAX_ATTEMPTS or (
                 self._failed_loads >= GIVE_UP_LOADS and not handle.durable
@@ -452,13 +456,25 @@ class EngineClient:
             self._start_process()
         self._tasks = [task for task in self._tasks if not task.done()]
 
+    def _hangs(self, process: EngineProcess) -> bool:
+        """Whether the process is at one piece of work for too long; loading may take any time."""
+        return self._ready.is_set() and time.monotonic() - process.progressed > self.limits.stall_seconds
+
     async def _watch(self) -> None:
-        """End an engine process that has long been silent."""
+        """End an engine process that has long been silent, or at one piece of work."""
         while True:
             await asyncio.sleep(1.0)
             process = self._process
-            if process is not None and time.monotonic() - process.heard > PATIENCE_SECONDS:
-                log.error("engine process silent for %g s: ending it", PATIENCE_SECONDS)
+            if process is None:
+                continue
+            silent = time.monotonic() - process.heard
+            if silent > PATIENCE_SECONDS or self._hangs(process):
+                seconds = time.monotonic() - process.progressed
+                log.error(
+                    "engine process silent for %.0f s, without progress for %.0f s: ending it",
+                    silent,
+                    seconds,
+                )
                 process.kill()
 
 

@@ -7,6 +7,7 @@ sends heartbeats, which stop with the process, also when it is stopped rather th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import os
@@ -17,12 +18,16 @@ import threading
 import time
 from collections import Counter
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from blip3o_rt.serve.messages import Cancel, Control, EngineOptions, Heartbeat, LoadFailed, Ready, Submit
 from blip3o_rt.serve.scheduler import Scheduler
 
 HEARTBEAT_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
+OOM_SCORE = (
+    "500"  # half of the memory on top: where memory runs out the kernel ends the engine, not the front
+)
 IDLE_SECONDS = 0.5  # how long a wait for messages lasts at most
 
 
@@ -42,9 +47,11 @@ def main(fd: int, parent: int) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel end this process with its parent, even while it is stopped."""
+    """Have the kernel end this process with its parent, and where memory runs out before its parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # where /proc is read-only
+            Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="ascii")
     if os.getppid() != parent:
         os._exit(0)
 
@@ -111,6 +118,11 @@ class Engine:
                 self._inbox.put(self._connection.recv())
         except (EOFError, OSError):
             os._exit(0)
+        except BaseException:  # an engine that hears nothing must not look alive
+            try:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(1)
 
     def _beat(self) -> None:
         page = os.sysconf("SC_PAGE_SIZE")

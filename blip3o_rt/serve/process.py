@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import queue
 import socket
@@ -18,6 +19,8 @@ import psutil
 from blip3o_rt.serve.messages import EngineOptions, Heartbeat
 
 _STOP = object()
+
+log = logging.getLogger("blip3o_rt.serve")
 
 
 class EngineProcess:
@@ -82,6 +85,9 @@ class EngineProcess:
                 self.connection.send(message)
         except OSError:
             return  # the reader sees the end too
+        except BaseException:
+            self._popen.kill()  # rather than an engine that is never told
+            raise
 
     def _read(self) -> None:
         try:
@@ -92,6 +98,8 @@ class EngineProcess:
                 self._call(self._on_message, self, message)
         except (EOFError, OSError):
             pass
+        except Exception:
+            log.exception("a message of the engine process cannot be read")
         self._popen.kill()  # one that closed its end has nothing more to say
         code = self._popen.wait()
         self._outbox.put(_STOP)

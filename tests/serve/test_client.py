@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,7 +27,7 @@ from blip3o_rt.serve.client import (
     Refused,
     RequestError,
 )
-from blip3o_rt.serve.messages import EngineOptions, Submit
+from blip3o_rt.serve.messages import EngineOptions, RawImage, Submit
 from tests.serve.conftest import FAKES
 from tests.serve.fakes import fake_image
 
@@ -143,6 +144,57 @@ def test_an_engine_that_stays_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -
         os.kill(engine.pid, signal.SIGSTOP)
         assert await end_of(handle) == COMPLETED
         assert engine.client.restarts == 1
+
+    run(test)
+
+
+def test_an_engine_that_hangs_while_its_heart_beats_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: Engine) -> None:
+        hung, waits = engine.submit("hang"), engine.submit("slow circle")
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.client.process, "kill", lambda: None)
+            await engine.until(lambda: engine.client.status == "stalled")
+            with pytest.raises(Refused, match="does not answer"):
+                engine.submit()
+        assert await end_of(hung) == FAILED
+        assert hung.error is not None
+        assert hung.error.kind == "EngineLost"
+        assert await end_of(waits) == COMPLETED
+        assert engine.client.restarts == client_module.MAX_ATTEMPTS
+
+    run(test, {}, Limits(stall_seconds=1.5))
+
+
+def test_loading_for_long_is_no_hanging() -> None:
+    async def test(engine: Engine) -> None:
+        assert await end_of(engine.submit()) == COMPLETED
+        assert engine.client.restarts == 0
+
+    run(test, {"load_seconds": 2.5}, Limits(stall_seconds=1.0))
+
+
+def test_an_engine_without_memory_for_a_message_is_ended() -> None:
+    """It would go on to send heartbeats, and hear nothing."""
+
+    async def test(engine: Engine) -> None:
+        process = psutil.Process(engine.pid)
+        most = process.memory_info().vms + 16 * 2**20
+        process.rlimit(psutil.RLIMIT_AS, (most, most))
+        side = 5000
+        reference = RawImage(side, side, bytes(3 * side * side))
+        submit = Submit("", "a circle", (reference,), ((0, 1),), diffusion={"steps": STEPS})
+        handle = engine.client.submit(submit)
+        assert await end_of(handle) == COMPLETED
+        assert handle.attempts == engine.client.restarts == 1
+
+    run(test)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_that_runs_out_ends_the_engine_rather_than_the_front() -> None:
+    async def test(engine: Engine) -> None:
+        own, its = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in ("self", str(engine.pid)))
+        assert its > own
 
     run(test)
 

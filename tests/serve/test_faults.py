@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from PIL import Image
 
 from tests.serve.conftest import ServerProcess
 
@@ -161,6 +163,25 @@ def test_memory_that_runs_out(serve: Callable[..., ServerProcess]) -> None:
     assert refused.json()["error"]["code"] == "insufficient_memory"
     assert int(refused.headers["retry-after"]) >= 1
     assert scarce.health()["status"] == "ok"
+
+
+def test_memory_that_runs_out_in_the_engine(serve: Callable[..., ServerProcess]) -> None:
+    server = serve().wait_ready()
+    expected = server.http.post(GENERATIONS, json=BODY).json()["data"][0]["b64_json"]
+    engine = psutil.Process(server.health()["engine_pid"])
+    most = engine.memory_info().vms + 2**20
+    engine.rlimit(psutil.RLIMIT_AS, (most, most))
+    file = io.BytesIO()
+    Image.new("RGB", (5000, 5000)).save(file, "PNG")
+    fields = {"prompt": "make it green", "steps": 1}
+    answer = server.http.post("/v1/images/edits", data=fields, files={"image": file.getvalue()})
+    if answer.status_code != 200:  # drawn by the next engine, or refused
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] in ("insufficient_memory", "engine_lost")
+    server.wait_ready()
+    answer = server.http.post(GENERATIONS, json=BODY)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"][0]["b64_json"] == expected
 
 
 def test_two_servers_do_not_share_a_folder(serve: Callable[..., ServerProcess], tmp_path: Path) -> None:
