@@ -150,10 +150,8 @@ def job_routes(service: Service, jobs: Jobs) -> APIRouter:
     @router.get("", response_model=JobList, responses=only(400, 401))
     async def newest(request: Request, limit: Annotated[int, Query(ge=1, le=100)] = 20) -> JobList:
         """The newest jobs."""
-        found = await service.store.newest(None, limit * 5 if _owner(request) else limit)
-        owner = _owner(request)
-        mine = [job for job in found if owner is None or job.client.partition("/")[0] == owner]
-        return JobList(data=[jobs.show(job) for job in mine[:limit]])
+        found = await service.store.newest(_owner(request), limit)
+        return JobList(data=[jobs.show(job) for job in found])
 
     @router.get("/{id}", response_model=Job, responses=only(400, 401, 404))
     async def show(request: Request, id: JobId) -> Job:

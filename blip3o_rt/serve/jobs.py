@@ -15,7 +15,7 @@ from blip3o_rt.serve.client import COMPLETED, FAILED, EngineClient, Handle, Requ
 from blip3o_rt.serve.images import ImageWorkers, from_base64
 from blip3o_rt.serve.messages import Finished, RawImage
 from blip3o_rt.serve.schema import Job, JobImage, JobRequest
-from blip3o_rt.serve.store import QUEUED, StorageError, Store, StoredJob
+from blip3o_rt.serve.store import QUEUED, StorageError, Store, StoredImage, StoredJob
 
 JOB_SECONDS = 7 * 86_400.0  # how long a job may take where it says nothing
 EXPIRE_SECONDS = 60.0  # between two looks at what is too old
@@ -59,9 +59,11 @@ class Jobs:
 
         Raises ApiError where it is refused.
         """
-        files = [from_base64(text, f"images[{number}]") for number, text in enumerate(request.images)]
-        for number, data in enumerate(files):
-            await self._workers.decode(data, f"images[{number}]")
+        files = []
+        for number, text in enumerate(request.images):
+            name = f"images[{number}]"
+            files.append(await asyncio.to_thread(from_base64, text, name))
+            await self._workers.decode(files[-1], name)
         submit = request.submit((), client)
         self._client.admit(submit, durable=True)
         seed = submit.seeds[0][1]
@@ -109,6 +111,7 @@ class Jobs:
                     seed=image.seed,
                     url=f"/v1/jobs/{job.id}/images/{image.number}",
                     seconds=image.seconds,
+                    tokens_per_pass=image.tokens_per_pass,
                 )
                 for image in job.images.values()
             ],
@@ -173,6 +176,12 @@ class Jobs:
     ) -> None:
         seconds: dict[str, Any] = {name: round(value, 4) for name, value in event.seconds.items()}
         data = await self._workers.encode(event.image, request.output_format, request.output_compression)
-        await self._store.add_image(
-            job.id, event.index, seeds[event.index], data, request.output_format, seconds
+        image = StoredImage(
+            event.index,
+            seeds[event.index],
+            f"{event.index}.{request.output_format}",
+            len(data),
+            seconds,
+            round(event.tokens_per_pass, 3),
         )
+        await self._store.add_image(job.id, image, data)

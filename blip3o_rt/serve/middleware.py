@@ -19,6 +19,7 @@ from blip3o_rt.serve.keys import Keys
 OPEN_PATHS = re.compile(
     r"/|/(health|ready|docs|openapi\.json|favicon\.ico)|/page/.*|/admin/.*"
 )  # which asks for keys of its own
+PROBES = ("/health", "/ready", "/metrics")
 CHUNK_SECONDS = 20.0  # between two pieces of a body
 BODY_SECONDS = 120.0  # for a whole body
 SECURITY_HEADERS = (
@@ -73,8 +74,35 @@ class RequestContext:
                 "seconds": round(time.monotonic() - begin, 3),
                 **state.get("log", {}),
             }
-            quiet = scope["path"] in ("/health", "/ready", "/metrics")
+            quiet = scope["path"] in PROBES
             log.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})
+
+
+class ConcurrencyLimit:
+    """Refuses requests while so many are being answered; the probes of a service manager never."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most, self._running = app, most, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PROBES:
+            await self._app(scope, receive, send)
+            return
+        if self._running >= self._most:
+            error = ApiError(
+                503,
+                f"{self._most} requests are being answered, which is all at once: try again later",
+                "server_error",
+                code="too_many_requests",
+                retry_after=5.0,
+            )
+            await error.response(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running -= 1
 
 
 class Authentication:

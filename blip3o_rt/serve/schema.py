@@ -223,7 +223,8 @@ class JobImage(BaseModel):
     index: int
     seed: int
     url: str
-    seconds: dict[str, float]
+    seconds: dict[str, float] = Field(description="By stage: reference, tokens, denoise, decode.")
+    tokens_per_pass: float
 
 
 class Job(BaseModel):

@@ -25,7 +25,7 @@ from blip3o_rt.serve.jobs import Jobs
 from blip3o_rt.serve.keys import Keys
 from blip3o_rt.serve.messages import EngineOptions
 from blip3o_rt.serve.metrics import Metrics
-from blip3o_rt.serve.middleware import Authentication, BodyLimits, RequestContext
+from blip3o_rt.serve.middleware import Authentication, BodyLimits, ConcurrencyLimit, RequestContext
 from blip3o_rt.serve.service import Service
 from blip3o_rt.serve.store import Store
 
@@ -49,7 +49,7 @@ class ServerOptions:
         max_steps: Denoising steps of an image.
         max_body: Bytes of a body.
         max_pixels: Pixels of an uploaded image.
-        max_connections: Connections at once.
+        max_requests: Requests that are answered at once.
         keep_seconds: How long jobs and linked images are kept.
         keep_bytes: How much of them is kept.
         drain_seconds: How long requests may go on after SIGTERM.
@@ -67,7 +67,7 @@ class ServerOptions:
     max_steps: int = 100
     max_body: int = 64 * 2**20
     max_pixels: int = 32 * 2**20
-    max_connections: int = 2000
+    max_requests: int = 2000
     keep_seconds: float = 7 * 86_400.0
     keep_bytes: int = 10 * 2**30
     drain_seconds: float = 30.0
@@ -106,6 +106,7 @@ class Server:
         app: ASGIApp = routes
         app = BodyLimits(app, options.max_body)
         app = Authentication(app, keys)
+        app = ConcurrencyLimit(app, options.max_requests)
         self.app = RequestContext(app)
 
     @asynccontextmanager
@@ -183,7 +184,6 @@ class Listener(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 access_log=False,
-                limit_concurrency=options.max_connections,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=5,
                 server_header=False,

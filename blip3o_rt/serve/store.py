@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE TABLE IF NOT EXISTS images (
     job TEXT NOT NULL, number INTEGER NOT NULL, seed INTEGER NOT NULL, file TEXT NOT NULL,
-    bytes INTEGER NOT NULL, seconds TEXT NOT NULL, PRIMARY KEY (job, number)
+    bytes INTEGER NOT NULL, seconds TEXT NOT NULL, tokens_per_pass REAL NOT NULL, PRIMARY KEY (job, number)
 );
 CREATE INDEX IF NOT EXISTS jobs_by_time ON jobs (created);
 """
@@ -51,6 +51,7 @@ class StoredImage:
     file: str
     bytes: int
     seconds: dict[str, float]
+    tokens_per_pass: float
 
 
 @dataclass
@@ -119,11 +120,9 @@ class Store:
         """The reference images of a job."""
         return await self._run(self._read_references, id)
 
-    async def add_image(
-        self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict[str, Any]
-    ) -> None:
+    async def add_image(self, id: str, image: StoredImage, data: bytes) -> None:
         """Put an image of a job on disk. Raises StorageError."""
-        await self._run(self._add_image, id, number, seed, data, suffix, seconds)
+        await self._run(self._add_image, id, image, data)
 
     async def end(
         self, id: str, status: str, error: dict[str, Any] | None = None, size: str | None = None
@@ -135,9 +134,9 @@ class Store:
         """A job by its id."""
         return await self._run(self._get, id)
 
-    async def newest(self, client: str | None, limit: int) -> list[StoredJob]:
-        """The newest jobs, of a client or of all."""
-        return await self._run(self._newest, client, limit)
+    async def newest(self, owner: str | None, limit: int) -> list[StoredJob]:
+        """The newest jobs, of a key with all its users or of all keys."""
+        return await self._run(self._newest, owner, limit)
 
     async def unfinished(self) -> list[StoredJob]:
         """Jobs that were accepted and have not ended, the oldest first."""
@@ -193,15 +192,12 @@ class Store:
         )
         return [path.read_bytes() for path in files]
 
-    def _add_image(
-        self, id: str, number: int, seed: int, data: bytes, suffix: str, seconds: dict[str, Any]
-    ) -> None:
-        file = f"{number}.{suffix}"
-        _write(self._jobs / id / file, data)
+    def _add_image(self, id: str, image: StoredImage, data: bytes) -> None:
+        _write(self._jobs / id / image.file, data)
+        row = (id, image.number, image.seed, image.file, image.bytes, json.dumps(image.seconds))
         with self._database as database:
             database.execute(
-                "INSERT OR REPLACE INTO images VALUES (?,?,?,?,?,?)",
-                (id, number, seed, file, len(data), json.dumps(seconds)),
+                "INSERT OR REPLACE INTO images VALUES (?,?,?,?,?,?,?)", (*row, image.tokens_per_pass)
             )
 
     def _end(self, id: str, status: str, error: dict[str, Any] | None, size: str | None, now: float) -> None:
@@ -219,10 +215,11 @@ class Store:
         found = self._select("WHERE id=?", id)
         return found[0] if found else None
 
-    def _newest(self, client: str | None, limit: int) -> list[StoredJob]:
-        if client is None:
+    def _newest(self, owner: str | None, limit: int) -> list[StoredJob]:
+        if owner is None:
             return self._select("ORDER BY created DESC LIMIT ?", limit)
-        return self._select("WHERE client=? ORDER BY created DESC LIMIT ?", client, limit)
+        of_owner = "substr(client, 1, instr(client || '/', '/') - 1) = ?"
+        return self._select(f"WHERE {of_owner} ORDER BY created DESC LIMIT ?", owner, limit)
 
     def _unfinished(self) -> list[StoredJob]:
         return [
@@ -240,10 +237,13 @@ class Store:
             job.error = json.loads(error) if error else None
             if id in self._unsaved:
                 job.status, job.error, job.finished = self._unsaved[id]
-            for number, image_seed, file, size_, seconds in self._database.execute(
-                "SELECT number, seed, file, bytes, seconds FROM images WHERE job=? ORDER BY number", (id,)
+            columns = "number, seed, file, bytes, seconds, tokens_per_pass"
+            for number, image_seed, file, size_, seconds, per_pass in self._database.execute(
+                f"SELECT {columns} FROM images WHERE job=? ORDER BY number", (id,)
             ):
-                job.images[number] = StoredImage(number, image_seed, file, size_, json.loads(seconds))
+                job.images[number] = StoredImage(
+                    number, image_seed, file, size_, json.loads(seconds), per_pass
+                )
             jobs.append(job)
         return jobs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import socket
 import struct
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_rt.serve.log import JsonLines
 from tests.serve.conftest import RunningServer
 from tests.serve.fakes import SIDE, TOKENS, fake_image
 
@@ -326,6 +328,44 @@ def test_every_answer_has_a_request_id_and_headers_of_caution(server: RunningSer
     assert len(server.http.get("/health", headers={"X-Request-Id": "bad id"}).headers["x-request-id"]) == 32
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_log_has_the_request_id_and_prompts_only_where_asked_for(
+    asked: bool, start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = io.StringIO()
+    handler = logging.StreamHandler(texts)
+    handler.setFormatter(JsonLines())
+    for name in ("blip3o_rt", "uvicorn"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+        caplog.set_level(logging.DEBUG, name)
+    server = start(log_prompts=asked).wait_ready()
+    ids = []
+    for prompt in ("confidential circle", "confidential nan", "confidential memory"):
+        ids.append(server.http.post(GENERATIONS, json=body(prompt=prompt)).headers["x-request-id"])
+    server.http.post(GENERATIONS, json=body(prompt="confidential", n=0))
+    server.http.post(EDITS, data=body(prompt="confidential"), files={"image": b"confidential"})
+    job = server.http.post("/v1/jobs", json=body(prompt="confidential bug")).json()["id"]
+    server.wait_until(lambda: server.http.get(f"/v1/jobs/{job}").json()["status"] == "failed")
+    lines = [json.loads(line) for line in texts.getvalue().splitlines()]
+    assert set(ids) <= {line.get("request_id") for line in lines}
+    first = next(line for line in lines if line.get("request_id") == ids[0])
+    assert (first["path"], first["status"], first["steps"]) == (GENERATIONS, 200, 4)
+    assert ("confidential" in json.dumps(lines)) is asked
+
+
+def test_requests_past_what_is_answered_at_once_are_refused(start: Any) -> None:
+    server = start(max_requests=1).wait_ready()
+    slow = body(prompt="slow", steps=50)
+    waiting = threading.Thread(target=lambda: httpx.post(server.url + GENERATIONS, json=slow, timeout=60))
+    waiting.start()
+    server.wait_until(lambda: server.health()["running"] == 1)  # which is still answered
+    refused = server.http.post(GENERATIONS, json=body())
+    assert error(refused, 503)["code"] == "too_many_requests"
+    assert int(refused.headers["retry-after"]) >= 1
+    waiting.join()
+    assert server.http.post(GENERATIONS, json=body()).status_code == 200
+
+
 def test_the_page_and_its_files(server: RunningServer) -> None:
     for path in ("/", "/docs", "/page/page.js", "/page/page.css", "/favicon.ico"):
         assert server.http.get(path).status_code == 200
@@ -350,6 +390,11 @@ def test_keys(start: Any, tmp_path: Path) -> None:
     assert error(server.http.get(f"/v1/jobs/{job['id']}", headers=bob), 404)
     assert server.http.get(f"/v1/jobs/{job['id']}", headers=alice).status_code == 200
     assert server.http.get("/v1/jobs", headers=bob).json()["data"] == []
+    for number in range(6):
+        server.http.post("/v1/jobs", json=body(user=str(number)), headers=bob)
+    listed = server.http.get("/v1/jobs?limit=1", headers=alice).json()["data"]
+    assert [found["id"] for found in listed] == [job["id"]]
+    assert len(server.http.get("/v1/jobs", headers=bob).json()["data"]) == 6
 
 
 def test_limits_on_bodies_queue_and_clients(start: Any) -> None:

@@ -46,6 +46,8 @@ def assert_images(server: RunningServer, found: dict[str, Any], reference: int =
     for image in found["data"]:
         drawn = opened(server.http.get(image["url"]).content)
         assert samples(drawn) == fake_image(found["prompt"], found["seed"] + image["index"], 4, reference)
+        assert set(image["seconds"]) == {"reference", "tokens", "denoise", "decode"}
+        assert image["tokens_per_pass"] == 1.0
 
 
 def test_a_job_is_accepted_drawn_and_kept(server: RunningServer) -> None:
@@ -139,7 +141,7 @@ def test_a_full_disk_is_said_and_fails_no_other(
 def test_old_and_too_many_are_deleted(tmp_path: Path) -> None:
     import asyncio
 
-    from blip3o_rt.serve.store import StoredJob
+    from blip3o_rt.serve.store import StoredImage, StoredJob
 
     async def keep(seconds: float, size: int) -> set[str]:
         store = Store(tmp_path, seconds, size)
@@ -155,7 +157,7 @@ def test_old_and_too_many_are_deleted(tmp_path: Path) -> None:
         Image.new("RGB", (9, 9)).save(file, "PNG")
         for id, status in (("old", "completed"), ("new", "completed"), ("waits", None)):
             await store.add(StoredJob(id, "", time.time(), {"prompt": id}, 0, 1), [b"reference"])
-            await store.add_image(id, 0, 0, bytes(1000), "png", {})
+            await store.add_image(id, StoredImage(0, 0, "0.png", 1000, {}, 1.0), bytes(1000))
             if status:
                 await store.end(id, status)
         with pytest.raises(ParameterError, match="in use"):

@@ -29,7 +29,6 @@ CHANGE = "make the circle green"
 SEEDS = range(4)
 STEPS = 2
 SECONDS = 1500.0  # for anything, on a machine that does other things too
-LOOP_DELAY = 0.05  # at the 99th percentile
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ async function draw() {
   busy(true);
   try {
     await request(found, image, {
-      queued: (event) => stage(event.position ? `${event.position} images are in front` : "Waiting", null),
+      queued: (event) => stage(event.position ? `Waiting, images in front: ${event.position}` : "Waiting", null),
       progress: (event) => {
         done[event.index] = event.stage === "tokens" ? 0.4 * (event.done / event.total) : 0.4 + 0.6 * (event.done / event.total);
         const all = Object.values(done).reduce((sum, part) => sum + part, 0) / count;
