@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.targets import Standing, standings
 from blip3o_rt.measure import tables
+from blip3o_rt.measure.bench import windows
 from blip3o_rt.measure.bench.lines import ORDER
 from blip3o_rt.measure.records import (
     BenchRecord,
@@ -43,11 +44,11 @@ MISSING = {"cuda": NO_GPU, "cpu": NO_CPU}
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
     folders = [folder for folder in sorted(results.glob("*")) if folder.is_dir()]
-    found = {folder: (benches(folder), checks(folder)) for folder in folders}
+    found = {folder: (benches(folder), checks(folder), window_times(folder)) for folder in folders}
     sections = [INTRODUCTION]
     for device, heading in HEADINGS.items():
         sections.append(f"## {heading}\n")
-        machines = [of for of in found.values() if any(of) and device_of(*of) == device]
+        machines = [of for of in found.values() if any(of) and device_of(*of[:2]) == device]
         sections += [machine_section(*of, device) for of in machines]
         if not machines:
             sections += [f"{MISSING[device]}\n", targets_section(standings([], None, device))]
@@ -62,6 +63,10 @@ def checks(folder: Path) -> list[dict[str, Any]]:
     return read_records(folder, "validate", dict)
 
 
+def window_times(folder: Path) -> list[dict[str, Any]]:
+    return read_records(folder, "windows", dict)
+
+
 def device_of(found: Sequence[BenchRecord], checked: Sequence[Mapping[str, Any]]) -> str:
     """ "cuda" or "cpu": where the records of a machine ran."""
     devices = [record.device for record in found]
@@ -69,7 +74,12 @@ def device_of(found: Sequence[BenchRecord], checked: Sequence[Mapping[str, Any]]
     return "cuda" if any(device.startswith("cuda") for device in devices) else "cpu"
 
 
-def machine_section(found: Sequence[BenchRecord], checked: Sequence[Mapping[str, Any]], device: str) -> str:
+def machine_section(
+    found: Sequence[BenchRecord],
+    checked: Sequence[Mapping[str, Any]],
+    timed: Sequence[Mapping[str, Any]],
+    device: str,
+) -> str:
     """Everything measured on one machine."""
     key = "gpu" if device == "cuda" else "cpu"
     names = [record.machine.get(key) for record in found]
@@ -78,6 +88,7 @@ def machine_section(found: Sequence[BenchRecord], checked: Sequence[Mapping[str,
     parts = [f"### {name}\n", targets_section(standings(found, name, device))]
     for model in dict.fromkeys(map(model_key, found)):
         parts.append(model_section(model, [record for record in found if model_key(record) == model]))
+    parts += map(windows_section, timed)
     if checked:
         parts.append(validation_section(checked))
     return "\n".join(part for part in parts if part)
@@ -133,6 +144,20 @@ def validation_section(checked: Iterable[Mapping[str, Any]]) -> str:
         for line in failed:
             parts.append(f"  * failed: {line.get('group')}, {line.get('name')}, {line.get('dtype')}")
     return "\n".join(parts) + "\n"
+
+
+def windows_section(record: Mapping[str, Any]) -> str:
+    """Several tokens a pass: images by window, and a pass by its rows."""
+    model, command = record["model"], " ".join(map(str, record["command"]))
+    by_window, by_rows = windows.tables(record)
+    parts = [
+        f"#### Several tokens a pass: {model['size']}, {model['dtype']}\n",
+        f"* `{command}`: {model['threads']} threads; commit {record['commit']}; {record['created'][:10]}\n",
+        markdown(by_window),
+        markdown(by_rows),
+        f"{windows.COMPUTED}\n",
+    ]
+    return "\n".join(filter(None, parts))
 
 
 def targets_section(found: Sequence[Standing]) -> str:

@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     for window in windows:
         check_draft_window(window)
     pipeline = load_pipeline(arguments)
+    import torch
+
     from blip3o_rt.measure.bench import windows as measured
     from blip3o_rt.measure.provenance import record_head, write_record
 
@@ -49,10 +51,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.passes_only:
         found = measured.window_times(pipeline, prompts, windows, SamplingParams(), arguments.rounds, _say)
     passes = measured.pass_times(pipeline, prompts[0], arguments.rounds)
-    print(measured.as_text(found, passes))
+    tables = measured.as_dict(found, passes)
+    print(measured.as_text(tables))
     if arguments.out is not None:
         head = record_head("windows", sys.argv)
-        write_record(arguments.out, {**head, **measured.as_dict(found, passes), "complete": True})
+        model = {
+            "size": "shapes" if arguments.model is None else Path(arguments.model).name,
+            "dtype": pipeline.precision,
+            "device": str(pipeline.device),
+            "threads": torch.get_num_threads(),
+        }
+        write_record(arguments.out, {**head, "model": model, **tables, "complete": True})
         print(arguments.out)
     return 0
 

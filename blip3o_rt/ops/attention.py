@@ -207,10 +207,13 @@ decode_attention.native("cuda", dtypes=FLOATS, supports=_aligned_heads, scratch=
 @decode_attention.composed(dtypes=FLOATS)
 def _(call: Any) -> Tensor:
     """The two ops, each on its own best implementation; the query is where the result will be."""
-    *token, page_table, context_lens, eps, scale, scratch, out = call
-    query = qk_norm_rope_append(*token, eps, out=out)
+    qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, *rest = call
+    page_table, context_lens, eps, scale, scratch, out = rest
+    query = qk_norm_rope_append(
+        qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, k_cache, v_cache, eps, out=out
+    )
     return paged_decode_attention(
-        query, call.k_cache, call.v_cache, page_table, context_lens, scale, scratch=scratch, out=query
+        query, k_cache, v_cache, page_table, context_lens, scale, scratch=scratch, out=query
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from blip3o_rt.ar.engine import TokenPrompt
+from blip3o_rt.measure.tables import Table, formatted
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.params import SamplingParams, check_draft_window
 from blip3o_rt.pipeline import Pipeline
@@ -18,6 +19,7 @@ from blip3o_rt.pipeline.planner import NO_REFERENCE
 
 ROWS = (1, 2, 4, 8, 16)
 PASSES = 4  # that are timed at a time, after one that is not
+COMPUTED = "Times of an image at so many tokens a pass are computed from the pass, not measured."
 ASSUMED = (1.5, 2.0, 3.0)  # tokens a pass, for a checkpoint whose own are not measured
 
 
@@ -110,36 +112,38 @@ def as_dict(windows: Sequence[WindowTime], passes: Sequence[PassTime]) -> dict[s
     }
 
 
-def as_text(windows: Sequence[WindowTime], passes: Sequence[PassTime]) -> str:
-    """Both tables."""
-    parts = []
-    if windows:
-        rows = [
-            [
-                found.window,
-                f"{found.tokens_per_pass:.2f}",
-                time_text(found.seconds),
-                f"{found.speedup:.2f}x",
-            ]
-            for found in windows
-        ]
-        parts.append(
-            tabulate(rows, ["window", "tokens a pass", "image's tokens", "speed"], disable_numparse=True)
-        )
-    headers = ["rows of a pass", "a pass", "of one row"]
-    headers += [f"an image at {per_pass:g} tokens a pass" for per_pass in ASSUMED]
-    rows = [
+def as_text(record: Mapping[str, Any]) -> str:
+    """Both tables of what `as_dict` gave."""
+    found = [formatted(table, "simple") for table in tables(record)]
+    return "\n\n".join([*filter(None, found), COMPUTED])
+
+
+def tables(record: Mapping[str, Any]) -> tuple[Table, Table]:
+    """Images by window, and a pass by its rows; a table without rows was not measured."""
+    windows = [
         [
-            str(found.rows),
-            time_text(found.seconds),
-            f"{found.relative:.2f}x",
-            *(time_text(found.image_seconds.get(f"{per_pass:g}")) for per_pass in ASSUMED),
+            str(found["window"]),
+            f"{found['tokens_per_pass']:.2f}",
+            time_text(found["seconds"]),
+            f"{found['speedup']:.2f}x",
         ]
-        for found in passes
+        for found in record["windows"]
     ]
-    parts.append(tabulate(rows, headers, disable_numparse=True))
-    parts.append("Times of an image at so many tokens a pass are computed from the pass, not measured.")
-    return "\n\n".join(parts)
+    assumed = [f"{per_pass:g}" for per_pass in ASSUMED]
+    passes = [
+        [
+            str(found["rows"]),
+            time_text(found["seconds"]),
+            f"{found['relative']:.2f}x",
+            *(time_text(found["image_seconds"].get(per_pass)) for per_pass in assumed),
+        ]
+        for found in record["passes"]
+    ]
+    headers = [f"an image at {per_pass} tokens a pass" for per_pass in assumed]
+    return (
+        (["window", "tokens a pass", "an image's tokens", "speed"], windows),
+        (["rows of a pass", "a pass", "of one row", *headers], passes),
+    )
 
 
 def _passes(pipeline: Pipeline, prompt: str, rows: int) -> Iterator[float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import render
 from blip3o_rt import Pipeline
 from blip3o_rt.ar.engine import TokenEngine
 from blip3o_rt.cli import main
@@ -32,6 +33,9 @@ def test_the_table_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert f"{eight['tokens_per_pass']:.2f}" in printed
     assert "computed from the pass, not measured" in printed
+    page = render.page(tmp_path.parent)
+    assert "#### Several tokens a pass: shapes, " in page
+    assert f"| {eight['tokens_per_pass']:.2f} " in page
 
 
 def test_a_window_that_changes_the_image_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
