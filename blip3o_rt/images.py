@@ -27,6 +27,7 @@ from blip3o_rt.metadata import (
     inflated,
     path_text,
     png_chunks,
+    quiet_pillow,
     shown,
     text_of,
 )
@@ -57,6 +58,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+RAW = "camera raw"
+DNG_VERSION, SUBFILE, EXTRA_SAMPLES, SAMPLE_FORMAT = 50706, 254, 338, 339  # tags of a TIFF
 # What files that are not read begin with, as a pattern: images, and what is no image of pixels.
 _UNREAD_IMAGES = {
     rb"....ftyp(hei|hev|mif1|msf1)": "HEIC",
@@ -73,7 +76,17 @@ _UNREAD_IMAGES = {
     rb"icns": "ICNS",
     rb"\x0a[\0-\5]\x01": "PCX",
     rb"gimp xcf": "GIMP",
-    rb"....ftypcrx|FUJIFILM|IIRO|MMOR|IIU\0|\0MRM": "camera raw",
+    rb"....ftypcrx|FUJIFILM|IIRO|MMOR|IIU\0|\0MRM|II\*\0....CR\x02": RAW,
+    rb"P7\s": "PAM",
+    rb"BPG\xfb": "BPG",
+    rb"FLIF": "FLIF",
+    rb"AT&TFORM": "DjVu",
+    rb"SIMPLE  =": "FITS",
+    rb".{128}DICM": "DICOM",
+    rb"\x01\xda[\0\x01][\x01\x02]": "SGI",
+    rb"\0\0\x02\0": "a Windows cursor",
+    rb"\xd7\xcd\xc6\x9a|\x01\0\0\0.{36} EMF": "a Windows metafile",
+    rb"/\* XPM \*/|#define \S+_width": "an X bitmap",
 }
 _NO_PIXELS = {
     rb"....(ftyp|moov|mdat)|\x1aE\xdf\xa3|RIFF....AVI ": "a video",
@@ -84,6 +97,7 @@ _NO_PIXELS = {
     rb"version https://git-lfs": "a git-lfs pointer, whose file `git lfs pull` fetches",
     rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf": "an archive",
 }
+ADDRESS = re.compile(r"data:|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # how a URL begins, also as a path
 _NO_IMAGE = "a reference image must be a path, a PIL image, an array or a tensor, not {}"
 
 
@@ -106,17 +120,35 @@ def load_reference(image: ReferenceImage) -> Image.Image:
         ImageError: For everything else, in one line.
     """
     if isinstance(image, Image.Image):
-        with _image_errors("the image"):
+        with _reading("the image"):
             return _upright_rgb(image, "the image")
     if isinstance(image, np.ndarray):
-        with _image_errors("the array"):
+        with _reading("the array"):
             return _from_array(image)
     if isinstance(image, Tensor):
-        with _image_errors("the tensor"):
+        with _reading("the tensor"):
             return _from_tensor(image)
     if isinstance(image, str | os.PathLike):
         return _from_file(path_text(image))
     raise ImageError(_NO_IMAGE.format(type(image).__name__))
+
+
+def decode_reference(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`load_reference` of the bytes of a file.
+
+    Args:
+        data: The file's content.
+        name: What messages call it.
+        max_pixels: The most pixels, where fewer than MAX_PIXELS are accepted.
+
+    Returns:
+        A new, upright, opaque PIL image of mode RGB.
+
+    Raises:
+        ImageError: What is no image that is read, or a larger one.
+    """
+    with _reading(name):
+        return _decoded(io.BytesIO(data), name, max_pixels)
 
 
 def _from_file(given: str) -> Image.Image:
@@ -125,9 +157,9 @@ def _from_file(given: str) -> Image.Image:
         raise ImageError(
             f"'{given[:24]}...' is a data URI, which is not decoded: save its content and give the path"
         )
-    if re.match(r"[a-z][a-z0-9+.-]+:/", given, re.IGNORECASE):
+    if ADDRESS.match(given):
         raise ImageError(f"{name} is a URL and nothing is fetched: download it and give the path of the file")
-    with _image_errors(name):
+    with _reading(name):
         path = Path(given).expanduser()
         if not path.exists():
             raise ImageError(f"{name} does not exist: give the path of an image")
@@ -138,14 +170,17 @@ def _from_file(given: str) -> Image.Image:
 
 
 @contextmanager
-def _image_errors(name: str) -> Iterator[None]:
+def _reading(name: str) -> Iterator[None]:
     """What the system and PIL raise, as ImageError: decoders fail however a damaged file leads them to."""
     try:
-        yield
+        with quiet_pillow():
+            yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large: {_LIMITS}") from error
+        limit = Image.MAX_IMAGE_PIXELS or MAX_PIXELS
+        own = f"this program set PIL's Image.MAX_IMAGE_PIXELS to {limit}" if limit < MAX_PIXELS else _LIMITS
+        raise ImageError(f"{name} is too large: {own}") from error
     except OSError as error:
         if error.strerror:
             raise ImageError(f"{name} cannot be read: {error.strerror}") from error
@@ -164,11 +199,11 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _decoded(stream: IO[bytes], name: str) -> Image.Image:
+def _decoded(stream: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     head = stream.read(512)
     stream.seek(0)
     if head.startswith(PNG_SIGNATURE):
-        png = _Png.read(stream, name)
+        png = _Png.read(stream, name, max_pixels)
         with PngImagePlugin.PngImageFile(io.BytesIO(png.data)) as image:
             return _upright_rgb(image, name, png)
     reason = ""
@@ -183,17 +218,30 @@ def _decoded(stream: IO[bytes], name: str) -> Image.Image:
             reason = reason or (f"{format_name}, {_first_line(error)}" if accept else "")
             continue
         with found:
+            _check_size(found.width, found.height, name, max_pixels)
+            if _is_raw(found, head):
+                raise ImageError(_not_accepted(name, RAW))
             found.info["no_alpha"] = _says_no_alpha(found, head)
             return _upright_rgb(found, name)
     raise ImageError(_not_read(head, name, reason))
+
+
+def _is_raw(image: Image.Image, head: bytes) -> bool:
+    """Whether a TIFF is a camera's, whose first image is only a preview of what its sensor saw."""
+    tags = getattr(image, "tag_v2", {})
+    return DNG_VERSION in tags or head[8:10] == b"CR" or bool(tags.get(SUBFILE, 0) & 1)
+
+
+def _not_accepted(name: str, kind: str) -> str:
+    convert = "convert it to PNG or JPEG, as `magick FILE FILE.png` does"
+    return f"{name} is in a format that is not read: {kind}; {convert}"
 
 
 def _not_read(head: bytes, name: str, reason: str = "") -> str:
     """Why a file is refused that no reader takes, from its first bytes and from what a reader said."""
     kind = next((kind for start, kind in _UNREAD_IMAGES.items() if re.match(start, head, re.DOTALL)), None)
     if kind is not None:
-        convert = "convert it to PNG or JPEG, as `magick FILE FILE.png` does"
-        return f"{name} is in a format that is not read: {kind}; {convert}"
+        return _not_accepted(name, kind)
     if reason:
         return f"{name} is of a kind that is not read ({reason}): save it with 8 or 16 bits per sample"
     kind = next((kind for start, kind in _NO_PIXELS.items() if re.match(start, head, re.DOTALL)), None)
@@ -203,10 +251,10 @@ def _not_read(head: bytes, name: str, reason: str = "") -> str:
 
 def _says_no_alpha(image: Image.Image, head: bytes) -> bool:
     """Whether a file that stores a fourth sample does not promise that it is alpha."""
-    if image.format == "TGA":
-        return head[17] & 15 == 0  # bits of alpha per pixel
+    if image.format == "TGA":  # bits of alpha per pixel; what the one of 16 bits means is not agreed on
+        return head[17] & 15 == 0 or 16 in (head[7], head[16])
     if image.format == "TIFF":
-        return 338 not in image.tag_v2  # type: ignore[attr-defined]  # ExtraSamples
+        return EXTRA_SAMPLES not in image.tag_v2  # type: ignore[attr-defined]
     return image.format in ("BMP", "ICO")
 
 
@@ -238,10 +286,12 @@ def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
     short, long = sorted((width, height))
     if short == 0:
         raise ImageError(f"{name} has no pixels: {width} x {height}")
+    if width * height > max_pixels < MAX_PIXELS:
+        raise ImageError(f"{name} is {width} x {height} pixels: at most {max_pixels} pixels are accepted")
     if long > MAX_SIDE or width * height > MAX_PIXELS or long > MAX_ASPECT_RATIO * short:
         raise ImageError(f"{name} is {width} x {height} pixels: {_LIMITS}")
 
@@ -252,6 +302,8 @@ def _color_and_alpha(
     """An image of 8-bit samples without alpha, in its own color space, and its alpha (None: opaque)."""
     if image.mode == "LAB":
         raise ImageError(f"{name} is in the LAB color space: save it as RGB")
+    if 2 in np.atleast_1d(getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1)):
+        raise ImageError(f"{name} has signed samples, whose white is not known: save it with unsigned ones")
     alpha = None
     if image.mode != "P" and "transparency" in image.info:
         alpha = _color_key_alpha(image, png)
@@ -275,7 +327,7 @@ def _color_key_alpha(image: Image.Image, png: _Png | None) -> Image.Image:
     samples = np.asarray(image.convert("L") if image.mode == "1" else image)
     if image.mode == "L" and png is not None and png.depth < 8:
         key = key * (255 // (2**png.depth - 1))  # PIL widens the samples, not the key
-    elif image.mode == "RGB" and key.max() > 255:  # of 16 bits, of whose samples PIL keeps the high byte
+    elif image.mode == "RGB" and (png.depth == 16 if png else key.max() > 255):  # PIL keeps the high byte
         if png is None:
             key = key >> 8
         else:
@@ -290,6 +342,7 @@ def _to_srgb(color: Image.Image, profile: bytes, name: str) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space)
+        color = color.convert("L") if color.mode == "1" else color
         if mode is None or (mode != "RGB" and mode != color.mode) or (mode == "RGB" and color.mode == "CMYK"):
             raise ValueError(f"it is of {space}, the image of {color.mode}")
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -398,13 +451,13 @@ class _Png:
     profile: bytes | None
 
     @classmethod
-    def read(cls, stream: IO[bytes], name: str) -> _Png:
+    def read(cls, stream: IO[bytes], name: str, max_pixels: int) -> _Png:
         """Read a PNG; the size is checked before the pixels are read. Raises ImageError or OSError."""
         kept, depth, profile, room = [PNG_SIGNATURE], 8, None, 0
         for kind, data in png_chunks(stream):
             if kind == b"IHDR" and len(data) == 13:
                 width, height, depth = struct.unpack(">IIB", data[:9])
-                _check_size(width, height, name)
+                _check_size(width, height, name, max_pixels)
                 room = 10 * width * height + 2**20  # an image of 16 bits has 8 bytes a pixel
             elif kind == b"iCCP":
                 profile = inflated(data.partition(b"\0")[2][1:], MAX_PROFILE) or b""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from blip3o_rt import __version__
-from blip3o_rt.errors import ImageError
+from blip3o_rt.errors import Blip3oWarning, ImageError
 from blip3o_rt.files import replacing
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -23,6 +26,18 @@ MAX_TEXT = 2**20  # bytes of one text that is read
 KEY = "blip3o_rt"  # of the text that holds the fields; other programs parse "prompt" and "parameters"
 OLD_KEYS = ("prompt", "seed", "parameters", "version")  # each a text of its own, until 0.1
 FIELDS = (*OLD_KEYS, "task", "references", "checkpoint", "dtype", "device")
+_filters = threading.RLock()  # Python keeps one list of warning filters for all threads
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Within the block PIL's warnings of damaged metadata are dropped. Those of ours follow it."""
+    with _filters, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Blip3oWarning)
+        yield
+    for warning in caught:
+        warnings.warn(warning.message, stacklevel=2)
 
 
 def png_chunks(stream: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
@@ -151,6 +166,16 @@ def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any]) ->
         image.save(file, format="PNG", pnginfo=chunks)
 
 
+def holds_request(path: Path, fields: Mapping[Any, Any]) -> bool:
+    """Whether a file is a PNG of the request that these fields are of, whichever version wrote it."""
+    try:
+        found = read_metadata(path)
+    except ImageError:
+        return False
+    ours = json.loads(json.dumps({name: fields[name] for name in FIELDS if name in fields}))
+    return bool(found) and found | {"version": ""} == ours | {"version": ""}
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a PNG that this package wrote, this release or an earlier one.
 
@@ -187,7 +212,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _not_png(path: str | os.PathLike[str], error: OSError) -> str:
     try:
-        with Image.open(path) as image:
+        with quiet_pillow(), Image.open(path) as image:
             if image.format != "PNG":
                 return f"is a {image.format} file: accepted is a PNG"
     except Exception:  # PIL's, whatever it does not know

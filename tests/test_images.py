@@ -9,6 +9,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from blip3o_rt.errors import Blip3oWarning, ImageError
 from blip3o_rt.images import (
     MAX_ASPECT_RATIO,
     MAX_SIDE,
+    decode_reference,
     load_reference,
     normalized_pixels,
     pixels_sha256,
@@ -596,6 +598,13 @@ def test_a_profile_that_is_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         assert np.array_equal(values(load_reference(path)), values(corners()))
 
 
+def test_a_limit_that_the_program_gave_pil_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(corners(), tmp_path / "a.tiff")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ImageError, match=r"too large: this program set PIL's Image\.MAX_IMAGE_PIXELS to 10$"):
+        load_reference(path)
+
+
 def test_pixels_that_are_a_bomb_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", png(60_000, 60_000, 8, 2, b""))
     with pytest.raises(ImageError, match="60000 x 60000 pixels"):
@@ -608,6 +617,8 @@ def test_pixels_that_are_a_bomb_are_refused(tmp_path: Path) -> None:
         (16, 0, b"\0\0\x80\x80", b"\0\0", [255, 128]),
         (16, 0, b"\x12\x34\x12\x35", b"\x12\x34", [255, 18]),
         (16, 2, b"\x12\x34" * 3 + b"\x12\x35" * 3, b"\x12\x34" * 3, [255, 18]),
+        (16, 2, b"\0\5" * 3 + b"\0\6" * 3, b"\0\5" * 3, [255, 0]),
+        (16, 2, b"\5\0" * 3 + b"\0\5" * 3, b"\0\5" * 3, [5, 255]),
         (4, 0, b"\x36", b"\0\3", [255, 102]),
         (2, 0, b"\x90", b"\0\2", [255, 85]),
         (1, 0, b"\x40", b"\0\0", [255, 255]),
@@ -649,6 +660,8 @@ RED_BGR, BLUE_BGR = b"\0\0\xff", b"\xff\0\0"
         (tga(2, 32, 8, RED_BGR + b"\0" + BLUE_BGR + b"\xff"), [(255, 255, 255), (0, 0, 255)]),
         (tga(1, 8, 8, RED_BGR + b"\0" + BLUE_BGR + b"\xff" + b"\0\1", 2), [(255, 255, 255), (0, 0, 255)]),
         (tga(1, 8, 0, RED_BGR + b"\0" + BLUE_BGR + b"\0" + b"\0\1", 2), [(255, 0, 0), (0, 0, 255)]),
+        (tga(2, 16, 1, struct.pack("<2H", 0xFC00, 0x801F) + bytes(9)), [(255, 0, 0), (0, 0, 255)]),
+        (tga(2, 16, 0, struct.pack("<2H", 0x7C00, 0x001F) + bytes(9)), [(255, 0, 0), (0, 0, 255)]),
     ],
 )
 def test_alpha_of_a_tga(tmp_path: Path, content: bytes, expected: list[tuple[int, int, int]]) -> None:
@@ -666,10 +679,13 @@ def test_a_bitmap_whose_fourth_byte_is_zero_is_opaque(tmp_path: Path) -> None:
     assert [found.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
 
 
-def gray_tiff(bits: int, photometric: int, data: bytes, sample_format: int = 1) -> bytes:
+def gray_tiff(
+    bits: int, photometric: int, data: bytes, sample_format: int = 1, *more: tuple[int, int]
+) -> bytes:
     """An uncompressed gray TIFF of 2 x 1 pixels; photometric 0 is white-is-zero, 1 black-is-zero."""
-    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 134), (277, 1), (278, 1)]
-    tags += [(279, len(data)), (339, sample_format)]
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (277, 1), (278, 1)]
+    tags += [(279, len(data)), (339, sample_format), *more]
+    tags = sorted([*tags, (273, 8 + 2 + 12 * (len(tags) + 1) + 4)])
     entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0\0\0\0" + data
 
@@ -694,6 +710,8 @@ def test_depths_and_polarities_of_a_tiff(tmp_path: Path, content: bytes, expecte
         (gray_tiff(10, 1, b"\xff\xff\xff"), r"not read \(TIFF, .*\): save it with 8 or 16 bits"),
         (gray_tiff(32, 1, struct.pack("<2I", 0, 200)), r"from 0 to 200, of 0\.\.255 or of 0\.\.65535"),
         (gray_tiff(32, 1, struct.pack("<2f", 0, 1.2), 3), r"float samples from 0\.0 to 1\.2"),
+        (gray_tiff(16, 1, struct.pack("<2h", 0, 32767), 2), "signed samples, whose white is not known"),
+        (gray_tiff(8, 1, b"\0\x7f", 2), "signed samples, whose white is not known"),
     ],
 )
 def test_samples_that_may_mean_two_things_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -715,6 +733,11 @@ def test_an_image_in_memory_that_may_mean_two_things_is_refused(image: Image.Ima
         (b"8BPS\0\1", "Photoshop"),
         (b"v/1\x01\2\0\0\0", "OpenEXR"),
         (b"qoif\0\0\0\1", "QOI"),
+        (b"P7\nWIDTH 1\n", "PAM"),
+        (b"II*\0\x10\0\0\0CR\2\0", "camera raw"),
+        (gray_tiff(8, 1, b"\0\xff", 1, (254, 1)), "camera raw"),
+        (gray_tiff(8, 1, b"\0\xff", 1, (50706, 1)), "camera raw"),
+        (bytes(128) + b"DICM", "DICOM"),
     ],
 )
 def test_a_format_that_is_not_read_is_named(tmp_path: Path, head: bytes, kind: str) -> None:
@@ -772,6 +795,64 @@ def test_what_is_no_path_is_refused_in_one_line(reader: Callable[[object], objec
         reader(thing)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+BROKEN_EXIF = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\1\3\0\xff\xff\0\0\6\0"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_damaged_metadata_is_no_warning_of_the_program(tmp_path: Path, suffix: str, action: str) -> None:
+    """PIL warns of it, which the program would print, or raise where it makes errors of warnings."""
+    options = {"exif": BROKEN_EXIF} if suffix != "tiff" else {"tiffinfo": {700: b"x" * 40, 33723: b"y" * 90}}
+    path = saved(corners(), tmp_path / f"a.{suffix}", **options)
+    if suffix == "tiff":
+        content = path.read_bytes()
+        private = struct.pack("<HH", 33723, 7)
+        path.write_bytes(content.replace(private + struct.pack("<I", 90), private + struct.pack("<I", 9**9)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opened = Image.open(path)
+    with opened, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)  # type: ignore[arg-type]
+        assert load_reference(path).size == (24, 16)
+        assert load_reference(opened).size == (24, 16)
+        with pytest.raises(ImageError):
+            read_metadata(path if suffix != "png" else tmp_path)
+    assert caught == []
+
+
+def test_a_note_of_ours_is_given_once_and_in_every_thread(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", with_chunks(corners(), (b"iCCP", b"x\0\0" + zlib.compress(b"no"))))
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ThreadPoolExecutor(4) as executor:
+            list(executor.map(lambda _: load_reference(path), range(40)))
+    assert [warning.category for warning in caught] == [Blip3oWarning] * 40
+    assert warnings.filters == before
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.gif", "a.tga", "a.ico"])
+def test_the_bytes_of_a_file_are_read_as_the_file_is(tmp_path: Path, name: str) -> None:
+    options = {"a.ico": {"sizes": [(24, 16)]}}.get(name, {})
+    data = saved(corners(), tmp_path / name, **options).read_bytes()
+    assert np.array_equal(values(decode_reference(data, "the upload")), values(corners()))
+    assert np.array_equal(values(decode_reference(data, "the upload", 24 * 16)), values(corners()))
+    with pytest.raises(ImageError, match=r"^the upload is 24 x 16 pixels: at most 383 pixels are accepted$"):
+        decode_reference(data, "the upload", 24 * 16 - 1)
+    with pytest.raises(ImageError, match=r"^the upload "):
+        decode_reference(data[: len(data) // 2], "the upload")
+
+
+def test_a_gray_profile_of_a_black_and_white_image_is_used(tmp_path: Path) -> None:
+    profile = matrix_profile(SRGB).replace(b"mntrRGB ", b"mntrGRAY").replace(b"rTRC", b"kTRC")
+    image = Image.new("1", (2, 2), 1)
+    image.putpixel((0, 0), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = values(load_reference(saved(image, tmp_path / "a.png", icc_profile=profile)))
+    assert np.abs(found[..., 0] - [[0, 255], [255, 255]]).max() <= 1
 
 
 def test_a_hash_is_of_what_is_seen(tmp_path: Path) -> None:

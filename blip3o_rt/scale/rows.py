@@ -6,16 +6,16 @@ import base64
 import binascii
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from blip3o_rt.errors import ImageError, ParameterError, first_line
+from blip3o_rt.images import ADDRESS, decode_reference
 
 PROMPT, IMAGE = "prompt", "image"  # columns that are read; others are kept beside the image
 HASHED_AT_ONCE = 2**24
@@ -55,17 +55,22 @@ class Row:
         """
         if self.error is not None:
             raise ParameterError(self.error)
-        try:
-            return [
-                _decoded(image[7:]) if image.startswith("base64:") else folder / image
-                for image in self.images
-            ]
-        except (binascii.Error, UnidentifiedImageError, OSError) as error:
-            raise ImageError(f"the row's image is not a file that is read: {first_line(error)}") from None
+        return [
+            _decoded(image[7:])
+            if image.startswith("base64:")
+            else image
+            if ADDRESS.match(image) or image.startswith("~")
+            else folder / image
+            for image in self.images
+        ]
 
 
 def _decoded(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"the row's image is not base64: {first_line(error)}") from None
+    return decode_reference(data, "the row's image")
 
 
 def read_rows(path: Path) -> Iterator[Row]:

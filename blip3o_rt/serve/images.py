@@ -6,21 +6,17 @@ import asyncio
 import base64
 import binascii
 import io
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
-
 from blip3o_rt.errors import ImageError
-from blip3o_rt.images import load_reference
+from blip3o_rt.images import decode_reference
 from blip3o_rt.metadata import text_chunks
 from blip3o_rt.serve.async_pipeline import pil_image, raw_image
 from blip3o_rt.serve.messages import RawImage
 
 T = TypeVar("T")
-UPLOADS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS = ("png", "jpeg", "webp")
 DEFAULT_COMPRESSION = 100  # as OpenAI's: the highest quality
 
@@ -65,27 +61,7 @@ def from_base64(text: str, name: str) -> bytes:
 def _decode(data: bytes, name: str, max_pixels: int) -> RawImage:
     if not data:
         raise ImageError(f"{name} is empty: send the file of an image")
-    Image.init()
-    formats = [format for format in UPLOADS if format in Image.OPEN]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=formats) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        f"{name} is {width} x {height} pixels: at most {max_pixels} pixels are accepted"
-                    )
-                return raw_image(load_reference(image))
-    except ImageError as error:
-        raise ImageError(str(error).replace("the image", name, 1)) from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{name} is too large: at most {max_pixels} pixels are accepted") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image: accepted are PNG, JPEG, WebP, GIF, BMP and TIFF") from None
-    except Exception as error:  # decoders fail however a damaged file leads them to
-        line = str(error).partition("\n")[0]
-        raise ImageError(f"{name} cannot be decoded: {line}") from None
+    return raw_image(decode_reference(data, name, max_pixels))
 
 
 def _encode(raw: RawImage, output_format: str, compression: int | None) -> bytes:

@@ -49,6 +49,19 @@ def test_lines_of_json(tmp_path: Path) -> None:
     assert rows[2].references(tmp_path) == [tmp_path / "b.png", tmp_path / "c.png"]
 
 
+def test_images_of_a_row_are_read_as_all_are(tmp_path: Path) -> None:
+    def row(*images: str) -> list[object]:
+        return Row(0, "x", list(images)).references(tmp_path)
+
+    assert row("https://example.org/a.png", "~/a.png") == ["https://example.org/a.png", "~/a.png"]
+    with pytest.raises(ImageError, match=r"^the row's image is in a format that is not read: HEIC"):
+        row("base64:" + base64.b64encode(b"\0\0\0\x18ftypheic" + bytes(32)).decode())
+    with pytest.raises(ImageError, match=r"^the row's image is damaged"):
+        row("base64:" + base64.b64encode(PNG[:40]).decode())
+    with pytest.raises(ImageError, match="is not base64"):
+        row("base64:%%%")
+
+
 def test_a_table_of_commas(tmp_path: Path) -> None:
     data = b'id,prompt,image\n1,"a, b\nc",\n2,d,e.png\n3\n4,f,g,h\n5,\xff,\n6,last,\n'
     rows = written(tmp_path / "a.csv", data)
