@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as library
 
 from blip3o_rt.config import ImageTokenConfig
 from blip3o_rt.errors import CheckpointError, PromptError, first_line, shown
@@ -23,6 +25,7 @@ BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that sho
 PROBE = "a red circle"  # every template is tried with it
 # Every generation starts at the first scale token.
 GENERATION_SUFFIX = "<im_start><S0>"
+_verbosity = threading.Lock()  # the library has one for all threads
 
 
 class PromptEncoder:
@@ -143,6 +146,18 @@ def _is_visible(character: str) -> bool:
     return unicodedata.category(character)[0] not in "CZM" and character not in BLANK_LETTERS
 
 
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Without the library's advice on standard error, as of regular expressions of another model's."""
+    with _verbosity:
+        before = library.get_verbosity()
+        library.set_verbosity(library.CRITICAL)
+        try:
+            yield
+        finally:
+            library.set_verbosity(before)
+
+
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of tokenizer.json with the chat template of tokenizer_config.json."""
     if not (folder / "tokenizer.json").is_file():
@@ -150,7 +165,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             f"{folder}: tokenizer.json is missing; copy the tokenizer files of the checkpoint there"
         )
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        with _quiet_library():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises what its JSON, Rust and template readers raise
         raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {first_line(error)}") from error
     tokenizer.model_max_length = 10**9  # longer prompts are refused here; the library would print a line

@@ -24,8 +24,14 @@ UNUSED = re.compile(
     rf"|(?:{_TOWER})?bottleneck\.regularizer\.stochastic_temperature_inv$"
 )
 # What training keeps beside weights; it says nothing of what is computed.
-TRAINING = re.compile(r"(^|[._])(ema|optim|optimizer|exp_avg|exp_avg_sq|grad|_extra_state)([._]|$)")
-ADAPTER = re.compile(r"\.(lora_|base_layer\.|modules_to_save\.)")
+TRAINING = re.compile(
+    r"(^|[._])(ema|swa|shadow|optim|optimizer|adam|exp_avg|momentum|master|grad|lr_scheduler|global_step|rng"
+    r"|_extra_state)([._]|$)"
+)
+ADAPTER = re.compile(
+    r"(^|\.)(lora_|base_layer\.|modules_to_save\.|hada_w|lokr_w|oft_|ia3_|vera_|boft_|dora_|adapter)"
+)
+SCALE = re.compile(r"\.(weight[._]scale|scale_weight|scale)\w*")  # of a module whose weight has 8 bits
 NUMBER = re.compile(r"\.\d+\.")
 BLOCK = re.compile(r".*?\.\d+\.")  # of a name, up to the first index
 TOWER_LAYER = re.compile(rf"(?:{_TOWER})?encoder\.encoder\.layers\.(\d+)\.")
@@ -55,6 +61,8 @@ def check_contents(model: ModelConfig, config: str, sources: Mapping[str, PartSo
         key: {name for part, s in sources.items() if id(s.tensors) == key for name in needed[part]}
         for key in files
     }
+    for tensors in files.values():
+        _refuse_adapters(tensors)
     for part, source in sources.items():
         for name, tensor in needed[part].items():
             _check_tensor(source, name, tensor, used[id(source.tensors)])
@@ -74,6 +82,21 @@ def check_contents(model: ModelConfig, config: str, sources: Mapping[str, PartSo
     return [f"{len(left)} tensors are not known and were left out, as {left[0]}"]
 
 
+def _refuse_adapters(tensors: Tensors) -> None:
+    name = next((name for name in tensors if ADAPTER.search(name) and not TRAINING.search(name)), None)
+    if name is not None:
+        raise _contradiction(
+            tensors[name], "an adapter is merged into its base first, as PEFT's merge_and_unload does"
+        )
+
+
+def _contradiction(tensor: StoredTensor, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.path}: tensor {tensor.name!r} would change what is computed, but {reason}; "
+        "accepted: weights and a configuration that agree"
+    )
+
+
 def _check_tensor(source: PartSource, name: str, needed: Needed, used: set[str]) -> None:
     if name not in source.tensors:
         spare = difflib.get_close_matches(name, sorted(set(source.tensors) - used), n=1, cutoff=0.8)
@@ -89,7 +112,9 @@ def _check_tensor(source: PartSource, name: str, needed: Needed, used: set[str])
             "as the configuration files say"
         )
     if tensor.dtype not in WEIGHT_DTYPES:
-        scale = next((name + end for end in ("_scale", "_scale_inv") if name + end in source.tensors), None)
+        module = name.removesuffix(".weight")
+        beside = (other for other in source.tensors if other.startswith(module))
+        scale = next((other for other in beside if SCALE.fullmatch(other, len(module))), None)
         scaled = f" with scales {scale!r}" if scale else ""
         raise CheckpointError(
             f"{tensor.path}: tensor {name!r} is stored as {tensor.dtype}{scaled}; accepted: floating point "
@@ -116,16 +141,13 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _left_over(model: ModelConfig, config: str, tensors: Tensors, used: set[str]) -> Iterator[str]:
     """The names that are neither used nor known to be unused. Raises CheckpointError for a contradiction."""
-    modules = {name.rpartition(".")[0] for name in used}
+    modules = {name.rpartition(".")[0] for name in (*used, HEAD)}
     blocks = {match[0] for name in used if (match := BLOCK.match(name))}
     patterns = {NUMBER.sub(".#.", name) for name in used}
     for name in sorted(set(tensors) - used):
-        layer, block = TOWER_LAYER.match(name), BLOCK.match(name)
-        reason = None
+        layer, block, reason = TOWER_LAYER.match(name), BLOCK.match(name), None
         if TRAINING.search(name):
             yield name
-        elif ADAPTER.search(name):
-            reason = "an adapter is merged into its base first, as PEFT's merge_and_unload does"
         elif layer:
             layers = model.ta_tok.num_layers if model.ta_tok else MAX_LAYERS
             reason = f"num_hidden_layers of its vision tower is {layers}" if int(layer[1]) >= layers else None
@@ -139,10 +161,7 @@ def _left_over(model: ModelConfig, config: str, tensors: Tensors, used: set[str]
         else:
             yield name
         if reason:
-            raise CheckpointError(
-                f"{tensors[name].path}: tensor {name!r} would change what is computed, but {reason}; "
-                "accepted: weights and a configuration that agree"
-            )
+            raise _contradiction(tensors[name], reason)
 
 
 def _layers(model: ModelConfig, name: str) -> str:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -37,9 +38,13 @@ from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
 from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, local_path
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
 from blip3o_rt.config import MAX_POSITIONS
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.errors import CheckpointError, shown
+from blip3o_rt.machine import told_apart
+from blip3o_rt.params import check_flag
 from blip3o_rt.switches import check_stored
 from blip3o_rt.weights import TensorSpec
+
+Update: TypeAlias = Callable[[int], object]
 
 
 def convert(
@@ -84,8 +89,10 @@ def convert(
         ParameterError: A switch that is not of the weights.
     """
     source = Source.of(source)
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; accepted: {' or '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {shown(dtype)}; accepted: {' or '.join(DTYPES)}")
+    check_flag("progress", progress)
+    check_flag("force", force)
     check_stored(switches)
     if is_converted(checkpoint_folder(source.path)):
         raise CheckpointError(f"{source.path}: already converted; accepted: a published checkpoint")
@@ -118,18 +125,20 @@ def convert_opened(
     PromptEncoder(
         published.path, published.config.image_tokens, MAX_POSITIONS
     )  # raises for what cannot be used
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="convert") if progress else None
+    update = None if bar is None else bar.update  # a bar that is not shown would leave a thread
     with (
         _disk_errors(target, output_bytes),
         _partial_folder(target) as folder,
-        tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar,
+        bar or contextlib.nullcontext(),
     ):
-        files = _write_parts(published, folder, DTYPES[dtype], chosen, extremes, bar.update)
+        files = _write_parts(published, folder, DTYPES[dtype], chosen, extremes, update)
         files |= _copy_tokenizer(published, folder)
         manifest = Manifest(
             package_version=__version__,
             dtype=dtype,
             source=str(published.path.resolve()),
-            sources=_source_records(published, bar.update),
+            sources=_source_records(published, update),
             files=files,
             layout=layout_fingerprint(published.config, chosen),
             config=published.config,
@@ -192,10 +201,8 @@ def _check_space(target: Path, needed: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise CheckpointError(
-            f"{target}: no room, the conversion needs {needed / 2**30:.1f} GiB there and "
-            f"{free / 2**30:.1f} GiB are free"
-        )
+        need, left = told_apart(needed, free)
+        raise CheckpointError(f"{target}: no room, the conversion needs {need} there and {left} are free")
 
 
 @contextlib.contextmanager
@@ -277,7 +284,7 @@ def _write_parts(
     dtype: torch.dtype,
     switches: Mapping[str, str],
     extremes: Extremes,
-    progress: Callable[[int], object],
+    progress: Update | None,
 ) -> dict[str, FileRecord]:
     records = {}
     for part, specs in layouts(published.config, switches).items():
@@ -302,9 +309,7 @@ def _copy_tokenizer(published: PublishedCheckpoint, folder: Path) -> dict[str, F
     return records
 
 
-def _source_records(
-    published: PublishedCheckpoint, progress: Callable[[int], object]
-) -> dict[str, FileRecord]:
+def _source_records(published: PublishedCheckpoint, progress: Update | None) -> dict[str, FileRecord]:
     return {
         os.path.relpath(path, published.path).replace(os.sep, "/"): FileRecord(
             path.stat().st_size, file_sha256(path, progress)

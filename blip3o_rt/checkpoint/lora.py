@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from blip3o_rt.checkpoint.published import PublishedCheckpoint
 from blip3o_rt.checkpoint.published_config import ConfigFile
 from blip3o_rt.checkpoint.source import PathName, checkpoint_folder
 from blip3o_rt.checkpoint.tensor_file import WEIGHT_DTYPES, StoredTensor, read_safetensors, whole_tensor
-from blip3o_rt.errors import CheckpointError, ParameterError
+from blip3o_rt.errors import CheckpointError, ParameterError, shown
 
 FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 
@@ -28,8 +29,9 @@ def merge_lora(published: PublishedCheckpoint, folder: PathName, scale: float = 
         CheckpointError, ConfigError: An adapter that is not a plain LoRA, or not one of this checkpoint.
         ParameterError: A scale that is not a finite number.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ParameterError(f"lora_scale is {scale!r}; accepted: a finite number")
+    number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not number or not abs(scale) <= sys.float_info.max:
+        raise ParameterError(f"lora_scale is {shown(scale)}; accepted: a finite number")
     root = checkpoint_folder(folder)
     config = ConfigFile.read(root / "adapter_config.json")
     factor = scale * _factor(config)

@@ -31,7 +31,7 @@ from blip3o_rt.checkpoint.source import (
     is_file,
     known_folder,
     local_path,
-    refuse_lfs_pointer,
+    refuse_stand_in,
 )
 from blip3o_rt.checkpoint.tensor_file import (
     StoredTensor,
@@ -60,8 +60,18 @@ COMPONENTS = {
 }
 STOCK_WEIGHTS = "diffusion_pytorch_model"  # how files of a diffusers component begin
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,5})-of-(?P<total>\d{1,5})\.safetensors")
-# What wrappers put before a name: torch.compile, data-parallel models, PEFT, FSDP, a model within a model.
-WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|base_model|model|_fsdp_wrapped_module)\.)*")
+# What wrappers put before a name: torch.compile, data-parallel models, PEFT, FSDP, a model within a model;
+# and within it, around a part of the model.
+WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|base_model|model|_fsdp_wrapped_module|_forward_module)\.)*")
+INNER_WRAPPERS = re.compile(
+    r"(?<=\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+ANCHORS = {  # the end of a name that every file of a part has
+    "ar": "embed_tokens.weight",
+    "dit": "patch_embed.proj.weight",
+    "vae": "decoder.conv_in.weight",
+    "ta_tok": "bottleneck.regularizer.embedding.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def open_published(source: Source) -> PublishedCheckpoint:
     root = checkpoint_folder(source.path)
     _refuse_adapter(root)
     config = ConfigFile.read(root / "config.json")
-    tensors = unwrapped(read_tensors(root, "model", source.variant), "embed_tokens.weight", PREFIXES["ar"])
+    tensors = unwrapped(read_tensors(root, "model", source.variant), "ar", PREFIXES["ar"])
     folder = _diffusion_folder(root, config, source)
     tower = _Tower.find(root, config, tensors, source)
     parts = {name: ConfigFile.read(folder / file) for name, file in COMPONENTS.items()}
@@ -201,25 +211,36 @@ def _other_weights(folder: Path, stem: str) -> str:
     return f"; {accepted}"
 
 
-def unwrapped(tensors: Tensors, anchor: str, prefix: str = "") -> Tensors:
+def unwrapped(tensors: Tensors, part: str, prefix: str = "") -> Tensors:
     """The tensors by their own names, without what wraps the name of every one of them.
 
     Args:
         tensors: As stored, perhaps by a compiled, distributed or adapted model, or by a part of one.
-        anchor: The end of a name that is always among them.
-        prefix: What stands before the anchor in a plain file.
+        part: One that is among them, whose anchor shows how names are wrapped.
+        prefix: What stands before that anchor in a plain file.
     """
-    before = [name.removesuffix(anchor) for name in tensors if name.endswith(anchor)]
-    wrapper = next((text for text in before if WRAPPERS.fullmatch(text)), prefix)
-    if wrapper == "" != prefix:
-        return {name if name == HEAD else prefix + name: tensor for name, tensor in tensors.items()}
-    wrapper = wrapper.removesuffix(prefix)
-    bare = next((name for name in tensors if not name.startswith(wrapper)), None)
-    if bare is not None:
+    outer = _without_inner_wrappers(tensors)
+    before = [name.removesuffix(ANCHORS[part]) for name in outer if name.endswith(ANCHORS[part])]
+    anchored = prefix if prefix in before else min(before, key=len, default=prefix)
+    wrapper, added = anchored.removesuffix(prefix), "" if anchored.endswith(prefix) else prefix
+    bare = next((name for name in outer if not name.startswith(wrapper)), None)
+    if bare is None:
+        own = {name.removeprefix(wrapper): tensor for name, tensor in outer.items()}
+        return {name if name == HEAD else added + name: tensor for name, tensor in own.items()}
+    if WRAPPERS.fullmatch(wrapper):
         raise CheckpointError(
-            f"{tensors[bare].path}: names begin with {wrapper!r} but {bare!r} does not; accepted: all or none"
+            f"{outer[bare].path}: names begin with {wrapper!r} but {bare!r} does not; accepted: all or none"
         )
-    return {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return outer
+
+
+def _without_inner_wrappers(tensors: Tensors) -> Tensors:
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        other = found.setdefault(INNER_WRAPPERS.sub("", name), tensor)
+        if other is not tensor:
+            raise CheckpointError(f"{tensor.path}: {name!r} and {other.name!r} are one tensor; remove one")
+    return found
 
 
 def _shard_names(index_path: Path) -> list[str]:
@@ -277,7 +298,9 @@ def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path, sour
         raise CheckpointError(
             f"{missing} and no diffusers folder to take them from; give one with --diffusion"
         )
-    return PartSource(part, read_tensors(stock, STOCK_WEIGHTS), str(stock), False)
+    named = source.variant and any(stock.glob(f"{STOCK_WEIGHTS}.{source.variant}*"))
+    found = read_tensors(stock, STOCK_WEIGHTS, source.variant if named else None)
+    return PartSource(part, unwrapped(found, part), str(stock), False)
 
 
 def _dit_config(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
@@ -341,7 +364,7 @@ def _read_ta_tok(path: Path) -> tuple[ConfigFile, Tensors]:
         raise CheckpointError(
             f'{path}: not a TA-Tok file; accepted: {{"model": {{"args": settings, "sd": tensors}}}}'
         )
-    tensors = unwrapped(torch_tensors(path, state), "bottleneck.regularizer.embedding.weight")
+    tensors = unwrapped(torch_tensors(path, state), "ta_tok")
     return ConfigFile(f"{path}: args", arguments), tensors
 
 
@@ -388,7 +411,7 @@ def _tokenizer_files(root: Path) -> list[Path]:
     if not {"tokenizer_config.json", "tokenizer.json"} <= {path.name for path in found}:
         raise CheckpointError(f"{root}: no tokenizer; accepted: tokenizer.json with tokenizer_config.json")
     for path in found:
-        refuse_lfs_pointer(path)
+        refuse_stand_in(path)
     return found
 
 

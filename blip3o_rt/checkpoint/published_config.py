@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from blip3o_rt.checkpoint.parts import published_name
-from blip3o_rt.checkpoint.source import refuse_lfs_pointer
+from blip3o_rt.checkpoint.source import refuse_stand_in
 from blip3o_rt.config import (
     MAX_LAYERS,
     ARConfig,
@@ -57,16 +57,12 @@ class ConfigFile:
     def read(cls, path: Path) -> ConfigFile:
         """Parse a file. Raises CheckpointError when it is missing or not a JSON object."""
         try:
-            refuse_lfs_pointer(path)
+            refuse_stand_in(path)
             content = path.read_bytes()
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found; accepted: a checkpoint folder that has it") from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
-        if content.startswith(b"\xef\xbb\xbf"):
-            raise CheckpointError(
-                f"{path}: begins with a byte order mark (BOM); save it as UTF-8 without one"
-            )
         try:
             data = json.loads(content.decode())
         except (ValueError, RecursionError) as error:
@@ -170,6 +166,8 @@ def parse_ar(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> ARCon
     config.only("attention_bias", False)
     config.only("hidden_act", "silu")
     config.only("use_sliding_window", False)
+    config.only("partial_rotary_factor", 1.0)
+    config.only("compression_config", None)
     config.only("quantization_config", None)
     kinds = config.data.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):

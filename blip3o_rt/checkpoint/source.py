@@ -11,7 +11,13 @@ from blip3o_rt.errors import CheckpointError, shown
 
 PathName = str | os.PathLike[str]
 
-LFS_POINTER = b"version https://git-lfs"
+# What a file begins with that stands where another should be.
+STAND_INS = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself; run `git lfs pull` there",
+    b"<!doctype html": "a web page, not the file itself; download it again",
+    b"<html": "a web page, not the file itself; download it again",
+}
+BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Configurations that checkpoints refer to by a hub repository's name, so that no network is needed.
 KNOWN = Path(__file__).parent / "known"
@@ -70,12 +76,15 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def refuse_lfs_pointer(path: Path) -> None:
-    """Raise CheckpointError where a file is a git-lfs pointer; OSError where it cannot be read."""
+def refuse_stand_in(path: Path) -> None:
+    """Raise CheckpointError where a file is another than its name says; OSError where it cannot be read."""
     with path.open("rb") as file:
-        head = file.read(len(LFS_POINTER))
-    if head == LFS_POINTER:
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` there")
+        head = file.read(32)
+    for start, kind in STAND_INS.items():
+        if head.lower().startswith(start):
+            raise CheckpointError(f"{path}: {kind}")
+    if path.suffix == ".json" and head.startswith(BYTE_ORDER_MARKS):
+        raise CheckpointError(f"{path}: begins with a byte order mark (BOM); save it as UTF-8 without one")
 
 
 def known_folder(name_or_path: str, name: str) -> Path | None:
@@ -110,7 +119,7 @@ def newest_snapshot(folder: Path) -> Path:
     snapshots = folder / "snapshots"
     if not folder.name.startswith("models--") or not snapshots.is_dir():
         return folder
-    found = sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime)
+    found = sorted(filter(Path.is_dir, snapshots.iterdir()), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"{folder}: a hub cache without snapshots; download the checkpoint again")
     return found[-1]

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from blip3o_rt.checkpoint.source import refuse_lfs_pointer
+from blip3o_rt.checkpoint.source import refuse_stand_in
 from blip3o_rt.errors import CheckpointError, first_line
 
 CHUNK_BYTES = 16 * 2**20  # read, convert and write at most about this much at once
@@ -147,7 +147,7 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[str, _Entry], int]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > HEADER_LIMIT:
-        refuse_lfs_pointer(path)
+        refuse_stand_in(path)
         raise _damaged(path, "its header length makes no sense")
     if size < 8 + length:
         raise _truncated(path)
@@ -184,7 +184,7 @@ def read_torch_file(path: Path) -> object:
     Raises CheckpointError when it is missing, damaged, or a pickle that wants to run code.
     """
     try:
-        refuse_lfs_pointer(path)
+        refuse_stand_in(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; accepted: a ta_tok.pth file") from None

@@ -148,7 +148,7 @@ def _named(new: object) -> dict[str, StoredTensor]:
     accepted = "accepted is a folder, or tensors by their published names"
     try:
         tensors = dict(new)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
+    except Exception:  # a caller's object raises anything
         raise ParameterError(f"weights is {shown(new)}: {accepted}") from None
     if not tensors:
         raise ParameterError(f"weights is empty: {accepted}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,13 @@ def assert_same(one: Path, other: dict[str, dict[str, Tensor]]) -> None:
         (TOWER + "encoder.encoder.layers.3.mlp.fc1.bias", "num_hidden_layers of its vision tower is 3"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "an adapter is merged"),
         ("model.layers.1.self_attn.q_proj.base_layer.weight", "an adapter is merged"),
+        ("model.layers.1.self_attn.q_proj.lora_magnitude_vector", "an adapter is merged"),
+        ("model.layers.1.self_attn.q_proj.hada_w1_a", "an adapter is merged"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "an adapter is merged"),
         ("model.norm.bias", "asks for none such"),
+        ("lm_head.bias", "asks for none such"),
+        ("model.layers.1.mlp.down_proj.bias", "asks for none such"),
+        ("model.sana_vae.decoder.up_blocks.0.9.conv1.conv.weight", ""),
         ("model.layers.1.post_mlp_layernorm.weight", "asks for none such"),
         ("model.sana_vae.decoder.conv_out.weight_scale", "asks for none such"),
     ],
@@ -71,33 +78,70 @@ def test_what_training_left_is_one_warning(checkpoint: Path) -> None:
         for name in [name for name in tensors if name.startswith("model.layers.")]:
             tensors[f"ema.{name}"] = tensors[name].clone()
             tensors[f"{name}.exp_avg"] = tensors[name].clone()
+            tensors[f"{name}.momentum_buffer"] = tensors[name].clone()
         tensors["optimizer.state.0.step"] = torch.ones(())
+        tensors["swa.n_averaged"] = torch.ones(())
+        tensors["lr_scheduler.last_epoch"] = torch.ones(())
 
     edit_tensors(checkpoint / MODEL, train)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert_same(checkpoint, before)
     assert len(caught) == 1
-    count = len(load_file(checkpoint / MODEL)) - sum(
-        not name.startswith(("ema", "optim")) and "exp_avg" not in name
-        for name in load_file(checkpoint / MODEL)
-    )
+    left = re.compile(r"ema|optim|swa|lr_scheduler|.*(exp_avg|momentum_buffer)")
+    count = sum(left.match(name) is not None for name in load_file(checkpoint / MODEL))
     assert str(caught[0].message).startswith(f"{count} tensors are not known and were left out")
 
 
-@pytest.mark.parametrize(
-    "wrapper",
-    ["_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "module._orig_mod.", "model."],
-)
+WRAPPERS = ["_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.", "module._orig_mod."]
+WRAPPERS += ["model.", "_forward_module.", "module.module.", "student.", "_orig_mod.base_model.model.module."]
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapper_around_every_name_is_taken_off(wrapper: str, checkpoint: Path) -> None:
     before = load_checkpoint(checkpoint).weights
     rename(checkpoint, lambda name: wrapper + name)
     assert_same(checkpoint, before)
 
 
-def test_names_may_lack_the_outer_model(checkpoint: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_names_may_lack_the_outer_model(wrapper: str, checkpoint: Path) -> None:
     before = load_checkpoint(checkpoint).weights
-    rename(checkpoint, lambda name: name.removeprefix("model."))
+    rename(checkpoint, lambda name: wrapper + name.removeprefix("model."))
+    assert_same(checkpoint, before)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrapper"),
+    [
+        ("model.", "_orig_mod."),
+        ("model.", "module."),
+        ("model.sana.", "_orig_mod."),
+        ("model.layers.0.", "_fsdp_wrapped_module."),
+        ("model.layers.1.", "_checkpoint_wrapped_module."),
+        (TOWER, "_orig_mod.module."),
+    ],
+)
+def test_a_wrapper_around_a_part_of_the_model_is_taken_off(
+    place: str, wrapper: str, checkpoint: Path
+) -> None:
+    before = load_checkpoint(checkpoint).weights
+    rename(checkpoint, lambda name: re.sub(f"^{re.escape(place)}", place + wrapper, name))
+    assert_same(checkpoint, before)
+
+
+def test_a_tensor_with_and_without_its_wrapper_is_refused(checkpoint: Path) -> None:
+    add(checkpoint, "model._orig_mod.norm.weight")
+    with pytest.raises(CheckpointError, match=r"'model\.(_orig_mod\.)?norm\.weight' are one tensor"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_wrapper_in_the_diffusers_folder_is_taken_off(checkpoint: Path) -> None:
+    before = load_checkpoint(checkpoint).weights
+    tensors, vae = load_file(checkpoint / MODEL), "model.sana_vae."
+    stock = {f"module.{name.removeprefix(vae)}": t for name, t in tensors.items() if name.startswith(vae)}
+    save_file(stock, checkpoint / "sana" / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({name: t for name, t in tensors.items() if not name.startswith(vae)}, checkpoint / MODEL)
     assert_same(checkpoint, before)
 
 
@@ -111,10 +155,11 @@ def test_a_wrapper_around_some_names_is_named(checkpoint: Path) -> None:
         load_checkpoint(checkpoint)
 
 
-def test_a_wrapper_in_ta_tok_is_taken_off(checkpoint: Path) -> None:
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module.", "model.", "vision_tower."])
+def test_a_wrapper_in_ta_tok_is_taken_off(wrapper: str, checkpoint: Path) -> None:
     before = load_checkpoint(checkpoint).weights
     tensors = load_file(checkpoint / MODEL)
-    state = {f"module.{name.removeprefix(TOWER)}": t for name, t in tensors.items() if name.startswith(TOWER)}
+    state = {wrapper + name.removeprefix(TOWER): t for name, t in tensors.items() if name.startswith(TOWER)}
     save_file({name: t for name, t in tensors.items() if not name.startswith(TOWER)}, checkpoint / MODEL)
     bottleneck = {"bottleneck_dim": 32, "regularizer": {"name": "simvq", "args": {"codebook_size": 256}}}
     bottleneck["regularizer"]["args"]["l2_normalized"] = True  # type: ignore[index]

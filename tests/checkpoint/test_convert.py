@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +23,12 @@ from blip3o_rt.checkpoint import convert as convert_module
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST, Manifest, check_files
-from blip3o_rt.checkpoint.parts import layouts
+from blip3o_rt.checkpoint.parts import layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, file_sha256
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 
-from .conftest import edit_tensors
+from .conftest import ALL_FLAGS, edit_tensors
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -203,6 +205,25 @@ def test_too_little_room_is_said_before_anything_is_written(
     with pytest.raises(CheckpointError, match=r"no room, the conversion needs .* GiB"):
         convert(checkpoint, tmp_path / "converted", progress=False)
     assert nothing_but_the_source(checkpoint)
+
+
+def test_room_that_is_short_by_a_byte_is_said_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = sum(weight_bytes(preset("tiny", ALL_FLAGS), torch.bfloat16).values())
+    usage = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError) as found:
+        convert(checkpoint, tmp_path / "out", progress=False)
+    wanted, free = map(float, re.findall(r"([\d.]+) GiB", str(found.value)))
+    assert wanted > free
+
+
+def test_no_thread_stays_where_no_bar_was_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    convert(checkpoint, tmp_path / "out", progress=False)
+    load_checkpoint(checkpoint, cache_dir=tmp_path / "cache")
+    assert set(threading.enumerate()) == before
 
 
 def test_a_conversion_in_progress_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:

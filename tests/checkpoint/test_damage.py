@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -170,15 +171,31 @@ def test_types_that_are_not_needed_refuse_nothing(dtype: str, checkpoint: Path) 
         load_checkpoint(checkpoint)
 
 
-def test_fp8_weights_are_refused_by_name(checkpoint: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    ("end", "shape"),
+    [
+        ("weight_scale", ()),
+        ("weight_scale", (128, 1)),
+        ("weight_scale_inv", (1, 1)),
+        ("scale_weight", (1,)),
+        ("weight.scale", (128,)),
+    ],
+)
+def test_fp8_weights_are_refused_by_name(
+    end: str, shape: tuple[int, ...], dtype: torch.dtype, checkpoint: Path
+) -> None:
+    """One scale for the tensor, for each row, or for each block, under the names of usual writers."""
+    module = MATRIX.removesuffix("weight")
+
     def shrink(tensors: dict[str, Tensor]) -> None:
-        tensors[MATRIX] = tensors[MATRIX].to(torch.float8_e4m3fn)
-        tensors[f"{MATRIX}_scale"] = torch.ones(128, 1)
+        tensors[MATRIX] = tensors[MATRIX].to(dtype)
+        tensors[module + end] = torch.ones(shape)
+        tensors[module + "input_scale"] = torch.ones(())
 
     edit_tensors(checkpoint / MODEL, shrink)
-    with pytest.raises(
-        CheckpointError, match=rf"{MATRIX}' is stored as .*float8.* with scales '{MATRIX}_scale'"
-    ):
+    scale = re.escape(module + end)
+    with pytest.raises(CheckpointError, match=rf"{MATRIX}' is stored as .*float8.* with scales '{scale}'"):
         load_checkpoint(checkpoint)
 
 
@@ -186,15 +203,26 @@ def test_fp8_weights_are_refused_by_name(checkpoint: Path) -> None:
     "name",
     [MODEL, "config.json", "sana/vae/config.json", "tokenizer.json", "tokenizer_config.json", "ta_tok.pth"],
 )
-def test_a_git_lfs_pointer_is_named(name: str, checkpoint: Path) -> None:
-    (checkpoint / name).write_bytes(LFS)
-    with pytest.raises(CheckpointError, match=r"a git-lfs pointer, not the file itself; run `git lfs pull`"):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LFS, r"a git-lfs pointer, not the file itself; run `git lfs pull`"),
+        (b"<!DOCTYPE html>\n<html><title>Login</title></html>", "a web page, not the file itself"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_file_is_named(
+    content: bytes, words: str, name: str, checkpoint: Path
+) -> None:
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=words):
         load_checkpoint(checkpoint)
 
 
-def test_a_byte_order_mark_is_named(checkpoint: Path) -> None:
-    config = checkpoint / "config.json"
-    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_named(encoding: str, name: str, checkpoint: Path) -> None:
+    path = checkpoint / name
+    path.write_bytes(path.read_text().encode(encoding))
     with pytest.raises(CheckpointError, match="begins with a byte order mark"):
         load_checkpoint(checkpoint)
 

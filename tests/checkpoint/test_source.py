@@ -25,6 +25,7 @@ def test_a_hub_cache_is_opened_at_its_newest_snapshot(checkpoint: Path, tmp_path
         shutil.copytree(checkpoint, cache / "snapshots" / name)
         (cache / "snapshots" / "older" / "config.json").unlink(missing_ok=True)
         os.utime(cache / "snapshots" / name, (2000 - index, 2000 - index))
+    (cache / "snapshots" / ".DS_Store").touch()  # no snapshot, and newer
     assert torch.equal(norm(cache), norm(checkpoint))
     shutil.rmtree(cache / "snapshots")
     (cache / "snapshots").mkdir()

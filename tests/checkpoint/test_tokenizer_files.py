@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
+from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.errors import CheckpointError
+from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.pipeline import Pipeline
 
 from .conftest import edit_json
@@ -49,6 +52,24 @@ def test_the_older_tokenizer_files_are_not_enough(checkpoint: Path, tmp_path: Pa
     (checkpoint / "merges.txt").write_text("")
     (checkpoint / "tokenizer.json").unlink()
     refused(checkpoint, tmp_path / "converted", r"no tokenizer; accepted: tokenizer\.json")
+
+
+@pytest.mark.parametrize("changes", [{}, {"transformers_version": "4.51.3", "model_type": "mistral"}])
+def test_a_large_vocabulary_is_read_as_it_is_and_in_silence(
+    checkpoint: Path, changes: dict[str, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Above 100,000 entries the library warns of another model's regular expression."""
+    path = checkpoint / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in data["added_tokens"]}
+    vocabulary |= {f"word{number}": len(vocabulary) + number for number in range(100_001)}
+    path.write_text(json.dumps(data))
+    edit_json(checkpoint / "config.json", changes)
+    prompts = PromptEncoder(checkpoint, preset("tiny").image_tokens, 1000)
+    text = "a red circle, 3 Blue squares!"
+    assert prompts._ids(text) == Tokenizer.from_file(str(path)).encode(text).ids
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
