@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from blip3o_rt.errors import DeviceError, InsufficientMemoryError
+from blip3o_rt.errors import DeviceError, InsufficientMemoryError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -199,14 +199,21 @@ def require_memory(
     else:
         free, where = memory().available, "this machine"
     if needed > free:
-        raise InsufficientMemoryError(
-            f"{what} needs {format_bytes(needed)} of memory, {where} has {format_bytes(free)} free: {remedy}"
-        )
+        need, left = format_bytes(needed), format_bytes(free)
+        if need == left:
+            need, left = told_apart(needed, free)
+        raise InsufficientMemoryError(f"{what} needs {need} of memory, {where} has {left} free: {remedy}")
 
 
 def format_bytes(count: int) -> str:
     """Bytes as GiB, or MiB below one GiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def told_apart(one: int, other: int) -> tuple[str, str]:
+    """Two unlike numbers of bytes in GiB, with as many digits as tell them apart."""
+    texts = ((f"{one / 2**30:.{digits}f} GiB", f"{other / 2**30:.{digits}f} GiB") for digits in range(1, 16))
+    return next(found for found in texts if found[0] != found[1])
 
 
 def cuda_status() -> str | None:
@@ -247,10 +254,10 @@ def resolve_device(name: str | torch.device) -> torch.device:
     """
     import torch
 
-    text = str(name)
-    match = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", text)
+    text = str(name) if isinstance(name, str | torch.device) else ""
+    match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,9}))?", text)
     if match is None:
-        raise DeviceError(f"device is {text!r}: accepted are auto, cpu, cuda and cuda:N")
+        raise DeviceError(f"device is {shown(name)}: accepted are auto, cpu, cuda and cuda:N")
     status = None if text == "cpu" else cuda_status()
     if text == "cpu" or (text == "auto" and status is not None):
         return torch.device("cpu")
@@ -306,7 +313,13 @@ class _Held:
 def _cpu_settings() -> list[_Setting]:
     import torch
 
-    return _full_precision(torch.backends.mkldnn, "matmul", "conv")
+    backend = torch.backends.mkldnn
+    return [
+        *_full_precision(backend, "matmul", "conv"),
+        _Setting.attribute(backend, "enabled", True),
+        _Setting.attribute(backend, "deterministic", False),
+        *_attention_kernels(),
+    ]
 
 
 def _cuda_settings() -> list[_Setting]:
@@ -316,9 +329,23 @@ def _cuda_settings() -> list[_Setting]:
     return [
         *_full_precision(torch.backends.cuda, "matmul"),
         *_full_precision(torch.backends.cudnn, "conv"),
+        _Setting.attribute(torch.backends.cudnn, "enabled", True),
+        *_attention_kernels(),
         _Setting.attribute(matmul, "allow_bf16_reduced_precision_reduction", False),
         # Refuses products of cuBLAS without a variable of its own; the sums of ours have one order anyway.
         _Setting(torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, (0,)),
+    ]
+
+
+def _attention_kernels() -> list[_Setting]:
+    """Which kernels attention may use, on either device."""
+    import torch
+
+    cuda = torch.backends.cuda
+    return [
+        _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp, (True,)),
+        _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp, (True,)),
+        _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, (True,)),
     ]
 
 

@@ -67,7 +67,7 @@ def check_callback(name: str, callback: object, *arguments: str) -> None:
     if callback is None:
         return
     accepted = f"accepted is a function of ({', '.join(arguments)}), or None"
-    if not callable(callback):
+    if not callable(callback) or isinstance(callback, type):
         raise ParameterError(f"{name} is {shown(callback)}: {accepted}")
     try:
         inspect.signature(callback).bind(*arguments)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from blip3o_rt.errors import DeviceError
+from blip3o_rt.errors import DeviceError, shown
 from blip3o_rt.machine import processor
 
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "arm_bf16"}
@@ -52,8 +52,8 @@ def resolve_precision(name: str, device: torch.device, stored: torch.dtype = tor
     Raises:
         DeviceError: Another name, or what the device does not compute in.
     """
-    if name not in NAMES:
-        raise DeviceError(f"dtype is {name!r}: accepted are auto, fp32, bf16 and mixed")
+    if not isinstance(name, str) or name not in NAMES:
+        raise DeviceError(f"dtype is {shown(name)}: accepted are auto, fp32, bf16 and mixed")
     if name == "fp32":
         return FP32
     if device.type == "cuda":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import os
 import resource
 import sys
 import time
@@ -21,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blip3o_rt import ops
-from blip3o_rt.errors import Cancelled, GenerationError
+from blip3o_rt.errors import Cancelled, GenerationError, ParameterError, first_line, shown
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
-from blip3o_rt.metadata import save_png
+from blip3o_rt.metadata import holds_request, save_png
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.precision import IN_WORDS
@@ -203,12 +205,33 @@ class Result(list[Image.Image]):
         self.report = report
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write the images as 000.png, 001.png, ... with their metadata; makes the directory if missing."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / f"{index:03d}.png" for index in range(len(self))]
-        for image, path in zip(self, paths, strict=True):
+        """Write the images as 000.png, 001.png, ... with their metadata.
+
+        A file that is there is replaced by the image of the same request alone. Another takes the next
+        number.
+
+        Args:
+            directory: A folder, made if missing.
+
+        Returns:
+            The files, in the order of the images.
+
+        Raises:
+            ParameterError: What is no folder and cannot be made one.
+            OSError: A file cannot be written; it names the file.
+        """
+        try:
+            folder = Path(directory).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+        except Exception as error:  # a caller's object raises anything
+            given = f"directory is {shown(directory)} ({first_line(error)})"
+            raise ParameterError(f"{given}: accepted is the name of a folder") from error
+        paths: list[Path] = []
+        numbered = (folder / f"{number:03d}.png" for number in itertools.count())
+        for image in self:
+            path = next(p for p in numbered if not os.path.lexists(p) or holds_request(p, image.info))
             save_png(image, path, image.info)
+            paths.append(path)
         return paths
 
 
@@ -313,7 +336,9 @@ class Run:
 
 
 def _refuses(answer: object) -> bool:
-    """Whether a callback's answer is False, Python's or numpy's."""
+    """Whether a callback's answer is False, Python's, numpy's or torch's."""
+    if isinstance(answer, np.ndarray | Tensor) and answer.ndim == 0:
+        answer = answer.item()
     return isinstance(answer, bool | np.bool_) and not answer
 
 
@@ -325,7 +350,11 @@ def _bar(name: str, total: int) -> Any:
 
             return widget(total=total, desc=name, leave=False)
         return tqdm(total=total, desc=name, leave=False)
-    return tqdm(total=total, desc=name, leave=False) if sys.stderr.isatty() else None
+    try:
+        watched = sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is none, or it is closed
+        watched = False
+    return tqdm(total=total, desc=name, leave=False) if watched else None
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:

@@ -143,7 +143,7 @@ def check_switches(switches: Mapping[str, str] | None) -> dict[str, str]:
             raise ParameterError(f"there is no switch {shown(name)}: accepted are {', '.join(SWITCHES)}")
         try:
             SWITCHES[name].parse(str(value))
-        except ValueError:
+        except Exception:  # ValueError; a caller's object raises anything
             accepted = SWITCHES[name].accepted
             raise ParameterError(
                 f"switch {name} is {shown(value)}: accepted is {accepted}, or no such switch"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,13 +17,16 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import Blip3oError, GenerationError, ParameterError, one_line, shown
+from blip3o_rt.images import load_reference
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
-from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.result import Plan
+from blip3o_rt.metadata import read_metadata
+from blip3o_rt.pipeline import ImageRequest, Pipeline
+from blip3o_rt.result import Plan, Result
 
-EXAMPLES = 250  # of each public function
+EXAMPLES = 100  # of each public function
 
 
 class Hostile:
@@ -176,7 +179,65 @@ CALLS: dict[
         {"prompt": "a", "reference": Image.new("RGB", (8, 8)), "steps": 1},
         ("prompt", "reference", "n", "seed", "steps", "progress", "callback", "on_image"),
     ),
+    "generate_each": (
+        lambda pipeline, plan, checkpoint: pipeline.generate_each,
+        {"requests": [ImageRequest("a")], "steps": 1},
+        ("requests", "steps", "guidance", "temperature", "top_k", "image_tokens_only", "on_result"),
+    ),
+    "a request": (
+        lambda pipeline, plan, checkpoint: (
+            lambda **fields: pipeline.generate_each([ImageRequest(**fields)], steps=1)
+        ),
+        {"prompt": "a"},
+        ("prompt", "seed", "reference"),
+    ),
+    "rollout": (
+        lambda pipeline, plan, checkpoint: pipeline.rollout,
+        {"prompts": "a", "steps": 1},
+        (
+            *("prompts", "n", "seed", "references", "steps", "guidance", "top_p", "images"),
+            *("hidden_states", "progress", "callback"),
+        ),
+    ),
+    "update_weights": (
+        lambda pipeline, plan, checkpoint: pipeline.update_weights,
+        {},
+        ("weights",),
+    ),
+    "convert": (
+        lambda pipeline, plan, checkpoint: (
+            lambda **arguments: convert(**{"source": checkpoint, "destination": "new", **arguments})
+        ),
+        {"progress": False, "force": True},
+        ("source", "destination", "dtype", "switches", "lora", "lora_scale", "progress", "force"),
+    ),
+    "save": (
+        lambda pipeline, plan, checkpoint: Result([], [], cast(Any, None)).save,
+        {},
+        ("directory",),
+    ),
+    "load_reference": (lambda pipeline, plan, checkpoint: load_reference, {}, ("image",)),
+    "read_metadata": (lambda pipeline, plan, checkpoint: read_metadata, {}, ("path",)),
 }
+
+
+def few(name: str, value: Any) -> Any:
+    """A value that is right for a count may make no more than a little work."""
+    counts = name in ("steps", "n") and isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return min(value, 3) if counts and 0 < value < 1001 else value
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("call", CALLS)
+def test_every_object_in_the_place_of_every_argument(
+    pipeline: Pipeline, plan: Plan, checkpoint: Path, call: str
+) -> None:
+    bind, right, names = CALLS[call]
+    if call in ("load", "render"):
+        right = {**right, **({"path": checkpoint} if call == "load" else {"plan": plan})}
+    for name in names:
+        for value in OBJECTS:
+            works_or_says_why(bind(pipeline, plan, checkpoint), {**right, name: few(name, value)})
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -198,9 +259,7 @@ def test_any_wrong_value_ends_in_one_line(
         right = {**right, "path": checkpoint}
     if call == "render":
         right = {**right, "plan": plan}
-    if name in ("steps", "n") and isinstance(value, int | np.integer) and not isinstance(value, bool):
-        value = min(value, 3) if 0 < value < 1001 else value
-    works_or_says_why(bind(pipeline, plan, checkpoint), {**right, name: value})
+    works_or_says_why(bind(pipeline, plan, checkpoint), {**right, name: few(name, value)})
 
 
 def test_what_is_wrong_is_refused_before_any_work(pipeline: Pipeline, plan: Plan) -> None:

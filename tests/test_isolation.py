@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import Cancelled, ForkError, PromptError
@@ -313,6 +315,13 @@ def restored(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> 
         put(before)
 
 
+@contextmanager
+def warnings_are_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
@@ -329,6 +338,9 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     ),
     "threads": lambda: restored(torch.get_num_threads, torch.set_num_threads, 3),
     "denormals": flushed_denormals,
+    "oneDNN off": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "attention kernels": lambda: sdpa_kernel(SDPBackend.MATH),
+    "warnings are errors": warnings_are_errors,
     "numpy errors": lambda: np.errstate(all="raise"),
 }
 
@@ -365,6 +377,17 @@ def test_the_callers_settings_change_no_image_and_break_no_call(
     assert everything(used_first, picture) == wanted[dtype]
     if setting != "threads":  # those at loading are the pipeline's
         assert everything(loaded_within, picture) == wanted[dtype]
+
+
+def test_the_callers_random_numbers_are_left_alone(checkpoint: Path, picture: Image.Image) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    everything(Pipeline.load(checkpoint, device="cpu", dtype="fp32"), picture)
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
 
 
 def test_results_of_inference_mode_can_be_trained_on_outside(pipeline: Pipeline) -> None:

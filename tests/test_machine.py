@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,6 +83,15 @@ class TestMemory:
         assert message.startswith(
             "loading the model needs 10.5 GiB of memory, this machine has 10.0 GiB free: "
         )
+
+
+@pytest.mark.parametrize("needed", [10 * GIB + 1, 10 * GIB + 10**6])
+def test_two_figures_never_read_the_same(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(16 * GIB, 10 * GIB, "machine"))
+    with pytest.raises(InsufficientMemoryError) as found:
+        machine.require_memory(needed, "loading the model")
+    wanted, free = map(float, re.findall(r"([\d.]+) GiB", str(found.value)))
+    assert wanted > free
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 MiB"), (2**29, "512 MiB"), (3 * 2**29, "1.5 GiB")])

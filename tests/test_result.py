@@ -10,17 +10,20 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from blip3o_rt import result
-from blip3o_rt.errors import Cancelled
+from blip3o_rt.errors import Cancelled, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
-from blip3o_rt.result import Progress, Report, Run, Stage, peak_memory_bytes
+from blip3o_rt.metadata import image_fields
+from blip3o_rt.result import Progress, Report, Result, Run, Stage, peak_memory_bytes
 
 
 @pytest.fixture
@@ -100,6 +103,51 @@ def test_bars_are_drawn_for_people_where_asked(
     assert heard == [Progress("denoise", 1, 2), Progress("denoise", 2, 2)]
 
 
+@pytest.mark.parametrize("stream", [None, io.TextIOWrapper(io.BytesIO())])
+def test_no_bar_is_drawn_where_there_is_no_standard_error(
+    monkeypatch: pytest.MonkeyPatch, stream: io.TextIOWrapper | None
+) -> None:
+    if stream is not None:
+        stream.close()
+    monkeypatch.setattr("sys.stderr", stream)
+    with make_run(show=True) as run, run.stage("denoise", 2) as update:
+        update(1)
+
+
+def drawn(color: tuple[int, int, int], **fields: Any) -> Image.Image:
+    image = Image.new("RGB", (2, 2), color)
+    image.info.update(image_fields("x", 1, fields))
+    return image
+
+
+def test_images_never_replace_those_of_another_request(tmp_path: Path) -> None:
+    red, blue = drawn((255, 0, 0), steps=1), drawn((0, 0, 255), steps=2)
+    report = make_report()
+    Image.new("RGB", (1, 1)).save(tmp_path / "001.png")
+    names = [path.name for path in Result([red, blue], [], report).save(tmp_path)]
+    assert names == ["000.png", "002.png"]
+    assert [p.name for p in Result([blue, blue], [], report).save(tmp_path)] == ["002.png", "003.png"]
+    assert [p.name for p in Result([red, blue], [], report).save(str(tmp_path))] == ["000.png", "002.png"]
+    for name, image in (("000.png", red), ("002.png", blue), ("003.png", blue)):
+        with Image.open(tmp_path / name) as saved:
+            assert saved.tobytes() == image.tobytes()
+    with Image.open(tmp_path / "001.png") as other:
+        assert other.size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "directory", [None, 5, b"a", "a\0b", "a" * 5000, "file/below", "file", "~nobody-here/x"]
+)
+def test_what_is_no_folder_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, directory: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ParameterError, match=r"^directory is .*accepted is the name of a folder") as found:
+        Result([drawn((1, 2, 3))], [], make_report()).save(directory)  # type: ignore[arg-type]
+    assert "\n" not in str(found.value)
+
+
 def test_no_thread_is_started_where_no_bar_was_asked_for() -> None:
     before = threading.active_count()
     with make_run() as run, run.stage("denoise", 2) as update:
@@ -107,7 +155,7 @@ def test_no_thread_is_started_where_no_bar_was_asked_for() -> None:
         assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("answer", [False, np.False_, np.bool_(False)])
+@pytest.mark.parametrize("answer", [False, np.False_, np.array(False), torch.tensor(False)])
 def test_a_callback_that_returns_false_cancels(answer: object) -> None:
     with (
         pytest.raises(Cancelled, match="at tokens 1 of 3"),
@@ -117,7 +165,7 @@ def test_a_callback_that_returns_false_cancels(answer: object) -> None:
         update(1)
 
 
-@pytest.mark.parametrize("answer", [None, True, np.True_, 0, ""])
+@pytest.mark.parametrize("answer", [None, True, np.True_, 0, "", torch.tensor(True), np.zeros(3)])
 def test_other_answers_go_on(answer: object) -> None:
     with make_run(callback=lambda progress: answer) as run, run.stage("tokens", 3) as update:
         update(1)

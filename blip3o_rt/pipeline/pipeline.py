@@ -20,7 +20,7 @@ from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import AsleepError, Blip3oError, GenerationError, ParameterError
+from blip3o_rt.errors import AsleepError, Blip3oError, GenerationError, ParameterError, shown
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import ReferenceImage, load_reference
 from blip3o_rt.isolation import Isolation, OwnSettings, check_fork
@@ -44,6 +44,7 @@ from blip3o_rt.params import (
     image_seeds,
     prompt_list,
     reference_list,
+    which_prompt,
 )
 from blip3o_rt.pipeline.memory import require_model_memory
 from blip3o_rt.pipeline.planner import NO_REFERENCE, Planner, PlanRequest, Reference
@@ -478,6 +479,8 @@ class Pipeline:
         params = DiffusionParams(steps, guidance)
         self._planner.check([], sampling)
         check_callback("on_result", on_result, "index", "image")
+        if not isinstance(requests, list | tuple) or not all(isinstance(r, ImageRequest) for r in requests):
+            raise ParameterError(f"requests is {shown(requests)}: accepted is a list of ImageRequest")
         found: dict[int, Image.Image | Blip3oError] = {}
         with self._run(on_image=on_result) as run:
 
@@ -568,6 +571,9 @@ class Pipeline:
         rollouts: list[Rollout] = []
         with self._run(progress, callback) as run:
             found = [self._reference(one, run) for one in given]
+            for index, (text, reference) in enumerate(zip(texts, found, strict=True)):
+                with which_prompt(index, len(texts)):
+                    self._planner.token_prompt(text, samples, reference)  # raises for one that is too long
             requests = [
                 PlanRequest(text, sample, reference)
                 for text, reference in zip(texts, found, strict=True)
