@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import BASE_WEIGHTS, DIFFUSION, TA_TOK, VARIANT, add_options
-from blip3o_rt.errors import ParameterError
+from blip3o_rt.cli.options import BASE_WEIGHTS, DIFFUSION, TA_TOK, VARIANT, add_options, user_path
+from blip3o_rt.errors import Blip3oWarning, ParameterError
 from blip3o_rt.switches import parse_switches
 
 
@@ -21,11 +21,13 @@ def add_parser(subparsers: Any) -> None:
         description="Convert the published checkpoint SRC into the folder DST, or check DST with --verify.",
     )
     parser.add_argument(
-        "source", nargs="?", type=Path, metavar="SRC", help="the published checkpoint's folder"
+        "source", nargs="?", type=user_path, metavar="SRC", help="the published checkpoint's folder"
     )
-    parser.add_argument("destination", nargs="?", type=Path, metavar="DST", help="a new folder")
+    parser.add_argument("destination", nargs="?", type=user_path, metavar="DST", help="a new folder")
     add_options(parser, DIFFUSION, TA_TOK, VARIANT, BASE_WEIGHTS)
-    parser.add_argument("--lora", type=Path, metavar="DIR", help="a LoRA adapter to merge into the weights")
+    parser.add_argument(
+        "--lora", type=user_path, metavar="DIR", help="a LoRA adapter to merge into the weights"
+    )
     parser.add_argument(
         "--lora-scale", type=float, default=1.0, metavar="X", help="of the adapter (default: 1)"
     )
@@ -42,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--verify",
-        type=Path,
+        type=user_path,
         metavar="DST",
         help="only compare DST's files with the checksums in its manifest",
     )
@@ -91,7 +93,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         force=arguments.force,
     )
     for warning in manifest.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warnings.warn(warning, Blip3oWarning, stacklevel=2)
     from blip3o_rt.result import peak_memory_bytes  # with PyTorch, which takes seconds to import
 
     size = sum(record.size for record in manifest.files.values())

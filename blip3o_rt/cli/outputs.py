@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import unicodedata
@@ -13,11 +12,12 @@ from typing import Any
 
 from blip3o_rt import trace
 from blip3o_rt.cli.options import user_path
-from blip3o_rt.errors import ImageError, ParameterError
+from blip3o_rt.errors import ParameterError
 
 OTHER_IMAGE_SUFFIXES = re.compile(
-    r"\.(apng|avifs?|bmp|dds|dib|eps|exr|gif|hdr|hei[cf]|hif|icns|ico|j2[ck]|jfif|jif|jp[2cefgx]|jpeg|jxl|jxr|mpo|"
-    r"p[abgnfp]m|pcx|pdf|psd|qoi|svg|tga|tiff?|vda|vst|webp|xbm)",
+    r"\.(apng|avifs?|bmp|cr[23w]|cur|dcm|dds|dib|djvu?|dng|emf|eps|exr|fits?|gif|hdp|hdr|hei[cf]s?|hif|icb|icns|"
+    r"ico|j2[ck]|jfif|jif|jls|jp[2cefghx]|jpeg|jxl|jxr|mpo|nef|p[abgnfp]m|pcx|pdf|psb|psd|ps|qoi|ras|sgi|svgz?|tga|"
+    r"tiff?|vda|vst|wbmp|wdp|webp|wmf|xbm|xcf|xpm)",
     re.IGNORECASE,
 )
 MAX_NAME_LENGTH = 48  # characters of the prompt in a file name; file systems take 255 bytes
@@ -61,7 +61,7 @@ class ImageFiles:
         """Where the image of an index goes, whose metadata is `fields`."""
         path = wanted = self._wanted[index]
         number = 1
-        while path in self._written or not (self._one_file or self._overwrite or free(path, fields)):
+        while path in self._written or not (self._one_file or self._overwrite or is_free(path, fields)):
             number += 1
             name, _, seed = wanted.stem.rpartition("-")
             path = wanted.with_name(f"{name}-{number}-{seed}.png")
@@ -69,18 +69,11 @@ class ImageFiles:
         return path
 
 
-def free(path: Path, fields: Mapping[Any, Any]) -> bool:
+def is_free(path: Path, fields: Mapping[Any, Any]) -> bool:
     """Whether no file is there, or one of the same request."""
-    from blip3o_rt.metadata import FIELDS, read_metadata
+    from blip3o_rt.metadata import holds_request  # PyTorch takes seconds to import: not for --help
 
-    if not os.path.lexists(path):
-        return True
-    try:
-        found = read_metadata(path)
-    except ImageError:
-        return False
-    ours = json.loads(json.dumps({name: fields[name] for name in FIELDS if name in fields}))
-    return bool(found) and found | {"version": ""} == ours | {"version": ""}
+    return not os.path.lexists(path) or holds_request(path, fields)
 
 
 def image_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
@@ -150,14 +143,17 @@ def inside(file: Path, folder: Path) -> bool:
 
 
 def check_name(option: str, path: Path) -> None:
-    """Raise ParameterError for a name that the file system does not hold."""
+    """Raise ParameterError for a name that the file system does not hold, or a link to no place."""
     try:
         os.lstat(path)
+        lost = path.is_symlink() and not path.resolve().parent.is_dir()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # free, or refused by make_folder
-    except (OSError, ValueError) as error:
+        return  # free, or refused by make_folder
+    except (OSError, ValueError, RuntimeError) as error:  # the last of links in a circle
         reason = getattr(error, "strerror", None) or str(error)
         raise ParameterError(f"{option} cannot be {str(path)[:60]!r}...: {reason}") from None
+    if lost:
+        raise ParameterError(f"{option} is {path}, a link into a folder that is not there: choose another")
 
 
 def make_folder(option: str, folder: Path) -> None:

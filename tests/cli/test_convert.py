@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.cli import main
@@ -40,6 +42,18 @@ def test_it_takes_folders_of_ones_own(
     given = ["--diffusion", str(tmp_path / "diffusers"), "--ta-tok", str(tmp_path / "tower.pth")]
     assert main([*plain, *given]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_warnings_are_lines_of_ours_and_none_under_quiet(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {**load_file(source / "model.safetensors"), "model.mystery.weight": torch.zeros(2)}
+    save_file(tensors, source / "model.safetensors")
+    for number, quiet in enumerate(([], ["--quiet"])):
+        assert main(["convert", str(source), str(tmp_path / f"converted{number}"), *quiet]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("convert: ")]
+        expected = "blip3o-rt: warning: model.mystery.weight is not known and was left out"
+        assert [line for line in lines if line] == ([] if quiet else [expected])
 
 
 def test_it_verifies(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,14 @@ def test_an_address_is_not_fetched(command: Command, pipeline: type[FakePipeline
     assert len(message) < 150
 
 
+def test_options_may_stand_between_prompt_and_images(
+    command: Command, pipeline: type[FakePipeline], photo: str
+) -> None:
+    assert command("edit", "--steps", "2", "x", "--seed", "3", photo, "--quiet", photo) == 0
+    call = pipeline.calls[1]
+    assert (call[1][0], len(call[1][1]), call[2]["steps"], call[2]["seed"]) == ("x", 2, 2, 3)
+
+
 def test_like_edits_again(command: Command, pipeline: type[FakePipeline], photo: str) -> None:
     fields = image_fields("make it red", 3, {"steps": 4}, task="edit")
     save_png(Image.new("RGB", (1, 1)), command.folder / "like.png", fields)

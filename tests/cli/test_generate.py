@@ -16,6 +16,7 @@ from blip3o_rt.cli import drawing, outputs
 from blip3o_rt.cli import options as cli_options
 from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import CheckpointError, GenerationError
+from blip3o_rt.images import FORMATS
 from blip3o_rt.metadata import image_fields, read_metadata, save_png
 from tests.cli.conftest import Command, FakePipeline
 
@@ -316,11 +317,17 @@ COMMON = ["jpg", "JPEG", "jpe", "webp", "gif", "bmp", "tif", "tiff"]
 RARE = ["avif", "jfif", "jp2", "heic", "ico", "tga", "ppm", "pgm", "apng", "svg"]
 
 
-@pytest.mark.parametrize("suffix", COMMON + RARE)
+@pytest.mark.parametrize("suffix", COMMON + RARE + ["icb", "dng", "cr2", "psb", "svgz"])
 def test_another_image_format(command: Command, pipeline: type[FakePipeline], suffix: str) -> None:
     expected = f"--out is a.{suffix}: accepted is a .png for one image, or a folder"
     assert command.refused("generate", "x", "--out", f"a.{suffix}") == expected
     assert list(command.folder.iterdir()) == []
+
+
+def test_every_format_that_is_read_is_refused_by_each_of_its_names() -> None:
+    Image.init()
+    read = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} - {".png"}
+    assert [suffix for suffix in sorted(read) if not outputs.OTHER_IMAGE_SUFFIXES.fullmatch(suffix)] == []
 
 
 @pytest.mark.parametrize(
@@ -428,6 +435,16 @@ def test_a_name_that_cannot_be_held_is_refused_before_the_work(
     command: Command, pipeline: type[FakePipeline], option: str, name: str
 ) -> None:
     assert "File name too long" in command.refused("generate", "x", option, name)
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--report"])
+@pytest.mark.parametrize(("to", "reason"), [("gone/x.png", "a folder that is not there"), ("a.png", "loop")])
+def test_a_link_to_no_place_is_refused_before_the_work(
+    command: Command, pipeline: type[FakePipeline], option: str, to: str, reason: str
+) -> None:
+    (command.folder / "a.png").symlink_to(to)
+    assert reason in command.refused("generate", "x", option, "a.png")
     assert pipeline.calls == []
 
 
