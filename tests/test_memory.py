@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint
 from blip3o_rt.config import EditConfig
 from blip3o_rt.graphs import GraphRunner
@@ -85,3 +89,45 @@ def test_mixed_takes_at_most_60_percent_of_float32(monkeypatch: pytest.MonkeyPat
     for precision in (FP32, MIXED):
         memory.require_model_memory(model, precision, {}, torch.device("cpu"), 1, 1536)
     assert needed[1] <= 0.6 * needed[0]
+
+
+WATCHED = """
+import re, sys, threading, time
+from pathlib import Path
+
+import blip3o_rt, transformers
+from blip3o_rt import Pipeline
+
+def anonymous():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while True:
+        most[0] = max(most[0], anonymous())
+        time.sleep(0.002)
+
+before = anonymous()
+most = [before]
+threading.Thread(target=watch, daemon=True).start()
+pipe = Pipeline.load(sys.argv[1], dtype=sys.argv[2], max_batch=1)
+pipe.generate("a red circle", steps=1, progress=False)
+print(most[0] - before)
+"""
+
+
+@pytest.mark.exhaustive
+def test_mixed_maps_weights_and_does_not_copy_them(tmp_path: Path) -> None:
+    """Anonymous memory, which the system cannot drop, at its peak; pages of a mapped file are none."""
+    tiny = preset("tiny")
+    wide = replace(tiny, ar=replace(tiny.ar, hidden_size=1024, intermediate_size=4096, num_layers=12))
+    write_random_checkpoint(tmp_path / "wide", wide, dtype="bf16")
+    convert(tmp_path / "wide", tmp_path / "converted", dtype="bf16", progress=False)
+    weights = sum(path.stat().st_size for path in (tmp_path / "converted").glob("*.safetensors"))
+    assert weights > 2**28
+
+    def peak(dtype: str) -> int:
+        command = [sys.executable, "-c", WATCHED, str(tmp_path / "converted"), dtype]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert peak("mixed") < weights / 3
+    assert peak("fp32") > 2 * weights
