@@ -33,7 +33,7 @@ def test_recorded_images_are_counted(tmp_path: Path, edit: EditConfig, geometrie
     checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
     pipeline = Pipeline(checkpoint, runner=GraphRunner(RecordedGraphs()))
     pipeline.warm_up()
-    states = [recorded._state for recorded in pipeline._renderer._captured.values()]
+    states = [captured.images[0].state for captured in pipeline._renderer._captured.values()]
     assert len(states) == geometries
     held = [state.condition.keys for state in states] + [state.condition.values for state in states]
     held += [state.tables.blocks for state in states] + [state.tables.final for state in states]

@@ -1,11 +1,13 @@
 """The diffusion stage of images of one geometry, captured over buffers that stay where they are.
 
 An image's condition is one graph and each kind of step another; a step finds its number on the device,
-so one graph serves every step of every schedule, and images that are at different steps can take turns.
+so one graph serves every step of every schedule, and images that are at different steps can take turns or
+share one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +16,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens
-from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.model import DiT, ScheduleTables, area_widths
 from blip3o_rt.dit.scheduler import Schedule
-from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step, model_input
+from blip3o_rt.dit.step import StepKind, StepState, guided_step, model_input
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_STEPS
 
@@ -55,6 +58,24 @@ class Geometry:
         )
         return cls(tuple(noise.shape), tuple(hidden_states.shape), *given)
 
+    def held_bytes(self, config: DiTConfig, dtype: torch.dtype) -> int:
+        """What an image of a captured geometry keeps.
+
+        Keys and values of the cross-attention, and in float32 the modulation of the longest schedule.
+        """
+        seen = self.condition_latents or (0,)
+        tokens = self.hidden_states[0] + math.prod((*seen[:1], *seen[2:]))
+        keys_and_values = 2 * config.num_layers * config.cross_width * tokens * dtype.itemsize
+        return keys_and_values + MAX_STEPS * 7 * config.width * torch.float32.itemsize  # six of the blocks
+
+    def step_bytes(self, config: DiTConfig, dtype: torch.dtype) -> int:
+        """The activations of both branches of an image in a step."""
+        _, channels, height, width = self.noise
+        if self.concat_latent is not None and config.in_channels == channels:
+            width += self.concat_latent[3]
+        tokens = height * width // config.patch_size**2
+        return 2 * tokens * (sum(area_widths(config).values()) + config.width) * dtype.itemsize
+
     def __str__(self) -> str:
         height, width = self.noise[2:]
         parts = [f"a latent of {height} x {width}", f"{self.hidden_states[0]} hidden states"]
@@ -67,20 +88,10 @@ class Geometry:
 
 
 class CapturedImage:
-    """Buffers of one image of a geometry, and its condition and steps captured over them.
-
-    `tokens` makes the condition's tokens of its hidden states, of hidden_dtype, and the reference latents
-    that cross-attention sees. `kinds` are the steps to capture. Everything is allocated here.
-    """
+    """Buffers of one image of a geometry, and its condition captured over them; see `CapturedImages`."""
 
     def __init__(
-        self,
-        dit: DiT,
-        geometry: Geometry,
-        tokens: Tokens,
-        hidden_dtype: torch.dtype,
-        runner: GraphRunner,
-        kinds: Sequence[StepKind] = (guided_step,),
+        self, dit: DiT, geometry: Geometry, tokens: Tokens, hidden_dtype: torch.dtype, runner: GraphRunner
     ) -> None:
         def zeros(shape: Shape) -> Tensor:
             return torch.zeros(shape, dtype=dit.wide, device=dit.device)
@@ -89,16 +100,11 @@ class CapturedImage:
         self._hidden_states = zeros(geometry.hidden_states).to(hidden_dtype)
         self._seen = None if geometry.condition_latents is None else zeros(geometry.condition_latents)
         condition = dit.condition(tokens(self._hidden_states, self._seen))
-        self._state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
-        self._condition: Callable[[], Condition] = runner.capture(
+        self.state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
+        self.compute_condition: Callable[[], Condition] = runner.capture(
             f"dit.condition of {geometry}",
             lambda: dit.condition(tokens(self._hidden_states, self._seen), out=condition),
         )
-        works = {
-            kind: runner.capture(f"dit {kind.__name__} of {geometry}", partial(kind, dit, self._state))
-            for kind in kinds
-        }
-        self._steps = Steps(dit, self._state, works)
         self.busy = False
 
     @contextmanager
@@ -115,14 +121,14 @@ class CapturedImage:
         self._hidden_states.copy_(hidden_states)
         if self._seen is not None and seen is not None:
             self._seen.copy_(seen)
-        self._condition()
-        return self._state.condition
+        self.compute_condition()
+        return self.state.condition
 
     def begin(
         self, noise: Tensor, tables: ScheduleTables, guidance_scale: float, beside: Tensor | None = None
-    ) -> Steps:
-        """The steps of the image whose condition was computed last, from its noise on."""
-        state, steps = self._state, tables.schedule.steps
+    ) -> None:
+        """The state before the first step of the image whose condition was computed last."""
+        state, steps = self.state, tables.schedule.steps
         whole, _ = model_input(noise.to(state.whole), beside, state.whole.shape[1])
         state.whole.copy_(whole)
         state.index.zero_()
@@ -130,13 +136,76 @@ class CapturedImage:
         state.tables.blocks[:steps].copy_(tables.blocks)
         state.tables.final[:steps].copy_(tables.final)
         state.tables.schedule.sigmas[: steps + 1].copy_(tables.schedule.sigmas)
-        return self._steps
+
+
+class CapturedImages:
+    """Buffers of some images of one geometry, and their conditions and steps captured over them.
+
+    Steps are captured for runs of 1, 2, 4, ... images, each of which begins at a multiple of its length. The
+    step of any images is that of a few runs, and no run has an image that does not take part.
+
+    Args:
+        tokens: Makes the condition's tokens of hidden states, of hidden_dtype, and of the reference latents
+            that cross-attention sees.
+        kinds: The steps to capture.
+        count: Images, a power of two.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        geometry: Geometry,
+        tokens: Tokens,
+        hidden_dtype: torch.dtype,
+        runner: GraphRunner,
+        kinds: Sequence[StepKind] = (guided_step,),
+        count: int = 1,
+    ) -> None:
+        self.images = [CapturedImage(dit, geometry, tokens, hidden_dtype, runner) for _ in range(count)]
+        states = [image.state for image in self.images]
+        self._indices = {state: index for index, state in enumerate(states)}
+        lengths = [count >> shift for shift in range(count.bit_length())]  # what needs most memory is first
+        self._runs = [range(first, first + length) for length in lengths for first in range(0, count, length)]
+        self._works = {
+            (kind, run): runner.capture(
+                f"dit {kind.__name__} x{len(run)} of {geometry}",
+                partial(kind, dit, states[run.start : run.stop]),
+            )
+            for run in self._runs
+            for kind in kinds
+        }
+
+    def __call__(self, kind: StepKind, states: Sequence[StepState]) -> None:
+        """Replay the next step of each image."""
+        left = {self._indices[state] for state in states}
+        for run in self._runs:
+            if left.issuperset(run):
+                self._works[kind, run]()
+                left.difference_update(run)
+
+    @property
+    def free(self) -> CapturedImage | None:
+        """The first whose buffers are no image's."""
+        return next((image for image in self.images if not image.busy), None)
 
     def run_once(self) -> None:
-        """The condition and a step of each kind, which compiles their kernels where nothing is captured."""
-        self._condition()
-        for work in self._steps.captured.values():
+        """All that would be captured, which compiles its kernels where nothing is."""
+        for image in self.images:
+            image.compute_condition()
+        for work in self._works.values():
             work()
+
+
+def images_of_a_step(dit: DiT, geometries: Sequence[Geometry], free: int) -> int:
+    """How many images share a step: 1, 2, 4 or 8, as half of `free` bytes of memory has room for.
+
+    One where each image would have products of its own.
+    """
+    if not dit.batch_invariant:
+        return 1
+    held = sum(geometry.held_bytes(dit.config, dit.dtype) for geometry in geometries)
+    step = max(geometry.step_bytes(dit.config, dit.dtype) for geometry in geometries)
+    return next((count for count in (8, 4, 2) if count * (held + step) <= free // 2), 1)
 
 
 def _longest(dit: DiT) -> ScheduleTables:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import trace
-from blip3o_rt.dit.captured import CapturedImage
+from blip3o_rt.dit.captured import CapturedImages
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step
+from blip3o_rt.dit.step import EagerSteps, StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
 StepCallback = Callable[[int, int], None]  # steps done, steps in all; raises to cancel
@@ -22,37 +22,55 @@ class Denoising:
     """The denoising of one image, a step at a time, so that other work can run between two steps.
 
     Args:
-        steps: The steps of the image, before its first one.
+        steps: Runs or replays its steps.
+        state: What they read and write, before the first one.
         tables: The schedule's modulation tables.
         kinds: How each step is made; None for guided Euler steps only.
     """
 
-    def __init__(self, steps: Steps, tables: ScheduleTables, kinds: Sequence[StepKind] | None = None) -> None:
+    def __init__(
+        self,
+        steps: Steps,
+        state: StepState,
+        tables: ScheduleTables,
+        kinds: Sequence[StepKind] | None = None,
+    ) -> None:
         self.total = tables.schedule.steps
         self.done = 0
-        self._steps = steps
+        self._steps, self._state = steps, state
         self._sigmas = tables.schedule.sigmas
         self._kinds = kinds or [guided_step] * self.total
-        self._ahead = RunAhead(steps.dit.device, STEPS_AHEAD)
+        self._before = self.latent
+        self._ahead = RunAhead(state.latent.device, STEPS_AHEAD)
 
     def step(self) -> None:
         """Make the next step."""
-        self._ahead.step()
-        with trace.span("dit.step", self.done):
-            self._steps(self._kinds[self.done])
-        self.done += 1
+        step_together([self])
 
-    def step_and_estimate(self) -> Tensor:
-        """Make the next step; returns the estimate of the clean latent [1, C, h, w] on which it was made."""
-        before = self.latent
-        self.step()
+    @property
+    def estimate(self) -> Tensor:
+        """The estimate of the clean latent [1, C, h, w] that the last step was made on."""
         here, after = self._sigmas[self.done - 1], self._sigmas[self.done]
-        return before + (self.latent - before) * (here / (here - after))
+        return self._before + (self.latent - self._before) * (here / (here - after))
 
     @property
     def latent(self) -> Tensor:
         """A copy of the latent [1, C, h, w], fp32, as the steps so far have left it."""
-        return self._steps.state.latent.clone(memory_format=torch.contiguous_format)
+        return self._state.latent.clone(memory_format=torch.contiguous_format)
+
+
+def step_together(images: Sequence[Denoising]) -> None:
+    """Make the next step of each image. Those whose steps are of one kind share it, bit for bit as alone."""
+    alike: dict[tuple[Steps, StepKind], list[Denoising]] = {}
+    for image in images:
+        image._ahead.step()
+        image._before.copy_(image._state.latent)
+        alike.setdefault((image._steps, image._kinds[image.done]), []).append(image)
+    for (steps, kind), sharing in alike.items():
+        with trace.span("dit.step", sharing[0].done):
+            steps(kind, [image._state for image in sharing])
+    for image in images:
+        image.done += 1
 
 
 def denoise(
@@ -64,22 +82,24 @@ def denoise(
     *,
     reference_latent: Tensor | None = None,
     kinds: Sequence[StepKind] | None = None,
-    captured: CapturedImage | None = None,
+    captured: CapturedImages | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
     """The latent [1, C, H, W] in fp32 that the noise [1, C, H, W] becomes (still times the scaling factor).
 
     reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `model_input`. `kinds`
     says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
-    `captured` holds steps captured for this geometry, whose condition is the one given. The callback runs
+    `captured` are images of this geometry, of the first of which the condition is. The callback runs
     after every step; whatever it raises (Cancelled) ends the loop. Raises ParameterError for shapes that do
     not fit.
     """
     if captured is None:
-        steps = Steps(dit, StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent))
+        state = StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent)
+        denoising = Denoising(EagerSteps(dit), state, tables, kinds)
     else:
-        steps = captured.begin(noise, tables, guidance_scale, reference_latent)
-    denoising = Denoising(steps, tables, kinds)
+        image = captured.images[0]
+        image.begin(noise, tables, guidance_scale, reference_latent)
+        denoising = Denoising(captured, image.state, tables, kinds)
     while denoising.done < denoising.total:
         denoising.step()
         if callback is not None:

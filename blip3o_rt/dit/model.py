@@ -1,13 +1,14 @@
 """The SANA diffusion transformer (arXiv 2410.10629), token-major, its loop invariants computed ahead.
 
 Three calls, from rare to frequent: `schedule_tables` once per number of steps, `condition` once per image,
-`predict` once per step.
+`predict_each` once per step of the images that share it. They share its products and nothing else: every
+other op is called for each image as for the image alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
 from blip3o_rt.dit.scheduler import Schedule
-from blip3o_rt.dit.workspace import Area, Workspace
+from blip3o_rt.dit.workspace import Activations, Area, Workspace
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.ops.layer import Linear
 from blip3o_rt.weights import hoisted
@@ -61,8 +62,47 @@ class ScheduleTables:
         return StepModulation(blocks, self.final.index_select(0, index) + self.final_table)
 
 
+@dataclass(frozen=True)
+class StepInput:
+    """What an image brings to a step.
+
+    Attributes:
+        latent: [1, in_channels, H, W]; H and W are any multiples of the patch size.
+        modulation: Of the step that the image is at.
+        condition: Without an unconditional branch, the conditional one is predicted alone.
+    """
+
+    latent: Tensor
+    modulation: StepModulation
+    condition: Condition
+
+
+@dataclass
+class _Image:
+    """An image between the first and the last projection.
+
+    Attributes:
+        x: [branches, N, D]; one branch till they part at the first cross-attention, as both see one latent.
+        grid: Rows and columns of its N tokens.
+    """
+
+    x: Tensor
+    grid: tuple[int, int]
+    modulation: StepModulation
+    condition: Condition
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.condition.null is None else 2
+
+    def part(self) -> None:
+        """Give each branch an x of its own."""
+        if len(self.x) < self.branches:
+            self.x = self.x.repeat(self.branches, 1, 1)
+
+
 class DiT:
-    """Noise prediction for one image, both branches of classifier-free guidance at once.
+    """Noise prediction, both branches of classifier-free guidance at once.
 
     `weights` are the runtime tensors of part "dit", all of one dtype (fp32, bf16; float64 for tests) and on
     one device; matrices may be bf16 beside fp32. Activations have the dtype of the others; norms, attention,
@@ -85,6 +125,12 @@ class DiT:
             self._wide("patch_embed.proj.bias"),
         )
         self.out_weight, self.out_bias = self._wide("proj_out.weight"), self._wide("proj_out.bias")
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether the products in use take the rows of several images at once, each with its bits alone."""
+        row = torch.empty(1, self.config.width, dtype=self.dtype, device=self.device)
+        return self.blocks[0].self_attention.to_out.batch_invariant(row, torch.empty_like(row))
 
     @trace.spanned("dit.tables")
     def schedule_tables(self, schedule: Schedule) -> ScheduleTables:
@@ -130,38 +176,49 @@ class DiT:
         return out
 
     def predict(self, latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
-        """Noise predictions fp32 [2, out_channels, H, W], unconditional first, for [1, in_channels, H, W].
+        """`predict_each` of one image."""
+        return self.predict_each([StepInput(latent, modulation, condition)])[0]
 
-        Both branches see the same latent, so they part only at the first cross-attention; of a condition
-        without an unconditional branch it is [1, out_channels, H, W]. H and W are any multiples of the
-        patch size. Raises ParameterError for other latents.
+    def predict_each(self, inputs: Sequence[StepInput]) -> list[Tensor]:
+        """The noise predictions of images, each bit for bit that of the image alone.
+
+        Args:
+            inputs: Images of any sizes and conditions, each at a step of its own.
+
+        Returns:
+            Of each image fp32 [2, out_channels, H, W], unconditional first; of a condition without an
+            unconditional branch [1, out_channels, H, W].
+
+        Raises:
+            ParameterError: A latent of another shape.
         """
-        self._check(latent)
-        patch = self.config.patch_size
-        height, width = latent.shape[2] // patch, latent.shape[3] // patch
-        branches = 1 if condition.null is None else 2
-        patches = latent.to(self.wide).view(1, -1, height, patch, width, patch).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(1, height * width, -1)
-        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)  # [1, N, D]
-        workspace = self._workspace(branches * height * width)
+        images = [self._image(given) for given in inputs]
+        workspace = self._workspace(sum(image.branches * image.x.shape[1] for image in images))
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulation.blocks[layer], condition, layer, height, width, workspace)
-        shift, scale = modulation.final
+            block(images, layer, workspace)
+        return [self._prediction(image) for image in images]
+
+    def _image(self, given: StepInput) -> _Image:
+        self._check(given.latent)
+        patch = self.config.patch_size
+        height, width = given.latent.shape[2] // patch, given.latent.shape[3] // patch
+        patches = given.latent.to(self.wide).view(1, -1, height, patch, width, patch)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(1, height * width, -1)
+        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)
+        return _Image(x, (height, width), given.modulation, given.condition)
+
+    def _prediction(self, image: _Image) -> Tensor:
+        x, (height, width), patch = image.x, image.grid, self.config.patch_size
+        shift, scale = image.modulation.final
         normed = ops.layer_norm_modulate(
             x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
         )
         patches = F.linear(normed, self.out_weight, self.out_bias)
-        patches = patches.view(branches, height, width, patch, patch, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(branches, -1, height * patch, width * patch)
+        patches = patches.view(len(x), height, width, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * patch, width * patch)
 
     def _workspace(self, tokens: int) -> Workspace:
-        width, expanded = self.config.width, self.config.mlp_hidden
-        widths = {
-            Area.WIDE: max(3 * width, 2 * expanded),
-            Area.MIDDLE: max(self.config.cross_width, width, expanded),
-            Area.NARROW: max(self.config.cross_width, width),
-        }
-        sizes = {area: tokens * elements for area, elements in widths.items()}
+        sizes = {area: tokens * width for area, width in area_widths(self.config).items()}
         return Workspace(self.dtype, self.device, sizes)
 
     def _wide(self, name: str) -> Tensor:
@@ -209,6 +266,16 @@ class DiT:
             )
 
 
+def area_widths(config: DiTConfig) -> dict[Area, int]:
+    """Elements of a token in each area of a step's workspace."""
+    width, expanded = config.width, config.mlp_hidden
+    return {
+        Area.WIDE: max(3 * width, 2 * expanded),
+        Area.MIDDLE: max(config.cross_width, width, expanded),
+        Area.NARROW: max(config.cross_width, width),
+    }
+
+
 def timestep_features(timesteps: Tensor) -> Tensor:
     """[steps] -> [steps, 256] fp32: cosines, then sines, at frequencies 10000^(-i / 128).
 
@@ -231,30 +298,29 @@ class _Block:
         self.cross_attention = _CrossAttention(config, weights, prefix + "attn2.")
         self.feed_forward = _FeedForward(weights, prefix + "ff.")
 
-    def __call__(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        condition: Condition,
-        layer: int,
-        height: int,
-        width: int,
-        workspace: Workspace,
-    ) -> Tensor:
-        """[1 or 2, N, D] -> [2, N, D], in place where x has both branches already; modulation [6, D].
+    def __call__(self, images: Sequence[_Image], layer: int, workspace: Workspace) -> None:
+        """Move every image's x, in place but where its branches part."""
+        normed = self._normed(images, layer, 0, workspace)
+        attended = self.self_attention(normed, workspace)
+        self._add(images, layer, 2, attended)
+        for image in images:
+            image.part()
+        self.cross_attention.add(images, layer, workspace)
+        normed = self._normed(images, layer, 3, workspace)
+        self._add(images, layer, 5, self.feed_forward(normed, images, workspace))
 
-        Without an unconditional branch [1, N, D] -> [1, N, D].
-        """
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        normed = workspace.take(Area.NARROW, *x.shape)
-        ops.layer_norm_modulate(x, shift_msa, scale_msa, self.norm_eps, out=normed)
-        ops.gated_add(x, self.self_attention(normed, workspace), gate_msa)
-        if len(x) == 1 and condition.null is not None:
-            x = x.repeat(2, 1, 1)
-        self.cross_attention.add(x, condition, layer, workspace)
-        normed = workspace.take(Area.NARROW, *x.shape)
-        ops.layer_norm_modulate(x, shift_mlp, scale_mlp, self.norm_eps, out=normed)
-        return ops.gated_add(x, self.feed_forward(normed, height, width, workspace), gate_mlp)
+    def _normed(self, images: Sequence[_Image], layer: int, first: int, workspace: Workspace) -> Activations:
+        """x normed and modulated by the shift and scale from row `first` of the modulation on."""
+        xs = [image.x for image in images]
+        normed = workspace.take(Area.NARROW, xs, xs[0].shape[-1])
+        for image, out in zip(images, normed.images, strict=True):
+            shift, scale = image.modulation.blocks[layer, first : first + 2]
+            ops.layer_norm_modulate(image.x, shift, scale, self.norm_eps, out=out)
+        return normed
+
+    def _add(self, images: Sequence[_Image], layer: int, gate: int, found: Activations) -> None:
+        for image, added in zip(images, found.images, strict=True):
+            ops.gated_add(image.x, added, image.modulation.blocks[layer, gate])
 
 
 class _SelfAttention:
@@ -269,11 +335,13 @@ class _SelfAttention:
             weights.get(prefix + "norm_k.weight"),
         )
 
-    def __call__(self, x: Tensor, workspace: Workspace) -> Tensor:
-        qkv = self.to_qkv(x, out=workspace.take(Area.WIDE, *x.shape[:-1], 3 * x.shape[-1]))
-        attended = workspace.take(Area.MIDDLE, *x.shape)
-        ops.relu_linear_attention(qkv, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=attended)
-        return self.to_out(attended, out=workspace.take(Area.NARROW, *x.shape))
+    def __call__(self, x: Activations, workspace: Workspace) -> Activations:
+        width = x.rows.shape[1]
+        qkv = x.product(self.to_qkv, workspace.take(Area.WIDE, x.images, 3 * width))
+        attended = workspace.take(Area.MIDDLE, x.images, width)
+        for image, out in zip(qkv.images, attended.images, strict=True):
+            ops.relu_linear_attention(image, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=out)
+        return attended.product(self.to_out, workspace.take(Area.NARROW, x.images, width))
 
 
 class _CrossAttention:
@@ -302,19 +370,29 @@ class _CrossAttention:
         _, value = self.to_kv(caption).chunk(2, dim=-1)
         return self.to_out(value)
 
-    def add(self, x: Tensor, condition: Condition, layer: int, workspace: Workspace) -> None:
-        """x [2, N, D] += attention, in place: x[0] to unconditional tokens, if any, x[-1] to the others."""
+    def add(self, images: Sequence[_Image], layer: int, workspace: Workspace) -> None:
+        """x [branches, N, D] of every image += attention, in place.
+
+        x[0] attends to the unconditional tokens, where there are any, and x[-1] to the condition.
+        """
+        xs = [image.x if isinstance(image.condition.null, WeightedNull) else image.x[-1:] for image in images]
+        width = len(self.to_q.weight)
+        asking = workspace.joined(Area.MIDDLE, xs)
+        query = asking.product(self.to_q, workspace.take(Area.NARROW, xs, width))
+        attended = workspace.take(Area.MIDDLE, xs, width)
+        for image, q, out in zip(images, query.images, attended.images, strict=True):
+            self._attend_both(image.condition, layer, q, out)
+        found = attended.product(self.to_out, workspace.take(Area.NARROW, xs, xs[0].shape[-1]))
+        for image, x, added in zip(images, xs, found.images, strict=True):
+            x.add_(added)
+            if isinstance(image.condition.null, ConstantNull):
+                image.x[0] += image.condition.null.outputs[layer]
+
+    def _attend_both(self, condition: Condition, layer: int, query: Tensor, out: Tensor) -> None:
+        self._attend(query[-1], condition.keys[layer], condition.values[layer], None, out[-1])
         null = condition.null
-        attending = x if isinstance(null, WeightedNull) else x[-1:]
-        shape = (*attending.shape[:-1], condition.keys[layer].shape[0] * condition.keys[layer].shape[-1])
-        query = self.to_q(attending, out=workspace.take(Area.NARROW, *shape))
-        attended = workspace.take(Area.MIDDLE, *shape)
-        self._attend(query[-1], condition.keys[layer], condition.values[layer], None, attended[-1])
         if isinstance(null, WeightedNull):
-            self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, attended[0])
-        attending += self.to_out(attended, out=workspace.take(Area.NARROW, *attending.shape))
-        if isinstance(null, ConstantNull):
-            x[0] += null.outputs[layer]
+            self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, out[0])
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, log_multiplicity: Tensor | None, out: Tensor
@@ -336,10 +414,13 @@ class _FeedForward:
         )
         self.point = Linear.of(weights, prefix + "conv_point")
 
-    def __call__(self, x: Tensor, height: int, width: int, workspace: Workspace) -> Tensor:
-        grid, expanded = (len(x), height, width), len(self.inverted_bias)
-        hidden = workspace.take(Area.WIDE, *grid, expanded)
-        self.inverted(x, out=hidden.flatten(1, 2))
-        gated = workspace.take(Area.MIDDLE, *grid, expanded // 2)
-        ops.depthwise_glu(hidden, self.inverted_bias, self.depth_weight, self.depth_bias, out=gated)
-        return self.point(gated.flatten(1, 2), out=workspace.take(Area.NARROW, *x.shape))
+    def __call__(self, x: Activations, images: Sequence[_Image], workspace: Workspace) -> Activations:
+        expanded = len(self.inverted_bias)
+        hidden = x.product(self.inverted, workspace.take(Area.WIDE, x.images, expanded))
+        gated = workspace.take(Area.MIDDLE, x.images, expanded // 2)
+        for image, values, out in zip(images, hidden.images, gated.images, strict=True):
+            pixels, gated_pixels = values.unflatten(1, image.grid), out.unflatten(1, image.grid)
+            ops.depthwise_glu(
+                pixels, self.inverted_bias, self.depth_weight, self.depth_bias, out=gated_pixels
+            )
+        return gated.product(self.point, workspace.take(Area.NARROW, x.images, x.rows.shape[1]))

@@ -6,13 +6,13 @@ device and an image does not depend on any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blip3o_rt.dit.model import DiT
+from blip3o_rt.dit.model import DiT, StepInput
 from blip3o_rt.dit.scheduler import Schedule, second_order_weight
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.switches import GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
@@ -88,10 +88,21 @@ class ShortStep:
     def __name__(self) -> str:
         return f"{self.prediction}_step"
 
-    def __call__(self, dit: DiT, state: StepState) -> None:
-        """Make the step that state.index says, which it increments."""
+    def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
+        """Make the step that each state.index says, which it increments."""
+        predicted: Sequence[Tensor | None] = [None] * len(states)
+        if self.prediction != EXTRAPOLATED:
+            predicted = dit.predict_each([self._input(state) for state in states])
+        for state, found in zip(states, predicted, strict=True):
+            self._move(state, found)
+
+    def _input(self, state: StepState) -> StepInput:
+        condition = state.condition if self.prediction == GUIDED else state.condition.unguided
+        return StepInput(state.whole, state.tables.at(state.index), condition)
+
+    def _move(self, state: StepState, predicted: Tensor | None) -> None:
         before, here, after = _sigmas(state)
-        velocity = self._velocity(dit, state, here)
+        velocity = self._velocity(state, predicted, here)
         move = (after - here) * velocity
         if self.second_order:
             change = state.history.change(state.latent - here * velocity, state.index[0] == 0)
@@ -99,18 +110,15 @@ class ShortStep:
         state.latent.add_(move)
         state.index.add_(1)
 
-    def _velocity(self, dit: DiT, state: StepState, sigma: Tensor) -> Tensor:
-        """The prediction [1, C, h, w] that the step goes along, guided where it is."""
-        history = state.history
-        if self.prediction == EXTRAPOLATED:
-            return history.extrapolated(sigma)
-        condition = state.condition if self.prediction == GUIDED else state.condition.unguided
-        _, channels, _, width = state.latent.shape
-        predicted = dit.predict(state.whole, state.tables.at(state.index), condition)
-        null, conditional = predicted[:1, :channels, :, :width], predicted[-1:, :channels, :, :width]
+    def _velocity(self, state: StepState, predicted: Tensor | None, sigma: Tensor) -> Tensor:
+        """What the step goes along [1, C, h, w], guided where it is; extrapolated without a prediction."""
+        if predicted is None:
+            return state.history.extrapolated(sigma)
+        prediction = state.prediction(predicted)
+        null, conditional = prediction[:1], prediction[-1:]
         velocity = null + state.guidance_scale * (conditional - null)
         if self.kept:
-            history.keep(velocity, sigma, state.index[0] == 0)
+            state.history.keep(velocity, sigma, state.index[0] == 0)
         return velocity
 
 

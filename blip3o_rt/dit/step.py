@@ -1,16 +1,20 @@
-"""A step of the denoising loop over tensors that stay where they are, so that it can be captured once."""
+"""A step of the denoising loop over tensors that stay where they are, so that it can be captured once.
+
+A step is of one image or of several, each at its own step of its own schedule, with its own condition and
+guidance. An image's bits are those of its step alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.dit.conditioning import Condition
-from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.model import DiT, ScheduleTables, StepInput
 from blip3o_rt.errors import ParameterError
 
 
@@ -52,7 +56,7 @@ class History:
         return denoised - earlier
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepState:
     """What the steps of one image read and write.
 
@@ -84,38 +88,39 @@ class StepState:
         guidance = torch.tensor(guidance_scale, dtype=dit.wide, device=dit.device)
         return cls(whole, latent, index, guidance, tables, condition, History.of(latent))
 
+    def prediction(self, predicted: Tensor) -> Tensor:
+        """The part of the DiT's predictions [branches, out_channels, H, W] that is of the latent."""
+        _, channels, _, width = self.latent.shape
+        return predicted[:, :channels, :, :width]
 
-StepKind = Callable[[DiT, StepState], None]  # a way to make the next step, all of it on the device
 
-
-def guided_step(dit: DiT, state: StepState) -> None:
-    """Both branches, guidance, and the Euler step that state.index says, which it increments."""
-    _, channels, _, width = state.latent.shape
-    prediction = dit.predict(state.whole, state.tables.at(state.index), state.condition)
-    ops.guided_euler_step(
-        state.latent,
-        prediction[:, :channels, :, :width],
-        state.guidance_scale,
-        state.tables.schedule.delta_sigmas.index_select(0, state.index)[0],
-        out=state.latent,
-    )
-    state.index.add_(1)
+StepKind = Callable[[DiT, Sequence[StepState]], None]  # the next step of images, all of it on the device
+Steps = Callable[[StepKind, Sequence[StepState]], None]  # runs or replays one
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The steps of one image, called one after the other: captured kinds are replayed, others run."""
+class EagerSteps:
+    """Steps that are not captured."""
 
     dit: DiT
-    state: StepState
-    captured: Mapping[StepKind, Callable[[], None]] = field(default_factory=dict)
 
-    def __call__(self, kind: StepKind = guided_step) -> None:
-        """Make the next step."""
-        if kind in self.captured:
-            self.captured[kind]()
-        else:
-            kind(self.dit, self.state)
+    def __call__(self, kind: StepKind, states: Sequence[StepState]) -> None:
+        """Make the next step of each image."""
+        kind(self.dit, states)
+
+
+def guided_step(dit: DiT, states: Sequence[StepState]) -> None:
+    """Both branches, guidance, and the Euler step that each state.index says, which it increments."""
+    inputs = [StepInput(s.whole, s.tables.at(s.index), s.condition) for s in states]
+    for state, predicted in zip(states, dit.predict_each(inputs), strict=True):
+        ops.guided_euler_step(
+            state.latent,
+            state.prediction(predicted),
+            state.guidance_scale,
+            state.tables.schedule.delta_sigmas.index_select(0, state.index)[0],
+            out=state.latent,
+        )
+        state.index.add_(1)
 
 
 def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tuple[Tensor, Tensor]:

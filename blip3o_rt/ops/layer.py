@@ -85,6 +85,12 @@ class Linear:
         product(x.reshape(-1, x.shape[-1]), self.scale, out.view(-1, len(self.weight)))
         return out
 
+    def batch_invariant(self, x: Tensor, out: Tensor) -> bool:
+        """Whether a row of x has the same product, bit for bit, whatever other rows x has."""
+        if self.scale is None:
+            return ops.linear.chosen(x, self.weight, self.bias, out=out).batch_invariant
+        return self.weight.dtype == torch.int8  # sums of integers are exact, and scaled element by element
+
     def _int8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
         """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
         row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)

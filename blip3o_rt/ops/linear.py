@@ -66,6 +66,7 @@ linear.native(
     supports=_rows_and_bfloat16_weight,
     weights={torch.float32: (torch.bfloat16,), torch.bfloat16: (torch.bfloat16,)},
     needs={torch.bfloat16: bf16_products.slower},
+    batch_invariant=True,
 )
 
 

@@ -72,6 +72,7 @@ class Implementation:
         available: None if it can run on this machine, else the reason and the remedy.
         weights: Dtypes of the argument `weight` that it takes beside each dtype of the first; None for any.
         needs: For a dtype of the first argument, what `available` says of calls with that.
+        batch_invariant: A row's result is bit-identical whatever other rows are in the call.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Implementation:
     available: Callable[[], str | None] = usable
     weights: Mapping[torch.dtype, tuple[torch.dtype, ...]] | None = None
     needs: Mapping[torch.dtype, Callable[[], str | None]] = field(default_factory=dict)
+    batch_invariant: bool = False
 
     def takes(self, device: str, dtype: torch.dtype, weight: torch.dtype | None = None) -> str | None:
         """None if calls with a first argument of this device type and dtype can be taken, else why not.
@@ -356,6 +358,16 @@ class Op(Generic[P, R]):
         self.shapes.check(self.name, call)
         # The torch reference takes every call, so this implementation was forced.
         raise self._forced_error(implementation, implementation.refusal(call) or "it refused the call")
+
+    def chosen(self, *args: P.args, **kwargs: P.kwargs) -> Implementation:
+        """The implementation that such a call goes to. Raises OpError where one is forced and refuses it."""
+        call = self.bind(*args, **kwargs)
+        kind = (call[0].device, call[0].dtype)
+        for implementation in self._candidates.get(kind) or self._find_candidates(*kind):
+            reason = implementation.refusal(call)
+            if reason is None:
+                return implementation
+        raise self._forced_error(implementation, reason or "")
 
     @property
     def forced(self) -> Implementation | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +10,6 @@ from blip3o_rt.checkpoint.parts import weight_bytes
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import require_memory
-from blip3o_rt.params import MAX_STEPS
 from blip3o_rt.pipeline.renderer import captured_geometries
 from blip3o_rt.precision import FP32, Precision
 from blip3o_rt.switches import VAE_TILES, setting
@@ -44,18 +42,9 @@ def require_model_memory(
 
 
 def _captured_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory that graphs of the diffusion stage keep, for every geometry that is captured.
-
-    It holds keys and values of the cross-attention, and in float32 the modulation of the longest schedule.
-    """
-    dit, held = config.dit, 0
-    for geometry in captured_geometries(config, edits=config.ta_tok is not None):
-        tokens = geometry.hidden_states[0] + (
-            math.prod(geometry.condition_latents[2:]) if geometry.condition_latents else 0
-        )
-        held += 2 * dit.num_layers * dit.cross_width * tokens * dtype.itemsize
-        held += MAX_STEPS * 7 * dit.width * torch.float32.itemsize  # six for the blocks, one for the end
-    return held
+    """What graphs of the diffusion stage keep room for: an image of every geometry that is captured."""
+    geometries = captured_geometries(config, edits=config.ta_tok is not None)
+    return sum(geometry.held_bytes(config.dit, dtype) for geometry in geometries)
 
 
 def _activation_elements(config: ModelConfig, tiles: int) -> int:

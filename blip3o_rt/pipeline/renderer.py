@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.captured import CapturedImage, Geometry
+from blip3o_rt.dit.captured import CapturedImages, Geometry, images_of_a_step
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
-from blip3o_rt.dit.step import StepKind, Steps, StepState
+from blip3o_rt.dit.step import EagerSteps, StepKind, StepState
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import GenerationError, ImageError, ParameterError, shown
 from blip3o_rt.graphs import GraphRunner
@@ -91,7 +91,8 @@ class Renderer:
         self._vae = Autoencoder(config.vae, weights["vae"], runner, setting(switches, VAE_TILES) or 1)
         self._shortcuts = Shortcuts.of(switches)
         self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
-        self._captured: dict[Geometry, CapturedImage] = {}
+        self._captured: dict[Geometry, CapturedImages] = {}
+        self.images_per_step = 1
 
     def refresh(self) -> None:
         """Forget what is kept of the weights, which have been updated in place."""
@@ -109,14 +110,19 @@ class Renderer:
         self._vae.capture_decode(*self.latent_shape[2:])  # the largest first: all share its memory
         if edits and self.takes_references:
             self._vae.capture_encode(self.config.image_size, self.config.image_size)
-        for geometry in captured_geometries(self.config, edits=edits):
-            captured = CapturedImage(
+        geometries = captured_geometries(self.config, edits=edits)
+        if self._device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self._device)
+            self.images_per_step = images_of_a_step(self._dit, geometries, free)
+        for geometry in geometries:
+            captured = CapturedImages(
                 self._dit,
                 geometry,
                 self._tokens,
                 self._hidden_dtype,
                 self._runner,
                 self._shortcuts.kinds,
+                self.images_per_step,
             )
             if self._runner.captures:
                 self._captured[geometry] = captured
@@ -184,34 +190,30 @@ class Renderer:
 
     @contextmanager
     def denoising(self, plan: Plan, params: DiffusionParams, noise: Tensor) -> Iterator[Denoising]:
-        """The denoising of one plan, before its first step; the buffers are its own within the block."""
+        """The denoising of one plan, before its first step; the buffers are its own within the block.
+
+        It runs eagerly where its geometry was not captured or all its buffers are in use. Where there are
+        graphs, the report says so.
+        """
         hidden_states, references = plan.hidden_states[0].to(self._device), plan.reference_latents
         concat_latent = references[0] if references and self.sees_reference else None
         cross = bool(references) and self._reference_connector is not None
         condition_latents = torch.cat(references) if cross else None
         tables, kinds = self._schedule(params.steps)
-        captured = self._captured_image(Geometry.of(noise, hidden_states, concat_latent, condition_latents))
-        with nullcontext() if captured is None else captured.in_use():
-            if captured is None:
-                condition = self._dit.condition(self._tokens(hidden_states, condition_latents))
-                state = StepState.begin(self._dit, noise, tables, condition, params.guidance, concat_latent)
-                steps = Steps(self._dit, state)
-            else:
-                captured.condition(hidden_states, condition_latents)
-                steps = captured.begin(noise, tables, params.guidance, concat_latent)
-            yield Denoising(steps, tables, kinds)
-
-    def _captured_image(self, geometry: Geometry) -> CapturedImage | None:
-        """The graphs of a geometry; None to run eagerly, which the report says where there are graphs.
-
-        Eagerly too where a callback asks for an image while its own one of the geometry is denoised.
-        """
+        geometry = Geometry.of(noise, hidden_states, concat_latent, condition_latents)
         captured = self._captured.get(geometry)
-        if captured is not None and captured.busy:
-            captured = None
-        if captured is None and self._runner.captures:
-            self._runner.note_eager(f"denoising of {geometry}")
-        return captured
+        image = None if captured is None else captured.free
+        if captured is None or image is None:
+            if self._runner.captures:
+                self._runner.note_eager(f"denoising of {geometry}")
+            condition = self._dit.condition(self._tokens(hidden_states, condition_latents))
+            state = StepState.begin(self._dit, noise, tables, condition, params.guidance, concat_latent)
+            yield Denoising(EagerSteps(self._dit), state, tables, kinds)
+            return
+        with image.in_use():
+            image.condition(hidden_states, condition_latents)
+            image.begin(noise, tables, params.guidance, concat_latent)
+            yield Denoising(captured, image.state, tables, kinds)
 
     def _tokens(self, hidden_states: Tensor, reference_latents: Tensor | None) -> ConditionTokens:
         return condition_tokens(

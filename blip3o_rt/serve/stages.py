@@ -218,7 +218,8 @@ class Drawing:
 
     def step_and_preview(self) -> RawImage:
         """Make the next step; returns the decoded estimate of the clean latent."""
-        return self._decoded(self._denoising.step_and_estimate())
+        self._denoising.step()
+        return self._decoded(self._denoising.estimate)
 
     def decode(self) -> RawImage:
         """The finished image."""

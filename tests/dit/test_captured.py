@@ -1,22 +1,25 @@
-"""Recorded steps: replays alone draw the image that eager steps draw, in any order among other images."""
+"""Captured steps: replays alone draw the image that eager steps draw, among others and together with them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from blip3o_rt import ops
 from blip3o_rt.config import SchedulerConfig
-from blip3o_rt.dit.captured import CapturedImage, Geometry
+from blip3o_rt.dit.captured import CapturedImage, CapturedImages, Geometry, images_of_a_step
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
+from blip3o_rt.dit.denoise import Denoising, denoise, step_together
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.step import StepState, guided_step
 from blip3o_rt.errors import DeviceError
 from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.ops.registry import Implementation
 from tests.dit.oracle import oracle, runtime, small_config
 from tests.recorded_graph import RecordedGraphs
 
@@ -49,9 +52,10 @@ class Model:
         connector = lambda x: (x.float() @ self.connector).to(self.dit.dtype)  # noqa: E731
         return condition_tokens(hidden, connector, seen, connector)
 
-    def recorded(self, picture: Picture) -> CapturedImage:
+    def recorded(self, picture: Picture, count: int = 1) -> CapturedImages:
         geometry = Geometry.of(picture.noise, picture.hidden, picture.beside, picture.seen)
-        return CapturedImage(self.dit, geometry, self.tokens, picture.hidden.dtype, GraphRunner(self.graphs))
+        runner = GraphRunner(self.graphs)
+        return CapturedImages(self.dit, geometry, self.tokens, picture.hidden.dtype, runner, count=count)
 
     def eager(self, picture: Picture) -> Tensor:
         return denoise(
@@ -63,12 +67,12 @@ class Model:
             reference_latent=picture.beside,
         )
 
-    def replayed(self, recorded: CapturedImage, picture: Picture) -> Tensor:
+    def replayed(self, recorded: CapturedImages, picture: Picture) -> Tensor:
         return denoise(
             self.dit,
             picture.noise,
             self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
-            recorded.condition(picture.hidden, picture.seen),
+            recorded.images[0].condition(picture.hidden, picture.seen),
             picture.guidance,
             reference_latent=picture.beside,
             captured=recorded,
@@ -111,33 +115,90 @@ def test_replays_draw_what_eager_steps_draw(
         assert model.graphs.replayed == before + 1 + steps
 
 
+def begun(model: Model, captured: CapturedImages, picture: Picture) -> tuple[CapturedImage, Denoising]:
+    tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps))
+    image = captured.free
+    assert image is not None
+    image.busy = True
+    image.condition(picture.hidden, picture.seen)
+    image.begin(picture.noise, tables, picture.guidance, picture.beside)
+    return image, Denoising(captured, image.state, tables)
+
+
 def test_pictures_at_different_steps_take_turns() -> None:
     """Each of three images, of other schedules and geometries, gets the bits it gets alone."""
     model = Model()
     asked = [picture(1, steps=5), picture(2, steps=3), picture(3, steps=4, beside=True)]
-    seats = [model.recorded(one) for one in asked]
-    running = []
-    for seat, one in zip(seats, asked, strict=True):
-        tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), one.steps))
-        seat.condition(one.hidden, one.seen)
-        running.append((seat.begin(one.noise, tables, one.guidance, one.beside), one.steps))
+    running = [begun(model, model.recorded(one), one)[1] for one in asked]
     for turn in (0, 0, 1, 2, 0, 2, 1, 2, 2, 0, 1, 0):
-        running[turn][0]()
-    for (steps, count), one in zip(running, asked, strict=True):
-        assert steps.state.index.item() == count
-        assert torch.equal(steps.state.latent, model.eager(one))
+        running[turn].step()
+    for denoising, one in zip(running, asked, strict=True):
+        assert denoising.done == denoising.total == one.steps
+        assert torch.equal(denoising.latent, model.eager(one))
+
+
+def test_images_share_captured_steps_and_leave_as_they_finish() -> None:
+    """Six images in four places: each has the bits it has alone, and full places are one replay."""
+    model = Model()
+    captured = model.recorded(picture(0), count=4)
+    assert model.graphs.captured == 4 + 4 + 2 + 1  # conditions, and steps of 1, 2 and 4 images
+    waiting = [picture(seed, steps=2 + seed % 3) for seed in range(1, 7)]
+    running: dict[Denoising, tuple[CapturedImage, Picture]] = {}
+    replays = []
+    while waiting or running:
+        while waiting and captured.free:
+            image, denoising = begun(model, captured, waiting[0])
+            running[denoising] = image, waiting.pop(0)
+        before = model.graphs.replayed
+        step_together(list(running))
+        replays.append((len(running), model.graphs.replayed - before))
+        for denoising, (image, one) in list(running.items()):
+            if denoising.done == denoising.total:
+                assert torch.equal(denoising.latent, model.eager(one))
+                image.busy = False
+                del running[denoising]
+    assert captured.free is captured.images[0]
+    assert {made for count, made in replays if count == 4} == {1}
+    assert all(made <= count for count, made in replays)
+
+
+@pytest.mark.parametrize(
+    ("in_channels", "beside", "seen"), [(4, False, 0), (4, True, 1), (8, True, 0)], ids=str
+)
+def test_memory_decides_how_many_images_share_a_step(in_channels: int, beside: bool, seen: int) -> None:
+    """Counted as what the buffers of an image and a step's workspace hold."""
+    model = Model(torch.bfloat16, in_channels)
+    asked = picture(1, beside=beside, seen=seen)
+    geometry = Geometry.of(asked.noise, asked.hidden, asked.beside, asked.seen)
+    (image,) = model.recorded(asked).images
+    condition, tables = image.state.condition, image.state.tables
+    held = [condition.keys, condition.values, tables.blocks, tables.final]
+    assert geometry.held_bytes(model.dit.config, model.dit.dtype) == sum(tensor.nbytes for tensor in held)
+    tokens = image.state.whole[0, 0].numel()
+    memory = model.dit._workspace(2 * tokens)._memory.values()
+    x = 2 * tokens * model.dit.config.width * 2
+    step = geometry.step_bytes(model.dit.config, model.dit.dtype)
+    assert step == sum(area.nbytes for area in memory) + x
+
+    each = geometry.held_bytes(model.dit.config, model.dit.dtype) + step
+    for batch_invariant, expected in ((True, [1, 1, 2, 2, 4, 8, 8]), (False, [1] * 7)):
+        product = Implementation("stand-in", lambda call: call.out, batch_invariant=batch_invariant)
+        with ops.all_ops()["linear"].forcing(product):
+            found = [images_of_a_step(model.dit, [geometry], 2 * each * n) for n in (0, 1, 2, 3, 4, 8, 99)]
+        assert found == expected
 
 
 def test_a_step_that_reads_back_cannot_be_recorded() -> None:
     model = Model()
 
-    def reads_its_number(dit: DiT, state: StepState) -> None:
+    def reads_its_number(dit: DiT, states: Sequence[StepState]) -> None:
+        (state,) = states
         dit.predict(state.whole, state.tables.step(int(state.index)), state.condition)
 
     asked = picture(0)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
-    with pytest.raises(DeviceError, match=r"dit reads_its_number of a latent of 5 x 5, 7 hidden states"):
-        CapturedImage(
+    with pytest.raises(DeviceError, match=r"dit reads_its_number x1 of a latent of 5 x 5, 7 hidden states"):
+        CapturedImages(
             model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [reads_its_number]
         )
 
@@ -146,20 +207,22 @@ def test_a_step_recorded_with_its_number_is_seen() -> None:
     """What these tests catch: a step whose modulation is that of the recording draws another image."""
     model = Model()
 
-    def first_step(dit: DiT, state: StepState) -> None:
+    def first_step(dit: DiT, states: Sequence[StepState]) -> None:
+        (state,) = states
         at = state.index.clone()
         state.index.zero_()
-        guided_step(dit, state)
+        guided_step(dit, states)
         state.index.copy_(at + 1)
 
     asked = picture(1, steps=3)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
-    recorded = CapturedImage(
+    recorded = CapturedImages(
         model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [first_step]
     )
-    recorded.condition(asked.hidden)
+    (image,) = recorded.images
+    image.condition(asked.hidden)
     tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), asked.steps))
-    steps = recorded.begin(asked.noise, tables, asked.guidance)
+    image.begin(asked.noise, tables, asked.guidance)
     for _ in range(asked.steps):
-        steps(first_step)
-    assert not torch.equal(steps.state.latent, model.eager(asked))
+        recorded(first_step, [image.state])
+    assert not torch.equal(image.state.latent, model.eager(asked))

@@ -26,7 +26,8 @@ def test_steps_of_two_images_in_turns_are_those_of_the_loop_and_the_estimate_end
     for step in range(STEPS):
         for image in images:
             before = image.latent
-            estimates.append(image.step_and_estimate())
+            image.step()
+            estimates.append(image.estimate)
             # the estimate x0 is where the step's straight line from `before` reaches the noise level 0
             ratio = sigmas[step + 1] / sigmas[step]
             line = ratio * before + (1 - ratio) * estimates[-1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from blip3o_rt.config import SchedulerConfig
-from blip3o_rt.dit.captured import CapturedImage, Geometry
+from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.scheduler import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
@@ -47,9 +48,10 @@ class Flow:
         self.config = SimpleNamespace(in_channels=SHAPE[1])
         self.velocity, self.ran_at = velocity, []
 
-    def predict(self, latent: Tensor, sigma: Tensor, condition: object) -> Tensor:
-        self.ran_at.append(round(float(sigma), 4))
-        return self.velocity(latent, sigma).repeat(2, 1, 1, 1)
+    def predict_each(self, inputs: Sequence[Any]) -> list[Tensor]:
+        (given,) = inputs  # its modulation is the noise level
+        self.ran_at.append(round(float(given.modulation), 4))
+        return [self.velocity(given.latent, given.modulation).repeat(2, 1, 1, 1)]
 
     def tables(self, schedule: Schedule) -> SimpleNamespace:
         return SimpleNamespace(
@@ -240,7 +242,7 @@ def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switche
     (noise,) = random_latents(6)
     expected = small()
     hidden, tokens = torch.zeros(1, 1), random_tokens(small.dit.config)
-    recorded = CapturedImage(
+    recorded = CapturedImages(
         small.dit,
         Geometry.of(noise, hidden, None, None),
         lambda hidden, seen: tokens,
@@ -250,6 +252,6 @@ def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switche
     )
     for start, steps in ((torch.full_like(noise, torch.nan), 6), (noise, 6), (noise, 1), (noise, 6)):
         tables, kinds = small.dit.schedule_tables(levels(steps, 3.0)), small.chosen.steps(levels(steps, 3.0))
-        condition = recorded.condition(hidden)
+        condition = recorded.images[0].condition(hidden)
         found = denoise(small.dit, start, tables, condition, 2.0, kinds=kinds, captured=recorded)
         assert torch.equal(found, expected) == (start is noise and steps == 6)

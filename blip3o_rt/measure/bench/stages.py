@@ -18,7 +18,7 @@ from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE, Sequence
 from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.captured import CapturedImage, Geometry
+from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
@@ -235,7 +235,7 @@ class DitStage:
         self.state: StepState | None = None
         self._step: Callable[[], None] = nothing
         self._runner = GraphRunner.of(self.dit.device)
-        self._captured: CapturedImage | None = None
+        self._captured: CapturedImages | None = None
 
     def every_token(self) -> None:
         """Take each unconditional token as if no other were identical to it: the same condition."""
@@ -253,19 +253,19 @@ class DitStage:
             tokens = self.tokens
             geometry = Geometry.of(self.noise, tokens.conditional, self.reference, None)
             given = geometry, lambda *_: tokens, self.dit.dtype, self._runner, self.shortcuts.kinds
-            self._captured = CapturedImage(self.dit, *given)
+            self._captured = CapturedImages(self.dit, *given)
 
     def condition(self) -> Condition:
         if self._captured is None:
             return self.dit.condition(self.tokens)
-        return self._captured.condition(self.tokens.conditional)
+        return self._captured.images[0].condition(self.tokens.conditional)
 
     def prepare(self, index: int = 0) -> None:
         """What the step of that index takes as given, and the noise in the place of the latent."""
         if self.state is None:
             given = self.tables(), self.dit.condition(self.tokens), GUIDANCE, self.reference
             self.state = StepState.begin(self.dit, self.noise, *given)
-            self._step = self._runner.capture("dit.step", partial(self.kind, self.dit, self.state))
+            self._step = self._runner.capture("dit.step", partial(self.kind, self.dit, [self.state]))
         self.state.latent.copy_(self.noise)
         self.state.index.fill_(index)
 
