@@ -1,13 +1,14 @@
 """Which image the engine works on next: token passes of all that run, and denoising steps of those ready.
 
 A turn of the scheduler lets images join the token batch, draws one token of every image in it, and makes one
-denoising step of one image. While an image is denoised, only every fourth turn draws tokens: what is nearest
-to its end is finished first. Messages are read between turns, so a request is cancelled between two tokens
-and two steps.
+denoising step of those that share one. While images are denoised, only every fourth turn draws tokens: what
+is nearest to its end is finished first. Messages are read between turns, so a request is cancelled between
+two tokens and two steps.
 
 An image joins in the order of priority, then of what its client has had so far (start-time fair queueing),
 then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are
-denoised one at a time, in the same order, because each replays buffers of its own shape.
+denoised in the same order: as many share a step as the stages say, one where that is as fast. An image joins
+when its tokens are done and one has left, whatever steps the others are at.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Scheduler:
         self._waiting: list[_Image] = []
         self._batch: list[_Image] = []  # draw tokens
         self._ready: list[_Image] = []  # have their tokens
-        self._drawing: _Image | None = None
+        self._drawing: list[_Image] = []  # share denoising steps
         self._charged: dict[str, float] = {}  # by client: the work it has had
         self._virtual_time = 0.0  # what the client that was served last had had before
         self._order = 0
@@ -110,7 +111,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Images between joining and their pixels."""
-        return len(self._batch) + len(self._ready) + (self._drawing is not None)
+        return len(self._batch) + len(self._ready) + len(self._drawing)
 
     def submit(self, submit: Submit) -> None:
         """Check a request and put its images into the queue; answers Accepted or Failed."""
@@ -136,8 +137,9 @@ class Scheduler:
                 self._stages.cancel_tokens(image.tokens)
         for images in (self._waiting, self._batch, self._ready):
             images[:] = [image for image in images if image.request is not request]
-        if self._drawing is not None and self._drawing.request is request:
-            self._end_drawing()
+        for image in list(self._drawing):
+            if image.request is request:
+                self._end_drawing(image)
 
     def control(self, control: Control) -> None:
         """Pause, resume, or change the weights of an engine that is paused; answers Controlled."""
@@ -171,10 +173,11 @@ class Scheduler:
 
     def _put_back(self) -> None:
         """Have all images that run wait again, to be drawn from their beginning: their seeds decide them."""
-        images = [*self._batch, *self._ready, *([self._drawing] if self._drawing else [])]
+        images = [*self._batch, *self._ready, *self._drawing]
         for image in self._batch:
             self._stages.cancel_tokens(image.tokens)
-        self._end_drawing()
+        for image in list(self._drawing):
+            self._end_drawing(image)
         self._batch, self._ready = [], []
         for image in images:
             image.tokens, image.passes, image.partials = None, 0, 0
@@ -186,7 +189,7 @@ class Scheduler:
             self._send(Controlled(self._pauses.pop().id, *self._stages.control("weights")))
 
     def turn(self) -> None:
-        """Let images join, draw a token of every image in the batch, and make one denoising step."""
+        """Let images join, draw a token of every image in the batch, and make a denoising step."""
         self.turns += 1
         if not self._paused:
             self._join()
@@ -263,28 +266,42 @@ class Scheduler:
         )
 
     def _step_denoising(self) -> None:
-        if self._drawing is None and self._ready:
-            self._drawing = min(self._ready, key=self._urgency)
-            self._ready.remove(self._drawing)
-        image = self._drawing
-        if image is not None:
+        while self._ready and len(self._drawing) < self._stages.images_per_step:
+            image = min(self._ready, key=self._urgency)
+            self._ready.remove(image)
+            self._drawing.append(image)
             with self._guarded(image):
-                self._denoise(image)
+                begin = self._clock()
+                image.drawing = self._stages.begin_denoising(image.request.prepared, image.tokens)
+                image.seconds["denoise"] = self._clock() - begin
+        if self._drawing:
+            self._denoise(list(self._drawing))
 
-    def _denoise(self, image: _Image) -> None:
-        """Begin to denoise an image, or make its next step; after the last, decode it."""
+    def _denoise(self, images: list[_Image]) -> None:
+        """Make the next step of images together; one by one where that fails, so that one fails alone."""
         begin = self._clock()
-        submit = image.request.submit
-        if image.drawing is None:
-            image.drawing = self._stages.begin_denoising(image.request.prepared, image.tokens)
-        drawing = image.drawing
-        if drawing.done + 1 in _preview_steps(drawing.total, submit.partial_images):
-            preview = drawing.step_and_preview()
-            self._send(Partial(submit.id, image.index, image.partials, preview))
+        try:
+            self._stages.step_denoising([image.drawing for image in images])
+        except Exception as error:
+            for image in images:
+                if len(images) == 1:
+                    self._fail(image, error)
+                elif image in self._drawing:  # else an earlier one's failure took it along
+                    self._denoise([image])
+            return
+        seconds = self._clock() - begin
+        for image in images:
+            if image in self._drawing:
+                with self._guarded(image):
+                    self._after_step(image, seconds)
+
+    def _after_step(self, image: _Image, seconds: float) -> None:
+        """Send what the step made of an image; after its last step, decode it."""
+        begin, submit, drawing = self._clock(), image.request.submit, image.drawing
+        if drawing.done in _preview_steps(drawing.total, submit.partial_images):
+            self._send(Partial(submit.id, image.index, image.partials, drawing.preview()))
             image.partials += 1
-        else:
-            drawing.step()
-        image.seconds["denoise"] = image.seconds.get("denoise", 0.0) + self._clock() - begin
+        image.seconds["denoise"] += seconds + self._clock() - begin
         self._tell(image, "denoise", drawing.done, drawing.total)
         if drawing.done == drawing.total:
             self._finish(image)
@@ -293,7 +310,7 @@ class Scheduler:
         begin = self._clock()
         pixels = image.drawing.decode()
         image.seconds["decode"] = self._clock() - begin
-        self._end_drawing()
+        self._end_drawing(image)
         request = image.request
         tokens_per_pass = self._stages.info.tokens_per_image / max(1, image.passes)
         request.left -= 1
@@ -301,10 +318,10 @@ class Scheduler:
             self._requests.pop(request.submit.id, None)
         self._send(Finished(request.submit.id, image.index, pixels, image.seconds, tokens_per_pass))
 
-    def _end_drawing(self) -> None:
-        """No image is being denoised: the next may begin."""
-        image, self._drawing = self._drawing, None
-        if image is not None and image.drawing is not None:
+    def _end_drawing(self, image: _Image) -> None:
+        """An image shares no further step, and another may begin."""
+        self._drawing.remove(image)
+        if image.drawing is not None:
             image.drawing.close()
             image.drawing = None
 

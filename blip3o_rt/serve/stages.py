@@ -6,7 +6,7 @@ This is the one file of the service that knows how a pipeline is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from blip3o_rt.ar.engine import Request, TokenPrompt
+from blip3o_rt.dit.denoise import step_together
 from blip3o_rt.errors import Blip3oError, GenerationError, ImageError, InsufficientMemoryError
 from blip3o_rt.machine import format_bytes, memory
 from blip3o_rt.metadata import generated_image
@@ -47,7 +48,7 @@ class Stages:
     """A pipeline that runs a piece of work at a time, of any of its requests.
 
     An image goes through `prepare` (once a request), `begin_tokens`, `step_tokens` until `tokens_done`,
-    `begin_denoising`, its steps, and `decode`. Only one image is denoised at a time.
+    `begin_denoising`, `step_denoising` until its steps are done, and `decode`.
     """
 
     def __init__(self, pipeline: Pipeline, name: str, memory_reserve: int = 0) -> None:
@@ -147,6 +148,16 @@ class Stages:
         )
         return Drawing(self._pipeline, plan, prepared.diffusion)
 
+    @property
+    def images_per_step(self) -> int:
+        """How many images may be between `begin_denoising` and `close`: those that share a step."""
+        return self._pipeline._renderer.images_per_step
+
+    @staticmethod
+    def step_denoising(drawings: Sequence[Drawing]) -> None:
+        """Make the next step of each image."""
+        step_together([drawing.denoising for drawing in drawings])
+
     def control(self, action: str, value: str = "") -> tuple[int, str]:
         """ "update" the weights from a folder, "sleep", "wake", or nothing.
 
@@ -190,13 +201,13 @@ class Stages:
 
 
 class Drawing:
-    """One image between its tokens and its pixels; `close` it, finished or not, before the next is begun."""
+    """One image between its tokens and its pixels; `close` it, finished or not."""
 
     def __init__(self, pipeline: Pipeline, plan: Plan, params: DiffusionParams) -> None:
         self._pipeline, self._plan, self._params = pipeline, plan, params
         noise = pipeline._renderer.noise(plan.sampling.seed)
         self._stack = ExitStack()
-        self._denoising = self._stack.enter_context(pipeline._renderer.denoising(plan, params, noise))
+        self.denoising = self._stack.enter_context(pipeline._renderer.denoising(plan, params, noise))
 
     def close(self) -> None:
         """Give the buffers of the steps back."""
@@ -205,25 +216,20 @@ class Drawing:
     @property
     def done(self) -> int:
         """Steps made."""
-        return self._denoising.done
+        return self.denoising.done
 
     @property
     def total(self) -> int:
         """Steps to make."""
-        return self._denoising.total
+        return self.denoising.total
 
-    def step(self) -> None:
-        """Make the next step."""
-        self._denoising.step()
-
-    def step_and_preview(self) -> RawImage:
-        """Make the next step; returns the decoded estimate of the clean latent."""
-        self._denoising.step()
-        return self._decoded(self._denoising.estimate)
+    def preview(self) -> RawImage:
+        """The decoded estimate of the clean latent that the last step was made on."""
+        return self._decoded(self.denoising.estimate)
 
     def decode(self) -> RawImage:
         """The finished image."""
-        return self._decoded(self._denoising.latent)
+        return self._decoded(self.denoising.latent)
 
     def _decoded(self, latent: Tensor) -> RawImage:
         fields = self._pipeline._renderer.fields(self._plan, self._params, self._plan.sampling.seed)

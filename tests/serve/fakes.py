@@ -1,7 +1,8 @@
 """Stages without a model, for tests of everything around them: images are made of prompt and seed alone.
 
 Words of a prompt make things happen: `slow` takes 20 ms a step, `crash` ends the process, `memory` and `bug`
-raise, `unread` is dropped by the token engine, `hang` blocks. A reference's first sample is in the image.
+raise, `unread` is dropped by the token engine, `hang` blocks, a step of `alone` and others raises, and any of
+`never`. A reference's first sample is in the image.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,12 @@ class Tokens:
 
 
 class FakeStages:
-    def __init__(self, max_batch: int = 4) -> None:
+    def __init__(self, max_batch: int = 4, images_per_step: int = 1) -> None:
+        self.images_per_step = images_per_step
         self.info = ModelInfo("fake", SIDE, SIDE, True, 1, TOKENS, max_batch, 64, "cpu", "fp32", "exact")
         self.batch: list[Tokens] = []
         self.log: list[str] = []  # what was done, in order
+        self.shared: list[int] = []  # images of each step
 
     def settings(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -118,6 +121,13 @@ class FakeStages:
             time.sleep(3600)
         return FakeDrawing(self, prepared, tokens)
 
+    def step_denoising(self, drawings: Sequence[FakeDrawing]) -> None:
+        self.shared.append(len(drawings))
+        for drawing in drawings:
+            drawing.check(len(drawings))
+        for drawing in drawings:
+            drawing.step()
+
 
 class FakeDrawing:
     def __init__(self, stages: FakeStages, submit: Submit, tokens: Tokens) -> None:
@@ -130,8 +140,14 @@ class FakeDrawing:
         self.done += 1
         self._stages.log.append(f"step {self._submit.id} {self._tokens.seed} {self.done}")
 
-    def step_and_preview(self) -> RawImage:
-        self.step()
+    def check(self, images: int) -> None:
+        """What a prompt makes a step raise."""
+        if "alone" in self._submit.prompt and images > 1:
+            raise MemoryError
+        if "never" in self._submit.prompt:
+            raise GenerationError("a step failed")
+
+    def preview(self) -> RawImage:
         return RawImage(SIDE, SIDE, bytes([self.done]) * (SIDE * SIDE * 3), {"prompt": self._submit.prompt})
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from blip3o_rt.metadata import save_png
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.serve import AsyncPipeline
 from blip3o_rt.serve.client import Limits, RequestError
-from blip3o_rt.serve.messages import EngineOptions, Finished, Partial
+from blip3o_rt.serve.messages import EngineOptions, Finished, Partial, RawImage, Submit
+from blip3o_rt.serve.scheduler import Scheduler
 from blip3o_rt.serve.server import ServerOptions
+from blip3o_rt.serve.stages import Drawing, Stages
 from tests.serve.conftest import RunningServer
 
 CIRCLE, SQUARE, CHANGE = "a red circle on a blue background", "a green square", "make the circle green"
@@ -86,6 +88,53 @@ def test_openai_s_client_draws_edits_and_streams_the_bits_of_single_calls(
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.generate(prompt=CIRCLE, size="256x256")
     assert (refused.value.param, refused.value.code) == ("size", "invalid_value")
+
+
+def test_32_requests_that_share_steps_have_the_bits_of_each_alone(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other prompts, seeds, guidance and numbers of steps, text-to-image and edits."""
+    shared: list[int] = []
+
+    def counted(drawings: Sequence[Drawing]) -> None:
+        shared.append(len(drawings))
+        Stages.step_denoising(drawings)
+
+    expected: dict[str, tuple[Submit, Image.Image]] = {}
+    reference = pipeline.generate(CIRCLE, seed=5, steps=STEPS)[0]
+    raw = RawImage(reference.width, reference.height, reference.tobytes(), {})
+    for steps in range(1, 5):
+        diffusion = {"steps": steps, "guidance": 1.0 + steps}
+        prompts = [CIRCLE, SQUARE, "a small yellow triangle", "two blue squares on a green background"]
+        prompts = [f"{prompt}{'.' * repeat}" for repeat in range(2) for prompt in prompts][: 8 - steps % 2]
+        drawn = pipeline.generate(prompts, seed=steps, **diffusion)
+        for index, (prompt, image) in enumerate(zip(prompts, drawn, strict=True)):
+            id = f"{steps}-{index}"
+            expected[id] = Submit(id, prompt, seeds=((0, steps),), diffusion=diffusion, draft_window=1), image
+        if steps % 2:
+            edited = pipeline.edit(CHANGE, reference, seed=steps, **diffusion)[0]
+            submit = Submit(
+                f"edit-{steps}", CHANGE, (raw,), ((0, steps),), diffusion=diffusion, draft_window=1
+            )
+            expected[submit.id] = submit, edited
+    assert len(expected) == 32
+
+    events: list[object] = []
+    stages = Stages(pipeline, "embedded")
+    monkeypatch.setattr(stages, "step_denoising", counted)
+    monkeypatch.setattr(pipeline._renderer, "images_per_step", 8)
+    scheduler = Scheduler(stages, events.append)
+    with pipeline._isolation.turn():
+        for id in sorted(expected, key=lambda id: id[::-1]):  # so that those of other numbers of steps meet
+            scheduler.submit(expected[id][0])
+        while scheduler.busy:
+            scheduler.turn()
+    found = {event.id: event.image for event in events if isinstance(event, Finished)}
+    assert found.keys() == expected.keys()
+    for id, (_, image) in expected.items():
+        assert found[id].samples == image.tobytes(), id
+    assert max(shared) >= 4
+    assert sum(shared) == 8 * (1 + 2 + 3 + 4)
 
 
 def test_the_async_pipeline_draws_the_same_whatever_else_runs(pipeline: Pipeline) -> None:

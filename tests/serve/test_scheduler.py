@@ -15,8 +15,8 @@ STEPS = 4
 class Run:
     """A scheduler on fakes with a clock of its own."""
 
-    def __init__(self, max_batch: int = 2) -> None:
-        self.stages, self.events, self.now = FakeStages(max_batch), list[Event](), 0.0
+    def __init__(self, max_batch: int = 2, images_per_step: int = 1) -> None:
+        self.stages, self.events, self.now = FakeStages(max_batch, images_per_step), list[Event](), 0.0
         self.scheduler = Scheduler(self.stages, self.events.append, clock=lambda: self.now)
 
     def submit(self, id: str, prompt: str = "a circle", n: int = 1, **options: Any) -> None:
@@ -72,6 +72,31 @@ def test_images_are_denoised_one_after_the_other_and_the_first_is_sent_before_th
     run.all()
     steps = [line.split()[2] for line in run.stages.log if line.startswith("step")]
     assert steps == [str(10 + image) for image in range(4) for _ in range(STEPS)]
+
+
+def test_images_share_steps_as_they_come_and_leave_as_they_finish() -> None:
+    run = Run(max_batch=4, images_per_step=3)
+    for number, steps in enumerate((2, 5, 3, 4, 1)):
+        run.submit(f"r{number}", diffusion={"steps": steps}, partial_images=1)
+    run.all()
+    assert run.finished == ["r0", "r2", "r1", "r3", "r4"]
+    for number, steps in enumerate((2, 5, 3, 4, 1)):
+        made = [line.split()[3] for line in run.stages.log if line.startswith(f"step r{number} ")]
+        assert made == [str(step + 1) for step in range(steps)]
+    assert max(run.stages.shared) == 3
+    assert sum(run.stages.shared) == 2 + 5 + 3 + 4 + 1
+    assert {event.id for event in run.of(Partial)} == {"r0", "r1", "r2", "r3"}
+    assert not run.scheduler.running
+
+
+def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() -> None:
+    run = Run(max_batch=4, images_per_step=4)
+    for prompt in ("a circle", "alone", "never", "a square"):
+        run.submit(prompt, prompt)
+    run.all()
+    assert sorted(run.finished) == ["a circle", "a square", "alone"]
+    assert [event.id for event in run.of(Failed)] == ["never"]
+    assert run.stages.log.count("close never 10") == 1
 
 
 def test_clients_take_turns_whatever_one_of_them_asks_for() -> None:
