@@ -1,0 +1,51 @@
+"""The machine code of the CUDA kernels is read, and does what their speed rests on."""
+
+from __future__ import annotations
+
+from tests.csrc.sass import Instruction, kernels_of, needs_tools, parse, select
+
+
+@needs_tools
+def test_kernels_are_found_with_their_instructions() -> None:
+    kernels = kernels_of("silu_mul")
+    assert set(kernels) == {
+        f"silu_mul_kernel<{choice}>" for choice in ("bf16, 1", "bf16, 8", "float, 1", "float, 4")
+    }
+    for kernel in kernels.values():
+        assert len(select(kernel.instructions, "LDG")) == 2  # a gate and an up
+        assert select(kernel.instructions, "STG")
+        assert kernel.resources.registers > 0
+
+
+LISTING = """
+.text._ZN6blip3o4cuda3abc1kILi4ELb1EEEvi:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */
+                                                                         /* 0x000fe20000000800 */
+.L_x_1:
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, [R2.64] ;      /* 0x0000000402048981 */
+                                                                         /* 0x000ea8000c1e9d00 */
+        /*0020*/                   FADD R4, R4, R5 ;                     /* 0x0000000504047221 */
+                                                                         /* 0x004fca0000000000 */
+        /*0030*/              @P1  BRA `(.L_x_1) ;                       /* 0xfffffffc00e01947 */
+                                                                         /* 0x000fea000383ffff */
+.L_x_2:
+        /*0040*/                   BRA `(.L_x_2);                        /* 0xfffffffc00fc7947 */
+                                                                         /* 0x000fc0000383ffff */
+"""
+
+
+def test_a_listing() -> None:
+    """A load signals the scoreboard that the addition waits for; a branch to itself is no loop."""
+    kernel = parse(LISTING)["k<4, true>"]
+    assert [str(i) for i in kernel.instructions[:3]] == [
+        "LDC R1, c[0x0][0x28]",
+        "LDG.E.128.CONSTANT R4, [R2.64]",
+        "FADD R4, R4, R5",
+    ]
+    load, addition = kernel.instructions[1:3]
+    assert load.signals == 2
+    assert addition.waits == {2}
+    assert list(kernel.loops()) == [kernel.instructions[1:4]]
+    assert kernel.loop_with("LDG") == kernel.instructions[1:4]
+    assert load.is_a("LDG.E", "STG")
+    assert not Instruction("LDGSTS.E", "").is_a("LDG")
