@@ -248,7 +248,7 @@ def test_bench_traces_a_call_of_every_stage(tmp_path: Path, capsys: pytest.Captu
     options += [
         "--stages",
         "connector,dit.step,ar.token",
-        "--peers",
+        "--baselines",
         "none",
         "--quiet",
         "--out",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from blip3o_rt.measure.bench import peer_modules, peers, stages
+from blip3o_rt.measure.bench import baseline_modules, baselines, stages
 from blip3o_rt.measure.bench import run as bench_run
 from tests.cli.conftest import Command
 
@@ -115,7 +115,7 @@ def test_without_the_baselines_packages(
     def missing(name: str) -> None:
         raise ImportError(f"No module named '{name}'")
 
-    monkeypatch.setattr(peer_modules.importlib, "import_module", missing)
+    monkeypatch.setattr(baseline_modules.importlib, "import_module", missing)
     assert command(*quick(work, "--lines", "connector", "--baselines", "diffusers,published")) == 0
     (note,) = (line for line in command.errors.splitlines() if "left out" in line)
     assert note.startswith("diffusers, published left out: ")
@@ -182,7 +182,9 @@ def test_refusals(options: tuple[str, ...], message: str, command: Command) -> N
 def test_a_compiled_baseline_is_left_out_where_torch_cannot_compile(
     command: Command, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "compile_problem", lambda _: "torch.compile does not work here (no compiler)")
+    monkeypatch.setattr(
+        baselines, "compile_problem", lambda _: "torch.compile does not work here (no compiler)"
+    )
     assert command(*quick(work, "--lines", "connector", "--baselines", "compiled,graphed")) == 0
     assert "note: compiled left out: torch.compile does not work here (no compiler)" in command.output
     assert "note: graphed left out: CUDA graphs need a GPU" in command.output

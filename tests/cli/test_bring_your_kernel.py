@@ -11,7 +11,7 @@ from tests.cli.conftest import Command
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "bring-your-kernel.md"
 FAILS = "  # exits with 1"
-FEW_SAMPLES = ["--quick", "--peers", "none"]  # the document says nothing of samples
+FEW_SAMPLES = ["--quick", "--baselines", "none"]  # the document says nothing of samples
 
 
 def blocks() -> list[tuple[str, list[str]]]:

@@ -17,8 +17,8 @@ from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.machine import resolve_device
 from blip3o_rt.measure import tables
+from blip3o_rt.measure.bench import baselines, lines
 from blip3o_rt.measure.bench import compare as comparing
-from blip3o_rt.measure.bench import lines, peers
 from blip3o_rt.measure.bench.run import Run, Settings, model_entry
 from blip3o_rt.measure.bench.subject import prepare
 from blip3o_rt.measure.bench.traced import trace_stages
@@ -80,10 +80,10 @@ def read_settings(arguments: argparse.Namespace, device: torch.device) -> tuple[
         raise ParameterError(f"runs is {runs}: accepted is 1 to {MAX_RUNS}")
     nothing_else = not (arguments.ops or arguments.ablate)
     chosen = lines.select(names(arguments.lines) or (lines.STAGES if nothing_else else ()))
-    wanted = names(arguments.baselines) or peers.DEFAULT_PEERS
+    wanted = names(arguments.baselines) or baselines.DEFAULT_BASELINES
     if arguments.baselines == "none" or not chosen:
         wanted = ()
-    wanted, notes = peers.available(wanted, device)
+    wanted, notes = baselines.available(wanted, device)
     op_names = None
     if arguments.ops is not None:
         every = arguments.ops == "all"

@@ -11,7 +11,7 @@ from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import graphs_wanted
-from blip3o_rt.measure.bench import peers, work
+from blip3o_rt.measure.bench import baselines, work
 from blip3o_rt.measure.bench.stages import (
     SEED,
     ArStage,
@@ -41,9 +41,9 @@ class Choice:
 
     def compiled(self) -> Iterator[tuple[str, str]]:
         """(who, torch.compile's mode) of the compiled baselines chosen."""
-        for name, mode in peers.COMPILE_MODES.items():
+        for name, mode in baselines.COMPILE_MODES.items():
             if name in self.baselines:
-                yield peers.WHO[name], mode
+                yield baselines.WHO[name], mode
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Case:
 def ar_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
     """Prompt, tokens by batch, and the second pass that the published code needs."""
     stage = ArStage(checkpoint, max_batch=max(choice.batches))
-    language = peers.LanguagePeer(stage) if choice.baselines else None
+    language = baselines.LanguageBaseline(stage) if choice.baselines else None
     prompt = len(stage.prompt_ids)
     if "ar.prefill" in choice.names:
         case = Case("ar.prefill", f"a prompt of {prompt} tokens", per=prompt)
@@ -102,7 +102,9 @@ def ar_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
         yield case
 
 
-def _token_case(stage: ArStage, language: peers.LanguagePeer | None, choice: Choice, batch: int) -> Case:
+def _token_case(
+    stage: ArStage, language: baselines.LanguageBaseline | None, choice: Choice, batch: int
+) -> Case:
     head, whole = len(stage.head_rows()), stage.config.ar.vocab_size
     case = Case("ar.token", "one decoded token of each image", per=batch, batch=batch)
     queued = min(QUEUED_TOKENS, stage.steps_per_run - 1)
@@ -131,7 +133,7 @@ def connector_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
     case.add(OURS, stage.run, stage.work())
     if "published" in choice.baselines:
         note = "both branches in full; runs at every step, ours once per image"
-        case.add("published", peers.ConnectorPeer(stage).run, stage.published_work(), note=note)
+        case.add("published", baselines.ConnectorBaseline(stage).run, stage.published_work(), note=note)
     yield case
 
 
@@ -142,7 +144,7 @@ def tatok_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
     case.add(OURS, stage.encode, stage.work())
     if "transformers" in choice.baselines:
         note = "the tower cut off above the layer in use, the codebook normalized ahead"
-        case.add("transformers", peers.TatokPeer(stage).encode, stage.work(), note=note)
+        case.add("transformers", baselines.TatokBaseline(stage).encode, stage.work(), note=note)
     yield case
 
 
@@ -173,9 +175,9 @@ def _step_case(name: str, what: str, stage: DitStage, choice: Choice) -> Case:
     steps = stage.schedule.steps
     case.add(OURS, stage.step, stage.step_work(shortened=True), prepare=stage.prepare, queued=steps)
     if "diffusers" in choice.baselines:
-        case.add("diffusers", peers.DitPeer(stage).step, stage.step_work(shortened=False))
+        case.add("diffusers", baselines.DitBaseline(stage).step, stage.step_work(shortened=False))
     for who, mode in choice.compiled() if not stage.edit else ():
-        compiled = peers.DitPeer(stage, mode)
+        compiled = baselines.DitBaseline(stage, mode)
         case.add(who, compiled.step, stage.step_work(shortened=False), note="cold is the compilation")
     return case
 
@@ -183,14 +185,14 @@ def _step_case(name: str, what: str, stage: DitStage, choice: Choice) -> Case:
 def vae_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
     """The autoencoder in both directions."""
     stage = VaeStage(checkpoint)
-    diffusers = peers.VaePeer(stage) if "diffusers" in choice.baselines else None
+    diffusers = baselines.VaeBaseline(stage) if "diffusers" in choice.baselines else None
     if "vae.decode" in choice.names:
         case = Case("vae.decode", "a latent to an image")
         case.add(OURS, stage.decode, stage.decode_work(shortened=True), queued=QUEUED_IMAGES)
         if diffusers is not None:
             case.add("diffusers", diffusers.decode, stage.decode_work(shortened=False))
         for who, mode in choice.compiled():
-            compiled, least = peers.VaePeer(stage, mode), stage.decode_work(shortened=False)
+            compiled, least = baselines.VaeBaseline(stage, mode), stage.decode_work(shortened=False)
             case.add(who, compiled.decode, least, note="cold is the compilation")
         yield case
     if "vae.encode" in choice.names:

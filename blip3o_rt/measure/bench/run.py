@@ -18,7 +18,7 @@ from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.machine import exact_arithmetic
-from blip3o_rt.measure.bench import compose, peers, rooflines
+from blip3o_rt.measure.bench import baselines, compose, rooflines
 from blip3o_rt.measure.bench.ablation import ablate
 from blip3o_rt.measure.bench.count import kernel_launches, operator_calls
 from blip3o_rt.measure.bench.lines import BY_NAME, LINES, Case, Choice
@@ -138,7 +138,7 @@ class Run:
 
     def float32(self, parts: Sequence[str] | None) -> Checkpoint | None:
         """The same parts in float32, where that baseline is asked for and is another than ours."""
-        if peers.FLOAT32 not in self.settings.baselines or self.subject.precision == FP32:
+        if baselines.FLOAT32 not in self.settings.baselines or self.subject.precision == FP32:
             return None
         return replace(self.subject, precision=FP32).load(parts)
 
@@ -197,7 +197,7 @@ class Run:
     def count(self, candidate: Candidate, timing: Timing) -> dict[str, int]:
         """Launches of one more call on a GPU, operator calls on the CPU; none of what takes long or fails."""
         on_gpu = self.subject.device.type == "cuda"
-        uncountable = not on_gpu and candidate.who in peers.WHO.values()  # nothing but compiled code
+        uncountable = not on_gpu and candidate.who in baselines.WHO.values()  # nothing but compiled code
         if not timing.samples or uncountable or min(timing.samples) > COUNTED_SECONDS:
             return {}
         with quiet():
@@ -220,15 +220,15 @@ class Run:
         prompt = ArStage.prompt(checkpoint)
         modes: dict[str, str | None] = {"published": None} if "published" in self.settings.baselines else {}
         others = {
-            who: peers.ImagePeer(checkpoint, prompt, mode, self.settings.steps)
+            who: baselines.ImageBaseline(checkpoint, prompt, mode, self.settings.steps)
             for who, mode in (modes | dict(self.choice.compiled())).items()
         }
         for batch in self.settings.batches:
             case = image_case(batch)
             case.add(OURS, partial(stage.draw, batch))
             case.candidates[0].eager = True  # a request is timed with its host
-            for who, peer in others.items():
-                case.add(who, partial(peer.draw, batch))
+            for who, baseline in others.items():
+                case.add(who, partial(baseline.draw, batch))
             self.image(case, stage)
         del stage, others, checkpoint
         free_memory(self.subject.device)
@@ -266,7 +266,7 @@ def with_float32(case: Case, checkpoint: Checkpoint) -> Case:
     ours = BY_NAME[case.name].ours
     if ours is not None and case.batch == 1:
         candidate = ours(checkpoint)
-        case.add(peers.FLOAT32, candidate.call, prepare=candidate.prepare, queued=candidate.queued)
+        case.add(baselines.FLOAT32, candidate.call, prepare=candidate.prepare, queued=candidate.queued)
     return case
 
 

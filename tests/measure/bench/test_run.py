@@ -15,7 +15,7 @@ from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import CheckpointError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.baselines.measure import relative_l2
-from blip3o_rt.measure.bench import ablation, lines, peers, rooflines, run, stages, timing
+from blip3o_rt.measure.bench import ablation, baselines, lines, rooflines, run, stages, timing
 from blip3o_rt.measure.bench.command import FILE
 from blip3o_rt.measure.bench.run import Run, Settings, model_entry
 from blip3o_rt.measure.bench.subject import Subject, prepare
@@ -161,7 +161,7 @@ def test_a_baseline_that_fails_is_noted_and_fails_nothing(
     def fail(*_: object) -> None:
         raise RuntimeError("it cannot run here")
 
-    monkeypatch.setattr(peers.ConnectorPeer, "run", fail)
+    monkeypatch.setattr(baselines.ConnectorBaseline, "run", fail)
     record = execute(settings("connector", baselines=("published",)))
     found = by_name(record.to_json())
     assert "failed: RuntimeError: it cannot run here" in found["connector", "published"]["note"]

@@ -1,4 +1,4 @@
-"""Counts of bytes and operations: the published figures, and what torch counts on the peers' modules."""
+"""Counts of bytes and operations: the published figures, and what torch counts on the baselines' modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.measure.bench import peers, stages, work
+from blip3o_rt.measure.bench import baselines, stages, work
 from blip3o_rt.measure.bench.work import Work
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.measure.validate.checkpoint import EDITING
@@ -109,10 +109,10 @@ def counted(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def test_counts_are_those_of_the_peers(checkpoint: Checkpoint) -> None:
+def test_counts_are_those_of_the_baselines(checkpoint: Checkpoint) -> None:
     """On transformers' and diffusers' own modules. 2%: sums in linear attention are padded there."""
     ar = stages.ArStage(checkpoint, max_batch=1)
-    language = peers.LanguagePeer(ar)
+    language = baselines.LanguageBaseline(ar)
     prompt = len(ar.prompt_ids)
     whole = ar.prefill_work().flops
     # Torch counts the whole square of a causal attention.
@@ -122,15 +122,19 @@ def test_counts_are_those_of_the_peers(checkpoint: Checkpoint) -> None:
         expected, rel=1e-3
     )  # the rotary angles are products too
     dit = stages.DitStage(checkpoint)
-    assert counted(peers.DitPeer(dit).step) == pytest.approx(dit.step_work(shortened=False).flops, rel=0.02)
+    assert counted(baselines.DitBaseline(dit).step) == pytest.approx(
+        dit.step_work(shortened=False).flops, rel=0.02
+    )
     edit = stages.DitStage(checkpoint, edit=True)
-    assert counted(peers.DitPeer(edit).step) == pytest.approx(edit.step_work(shortened=False).flops, rel=0.02)
+    assert counted(baselines.DitBaseline(edit).step) == pytest.approx(
+        edit.step_work(shortened=False).flops, rel=0.02
+    )
     vae = stages.VaeStage(checkpoint)
-    peer = peers.VaePeer(vae)
-    assert counted(peer.decode) == pytest.approx(vae.decode_work(shortened=False).flops, rel=0.02)
-    assert counted(peer.encode) == pytest.approx(vae.encode_work().flops, rel=0.02)
+    baseline = baselines.VaeBaseline(vae)
+    assert counted(baseline.decode) == pytest.approx(vae.decode_work(shortened=False).flops, rel=0.02)
+    assert counted(baseline.encode) == pytest.approx(vae.encode_work().flops, rel=0.02)
     tower = stages.TatokStage(checkpoint)
-    assert counted(peers.TatokPeer(tower).encode) == pytest.approx(tower.work().flops, rel=0.02)
+    assert counted(baselines.TatokBaseline(tower).encode) == pytest.approx(tower.work().flops, rel=0.02)
 
 
 def test_counts_of_ours_are_what_ours_computes(checkpoint: Checkpoint) -> None:

@@ -1,8 +1,8 @@
 """The same weights as modules of transformers and diffusers: views of the runtime's tensors where it can be.
 
 What the layouts only put one after another (the decoder, the diffusion transformer, the vision tower) is
-shared, so a peer takes no memory of its own. What they rearrange (the autoencoder) is copied into the order
-and the memory format that diffusers loads it in.
+shared, so a baseline takes no memory of its own. What they rearrange (the autoencoder) is copied into the
+order and the memory format that diffusers loads it in.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Weights = Mapping[str, Tensor]
 
 
 def missing_package(name: str) -> str | None:
-    """None where a peer's package can be imported, else why not and what to do."""
+    """None where a baseline's package can be imported, else why not and what to do."""
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -131,7 +131,7 @@ class VisionTower:
     """TA-Tok on transformers' SiglipVisionModel, cut off above the layer in use, with our codebook.
 
     The published code runs the whole tower and normalizes the codebook at every image; leaving that out
-    favours the peer.
+    favours the baseline.
     """
 
     def __init__(self, config: TATokConfig, weights: Weights) -> None:

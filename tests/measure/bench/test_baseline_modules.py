@@ -1,4 +1,4 @@
-"""The peers' weights are the published checkpoint's own, and share the runtime's memory where they can."""
+"""The baselines' weights are the published checkpoint's own, in the runtime's memory where that can be."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.checkpoint.parts import layouts, published_name
-from blip3o_rt.measure.bench import peer_modules
-from blip3o_rt.measure.bench.peer_modules import original_tensors
+from blip3o_rt.measure.bench import baseline_modules
+from blip3o_rt.measure.bench.baseline_modules import original_tensors
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 
 
@@ -35,12 +35,12 @@ def storages(tensors: dict[str, torch.Tensor]) -> set[int]:
 
 
 @pytest.mark.parametrize("part", ["ar", "dit"])
-def test_a_peer_of_a_large_part_takes_no_memory_of_its_own(part: str, checkpoint: Checkpoint) -> None:
+def test_a_baseline_of_a_large_part_takes_no_memory_of_its_own(part: str, checkpoint: Checkpoint) -> None:
     config, weights = checkpoint.config, checkpoint.weights[part]
     module = (
-        peer_modules.language_model(config.ar, weights)
+        baseline_modules.language_model(config.ar, weights)
         if part == "ar"
-        else peer_modules.transformer(config.dit, weights)
+        else baseline_modules.transformer(config.dit, weights)
     )
     assert storages(dict(module.named_parameters())) <= storages(weights)
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -51,12 +51,12 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     tied = replace(tiny, ar=replace(tiny.ar, tie_word_embeddings=True))
     config = write_random_checkpoint(tmp_path / "tied", tied)
     weights = load_checkpoint(tmp_path / "tied", parts=["ar"]).weights["ar"]
-    module = peer_modules.language_model(config.ar, weights)
+    module = baseline_modules.language_model(config.ar, weights)
     assert module.lm_head.weight.data_ptr() == module.model.embed_tokens.weight.data_ptr()
 
 
 def test_a_missing_package_is_said_with_its_remedy() -> None:
-    assert peer_modules.missing_package("torch") is None
-    reason = peer_modules.missing_package("no_such_package")
+    assert baseline_modules.missing_package("torch") is None
+    reason = baseline_modules.missing_package("no_such_package")
     assert reason is not None
     assert reason.endswith("pip install 'blip3o_rt[bench]'")

@@ -1,4 +1,4 @@
-"""Peers do the same work: what each returns is what ours returns, in float32.
+"""Baselines do the same work: what each returns is what ours returns, in float32.
 
 Bound: 1e-5 relative L2, as for the pipeline against the published one; a wrong formula is off by 1e-3.
 """
@@ -16,7 +16,7 @@ from blip3o_rt.config import EditConfig
 from blip3o_rt.dit.layout import layout
 from blip3o_rt.errors import ConfigError, ParameterError
 from blip3o_rt.measure.baselines.measure import relative_l2
-from blip3o_rt.measure.bench import lines, peers, stages
+from blip3o_rt.measure.bench import baselines, lines, stages
 from blip3o_rt.measure.bench.lines import Case, Choice
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.params import SamplingParams
@@ -38,7 +38,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 
 def test_prefill_and_second_pass(checkpoint: Checkpoint) -> None:
     stage = stages.ArStage(checkpoint, max_batch=1)
-    language = peers.LanguagePeer(stage)
+    language = baselines.LanguageBaseline(stage)
     assert close(stage.prefill(), language.prefill())
     tokens = checkpoint.config.image_tokens
     states = language.second_pass()
@@ -54,7 +54,10 @@ def test_greedy_tokens_are_the_same_and_go_on_past_the_end(
 ) -> None:
     sampling = SamplingParams(top_k=1, image_tokens_only=not whole)
     stage = stages.ArStage(checkpoint, max_batch=batch, sampling=sampling)
-    ours, theirs = stage.tokens(batch), peers.LanguagePeer(stage).tokens(batch, whole_vocabulary=whole)
+    ours, theirs = (
+        stage.tokens(batch),
+        baselines.LanguageBaseline(stage).tokens(batch, whole_vocabulary=whole),
+    )
     for _ in range(stage.steps_per_run + 3):
         ours.prepare()
         theirs.prepare()
@@ -67,7 +70,7 @@ def test_a_static_cache_changes_no_token(checkpoint: Checkpoint, monkeypatch: py
     """What is compiled is transformers' own; here it is called uncompiled, over the static cache."""
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     stage = stages.ArStage(checkpoint, max_batch=2, sampling=GREEDY)
-    ours, static = stage.tokens(2), peers.LanguagePeer(stage).tokens(2, compile_mode="default")
+    ours, static = stage.tokens(2), baselines.LanguageBaseline(stage).tokens(2, compile_mode="default")
     for _ in range(stage.steps_per_run + 3):
         ours.prepare()
         static.prepare()
@@ -76,7 +79,7 @@ def test_a_static_cache_changes_no_token(checkpoint: Checkpoint, monkeypatch: py
 
 def test_connector(checkpoint: Checkpoint) -> None:
     stage = stages.ConnectorStage(checkpoint)
-    null, conditional = peers.ConnectorPeer(stage).run()
+    null, conditional = baselines.ConnectorBaseline(stage).run()
     ours = stage.run()
     assert close(ours.conditional, conditional)
     assert close(ours.null.expand_as(null), null)
@@ -89,7 +92,7 @@ def test_dit_step(checkpoint: Checkpoint, index: int, edit: bool) -> None:
     for _ in range(2):  # from the noise again
         stage.prepare(index)
         ours = stage.step()
-    assert close(ours, peers.DitPeer(stage).step(index))
+    assert close(ours, baselines.DitBaseline(stage).step(index))
     assert not close(ours, stage.noise)
 
 
@@ -118,7 +121,7 @@ def test_a_step_of_every_kind_of_edit(
 ) -> None:
     stage = stages.DitStage(of_geometry(checkpoint, edit, channelwise), edit=True)
     stage.prepare()
-    assert close(stage.step(), peers.DitPeer(stage).step())
+    assert close(stage.step(), baselines.DitBaseline(stage).step())
     assert stage.state is not None
     assert stage.state.whole.numel() == tokens * stage.config.dit.in_channels
     assert len(stage.tokens.conditional) == condition
@@ -134,14 +137,14 @@ def test_transformers_that_have_no_such_step_say_so(checkpoint: Checkpoint) -> N
 
 def test_autoencoder(checkpoint: Checkpoint) -> None:
     stage = stages.VaeStage(checkpoint)
-    peer = peers.VaePeer(stage)
-    assert close(stage.decode(), peer.decode())
-    assert close(stage.encode(), peer.encode())
+    baseline = baselines.VaeBaseline(stage)
+    assert close(stage.decode(), baseline.decode())
+    assert close(stage.encode(), baseline.encode())
 
 
 def test_image_tokenizer(checkpoint: Checkpoint) -> None:
     stage = stages.TatokStage(checkpoint)
-    (features, codes), (expected, expected_codes) = stage.encode(), peers.TatokPeer(stage).encode()
+    (features, codes), (expected, expected_codes) = stage.encode(), baselines.TatokBaseline(stage).encode()
     assert close(features, expected)
     assert torch.equal(codes, expected_codes)
 
@@ -151,9 +154,9 @@ def test_images_end_to_end(checkpoint: Checkpoint) -> None:
     stage = stages.ImageStage(checkpoint, max_batch=2, steps=2)
     assert len(stage.draw(2)) == 2
     assert [len(found) for found in stage.host.values()] == [1]
-    peer = peers.ImagePeer(checkpoint, stages.ArStage.prompt(checkpoint), steps=2)
+    baseline = baselines.ImageBaseline(checkpoint, stages.ArStage.prompt(checkpoint), steps=2)
     side = checkpoint.config.image_size
-    pixels = peer.draw(2)
+    pixels = baseline.draw(2)
     assert pixels.shape == (2, 3, side, side)
     assert bool(((pixels >= 0) & (pixels <= 1)).all())
 
@@ -166,16 +169,18 @@ def test_the_half_way_context_holds_half_an_image(checkpoint: Checkpoint) -> Non
     assert set(stage.context[len(stage.prompt_ids) :]) <= set(tokens.image_token_range)
 
 
-def test_peers_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "compile_problem", lambda _: "torch.compile does not work here (no compiler)")
-    found, notes = peers.available(("transformers", "compiled", "graphed"), CPU)
+def test_baselines_that_cannot_run_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        baselines, "compile_problem", lambda _: "torch.compile does not work here (no compiler)"
+    )
+    found, notes = baselines.available(("transformers", "compiled", "graphed"), CPU)
     assert found == ("transformers",)
     assert notes == [
         "compiled left out: torch.compile does not work here (no compiler)",
         "graphed left out: CUDA graphs need a GPU",
     ]
     with pytest.raises(ParameterError, match="baselines has 'vllm': accepted are transformers"):
-        peers.available(("vllm",), CPU)
+        baselines.available(("vllm",), CPU)
 
 
 def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,13 +188,13 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("\n  Python 3.99 is not supported\n more")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    peers.compile_problem.cache_clear()
+    baselines.compile_problem.cache_clear()
     try:
-        assert peers.compile_problem(CPU) == (
+        assert baselines.compile_problem(CPU) == (
             "torch.compile does not work here (RuntimeError: Python 3.99 is not supported)"
         )
     finally:
-        peers.compile_problem.cache_clear()
+        baselines.compile_problem.cache_clear()
 
 
 # Which lines there are
@@ -205,7 +210,7 @@ def who_is_on(found: list[Case]) -> dict[tuple[str, int], list[str]]:
 
 
 def test_every_line_has_its_baselines(checkpoint: Checkpoint) -> None:
-    choice = Choice(lines.select(["all"]), peers.DEFAULT_PEERS, (1, 2))
+    choice = Choice(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1, 2))
     assert who_is_on(all_cases(checkpoint, choice)) == {
         ("ar.prefill", 1): ["ours", "transformers"],
         ("ar.token", 1): ["ours", "transformers", "published"],
@@ -228,7 +233,7 @@ def test_without_baselines_there_is_ours_alone(checkpoint: Checkpoint) -> None:
 
 
 def test_every_entry_says_what_it_must_do(checkpoint: Checkpoint) -> None:
-    for case in all_cases(checkpoint, Choice(lines.select(["all"]), peers.DEFAULT_PEERS, (1,))):
+    for case in all_cases(checkpoint, Choice(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1,))):
         assert set(case.work) == {candidate.who for candidate in case.candidates}
         for work in case.work.values():
             assert work is not None

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.measure.bench import peer_modules
+from blip3o_rt.measure.bench import baseline_modules
 from blip3o_rt.measure.bench.stages import (
     GUIDANCE,
     SEED,
@@ -33,15 +33,15 @@ from blip3o_rt.measure.bench.stages import (
 from blip3o_rt.params import SamplingParams
 
 FLOAT32 = "fp32"
-PEERS = ("transformers", "diffusers", "published", "compiled", "graphed", FLOAT32)
-DEFAULT_PEERS = ("transformers", "diffusers", "published")
+BASELINES = ("transformers", "diffusers", "published", "compiled", "graphed", FLOAT32)
+DEFAULT_BASELINES = ("transformers", "diffusers", "published")
 WHO = {"compiled": "published-compiled", "graphed": "published-graphed"}  # others are called as they are
 COMPILE_MODES = {"compiled": "default", "graphed": "reduce-overhead"}
 PACKAGE = {"transformers": "transformers"}  # diffusers for every other
 
 
 def available(names: tuple[str, ...], device: torch.device) -> tuple[tuple[str, ...], list[str]]:
-    """The peers of these that can run here, and a line for each reason why others cannot."""
+    """The baselines of these that can run here, and a line for each reason why others cannot."""
     reasons = {name: unavailable(name, device) for name in names}
     left_out: dict[str, list[str]] = {}
     for name, reason in reasons.items():
@@ -52,14 +52,14 @@ def available(names: tuple[str, ...], device: torch.device) -> tuple[tuple[str, 
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
-    """None where a peer can run on the device, else why not. Raises ParameterError for an unknown name."""
-    if name not in PEERS:
-        raise ParameterError(f"baselines has {name!r}: accepted are {', '.join(PEERS)} and none")
+    """None where a baseline can run on the device, else why not. Raises ParameterError for another name."""
+    if name not in BASELINES:
+        raise ParameterError(f"baselines has {name!r}: accepted are {', '.join(BASELINES)} and none")
     if name == "graphed" and device.type != "cuda":
         return "CUDA graphs need a GPU"
     if name == FLOAT32:
         return None
-    reason = peer_modules.missing_package(PACKAGE.get(name, "diffusers"))
+    reason = baseline_modules.missing_package(PACKAGE.get(name, "diffusers"))
     if reason is None and name in COMPILE_MODES:
         reason = compile_problem(device)
     return reason
@@ -79,12 +79,12 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
-class LanguagePeer:
+class LanguageBaseline:
     """transformers' Qwen3 over an ArStage's weights, prompt and context."""
 
     def __init__(self, stage: ArStage) -> None:
         self.stage = stage
-        self.model = peer_modules.language_model(stage.config.ar, stage.weights)
+        self.model = baseline_modules.language_model(stage.config.ar, stage.weights)
         self.device = stage.engine.decoder.device
 
     def ids(self, values: list[int], batch: int = 1) -> Tensor:
@@ -122,23 +122,23 @@ class LanguageTokens:
     """
 
     def __init__(
-        self, peer: LanguagePeer, batch: int, whole_vocabulary: bool, compile_mode: str | None
+        self, baseline: LanguageBaseline, batch: int, whole_vocabulary: bool, compile_mode: str | None
     ) -> None:
-        self._peer, self._batch, self._static = peer, batch, compile_mode is not None
-        stage, config = peer.stage, peer.stage.config
+        self._baseline, self._batch, self._static = baseline, batch, compile_mode is not None
+        stage, config = baseline.stage, baseline.stage.config
         rows = range(config.ar.vocab_size) if whole_vocabulary else stage.head_rows()
-        self._first_row, self._head = rows.start, peer.model.lm_head.weight[rows.start : rows.stop]
+        self._first_row, self._head = rows.start, baseline.model.lm_head.weight[rows.start : rows.stop]
         codes, words = config.image_tokens.num_image_tokens, config.ar.vocab_size
         sampling = stage.sampling
         self._draw = Sampler(sampling.temperature, sampling.top_k_for(codes, words), sampling.top_p)
-        decoder = peer.model.model
+        decoder = baseline.model.model
         self._step = decoder if compile_mode is None else torch.compile(decoder, mode=compile_mode)
         self._left, self._cache, self._hidden = 0, self._empty_cache(), torch.empty(0)
 
     def _empty_cache(self) -> Any:
         from transformers import DynamicCache, StaticCache
 
-        stage, config = self._peer.stage, self._peer.model.config
+        stage, config = self._baseline.stage, self._baseline.model.config
         if self._static:
             return StaticCache(config=config, max_cache_len=len(stage.context) + stage.steps_per_run)
         return DynamicCache(config=config)
@@ -151,10 +151,10 @@ class LanguageTokens:
             self._cache.reset()  # the compiled step knows these tensors by their addresses
         else:
             self._cache = self._empty_cache()
-        ids = self._peer.ids(self._peer.stage.context, self._batch)
-        output = self._peer.model.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        ids = self._baseline.ids(self._baseline.stage.context, self._batch)
+        output = self._baseline.model.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
         self._hidden = output.last_hidden_state[:, -1]
-        self._left = self._peer.stage.steps_per_run
+        self._left = self._baseline.stage.steps_per_run
         self()
 
     def __call__(self) -> Tensor:
@@ -183,11 +183,11 @@ class Sampler:
         return torch.multinomial(logits.softmax(dim=-1), num_samples=1)[:, 0]
 
 
-class ConnectorPeer:
+class ConnectorBaseline:
     """The connector as the published code calls it: on zeros and hidden states, at every step."""
 
     def __init__(self, stage: ConnectorStage) -> None:
-        self.module = peer_modules.diffusion_connector(stage.config, stage.weights)
+        self.module = baseline_modules.diffusion_connector(stage.config, stage.weights)
         self.hidden = torch.stack([torch.zeros_like(stage.hidden), stage.hidden])
 
     def run(self) -> Tensor:
@@ -195,12 +195,12 @@ class ConnectorPeer:
         return self.module(self.hidden)
 
 
-class DitPeer:
+class DitBaseline:
     """diffusers' transformer and scheduler over a DitStage's weights and inputs."""
 
     def __init__(self, stage: DitStage, compile_mode: str | None = None) -> None:
         self.stage = stage
-        module = peer_modules.transformer(stage.config.dit, stage.weights)
+        module = baseline_modules.transformer(stage.config.dit, stage.weights)
         self.module = module if compile_mode is None else torch.compile(module, mode=compile_mode)
         self.scheduler = flow_scheduler(stage.config, stage.schedule.steps, stage.dit.device)
         counts = torch.tensor(stage.tokens.null_counts, device=stage.dit.device)
@@ -218,7 +218,7 @@ class DitPeer:
 
 def flow_scheduler(config: Any, steps: int, device: torch.device) -> Any:
     """diffusers' scheduler set to the published sigmas."""
-    scheduler = peer_modules.scheduler(config.scheduler)
+    scheduler = baseline_modules.scheduler(config.scheduler)
     scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps), device=device)
     return scheduler
 
@@ -247,12 +247,12 @@ def published_step(
     return scheduler.step(null + GUIDANCE * (conditional - null), timestep, latent).prev_sample
 
 
-class VaePeer:
+class VaeBaseline:
     """diffusers' autoencoder over a VaeStage's weights and inputs."""
 
     def __init__(self, stage: VaeStage, compile_mode: str | None = None) -> None:
         self.stage, self.dtype = stage, stage.autoencoder.dtype
-        self.module = peer_modules.autoencoder(stage.config.vae, stage.weights)
+        self.module = baseline_modules.autoencoder(stage.config.vae, stage.weights)
         self._decode = self.module.decode
         if compile_mode is not None:
             self._decode = torch.compile(self._decode, mode=compile_mode)
@@ -274,18 +274,18 @@ def published_decode(
     return (decode((latent / scaling_factor).to(dtype)).sample / 2 + 0.5).clamp(0, 1)
 
 
-class TatokPeer:
+class TatokBaseline:
     """transformers' vision tower over a TatokStage's weights and image."""
 
     def __init__(self, stage: TatokStage) -> None:
         self.stage = stage
-        self.tower = peer_modules.VisionTower(stage.tower, stage.weights)
+        self.tower = baseline_modules.VisionTower(stage.tower, stage.weights)
 
     def encode(self) -> tuple[Tensor, Tensor]:
         return self.tower(self.stage.pixels)
 
 
-class ImagePeer:
+class ImageBaseline:
     """Whole images the published way: generate, a second pass, the denoising loop, the decoder."""
 
     def __init__(
@@ -297,10 +297,10 @@ class ImagePeer:
     ) -> None:
         config, weights = checkpoint.config, checkpoint.weights
         self.config, self.steps, self.device = config, steps, checkpoint.device
-        self.language = peer_modules.language_model(config.ar, weights["ar"])
-        self.connector = peer_modules.diffusion_connector(config, weights["connector"])
-        self.transformer = peer_modules.transformer(config.dit, weights["dit"])
-        self.decode = peer_modules.autoencoder(config.vae, weights["vae"]).decode
+        self.language = baseline_modules.language_model(config.ar, weights["ar"])
+        self.connector = baseline_modules.diffusion_connector(config, weights["connector"])
+        self.transformer = baseline_modules.transformer(config.dit, weights["dit"])
+        self.decode = baseline_modules.autoencoder(config.vae, weights["vae"]).decode
         self.prompt = torch.tensor([prompt_ids], device=checkpoint.device)
         self.dtype = checkpoint.dtype
         self.generation: dict[str, Any] = {}
