@@ -19,7 +19,7 @@ from blip3o_rt.machine import resolve_device
 from blip3o_rt.measure import tables
 from blip3o_rt.measure.bench import baselines, lines
 from blip3o_rt.measure.bench import compare as comparing
-from blip3o_rt.measure.bench.run import Run, Settings, model_entry
+from blip3o_rt.measure.bench.run import Run, model_entry
 from blip3o_rt.measure.bench.subject import prepare
 from blip3o_rt.measure.bench.traced import trace_stages
 from blip3o_rt.measure.records import BenchRecord
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     return FAILED_LINES if record.failed else 0
 
 
-def read_settings(arguments: argparse.Namespace, device: torch.device) -> tuple[Settings, list[str]]:
+def read_settings(arguments: argparse.Namespace, device: torch.device) -> tuple[lines.Settings, list[str]]:
     """What is measured, and why baselines are left out. Raises ParameterError and OpError."""
     runs = arguments.runs if arguments.runs is not None else QUICK_RUNS if arguments.quick else RUNS
     if not 1 <= runs <= MAX_RUNS:
@@ -88,7 +88,7 @@ def read_settings(arguments: argparse.Namespace, device: torch.device) -> tuple[
     if arguments.ops is not None:
         every = arguments.ops == "all"
         op_names = tuple(sorted(ops.all_ops()) if every else (find(n).name for n in names(arguments.ops)))
-    settings = Settings(
+    settings = lines.Settings(
         tier=arguments.tier,
         batches=parse_batches(arguments.batch),
         lines=chosen,

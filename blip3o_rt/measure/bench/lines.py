@@ -14,6 +14,7 @@ from blip3o_rt.graphs import graphs_wanted
 from blip3o_rt.measure.bench import baselines, work
 from blip3o_rt.measure.bench.stages import (
     SEED,
+    STEPS,
     ArStage,
     ConnectorStage,
     DitStage,
@@ -25,6 +26,7 @@ from blip3o_rt.measure.bench.work import Work
 from blip3o_rt.measure.records import OURS, Line
 from blip3o_rt.measure.units import number_text, time_text
 from blip3o_rt.params import SamplingParams
+from blip3o_rt.switches import EXACT
 
 QUEUED_TOKENS = 128  # of one sample on a GPU
 QUEUED_IMAGES = 4
@@ -32,12 +34,28 @@ WHOLE_VOCABULARY = "draws from the whole vocabulary"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What of everything a run measures: names of lines, baselines, and batch sizes."""
+class Settings:
+    """What a run measures.
 
-    names: frozenset[str]
-    baselines: tuple[str, ...]
-    batches: tuple[int, ...]
+    Attributes:
+        lines: names (empty: none).
+        baselines: those that can run here.
+        op_names: None for no ops.
+        ablate: names of lines whose ablations are measured.
+        runs: rounds of a line.
+        quick: rooflines too small to mean anything, for trying out.
+        steps: of a whole image.
+    """
+
+    lines: frozenset[str]
+    baselines: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1,)
+    tier: str = EXACT
+    op_names: tuple[str, ...] | None = None
+    ablate: frozenset[str] = frozenset()
+    runs: int = 1
+    quick: bool = False
+    steps: int = STEPS
 
     def compiled(self) -> Iterator[tuple[str, str]]:
         """(who, torch.compile's mode) of the compiled baselines chosen."""
@@ -79,22 +97,22 @@ class Case:
 # Cases of a part of the checkpoint, which is loaded once for all of them
 
 
-def ar_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def ar_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """Prompt, tokens by batch, and the second pass that the published code needs."""
-    stage = ArStage(checkpoint, max_batch=max(choice.batches))
-    language = baselines.LanguageBaseline(stage) if choice.baselines else None
+    stage = ArStage(checkpoint, max_batch=max(settings.batches))
+    language = baselines.LanguageBaseline(stage) if settings.baselines else None
     prompt = len(stage.prompt_ids)
-    if "ar.prefill" in choice.names:
+    if "ar.prefill" in settings.lines:
         case = Case("ar.prefill", f"a prompt of {prompt} tokens", per=prompt)
         case.add(OURS, stage.prefill, stage.prefill_work(weight_itemsize=stage.weight_itemsize))
-        if language is not None and "transformers" in choice.baselines:
+        if language is not None and "transformers" in settings.baselines:
             case.add("transformers", language.prefill, stage.prefill_work())
         yield case
-    if "ar.token" in choice.names:
-        for batch in choice.batches:
-            yield _token_case(stage, language, choice, batch)
-    transformers = {"published", "transformers"}.intersection(choice.baselines)  # it needs no other package
-    if "ar.second_pass" in choice.names and language is not None and transformers:
+    if "ar.token" in settings.lines:
+        for batch in settings.batches:
+            yield _token_case(stage, language, settings, batch)
+    transformers = {"published", "transformers"}.intersection(settings.baselines)  # it needs no other package
+    if "ar.second_pass" in settings.lines and language is not None and transformers:
         length = prompt + stage.config.image_tokens.tokens_per_image
         what = "hidden states of the whole sequence again (ours keeps them)"
         case = Case("ar.second_pass", what, per=length)
@@ -103,7 +121,7 @@ def ar_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
 
 
 def _token_case(
-    stage: ArStage, language: baselines.LanguageBaseline | None, choice: Choice, batch: int
+    stage: ArStage, language: baselines.LanguageBaseline | None, settings: Settings, batch: int
 ) -> Case:
     head, whole = len(stage.head_rows()), stage.config.ar.vocab_size
     case = Case("ar.token", "one decoded token of each image", per=batch, batch=batch)
@@ -114,11 +132,11 @@ def _token_case(
     if language is None:
         return case
     kinds: list[tuple[str, bool, str | None, str]] = []
-    if "transformers" in choice.baselines:
+    if "transformers" in settings.baselines:
         kinds.append(("transformers", False, None, "draws from the rows of the head that ours reads"))
-    if "published" in choice.baselines:
+    if "published" in settings.baselines:
         kinds.append(("published", True, None, WHOLE_VOCABULARY))
-    kinds += [(who, True, mode, f"{WHOLE_VOCABULARY}; static cache") for who, mode in choice.compiled()]
+    kinds += [(who, True, mode, f"{WHOLE_VOCABULARY}; static cache") for who, mode in settings.compiled()]
     for who, whole_vocabulary, mode, note in kinds:
         tokens = language.tokens(batch, whole_vocabulary=whole_vocabulary, compile_mode=mode)
         least = stage.token_work(batch, whole if whole_vocabulary else head)
@@ -126,76 +144,76 @@ def _token_case(
     return case
 
 
-def connector_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def connector_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """The connector: ours once per image, the published code at every step."""
     stage = ConnectorStage(checkpoint)
     case = Case("connector", "hidden states of an image to the transformer's condition")
     case.add(OURS, stage.run, stage.work())
-    if "published" in choice.baselines:
+    if "published" in settings.baselines:
         note = "both branches in full; runs at every step, ours once per image"
         case.add("published", baselines.ConnectorBaseline(stage).run, stage.published_work(), note=note)
     yield case
 
 
-def tatok_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def tatok_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """The image tokenizer."""
     stage = TatokStage(checkpoint)
     case = Case("tatok.encode", "a reference image to codes")
     case.add(OURS, stage.encode, stage.work())
-    if "transformers" in choice.baselines:
+    if "transformers" in settings.baselines:
         note = "the tower cut off above the layer in use, the codebook normalized ahead"
         case.add("transformers", baselines.TatokBaseline(stage).encode, stage.work(), note=note)
     yield case
 
 
-def dit_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def dit_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """The diffusion transformer: once per schedule, once per image, at every step."""
     stage = DitStage(checkpoint)
-    if "dit.tables" in choice.names:
+    if "dit.tables" in settings.lines:
         case = Case("dit.tables", f"modulation of {stage.schedule.steps} steps, once per schedule")
         case.add(OURS, stage.tables, stage.tables_work())
         yield case
-    if "dit.condition" in choice.names:
+    if "dit.condition" in settings.lines:
         case = Case("dit.condition", "keys and values of all layers, once per image")
         case.add(OURS, stage.condition, stage.condition_work(), prepare=stage.capture_image)
         yield case
-    if "dit.step" in choice.names:
-        yield _step_case("dit.step", "one denoising step with guidance", stage, choice)
+    if "dit.step" in settings.lines:
+        yield _step_case("dit.step", "one denoising step with guidance", stage, settings)
 
 
-def edit_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def edit_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """A step of an edit; what is computed once for it is as in text-to-image."""
     shape = work.step_shape(checkpoint.config, edit=True)
     what = f"one denoising step of an edit: {shape.tokens} tokens, {shape.condition} of the condition"
-    yield _step_case("dit.step.edit", what, DitStage(checkpoint, edit=True), choice)
+    yield _step_case("dit.step.edit", what, DitStage(checkpoint, edit=True), settings)
 
 
-def _step_case(name: str, what: str, stage: DitStage, choice: Choice) -> Case:
+def _step_case(name: str, what: str, stage: DitStage, settings: Settings) -> Case:
     case = Case(name, what)
     steps = stage.schedule.steps
     case.add(OURS, stage.step, stage.step_work(shortened=True), prepare=stage.prepare, queued=steps)
-    if "diffusers" in choice.baselines:
+    if "diffusers" in settings.baselines:
         case.add("diffusers", baselines.DitBaseline(stage).step, stage.step_work(shortened=False))
-    for who, mode in choice.compiled() if not stage.edit else ():
+    for who, mode in settings.compiled() if not stage.edit else ():
         compiled = baselines.DitBaseline(stage, mode)
         case.add(who, compiled.step, stage.step_work(shortened=False), note="cold is the compilation")
     return case
 
 
-def vae_cases(checkpoint: Checkpoint, choice: Choice) -> Iterator[Case]:
+def vae_cases(checkpoint: Checkpoint, settings: Settings) -> Iterator[Case]:
     """The autoencoder in both directions."""
     stage = VaeStage(checkpoint)
-    diffusers = baselines.VaeBaseline(stage) if "diffusers" in choice.baselines else None
-    if "vae.decode" in choice.names:
+    diffusers = baselines.VaeBaseline(stage) if "diffusers" in settings.baselines else None
+    if "vae.decode" in settings.lines:
         case = Case("vae.decode", "a latent to an image")
         case.add(OURS, stage.decode, stage.decode_work(shortened=True), queued=QUEUED_IMAGES)
         if diffusers is not None:
             case.add("diffusers", diffusers.decode, stage.decode_work(shortened=False))
-        for who, mode in choice.compiled():
+        for who, mode in settings.compiled():
             compiled, least = baselines.VaeBaseline(stage, mode), stage.decode_work(shortened=False)
             case.add(who, compiled.decode, least, note="cold is the compilation")
         yield case
-    if "vae.encode" in choice.names:
+    if "vae.encode" in settings.lines:
         case = Case("vae.encode", "a reference image to a latent")
         case.add(OURS, stage.encode, stage.encode_work())
         if diffusers is not None:
@@ -257,7 +275,7 @@ def tatok_encode(checkpoint: Checkpoint) -> Candidate:
 # The table
 
 
-Cases = Callable[[Checkpoint, Choice], Iterator[Case]]
+Cases = Callable[[Checkpoint, Settings], Iterator[Case]]
 
 
 @dataclass(frozen=True)

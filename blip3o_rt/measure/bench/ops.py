@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.checkpoint.parts import DTYPES
 from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.measure.bench.lines import Settings
 from blip3o_rt.measure.bench.subject import Subject
 from blip3o_rt.measure.bench.timing import Candidate, device_clock, quiet, sample
 from blip3o_rt.measure.cases.model_shapes import OpShape, op_shapes
@@ -24,9 +25,6 @@ from blip3o_rt.measure.validate.case import Case, copies
 from blip3o_rt.measure.validate.finding import Finding
 from blip3o_rt.measure.validate.sweep import findings, refusal
 from blip3o_rt.ops.registry import Op
-
-if TYPE_CHECKING:
-    from blip3o_rt.measure.bench.run import Settings
 
 MORE_RUNS = 3  # an op is short: so many times the rounds of a line
 SECONDS, QUICK_SECONDS = 1.0, 0.02  # of one implementation at one shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.bench import baselines, compose, rooflines
 from blip3o_rt.measure.bench.ablation import ablate
 from blip3o_rt.measure.bench.count import kernel_launches, operator_calls
-from blip3o_rt.measure.bench.lines import BY_NAME, LINES, Case, Choice
+from blip3o_rt.measure.bench.lines import BY_NAME, LINES, Case, Settings
 from blip3o_rt.measure.bench.ops import time_ops
 from blip3o_rt.measure.bench.stages import STEPS, ArStage, ImageStage
 from blip3o_rt.measure.bench.subject import Subject
@@ -35,31 +35,6 @@ from blip3o_rt.precision import FP32
 
 MORE_RUNS = {"ar.token": 4}  # a line of short calls takes more rounds where each is one call
 COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count its launches
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run measures.
-
-    Attributes:
-        lines: names (empty: none).
-        baselines: those that can run here.
-        op_names: None for no ops.
-        ablate: names of lines whose ablations are measured.
-        runs: rounds of a line.
-        quick: rooflines too small to mean anything, for trying out.
-        steps: of a whole image.
-    """
-
-    tier: str
-    batches: tuple[int, ...]
-    lines: frozenset[str]
-    baselines: tuple[str, ...]
-    op_names: tuple[str, ...] | None
-    ablate: frozenset[str]
-    runs: int
-    quick: bool = False
-    steps: int = STEPS
 
 
 def model_entry(subject: Subject, tier: str, kernels: Sequence[UserKernel]) -> dict[str, Any]:
@@ -99,7 +74,6 @@ class Run:
     ) -> None:
         self.subject, self.settings, self.record, self.log = subject, settings, record, log
         self.dtype = dtype_name(subject.precision.arithmetic)
-        self.choice = Choice(settings.lines, settings.baselines, settings.batches)
 
     def everything(self) -> None:
         """All that the settings ask for. What was measured before an interruption is in the record."""
@@ -129,7 +103,7 @@ class Run:
             assert cases is not None
             try:
                 float32 = self.float32([part] if part else None)
-                for case in cases(self.subject.load([part] if part else None), self.choice):
+                for case in cases(self.subject.load([part] if part else None), self.settings):
                     self.case(case if float32 is None else with_float32(case, float32))
             except Blip3oError as error:
                 names = [spec.name for spec in chosen if spec.cases is cases]
@@ -221,7 +195,7 @@ class Run:
         modes: dict[str, str | None] = {"published": None} if "published" in self.settings.baselines else {}
         others = {
             who: baselines.ImageBaseline(checkpoint, prompt, mode, self.settings.steps)
-            for who, mode in (modes | dict(self.choice.compiled())).items()
+            for who, mode in (modes | dict(self.settings.compiled())).items()
         }
         for batch in self.settings.batches:
             case = image_case(batch)
@@ -249,7 +223,7 @@ class Run:
         """Everybody's image from the medians of its stages."""
         tokens, case = self.subject.config().image_tokens.tokens_per_image, image_case(batch)
         chosen = ["published"] if "published" in self.settings.baselines else []
-        chosen += [who for who, _ in self.choice.compiled()]
+        chosen += [who for who, _ in self.settings.compiled()]
         timings = []
         for who, parts in compose.recipes(tokens, self.settings.steps, batch, chosen).items():
             seconds = compose.composed(parts, self.record.lines)

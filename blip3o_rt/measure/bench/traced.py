@@ -8,11 +8,9 @@ from pathlib import Path
 from blip3o_rt import trace
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.machine import exact_arithmetic
-from blip3o_rt.measure.bench.lines import LINES, Cases, Choice
+from blip3o_rt.measure.bench.lines import LINES, Cases, Settings
 from blip3o_rt.measure.bench.subject import Subject
 from blip3o_rt.measure.records import OURS
-
-BATCH = 1
 
 
 def trace_stages(subject: Subject, lines: frozenset[str], path: Path, log: Callable[[str], None]) -> None:
@@ -20,22 +18,22 @@ def trace_stages(subject: Subject, lines: frozenset[str], path: Path, log: Calla
 
     A call is the range "bench LINE"; "load" and "warm-up" before it are what it took to get there.
     """
-    choice = Choice(lines, baselines=(), batches=(BATCH,))
+    settings = Settings(lines)
     chosen = [(spec.cases, spec.part) for spec in LINES if spec.name in lines]
     with exact_arithmetic(subject.device), trace.recorded(path, subject.device):
         for cases, part in dict.fromkeys(chosen):
             if cases is not None:
                 try:
-                    trace_part(subject, cases, part, choice)
+                    trace_part(subject, cases, part, settings)
                 except Blip3oError as error:
                     log(f"not traced: {error}")
 
 
-def trace_part(subject: Subject, cases: Cases, part: str | None, choice: Choice) -> None:
+def trace_part(subject: Subject, cases: Cases, part: str | None, settings: Settings) -> None:
     """The cases of ours that share a part of the checkpoint."""
     with trace.span("load"):
         checkpoint = subject.load([part] if part else None)
-    for case in cases(checkpoint, choice):
+    for case in cases(checkpoint, settings):
         for candidate in case.candidates:
             if candidate.who == OURS:
                 with trace.span("warm-up"):

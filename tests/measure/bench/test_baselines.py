@@ -17,7 +17,7 @@ from blip3o_rt.dit.layout import layout
 from blip3o_rt.errors import ConfigError, ParameterError
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.bench import baselines, lines, stages
-from blip3o_rt.measure.bench.lines import Case, Choice
+from blip3o_rt.measure.bench.lines import Case, Settings
 from blip3o_rt.measure.random_checkpoint import preset
 from blip3o_rt.params import SamplingParams
 
@@ -200,9 +200,9 @@ def test_a_compiler_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
 # Which lines there are
 
 
-def all_cases(checkpoint: Checkpoint, choice: Choice) -> list[Case]:
+def all_cases(checkpoint: Checkpoint, settings: Settings) -> list[Case]:
     builders = dict.fromkeys(spec.cases for spec in lines.LINES if spec.cases is not None)
-    return [case for cases in builders for case in cases(checkpoint, choice)]
+    return [case for cases in builders for case in cases(checkpoint, settings)]
 
 
 def who_is_on(found: list[Case]) -> dict[tuple[str, int], list[str]]:
@@ -210,8 +210,8 @@ def who_is_on(found: list[Case]) -> dict[tuple[str, int], list[str]]:
 
 
 def test_every_line_has_its_baselines(checkpoint: Checkpoint) -> None:
-    choice = Choice(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1, 2))
-    assert who_is_on(all_cases(checkpoint, choice)) == {
+    settings = Settings(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1, 2))
+    assert who_is_on(all_cases(checkpoint, settings)) == {
         ("ar.prefill", 1): ["ours", "transformers"],
         ("ar.token", 1): ["ours", "transformers", "published"],
         ("ar.token", 2): ["ours", "transformers", "published"],
@@ -228,12 +228,12 @@ def test_every_line_has_its_baselines(checkpoint: Checkpoint) -> None:
 
 
 def test_without_baselines_there_is_ours_alone(checkpoint: Checkpoint) -> None:
-    found = all_cases(checkpoint, Choice(lines.select(["all"]), (), (1,)))
+    found = all_cases(checkpoint, Settings(lines.select(["all"]), (), (1,)))
     assert {who for whos in who_is_on(found).values() for who in whos} == {"ours"}
 
 
 def test_every_entry_says_what_it_must_do(checkpoint: Checkpoint) -> None:
-    for case in all_cases(checkpoint, Choice(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1,))):
+    for case in all_cases(checkpoint, Settings(lines.select(["all"]), baselines.DEFAULT_BASELINES, (1,))):
         assert set(case.work) == {candidate.who for candidate in case.candidates}
         for work in case.work.values():
             assert work is not None

@@ -17,7 +17,8 @@ from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.bench import ablation, baselines, lines, rooflines, run, stages, timing
 from blip3o_rt.measure.bench.command import FILE
-from blip3o_rt.measure.bench.run import Run, Settings, model_entry
+from blip3o_rt.measure.bench.lines import Settings
+from blip3o_rt.measure.bench.run import Run, model_entry
 from blip3o_rt.measure.bench.subject import Subject, prepare
 from blip3o_rt.measure.random_checkpoint import folder_name, preset
 from blip3o_rt.measure.records import BenchRecord, Line, OpTime, Roofline
