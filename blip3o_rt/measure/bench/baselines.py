@@ -30,6 +30,7 @@ from blip3o_rt.measure.bench.stages import (
     TatokStage,
     VaeStage,
 )
+from blip3o_rt.measure.records import describe
 from blip3o_rt.params import SamplingParams
 
 FLOAT32 = "fp32"
@@ -71,12 +72,8 @@ def compile_problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: (x + 1).relu())(torch.ones(16, device=device))
     except Exception as error:  # no compiler, an unsupported Python, a broken Triton: all end here
-        return f"torch.compile does not work here ({type(error).__name__}: {_first_line(error)})"
+        return f"torch.compile does not work here ({describe(error)})"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 class LanguageBaseline:

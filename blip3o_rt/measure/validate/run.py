@@ -17,6 +17,7 @@ from blip3o_rt import ops
 from blip3o_rt.errors import CheckpointError, DeviceError
 from blip3o_rt.machine import resolve_device
 from blip3o_rt.measure.cases import ops_with_cases
+from blip3o_rt.measure.records import describe
 from blip3o_rt.measure.validate.checkpoint import sized_checkpoint
 from blip3o_rt.measure.validate.line import GROUPS, Line, at_most
 from blip3o_rt.measure.validate.record import FILE, ValidateRecord
@@ -165,7 +166,7 @@ class _Run:
                 for item in self._items(name):
                     self._add(item)
         except Exception as error:
-            detail = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            detail = describe(error)
             none = float("nan")
             self._add(
                 at_most(name, "ended by an error", "", "lines", none, 0.0, why="it must run", detail=detail)

@@ -14,6 +14,7 @@ from blip3o_rt import ops
 from blip3o_rt.errors import OpError
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.cases import cases_of, check_of, ops_with_cases
+from blip3o_rt.measure.records import describe
 from blip3o_rt.measure.validate.case import Case, run, run_exact
 from blip3o_rt.measure.validate.finding import Finding
 from blip3o_rt.measure.validate.line import Line, at_most, severity
@@ -71,8 +72,7 @@ def findings(
         with selected(variant) as implementation, exact_arithmetic(torch.device(device)):
             results = run(op, implementation, case, device)
     except Exception as error:
-        message = next(iter(str(error).splitlines()), "")
-        return [Finding("no result", math.nan, 0.0, detail=f"raised {type(error).__name__}: {message}")]
+        return [Finding("no result", math.nan, 0.0, detail=f"raised {describe(error)}")]
     return check_of(op.name)(op, case, results, run_exact(op, case) if exact is None else exact)
 
 
