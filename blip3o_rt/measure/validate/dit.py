@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
@@ -98,18 +99,21 @@ def _published(
     return Denoised(distinct, predictions, latents), steps
 
 
+def condition_of(checkpoint: Checkpoint, hidden: Tensor, latent: Tensor | None) -> ConditionTokens:
+    """Our condition of hidden states [T + 1, hidden], and of a reference's latent where it is seen."""
+    weights, device = checkpoint.weights["connector"], checkpoint.device
+    of_latent = None if latent is None else Connector(weights, "und_image_vae_connector")
+    latent = None if latent is None else latent.to(device)
+    return condition_tokens(hidden.to(device), Connector(weights, "diffusion_connector"), latent, of_latent)
+
+
 def _ours(subject: Subject, dtype: str, references: list[Reference], steps: list[Step]) -> Denoised:
     checkpoint = subject.ours(dtype, "connector", "dit")
     config, weights = checkpoint.config, checkpoint.weights
     latent = references[0].latent if references else None
     looks = subject.looks(references)
     with exact_arithmetic(subject.device):
-        tokens: ConditionTokens = condition_tokens(
-            subject.hidden[0].to(subject.device),
-            Connector(weights["connector"], "diffusion_connector"),
-            latent if looks else None,
-            Connector(weights["connector"], "und_image_vae_connector") if looks else None,
-        )
+        tokens = condition_of(checkpoint, subject.hidden[0], latent if looks else None)
         dit = DiT(config.dit, weights["dit"])
         condition = dit.condition(tokens)
         tables = dit.schedule_tables(flow_schedule(config.scheduler, len(steps)))

@@ -20,8 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
-from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.errors import CheckpointError
@@ -29,6 +27,7 @@ from blip3o_rt.images import load_reference, tower_pixels
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.published import levels
 from blip3o_rt.measure.validate.bounds import equal_line, tensor_line
+from blip3o_rt.measure.validate.dit import condition_of
 from blip3o_rt.measure.validate.images import Compared, image_lines
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.params import DiffusionParams
@@ -139,12 +138,7 @@ def _prediction_lines(recording: Recording, checkpoint: Checkpoint) -> Iterator[
     schedule = flow_schedule(config.scheduler, recording.steps)
     yield _line("timesteps", schedule.timesteps, tensors["timesteps"])
     looks = config.edit.use_und_image_vae and "ref_latents" in tensors
-    tokens = condition_tokens(
-        tensors["hidden"][0].to(device),
-        Connector(weights["connector"], "diffusion_connector"),
-        tensors["ref_latents"].to(device) if looks else None,
-        Connector(weights["connector"], "und_image_vae_connector") if looks else None,
-    )
+    tokens = condition_of(checkpoint, tensors["hidden"][0], tensors["ref_latents"] if looks else None)
     dit = DiT(config.dit, weights["dit"])
     condition, tables = dit.condition(tokens), dit.schedule_tables(schedule)
     first = dit.predict(tensors["first_in"][:1].to(device), tables.step(0), condition)
