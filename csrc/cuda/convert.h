@@ -107,6 +107,18 @@ __device__ inline Pack<T, kWidestPack<T>> load_if(bool condition, const T* from)
 #endif
 }
 
+// An element that no kernel writes meanwhile, or `otherwise` without an access; no branch here either.
+__device__ inline int32_t load_if(bool condition, const int32_t* from, int32_t otherwise) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.b32 %0, [%1]; }"
+                 : "+r"(otherwise)
+                 : "l"(from), "r"(static_cast<uint32_t>(condition)));
+    return otherwise;
+#else
+    return condition ? *from : otherwise;
+#endif
+}
+
 inline bool is_aligned(const void* pointer, size_t bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }

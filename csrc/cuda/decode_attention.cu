@@ -6,8 +6,9 @@
 //          attends to them out of shared memory and writes them to the cache, where nobody reads them.
 // Bytes    those of paged_decode_attention; and the token's q heads once per split, from a cache.
 // FLOPs    4 D per key and query head, and about 12 per element of q per split.
-// Bound    memory; for one short sequence latency: of one launch instead of three, two loads (block table,
-//          then K and V; the norms hide behind them) and the count of arrivals.
+// Bound    memory; for one short sequence latency: of one launch instead of three, of two rounds of loads (length,
+//          position, slot and page table, then K and V; the norms hide behind them), of the count of arrivals,
+//          and of one round of loads behind it.
 //
 // Queries, keys and values are rounded as qk_norm_rope_append rounds them, so the bits are those of the two ops
 // one after the other. A token whose position or slot is wrong gets NaN and is not written.

@@ -1,14 +1,14 @@
 // Attention of one query per sequence over its pages of the KV cache, split over keys.
 //
 // Tiling   one block per sequence, KV head and 64 keys; all query heads of the KV head share its one reading
-//          of K and V. A lane takes 16 bytes of a key's row, so that a row of 128 bfloat16 is half a warp;
-//          every K and V of the block is loaded into registers before anything is computed. The last block of
-//          a sequence and KV head adds up the splits.
+//          of K and V, two of them in one pass. A lane takes 16 bytes of a key's row, so that a row of 128
+//          bfloat16 is half a warp; every K and V of the block is loaded into registers before anything is
+//          computed. The last block of a sequence and KV head adds up the splits, 16 in one round of loads.
 // Bytes    K and V once, 4 D bytes per key and KV head in bfloat16; and 4 (D + 2) bytes per split and query
 //          head, written and read: 6% more for Qwen3-1.7B.
 // FLOPs    4 D per key and query head.
-// Bound    memory; for one short sequence launch latency, and that of two loads (block table, then K and V)
-//          and of the count of arrivals.
+// Bound    memory; for one short sequence latency: of the launch, of two rounds of loads (length and page table,
+//          then K and V), of the count of arrivals, one atomic operation, and of one round of loads behind it.
 //
 // What it has in common with decode_attention.cu, and what it makes of wrong lengths and pages, is in
 // split_attention.h.
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kAnyThreads)
         if (thread == 0) partials.scale[entry] = make_float2(largest, total);
         __syncthreads();
     }
-    combine_if_last<T>(a, partials, sequence, kv_head, length);
+    combine_if_last<T, 1>(a, partials, sequence, kv_head, length);
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "blip3o/ops/decode_attention.h"
+#include "cuda/arrival.h"
 #include "cuda/convert.h"
 #include "cuda/norm_and_rotate.h"
 #include "cuda/paged_context.h"
@@ -18,6 +19,8 @@ namespace blip3o::cuda {
 namespace {
 
 constexpr int kSplit = kAttentionSplit;
+constexpr int kSplitsAtOnce = 16;  // added up in one round of loads: a context of 1,024
+constexpr int kHeadsAtOnce = 2;    // query heads of a KV head that a block computes in one pass
 
 // What the blocks of a sequence and KV head leave for the last of them.
 struct Partials {
@@ -50,37 +53,45 @@ __device__ void fill_heads(const PagedDecodeAttentionArguments& a, int64_t seque
 }
 
 // Called by all threads once they have left the block's part. The last block of the sequence and KV head adds
-// up the splits, and sets the count back for the next launch.
-template <class T>
+// up the splits, kPack neighboring channels a thread.
+template <class T, int kPack>
 __device__ void combine_if_last(const PagedDecodeAttentionArguments& a, const Partials& partials,
                                 int64_t sequence, int64_t kv_head, int length) {
-    __shared__ bool last;
     const int used = (length + kSplit - 1) / kSplit;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const auto ticket = static_cast<unsigned>(used - 1);  // of the last to come
-        last = atomicInc(&partials.arrived[sequence * a.cache.kv_heads + kv_head], ticket) == ticket;
-    }
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
+    if (!is_last_to_arrive(&partials.arrived[sequence * a.cache.kv_heads + kv_head], used)) return;
     const int size = static_cast<int>(a.cache.head_dim), group = heads_per_kv_head(a);
     const int64_t first_head = sequence * a.q_heads + kv_head * group;
-    for (int i = threadIdx.x; i < group * size; i += blockDim.x) {
+    for (int i = threadIdx.x * kPack; i < group * size; i += blockDim.x * kPack) {
         const int64_t head = first_head + i / size;
         const float2* scale = partials.scale + head * partials.splits;
         const float* sums = partials.sums + head * partials.splits * size + i % size;
-        float largest = -INFINITY, total = 0.0f, sum = 0.0f;
-        for (int s = 0; s < used; ++s) largest = fmaxf(largest, __ldcg(scale + s).x);
-#pragma unroll 4
-        for (int s = 0; s < used; ++s) {
-            const float2 part = __ldcg(scale + s);
-            const float weight = expf(part.x - largest);
-            total += weight * part.y;
-            sum += weight * __ldcg(sums + s * size);
+        float largest = -INFINITY, total = 0.0f, sum[kPack] = {};
+        for (int first = 0; first < used; first += kSplitsAtOnce) {
+            float2 part[kSplitsAtOnce];
+            float value[kSplitsAtOnce][kPack];
+#pragma unroll
+            for (int s = 0; s < kSplitsAtOnce; ++s) {
+                // Past the last split: that again, for want of a branch.
+                const int split = first + s < used ? first + s : used - 1;
+                part[s] = __ldcg(scale + split);
+                for (int e = 0; e < kPack; ++e) value[s][e] = __ldcg(sums + split * size + e);
+            }
+            const float before = largest;
+#pragma unroll
+            for (int s = 0; s < kSplitsAtOnce; ++s) largest = fmaxf(largest, part[s].x);
+            const float rescale = expf(before - largest);  // 0 at first
+            total *= rescale;
+            for (int e = 0; e < kPack; ++e) sum[e] *= rescale;
+#pragma unroll
+            for (int s = 0; s < kSplitsAtOnce; ++s) {
+                if (first + s >= used) break;
+                const float weight = expf(part[s].x - largest);
+                total += weight * part[s].y;
+                for (int e = 0; e < kPack; ++e) sum[e] += weight * value[s][e];
+            }
         }
-        static_cast<T*>(a.out)[first_head * size + i] = from_float<T>(sum / total);
+        T* out = static_cast<T*>(a.out) + first_head * size + i;
+        for (int e = 0; e < kPack; ++e) out[e] = from_float<T>(sum[e] / total);
     }
 }
 
@@ -93,7 +104,6 @@ struct Division {
     static constexpr int kKeysPerStep = kWarps * kKeysPerWarp, kSteps = kSplit / kKeysPerStep;
     // On a multiprocessor, to have up to 96 KiB on the way where a token's time depends on it.
     static constexpr int blocks(bool hot) { return (hot ? 12 : 8) / kWarps; }
-    static_assert(kThreads >= kHeadDim);
 };
 
 // One head's softmax over the keys that each warp has, to be merged over the warps.
@@ -102,34 +112,40 @@ struct HeadParts {
     float largest[kWarps], total[kWarps], sums[kWarps][kHeadDim];
 };
 
-// Adds up the warps' parts, in their order, and leaves the split's.
+// Adds up the warps' parts of `heads` heads from head `first_head` on, in their order, and leaves the split's.
 template <int kWarps, int kHeadDim>
-__device__ void merge_warps(const HeadParts<kWarps, kHeadDim>& parts, const Partials& partials,
-                            int64_t entry) {
-    float largest = parts.largest[0], total = 0.0f, sum = 0.0f;
-    for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, parts.largest[w]);
-    const int channel = threadIdx.x;
-    if (channel >= kHeadDim) return;
-    for (int w = 0; w < kWarps; ++w) {
-        const float scale = expf(parts.largest[w] - largest);  // 0 for a warp without keys
-        total += scale * parts.total[w];
-        sum += scale * parts.sums[w][channel];
+__device__ void merge_warps(const HeadParts<kWarps, kHeadDim> (&parts)[kHeadsAtOnce], int heads,
+                            const Partials& partials, int64_t first_head) {
+    for (int i = threadIdx.x; i < heads * kHeadDim; i += kWarps * kWarp) {
+        const auto& part = parts[i / kHeadDim];
+        const int channel = i % kHeadDim;
+        float largest = part.largest[0], total = 0.0f, sum = 0.0f;
+        for (int w = 1; w < kWarps; ++w) largest = fmaxf(largest, part.largest[w]);
+        for (int w = 0; w < kWarps; ++w) {
+            const float scale = expf(part.largest[w] - largest);  // 0 for a warp without keys
+            total += scale * part.total[w];
+            sum += scale * part.sums[w][channel];
+        }
+        const int64_t entry = (first_head + i / kHeadDim) * partials.splits + blockIdx.x;
+        partials.sums[entry * kHeadDim + channel] = sum;
+        if (channel == 0) partials.scale[entry] = make_float2(largest, total);
     }
-    partials.sums[entry * kHeadDim + channel] = sum;
-    if (channel == 0) partials.scale[entry] = make_float2(largest, total);
 }
 
-// Whether a token's position is in the table of rotations, and its slot the place of its context's last
-// position, or -1.
-__device__ inline bool has_place(const PagedDecodeAttentionArguments& a,
-                                 const QkNormRopeAppendArguments& token, int64_t sequence, int length) {
-    const int64_t position = token.positions[sequence];
-    const int32_t slot = token.slot_mapping[sequence];
-    if (position < 0 || position >= token.max_positions) return false;
-    if (slot < 0 || length <= 0) return slot == -1;
+// Where the new token of a sequence is.
+struct TokenPlace {
+    int position, slot;
+};
+
+// Whether the position is in the table of rotations, and the slot the place of the context's last position, or
+// -1.
+__device__ inline bool is_valid(const TokenPlace& place, const PagedDecodeAttentionArguments& a,
+                                const QkNormRopeAppendArguments& token, int64_t sequence, int length) {
+    if (place.position < 0 || place.position >= token.max_positions) return false;
+    if (place.slot < 0 || length <= 0) return place.slot == -1;
     const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(length - 1);
     const int64_t page = a.page_table[sequence * a.max_blocks + key / page_size];
-    return page >= 0 && page < a.cache.pages && slot == page * page_size + key % page_size;
+    return page >= 0 && page < a.cache.pages && place.slot == page * page_size + key % page_size;
 }
 
 // The heads of a token that a block makes itself: its queries, and the newest key and value.
@@ -143,12 +159,12 @@ struct TokenHeads {
 // Makes the queries for every block; key and value only for the one that `has_newest`. Ends with a barrier.
 template <class T, int kHeadDim>
 __device__ void make_heads(TokenHeads<T, kHeadDim>& heads, const QkNormRopeAppendArguments& token,
-                           int64_t sequence, int64_t kv_head, int group, bool has_newest) {
+                           int64_t sequence, int64_t kv_head, int position, int group, bool has_newest) {
     const T* packed = static_cast<const T*>(token.qkv.data) + sequence * token.qkv.stride;
     const T* queries = packed + kv_head * group * kHeadDim;
     const T* key = packed + (token.q_heads + kv_head) * kHeadDim;
     const T* value = key + token.cache.kv_heads * kHeadDim;
-    const float* rotation = token.cos_sin_cache + int64_t{token.positions[sequence]} * kHeadDim;
+    const float* rotation = token.cos_sin_cache + int64_t{position} * kHeadDim;
     const int warps = blockDim.x / kWarp;
     for (int head = threadIdx.x / kWarp; head < group + has_newest; head += warps) {
         const bool is_key = head == group;
@@ -161,100 +177,162 @@ __device__ void make_heads(TokenHeads<T, kHeadDim>& heads, const QkNormRopeAppen
     __syncthreads();
 }
 
+// What a lane has of the block's keys and values: its channels of every kKeysPerStep-th, from key `first` on.
+template <class T, int kHeadDim>
+struct LaneKeys {
+    using D = Division<T, kHeadDim>;
+    int first;
+    uint32_t missing;  // a bit for each that is on a page that does not exist
+    Pack<T, D::kPack> k[D::kSteps], v[D::kSteps];
+
+    __device__ int key(int step) const { return first + step * D::kKeysPerStep; }
+};
+
+// Softmax over the keys that a warp has, and the sum of their values, for kHeadsAtOnce queries side by side:
+// exchanges between lanes that do not wait for one another are on the way together.
+template <class T, int kHeadDim, class D = Division<T, kHeadDim>>
+__device__ void attend(HeadParts<D::kWarps, kHeadDim> (&parts)[kHeadsAtOnce],
+                       const LaneKeys<T, kHeadDim>& own, const Pack<T, D::kPack> (&query)[kHeadsAtOnce],
+                       int channel, int length, float scale) {
+    float scores[kHeadsAtOnce * D::kSteps] = {};
+#pragma unroll
+    for (int i = 0; i < kHeadsAtOnce * D::kSteps; ++i) {
+        const int s = i % D::kSteps;
+        for (int e = 0; e < D::kPack; ++e) {
+            scores[i] += to_float(query[i / D::kSteps].element[e]) * scale * to_float(own.k[s].element[e]);
+        }
+    }
+    sum_over_lanes<D::kLanesPerKey>(scores);
+    float largest[kHeadsAtOnce], sums[kHeadsAtOnce][D::kPack + 1] = {};  // of values, and of weights
+#pragma unroll
+    for (int h = 0; h < kHeadsAtOnce; ++h) {
+        largest[h] = -INFINITY;
+#pragma unroll
+        for (int s = 0; s < D::kSteps; ++s) {
+            float& score = scores[h * D::kSteps + s];
+            if (own.missing >> s & 1) score = nanf("");
+            if (own.key(s) < length) largest[h] = fmaxf(largest[h], score);
+        }
+    }
+#pragma unroll
+    for (int distance = D::kLanesPerKey; distance < kWarp; distance *= 2) {
+#pragma unroll
+        for (int h = 0; h < kHeadsAtOnce; ++h) {
+            largest[h] = fmaxf(largest[h], __shfl_xor_sync(kAllLanes, largest[h], distance));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadsAtOnce * D::kSteps; ++i) {
+        const int h = i / D::kSteps, s = i % D::kSteps;
+        const float weight = own.key(s) < length ? expf(scores[i] - largest[h]) : 0.0f;
+        for (int e = 0; e < D::kPack; ++e) sums[h][e] += weight * to_float(own.v[s].element[e]);
+        sums[h][D::kPack] += weight;
+    }
+#pragma unroll
+    for (int distance = D::kLanesPerKey; distance < kWarp; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < kHeadsAtOnce * (D::kPack + 1); ++i) {
+            float& sum = sums[i / (D::kPack + 1)][i % (D::kPack + 1)];
+            sum += __shfl_xor_sync(kAllLanes, sum, distance);
+        }
+    }
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int h = 0; h < kHeadsAtOnce; ++h) {
+        if (lane < D::kLanesPerKey) {
+            for (int e = 0; e < D::kPack; ++e) parts[h].sums[warp][channel + e] = sums[h][e];
+        }
+        if (lane == 0) {
+            parts[h].largest[warp] = largest[h];
+            parts[h].total[warp] = sums[h][D::kPack];
+        }
+    }
+}
+
 // kMakesHeads: q, and the newest key and value, come from `token` instead of a.q and the cache.
+//
+// Two rounds of loads lead to keys and values: what depends on nothing (length, place, pages), then they.
 template <class T, int kHeadDim, bool kMakesHeads>
 __global__ void __launch_bounds__(Division<T, kHeadDim>::kThreads, Division<T, kHeadDim>::blocks(kMakesHeads))
     attend_split_kernel(PagedDecodeAttentionArguments a, QkNormRopeAppendArguments token, Partials partials) {
     using D = Division<T, kHeadDim>;
     const int sequence = static_cast<int>(blockIdx.z), kv_head = static_cast<int>(blockIdx.y);
-    const int first_key = static_cast<int>(blockIdx.x) * kSplit, length = context_length(a, sequence);
-    const bool valid = length >= 0 && (!kMakesHeads || has_place(a, token, sequence, length));
-    if (!valid || length == 0) {
-        if (blockIdx.x == 0) fill_heads<T>(a, sequence, kv_head, valid ? 0.0f : nanf(""));
-        return;
-    }
-    if (first_key >= length) return;
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = heads_per_kv_head(a);
+    const int first_key = static_cast<int>(blockIdx.x) * kSplit, group = heads_per_kv_head(a);
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int channel = lane % D::kLanesPerKey * D::kPack;
-    const int own_key = first_key + warp * D::kKeysPerWarp + lane / D::kLanesPerKey;  // of the first step
-    const int newest =
-        kMakesHeads && token.slot_mapping[sequence] >= 0 ? length - 1 : -1;  // not in the cache yet
+    const int positions = static_cast<int>(a.max_blocks * a.cache.page_size);
 
-    Pack<T, D::kPack> k[D::kSteps], v[D::kSteps];
-    int rows[D::kSteps];
+    const int length = context_length(a, sequence);
+    TokenPlace place = {0, -1};
+    if (kMakesHeads) place = {token.positions[sequence], token.slot_mapping[sequence]};
+    LaneKeys<T, kHeadDim> own;
+    own.first = first_key + warp * D::kKeysPerWarp + lane / D::kLanesPerKey;
+    const auto page_size = static_cast<uint32_t>(a.cache.page_size);
+    const int32_t* entry = a.page_table + sequence * a.max_blocks + own.first / page_size;
+    int pages[D::kSteps];
+    uint32_t offsets[D::kSteps], offset_on_page = own.first % page_size;
 #pragma unroll
-    for (int s = 0; s < D::kSteps; ++s) {
-        const int key =
-            own_key + s * D::kKeysPerStep;  // past the context: the last one, for want of a branch
-        rows[s] = cache_row(a, sequence, kv_head, key < length ? key : length - 1);
+    for (int s = 0; s < D::kSteps; ++s) {  // dividing once: address arithmetic would keep the loads apart
+        pages[s] = load_if(own.key(s) < positions, entry, -1);
+        offsets[s] = offset_on_page;
+        entry += D::kKeysPerStep / page_size;
+        offset_on_page += D::kKeysPerStep % page_size;
+        if (offset_on_page >= page_size) {
+            offset_on_page -= page_size;
+            ++entry;
+        }
     }
+
+    const int newest = place.slot >= 0 ? length - 1 : -1;  // not in the cache yet
+    own.missing = 0;
 #pragma unroll
     for (int s = 0; s < D::kSteps; ++s) {
-        const int64_t offset = int64_t{rows[s]} * kHeadDim + channel;
-        const int key = own_key + s * D::kKeysPerStep;
-        const bool cached = rows[s] >= 0 && key < length && (!kMakesHeads || key != newest);
-        k[s] = load_if<Reuse::no>(cached, static_cast<const T*>(a.cache.k) + offset);
-        v[s] = load_if<Reuse::no>(cached, static_cast<const T*>(a.cache.v) + offset);
+        const int row = row_on_page(a, pages[s], kv_head, offsets[s]);
+        const int64_t offset = int64_t{row} * kHeadDim + channel;
+        const bool cached = row >= 0 && own.key(s) < length && own.key(s) != newest;
+        own.missing |= static_cast<uint32_t>(row < 0) << s;
+        own.k[s] = load_if<Reuse::no>(cached, static_cast<const T*>(a.cache.k) + offset);
+        own.v[s] = load_if<Reuse::no>(cached, static_cast<const T*>(a.cache.v) + offset);
+    }
+    const bool valid = !kMakesHeads || is_valid(place, a, token, sequence, length);
+    if (!valid || first_key >= length) {
+        if (blockIdx.x == 0) fill_heads<T>(a, sequence, kv_head, valid && length == 0 ? 0.0f : nanf(""));
+        return;
     }
 
     __shared__ TokenHeads<T, kMakesHeads ? kHeadDim : 1> heads;
     if constexpr (kMakesHeads) {  // while keys and values are on their way
         const bool has_newest = newest >= first_key && newest < first_key + kSplit;
-        make_heads(heads, token, sequence, kv_head, group, has_newest);
+        make_heads(heads, token, sequence, kv_head, place.position, group, has_newest);
+        const auto slot = static_cast<uint32_t>(place.slot);
+        const int64_t row = row_on_page(a, static_cast<int>(slot / page_size), kv_head, slot % page_size);
+        const int64_t offset = row * kHeadDim + channel;
 #pragma unroll
         for (int s = 0; s < D::kSteps; ++s) {
-            if (own_key + s * D::kKeysPerStep != newest) continue;
-            const int64_t offset = int64_t{rows[s]} * kHeadDim + channel;
-            k[s] = load_pack<T, D::kPack>(heads.key + channel);
-            v[s] = load_pack<T, D::kPack>(heads.value + channel);
-            store_pack(static_cast<T*>(a.cache.k) + offset, k[s]);
-            store_pack(static_cast<T*>(a.cache.v) + offset, v[s]);
+            if (own.key(s) != newest) continue;
+            own.k[s] = load_pack<T, D::kPack>(heads.key + channel);
+            own.v[s] = load_pack<T, D::kPack>(heads.value + channel);
+            store_pack(static_cast<T*>(a.cache.k) + offset, own.k[s]);
+            store_pack(static_cast<T*>(a.cache.v) + offset, own.v[s]);
         }
     }
 
-    __shared__ HeadParts<D::kWarps, kHeadDim> parts[2];  // in turn, so that one barrier per head is enough
-    for (int g = 0; g < group; ++g) {
-        const int64_t head = int64_t{sequence} * a.q_heads + kv_head * group + g;
-        const T* queries = kMakesHeads ? heads.queries[g] : static_cast<const T*>(a.q) + head * kHeadDim;
-        const auto query = load_pack<T, D::kPack>(queries + channel);
-        float score[D::kSteps], largest = -INFINITY, total = 0.0f, sum[D::kPack] = {};
-#pragma unroll
-        for (int s = 0; s < D::kSteps; ++s) {
-            float dot = 0.0f;
-            for (int e = 0; e < D::kPack; ++e) {
-                dot += to_float(query.element[e]) * a.scale * to_float(k[s].element[e]);
-            }
-            dot = sum_over_lanes<D::kLanesPerKey>(dot);
-            score[s] = rows[s] < 0 ? nanf("") : dot;
-            if (own_key + s * D::kKeysPerStep < length) largest = fmaxf(largest, score[s]);
+    __shared__ HeadParts<D::kWarps, kHeadDim> parts[kHeadsAtOnce];
+    const int64_t first_head = int64_t{sequence} * a.q_heads + kv_head * group;
+    for (int first = 0; first < group; first += kHeadsAtOnce) {
+        const int count = group - first < kHeadsAtOnce ? group - first : kHeadsAtOnce;
+        Pack<T, D::kPack> query[kHeadsAtOnce];
+        for (int h = 0; h < kHeadsAtOnce; ++h) {
+            const int g = first + (h < count ? h : count - 1);  // past the last head: that again
+            const T* given = static_cast<const T*>(a.q) + (first_head + g) * kHeadDim;
+            query[h] = load_pack<T, D::kPack>((kMakesHeads ? heads.queries[g] : given) + channel);
         }
-#pragma unroll
-        for (int distance = D::kLanesPerKey; distance < kWarp; distance *= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, distance));
-        }
-#pragma unroll
-        for (int s = 0; s < D::kSteps; ++s) {
-            const float weight = own_key + s * D::kKeysPerStep < length ? expf(score[s] - largest) : 0.0f;
-            total += weight;
-            for (int e = 0; e < D::kPack; ++e) sum[e] += weight * to_float(v[s].element[e]);
-        }
-#pragma unroll
-        for (int distance = D::kLanesPerKey; distance < kWarp; distance *= 2) {
-            total += __shfl_xor_sync(kAllLanes, total, distance);
-            for (int e = 0; e < D::kPack; ++e) sum[e] += __shfl_xor_sync(kAllLanes, sum[e], distance);
-        }
-        auto& part = parts[g % 2];
-        if (lane < D::kLanesPerKey) {
-            for (int e = 0; e < D::kPack; ++e) part.sums[warp][channel + e] = sum[e];
-        }
-        if (lane == 0) {
-            part.largest[warp] = largest;
-            part.total[warp] = total;
-        }
+        if (first > 0) __syncthreads();  // until the parts of the heads before have been read
+        attend<T, kHeadDim>(parts, own, query, channel, length, a.scale);
         __syncthreads();
-        merge_warps(part, partials, head * partials.splits + blockIdx.x);
+        merge_warps(parts, count, partials, first_head + first);
     }
-    combine_if_last<T>(a, partials, sequence, kv_head, length);
+    combine_if_last<T, 2>(a, partials, sequence, kv_head, length);
 }
 
 }  // namespace

@@ -17,4 +17,14 @@ __device__ inline float sum_over_lanes(float value) {
     return value;
 }
 
+// The same of several values, whose exchanges are on the way together.
+template <int kLanes, int kCount>
+__device__ inline void sum_over_lanes(float (&values)[kCount]) {
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) values[i] += __shfl_xor_sync(kAllLanes, values[i], distance);
+    }
+}
+
 }  // namespace blip3o::cuda

@@ -17,7 +17,7 @@ from tests.planting import plant
 pytestmark = pytest.mark.exhaustive
 
 # With parts of kernels in them.
-HEADERS = ("split_attention.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h", "silu.h")
+HEADERS = ("split_attention.h", "arrival.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h", "silu.h")
 
 FAULTS = {
     "rms_norm": [
@@ -40,22 +40,22 @@ FAULTS = {
     ],
     "paged_decode_attention": [
         ("__syncthreads();\n        merge_warps", "merge_warps"),
-        ("parts[g % 2]", "parts[0]"),  # the next head's sums over those that are still being read
+        ("if (first > 0) __syncthreads();", ""),  # sums over those that are still being read
         (
-            "distance = D::kLanesPerKey; distance < kWarp;",
-            "distance = D::kLanesPerKey; distance < kWarp / 2;",
+            "distance < kWarp; distance *= 2) {\n#pragma unroll\n        for (int h",
+            "distance < kWarp / 2; distance *= 2) {\n#pragma unroll\n        for (int h",
         ),
-        ("const float scale = expf(parts.largest[w] - largest);", "const float scale = 1.0f;"),
+        ("i < kHeadsAtOnce * (D::kPack + 1);", "i < D::kPack + 1;"),  # one head's sums of the lanes
+        ("const float scale = expf(part.largest[w] - largest);", "const float scale = 1.0f;"),
         ("(length + kSplit - 1) / kSplit", "(length + kSplit) / kSplit"),
-        ("a.page_table[sequence * a.max_blocks + key / page_size]", "a.page_table[key / page_size]"),
-        (  # the last split instead of the last block to arrive
-            "atomicInc(&partials.arrived[sequence * a.cache.kv_heads + kv_head], ticket) == ticket",
-            "blockIdx.x == ticket",
-        ),
-        ("    __syncthreads();\n    if (!last) return;", "    if (!last) return;"),
+        ("total *= rescale;", ""),  # splits beyond the first round
+        ("a.page_table + sequence * a.max_blocks + own", "a.page_table + own"),
+        # The last split instead of the last block to arrive.
+        ("count_arrival(arrived, ticket) == ticket", "blockIdx.x == ticket"),
+        ("__syncthreads();\n    return last;", "return last;"),
         ("page >= 0 && page < a.cache.pages;", "page < a.cache.pages;"),
         ("page >= 0 && page < a.cache.pages;", "page >= 0;"),
-        ('score[s] = rows[s] < 0 ? nanf("") : dot;', "score[s] = dot;"),
+        ('if (own.missing >> s & 1) score = nanf("");', ""),
         ('dot = rows[p] < 0 ? nanf("") : 0.0f;', "dot = 0.0f;"),
     ],
     "paged_prefill_attention": [
@@ -87,8 +87,9 @@ FAULTS = {
         ("head < group + has_newest;", "head < group;"),
         ("group + has_newest; head += warps", "group + has_newest; head += warps + 1"),
         ("value = key + token.cache.kv_heads * kHeadDim", "value = key + kHeadDim"),
-        ("store_pack(static_cast<T*>(a.cache.v) + offset, v[s]);", ""),
-        ("if (slot < 0 || length <= 0) return slot == -1;", "if (slot < 0) return false;"),
+        ("store_pack(static_cast<T*>(a.cache.v) + offset, own.v[s]);", ""),
+        ("if (place.slot < 0 || length <= 0) return place.slot == -1;", "if (place.slot < 0) return false;"),
+        ("            ++entry;\n", ""),
         ("is_key ? token.k_weight : token.q_weight", "token.q_weight"),
     ],
     "row_linear": [
