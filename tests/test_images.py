@@ -1,4 +1,4 @@
-"""Reference images at the door: every kind of file and object a user may hold, each made here."""
+"""Reference images as they come: every kind of file and object a user may hold, each made here."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def pipeline(checkpoint: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.arange(48 * 80 * 3, dtype=np.uint8).reshape(48, 80, 3))
 
 
@@ -121,7 +121,7 @@ def cancelled_at(stage: str, done: int) -> Callable[[Progress], bool]:
     return lambda progress: not (progress.stage == stage and progress.done == done)
 
 
-def requests(pipeline: Pipeline, picture: Image.Image) -> list[Callable[[], Any]]:
+def requests(pipeline: Pipeline, image: Image.Image) -> list[Callable[[], Any]]:
     """One of each kind, all deterministic; what fails is a result too."""
 
     def caught(request: Callable[[], Any], error: type[Exception]) -> Callable[[], Any]:
@@ -143,7 +143,7 @@ def requests(pipeline: Pipeline, picture: Image.Image) -> list[Callable[[], Any]
         lambda: pipeline.generate(PROMPTS[0], n=2, seed=7, steps=2),
         lambda: pipeline.generate(PROMPTS[:2], seed=3, steps=1),
         lambda: pipeline.generate(PROMPTS[2], seed=1, steps=3, image_tokens_only=False),
-        lambda: pipeline.edit("make it green", picture, n=2, seed=5, steps=2),
+        lambda: pipeline.edit("make it green", image, n=2, seed=5, steps=2),
         planned,
         lambda: pipeline.plan(PROMPTS[0], token_ids=tokens).hidden_states,
         lambda: pipeline.render(plan, seed=2, steps=2, output="tensor"),
@@ -155,9 +155,9 @@ def requests(pipeline: Pipeline, picture: Image.Image) -> list[Callable[[], Any]
 
 
 def test_many_requests_of_many_threads_are_those_of_single_calls(
-    pipeline: Pipeline, picture: Image.Image
+    pipeline: Pipeline, image: Image.Image
 ) -> None:
-    kinds = requests(pipeline, picture)
+    kinds = requests(pipeline, image)
     alone = [bits(request()) for request in kinds]
     order = [number % len(kinds) for number in range(REQUESTS)]
     random.Random(0).shuffle(order)
@@ -345,9 +345,9 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 
 
-def everything(pipeline: Pipeline, picture: Image.Image) -> list[bytes]:
+def everything(pipeline: Pipeline, image: Image.Image) -> list[bytes]:
     plan = pipeline.plan("a red circle", seed=3)
-    edit = pipeline.plan("make it green", image=picture, seed=3)
+    edit = pipeline.plan("make it green", image=image, seed=3)
     replayed = pipeline.plan("a red circle", token_ids=plan.token_ids)
     latents = [pipeline.render(one, steps=1, output="latent") for one in (plan, edit)]
     pixels = pipeline.render(plan, steps=2, output="tensor")
@@ -355,10 +355,10 @@ def everything(pipeline: Pipeline, picture: Image.Image) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def wanted(checkpoint: Path, picture: Image.Image) -> dict[str, list[bytes]]:
+def wanted(checkpoint: Path, image: Image.Image) -> dict[str, list[bytes]]:
     """What `everything` gives by dtype where nothing is set."""
     return {
-        dtype: everything(Pipeline.load(checkpoint, device="cpu", dtype=dtype), picture)
+        dtype: everything(Pipeline.load(checkpoint, device="cpu", dtype=dtype), image)
         for dtype in ("fp32", "bf16")
     }
 
@@ -366,25 +366,25 @@ def wanted(checkpoint: Path, picture: Image.Image) -> dict[str, list[bytes]]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_callers_settings_change_no_image_and_break_no_call(
-    checkpoint: Path, picture: Image.Image, wanted: dict[str, list[bytes]], setting: str, dtype: str
+    checkpoint: Path, image: Image.Image, wanted: dict[str, list[bytes]], setting: str, dtype: str
 ) -> None:
     used_first = Pipeline.load(checkpoint, device="cpu", dtype=dtype)
     threads, default = torch.get_num_threads(), torch.get_default_dtype()
     with SETTINGS[setting]():
-        assert everything(used_first, picture) == wanted[dtype]
+        assert everything(used_first, image) == wanted[dtype]
         loaded_within = Pipeline.load(checkpoint, device="cpu", dtype=dtype)
     assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, default)
-    assert everything(used_first, picture) == wanted[dtype]
+    assert everything(used_first, image) == wanted[dtype]
     if setting != "threads":  # those at loading are the pipeline's
-        assert everything(loaded_within, picture) == wanted[dtype]
+        assert everything(loaded_within, image) == wanted[dtype]
 
 
-def test_the_callers_random_numbers_are_left_alone(checkpoint: Path, picture: Image.Image) -> None:
+def test_the_callers_random_numbers_are_left_alone(checkpoint: Path, image: Image.Image) -> None:
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
-    everything(Pipeline.load(checkpoint, device="cpu", dtype="fp32"), picture)
+    everything(Pipeline.load(checkpoint, device="cpu", dtype="fp32"), image)
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]

@@ -27,7 +27,7 @@ TOKENS, SIDE = 7, 5
 
 
 @dataclass(frozen=True)
-class Picture:
+class Inputs:
     """The inputs of one image's diffusion stage."""
 
     noise: Tensor
@@ -52,40 +52,40 @@ class Model:
         connector = lambda x: (x.float() @ self.connector).to(self.dit.dtype)  # noqa: E731
         return condition_tokens(hidden, connector, seen, connector)
 
-    def recorded(self, picture: Picture, count: int = 1) -> CapturedImages:
-        geometry = Geometry.of(picture.noise, picture.hidden, picture.beside, picture.seen)
+    def recorded(self, inputs: Inputs, count: int = 1) -> CapturedImages:
+        geometry = Geometry.of(inputs.noise, inputs.hidden, inputs.beside, inputs.seen)
         runner = GraphRunner(self.graphs)
-        return CapturedImages(self.dit, geometry, self.tokens, picture.hidden.dtype, runner, count=count)
+        return CapturedImages(self.dit, geometry, self.tokens, inputs.hidden.dtype, runner, count=count)
 
-    def eager(self, picture: Picture) -> Tensor:
+    def eager(self, inputs: Inputs) -> Tensor:
         return denoise(
             self.dit,
-            picture.noise,
-            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
-            self.dit.condition(self.tokens(picture.hidden, picture.seen)),
-            picture.guidance,
-            reference_latent=picture.beside,
+            inputs.noise,
+            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), inputs.steps)),
+            self.dit.condition(self.tokens(inputs.hidden, inputs.seen)),
+            inputs.guidance,
+            reference_latent=inputs.beside,
         )
 
-    def replayed(self, recorded: CapturedImages, picture: Picture) -> Tensor:
+    def replayed(self, recorded: CapturedImages, inputs: Inputs) -> Tensor:
         return denoise(
             self.dit,
-            picture.noise,
-            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps)),
-            recorded.images[0].condition(picture.hidden, picture.seen),
-            picture.guidance,
-            reference_latent=picture.beside,
+            inputs.noise,
+            self.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), inputs.steps)),
+            recorded.images[0].condition(inputs.hidden, inputs.seen),
+            inputs.guidance,
+            reference_latent=inputs.beside,
             captured=recorded,
         )
 
 
-def picture(seed: int, *, steps: int = 3, beside: bool = False, seen: int = 0) -> Picture:
+def inputs(seed: int, *, steps: int = 3, beside: bool = False, seen: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
 
     def latents(count: int) -> Tensor:
         return torch.randn(count, 4, SIDE, SIDE, generator=generator)
 
-    return Picture(
+    return Inputs(
         latents(1),
         torch.randn(TOKENS, 4, generator=generator),
         latents(1) if beside else None,
@@ -106,29 +106,29 @@ def test_replays_draw_what_eager_steps_draw(
 ) -> None:
     """Bit for bit, for images of other contents, numbers of steps and guidance than were recorded."""
     model = Model(dtype, in_channels)
-    recorded = model.recorded(picture(0, beside=beside, seen=seen))
+    recorded = model.recorded(inputs(0, beside=beside, seen=seen))
     assert model.graphs.captured == 2  # the condition, and one step for all schedules
     for seed, steps in ((1, 4), (2, 1), (3, 7)):
-        asked = picture(seed, steps=steps, beside=beside, seen=seen)
+        asked = inputs(seed, steps=steps, beside=beside, seen=seen)
         before = model.graphs.replayed
         assert torch.equal(model.replayed(recorded, asked), model.eager(asked))
         assert model.graphs.replayed == before + 1 + steps
 
 
-def begun(model: Model, captured: CapturedImages, picture: Picture) -> tuple[CapturedImage, Denoising]:
-    tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), picture.steps))
+def begun(model: Model, captured: CapturedImages, inputs: Inputs) -> tuple[CapturedImage, Denoising]:
+    tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), inputs.steps))
     image = captured.free
     assert image is not None
     image.busy = True
-    image.condition(picture.hidden, picture.seen)
-    image.begin(picture.noise, tables, picture.guidance, picture.beside)
+    image.condition(inputs.hidden, inputs.seen)
+    image.begin(inputs.noise, tables, inputs.guidance, inputs.beside)
     return image, Denoising(captured, image.state, tables)
 
 
-def test_pictures_at_different_steps_take_turns() -> None:
+def test_images_at_different_steps_take_turns() -> None:
     """Each of three images, of other schedules and geometries, gets the bits it gets alone."""
     model = Model()
-    asked = [picture(1, steps=5), picture(2, steps=3), picture(3, steps=4, beside=True)]
+    asked = [inputs(1, steps=5), inputs(2, steps=3), inputs(3, steps=4, beside=True)]
     running = [begun(model, model.recorded(one), one)[1] for one in asked]
     for turn in (0, 0, 1, 2, 0, 2, 1, 2, 2, 0, 1, 0):
         running[turn].step()
@@ -140,10 +140,10 @@ def test_pictures_at_different_steps_take_turns() -> None:
 def test_images_share_captured_steps_and_leave_as_they_finish() -> None:
     """Six images in four places: each has the bits it has alone, and full places are one replay."""
     model = Model()
-    captured = model.recorded(picture(0), count=4)
+    captured = model.recorded(inputs(0), count=4)
     assert model.graphs.captured == 4 + 4 + 2 + 1  # conditions, and steps of 1, 2 and 4 images
-    waiting = [picture(seed, steps=2 + seed % 3) for seed in range(1, 7)]
-    running: dict[Denoising, tuple[CapturedImage, Picture]] = {}
+    waiting = [inputs(seed, steps=2 + seed % 3) for seed in range(1, 7)]
+    running: dict[Denoising, tuple[CapturedImage, Inputs]] = {}
     replays = []
     while waiting or running:
         while waiting and captured.free:
@@ -168,7 +168,7 @@ def test_images_share_captured_steps_and_leave_as_they_finish() -> None:
 def test_memory_decides_how_many_images_share_a_step(in_channels: int, beside: bool, seen: int) -> None:
     """Counted as what the buffers of an image and a step's workspace hold."""
     model = Model(torch.bfloat16, in_channels)
-    asked = picture(1, beside=beside, seen=seen)
+    asked = inputs(1, beside=beside, seen=seen)
     geometry = Geometry.of(asked.noise, asked.hidden, asked.beside, asked.seen)
     (image,) = model.recorded(asked).images
     condition, tables = image.state.condition, image.state.tables
@@ -195,7 +195,7 @@ def test_a_step_that_reads_back_cannot_be_recorded() -> None:
         (state,) = states
         dit.predict(state.whole, state.tables.step(int(state.index)), state.condition)
 
-    asked = picture(0)
+    asked = inputs(0)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
     with pytest.raises(DeviceError, match=r"dit reads_its_number x1 of a latent of 5 x 5, 7 hidden states"):
         CapturedImages(
@@ -214,7 +214,7 @@ def test_a_step_recorded_with_its_number_is_seen() -> None:
         guided_step(dit, states)
         state.index.copy_(at + 1)
 
-    asked = picture(1, steps=3)
+    asked = inputs(1, steps=3)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
     recorded = CapturedImages(
         model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [first_step]

@@ -235,7 +235,7 @@ def test_a_switch_changes_the_latent(name: str) -> None:
 
 
 @pytest.mark.parametrize("switches", [ALL, {"step_cache": "3"}])
-def test_a_recorded_picture_equals_a_fresh_one_whatever_was_drawn_before(switches: dict[str, str]) -> None:
+def test_a_captured_image_equals_a_fresh_one_whatever_was_drawn_before(switches: dict[str, str]) -> None:
     """Its buffers are those of every image, and nothing of an earlier one is left: here of one that fails,
     and of one of a single step."""
     small = Small(**switches)

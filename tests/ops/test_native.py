@@ -1,4 +1,4 @@
-"""The compiled module's door: messages of its matcher, its instruction sets, its threads."""
+"""The compiled module seen from Python: messages of its matcher, its instruction sets, its threads."""
 
 from __future__ import annotations
 
