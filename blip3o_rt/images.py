@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
-from blip3o_rt.errors import Blip3oWarning, ImageError
+from blip3o_rt.errors import Blip3oWarning, ImageError, first_line
 from blip3o_rt.metadata import (
     NEEDED_CHUNKS,
     PNG_SIGNATURE,
@@ -184,13 +184,9 @@ def _reading(name: str) -> Iterator[None]:
     except OSError as error:
         if error.strerror:
             raise ImageError(f"{name} cannot be read: {error.strerror}") from error
-        raise ImageError(f"{name} is damaged or cut short: {_first_line(error)}") from error
+        raise ImageError(f"{name} is damaged or cut short: {first_line(error)}") from error
     except Exception as error:
-        raise ImageError(f"{name} cannot be decoded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+        raise ImageError(f"{name} cannot be decoded: {first_line(error)}") from error
 
 
 def _formats() -> list[str]:
@@ -215,7 +211,7 @@ def _decoded(stream: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Imag
         try:
             found = factory(stream, "")
         except (SyntaxError, IndexError, TypeError, struct.error) as error:
-            reason = reason or (f"{format_name}, {_first_line(error)}" if accept else "")
+            reason = reason or (f"{format_name}, {first_line(error)}" if accept else "")
             continue
         with found:
             _check_size(found.width, found.height, name, max_pixels)
@@ -356,7 +352,7 @@ def _to_srgb(color: Image.Image, profile: bytes, name: str) -> Image.Image:
         return transform.apply(color.convert(mode))
     except Exception as error:  # littlecms raises what the profile's damage leads it to
         warnings.warn(
-            f"{name}: its color profile cannot be used ({_first_line(error)}) and is ignored",
+            f"{name}: its color profile cannot be used ({first_line(error)}) and is ignored",
             Blip3oWarning,
             stacklevel=2,
         )
