@@ -324,7 +324,7 @@ def test_an_image_that_is_not_finite_fails_and_no_other(
     pipeline = Pipeline.load(checkpoint, device="cpu", dtype="fp32")
     wanted = pipeline.generate("a", n=3, steps=2)
     stage = pipeline._renderer._dit if where == "dit" else pipeline._renderer._vae
-    name = "predict" if where == "dit" else "_run"
+    name = "_prediction" if where == "dit" else "_run"
     right, calls = getattr(stage, name), []
 
     def damaged(*arguments: Any) -> Any:
