@@ -6,6 +6,7 @@ Bound in float32: 1e-5 relative L2 (the published code's own float32 is within 1
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from blip3o_rt.config import DiTConfig, SchedulerConfig
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
+from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
-from blip3o_rt.dit.model import DiT, ScheduleTables, StepModulation
+from blip3o_rt.dit.model import DiT, ScheduleTables, StepInput
 from blip3o_rt.dit.scheduler import flow_schedule
 from tests.dit.oracle import predict, relative_l2, runtime_weights
 
@@ -83,13 +84,13 @@ def test_first_prediction(golden: Golden) -> None:
 def test_latent_and_last_prediction(golden: Golden) -> None:
     dit = golden.dit(torch.float32)
     predictions: list[Tensor] = []
-    predict_step = dit.predict
+    predict_each = dit.predict_each
 
-    def remember(latent: Tensor, modulation: StepModulation, condition: Condition) -> Tensor:
-        predictions.append(predict_step(latent, modulation, condition))
-        return predictions[-1]
+    def remember(inputs: Sequence[StepInput]) -> list[Tensor]:
+        predictions.extend(found := predict_each(inputs))
+        return found
 
-    dit.predict = remember  # type: ignore[method-assign]
+    dit.predict_each = remember  # type: ignore[method-assign]
     latent = denoise(
         dit,
         golden.expected["noise"],

@@ -403,7 +403,7 @@ def test_one_switch_table_alone(execute: Callable[..., BenchRecord], monkeypatch
 
 @pytest.mark.usefixtures("either_way")
 def test_an_ops_switch_runs_its_reference(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = subject.load(stages.ArStage.parts)
+    checkpoint = subject.load(["ar"])
     switches = {s.name: s for s in ablation.op_switches("ar.token", checkpoint)}
     if "rms_norm" not in switches:
         pytest.skip("no op has a native implementation here")
