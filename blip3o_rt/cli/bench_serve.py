@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 
 SUMMARY = "what clients of an images server see: latency, queue, first preview, images/s"
@@ -97,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.key,
         )
 
+    out = arguments.out or Path("out") / f"serve-{datetime.now():%Y%m%d-%H%M%S}"
+    make_folder("--out", out)
     if arguments.url is not None:
         found, samples = _measure(load_on(arguments.url.rstrip("/")), arguments)
     else:
@@ -115,7 +118,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.one_call:
             repeated = [prompts[number % len(prompts)] for number in range(arguments.requests)]
             found["one_call"] = one_call({**model, "max_batch": arguments.max_batch}, repeated, 0, body)
-    out = arguments.out or Path("out") / f"serve-{datetime.now():%Y%m%d-%H%M%S}"
     print(record.table(found))
     for path in record.write(out, found, samples):
         print(path)

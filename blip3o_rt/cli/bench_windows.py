@@ -9,6 +9,7 @@ from typing import Any
 
 from blip3o_rt.cli.drawing import load_pipeline
 from blip3o_rt.cli.options import MODEL, SIZES, add_options
+from blip3o_rt.cli.outputs import check_file, make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
 
@@ -40,6 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     windows = [int(text) if text.isdigit() else text for text in arguments.windows.split(",")]
     for window in windows:
         check_draft_window(window)
+    if arguments.out is not None:
+        check_file("--out", arguments.out)
+        make_folder("--out", arguments.out.parent)
     pipeline = load_pipeline(arguments)
     import torch
 
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     tables = measured.as_dict(found, passes)
     print(measured.as_text(tables))
     if arguments.out is not None:
-        head = record_head("windows", sys.argv)
+        head = record_head("windows", ["blip3o-rt", *sys.argv[1:]])
         model = {
             "size": "shapes" if arguments.model is None else Path(arguments.model).name,
             "dtype": pipeline.precision,

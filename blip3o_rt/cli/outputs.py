@@ -116,17 +116,22 @@ def check_output_files(
     for option, file in (("--report", arguments.report), ("--trace", arguments.trace)):
         if file is None:
             continue
-        check_name(option, file)
-        if file.is_dir():
-            raise ParameterError(f"{option} is {file}, a folder: accepted is a file's path")
+        check_file(option, file)
         places = [place for path, place in taken if same_file(path, file)]
         folders = [f"{name} is read from" for name, folder in input_folders.items() if inside(file, folder)]
         for place in (*places, *folders):
             raise ParameterError(f"{option} is {file}, where {place}: accepted is another file's path")
         make_folder(option, file.parent)
-        if file.exists() and not os.access(file, os.W_OK):
-            raise ParameterError(f"{option} is {file}, a file that may not be written: choose another")
         taken.append((file, "the report goes"))
+
+
+def check_file(option: str, file: Path) -> None:
+    """Raise ParameterError for a path at which no file can be written, once its folder is there."""
+    check_name(option, file)
+    if file.is_dir():
+        raise ParameterError(f"{option} is {file}, a folder: accepted is a file's path")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ParameterError(f"{option} is {file}, a file that may not be written: choose another")
 
 
 def same_file(one: Path, other: Path) -> bool:

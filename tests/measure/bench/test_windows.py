@@ -20,7 +20,7 @@ PROMPT = "a large red circle on a blue background"
 
 
 def test_the_table_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "windows.json"
+    out = tmp_path / "new" / "windows.json"
     options = ["--prompt", PROMPT, "--windows", "1,8,auto", "--rounds", "1", "--out", str(out)]
     assert main(["bench", "windows", *options]) == 0
     record = json.loads(out.read_text())
@@ -33,9 +33,18 @@ def test_the_table_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert f"{eight['tokens_per_pass']:.2f}" in printed
     assert "computed from the pass, not measured" in printed
-    page = render.page(tmp_path.parent)
+    assert record["command"][0] == "blip3o-rt"
+    page = render.page(tmp_path)
     assert "#### Several tokens a pass: shapes, " in page
     assert f"| {eight['tokens_per_pass']:.2f} " in page
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blip3o_rt.cli.bench_windows.load_pipeline", lambda arguments: pytest.fail("it worked"))
+    assert main(["bench", "windows", "--out", str(tmp_path)]) == 2
+    assert f"--out is {tmp_path}, a folder: accepted is a file's path" in capsys.readouterr().err
 
 
 def test_a_window_that_changes_the_image_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
