@@ -16,6 +16,7 @@ from blip3o_rt.ops.norm import rms_norm
 from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
+from blip3o_rt.ops.triton_backend import takes_contiguous
 
 __all__ = ["linear", "norm_row_linear", "row_linear", "row_linear_add"]
 
@@ -59,6 +60,19 @@ def _rows_and_bfloat16_weight(call: Any) -> str | None:
 
 
 _one_dtype = same_dtype("x", "bias", "out")
+
+
+def _matrices(call: Any) -> str | None:
+    if not all(t is None or t.ndim == 2 or t.is_contiguous() for t in (call.x, call.out)):
+        return "takes contiguous tensors, or matrices"
+    if not all(t is None or t.stride(-1) == 1 for t in (call.weight, call.out)):
+        return "takes weight and out with contiguous rows"
+    if call.weight.dtype not in (call.x.dtype, torch.bfloat16):
+        return "takes a weight of the dtype of x, or of bfloat16"
+    return _one_dtype(call) or takes_contiguous(call, "bias")
+
+
+linear.triton(dtypes=FLOATS, supports=_matrices, batch_invariant=True, on_request=True)
 
 linear.native(
     "cpu",

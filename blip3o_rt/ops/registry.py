@@ -73,6 +73,7 @@ class Implementation:
         weights: Dtypes of the argument `weight` that it takes beside each dtype of the first; None for any.
         needs: For a dtype of the first argument, what `available` says of calls with that.
         batch_invariant: A row's result is bit-identical whatever other rows are in the call.
+        on_request: It runs only where it is forced.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Implementation:
     weights: Mapping[torch.dtype, tuple[torch.dtype, ...]] | None = None
     needs: Mapping[torch.dtype, Callable[[], str | None]] = field(default_factory=dict)
     batch_invariant: bool = False
+    on_request: bool = False
 
     def takes(self, device: str, dtype: torch.dtype, weight: torch.dtype | None = None) -> str | None:
         """None if calls with a first argument of this device type and dtype can be taken, else why not.
@@ -264,6 +266,7 @@ class Op(Generic[P, R]):
         dtypes: tuple[torch.dtype, ...],
         supports: Supports,
         available: Callable[[], str | None] = triton_backend.unavailable,
+        **others: Any,
     ) -> None:
         """Register the launcher of the op's name in blip3o_rt.triton_kernels; its arguments are the op's."""
 
@@ -277,7 +280,7 @@ class Op(Generic[P, R]):
             self.shapes.check(self.name, call)  # before a kernel leaves the memory of a tensor
             return supports(call)
 
-        self._add(Implementation("triton", run, "cuda", dtypes, refusal, available))
+        self._add(Implementation("triton", run, "cuda", dtypes, refusal, available, **others))
 
     def with_out(self, call: Any) -> Any:
         """The call, with memory for its result where it brings none."""
@@ -409,7 +412,9 @@ class Op(Generic[P, R]):
             found: tuple[Implementation, ...] = (forced,)
         else:
             found = tuple(
-                i for i in self._implementations if not (i.takes(device.type, dtype) or i.available())
+                i
+                for i in self._implementations
+                if not (i.on_request or i.takes(device.type, dtype) or i.available())
             )
         if _make_range is not None:
             found = tuple(self._in_range(implementation, _make_range) for implementation in found)
@@ -445,6 +450,8 @@ class Op(Generic[P, R]):
             reason = implementation.takes(device, dtype, weight) or implementation.available()
             if reason is None and forced is not None and implementation.name != forced.name:
                 reason = f"'{forced.name}' is forced"
+            if reason is None and implementation.on_request and forced is None:
+                reason = f"runs on request: {ENVIRONMENT_VARIABLE}={self.name}={implementation.name}"
             earlier = next((choice.implementation for choice in found if choice.chosen), None)
             if reason is None and earlier is not None:
                 reason = f"'{earlier}' comes first"

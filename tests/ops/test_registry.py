@@ -167,6 +167,21 @@ def test_choices_say_why(double: registry.Op) -> None:
         assert lines["picky"].reason == "'torch' is forced"
 
 
+def test_what_runs_on_request_is_chosen_by_name_alone(double: registry.Op) -> None:
+    @double.implementation("slow", on_request=True)
+    def _(x: Tensor, *, times: float = 2.0) -> Tensor:
+        return x * 3
+
+    double.prefer("slow")
+    x = torch.ones(1)
+    assert double(x).tolist() == [20.0]
+    with ops.force("double", "slow"):
+        assert double(x).tolist() == [3.0]
+    lines = {c.implementation: c for c in double.choices("cpu", torch.float32)}
+    assert lines["slow"].reason == "runs on request: BLIP3O_OPS=double=slow"
+    assert lines["picky"].chosen
+
+
 def test_every_op_has_one_choice() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         chosen = [choice.op for choice in ops.choices("cpu", dtype) if choice.chosen]

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.measure.cases import cases_of, check_of
-from blip3o_rt.measure.validate.case import Case, copies, outputs, run_exact
+from blip3o_rt.measure.validate.case import Case, copies, outputs, random, run_exact
+from blip3o_rt.ops.registry import usable
+from blip3o_rt.precision import BF16
+from tests.dit import test_sharing
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)
+
+ROWS, IMAGES = "rows of a product, together and apart", "images of a step, together and apart"
 
 # Cases that smaller ones stand for, since a tile takes the interpreter milliseconds.
 TOO_MANY_PROGRAMS = {
@@ -99,6 +105,31 @@ def first_wrong(op_name: str, file_name: str, path: Path) -> list[str]:
         sys.modules.pop(replaced, None)
 
 
+def dependent_rows() -> list[str]:
+    """Rows whose product with a matrix changes with the rows beside them; a tile has 128."""
+    shapes = (150, 150), (70, 150), (70,)
+    x, weight, bias = (random(seed, *shape, dtype=torch.bfloat16) for seed, shape in enumerate(shapes))
+    product = ops.linear.named("triton").run
+    together = product(ops.linear.bind(x, weight, bias))
+    parts = (slice(1), slice(3, 130), slice(127, 129), slice(140, 150))
+    alone = ((rows, product(ops.linear.bind(x[rows], weight, bias))) for rows in parts)
+    return [str(rows) for rows, found in alone if not torch.equal(found, together[rows])]
+
+
+def dependent_images() -> list[str]:
+    """Numbers of images whose step, on this product, is not that of each alone."""
+    dit, found = test_sharing.dit_of(BF16), []
+    product = replace(ops.linear.named("triton"), device=None, available=usable)
+    with torch.no_grad(), ops.linear.forcing(product):
+        assert dit.batch_invariant
+        alone = [test_sharing.shared(dit, [seed])[0] for seed in range(8)]
+        for count in (2, 4, 8):
+            together = test_sharing.shared(dit, range(count))
+            if not all(map(torch.equal, together, alone)):
+                found.append(f"{count} images")
+    return found
+
+
 def run(*arguments: str) -> list[dict[str, Any]]:
     """This program's lines, from a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -108,13 +139,19 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 
 
 def main(*arguments: str) -> None:
-    """OP: all its cases. OP:FILE=PATH: one line, of the op with that file of kernels replaced."""
+    """OP: all its cases. OP:FILE=PATH: one line, of the op with that file of kernels replaced.
+
+    ROWS and IMAGES: one line.
+    """
     from tests.triton_kernels import interpreter
 
     interpreter.install()
     for argument in arguments:
         op_name, _, replacement = argument.partition(":")
-        if replacement:
+        if argument in (ROWS, IMAGES):
+            found = dependent_rows() if argument == ROWS else dependent_images()
+            print(json.dumps({"case": argument, "errors": found}))
+        elif replacement:
             file_name, _, path = replacement.partition("=")
             print(json.dumps({"fault": argument, "errors": first_wrong(op_name, file_name, Path(path))}))
         else:

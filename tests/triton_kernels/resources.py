@@ -161,6 +161,9 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
         yield f"dit {keys} keys", "cross_attention", (query, key, key, query_weight, 1e-5), options
     hidden = int(config["mlp_ratio"] * width)
     yield "dit", "depthwise_glu", glu(2, side, hidden, dtype), {}
+    weight = empty(width, hidden, dtype=dtype)
+    yield "dit", "linear", (empty(2 * tokens, hidden, dtype=dtype), weight, norm), {}
+    yield "dit without bias", "linear", (empty(2 * tokens, hidden, dtype=dtype), weight), {}
     for inputs in (width, hidden):
         rows = empty(2 * tokens, inputs, dtype=dtype), empty(2 * tokens)
         yield f"dit {inputs} channels", "quantize_rows", rows, {"dtype": torch.float8_e4m3fn}

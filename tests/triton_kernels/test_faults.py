@@ -22,6 +22,11 @@ FAULTS = [
     ("layer_norm_modulate", "layer_norm_modulate", "gain = 1.0 + ", "gain = "),
     ("layer_norm_modulate", "layer_norm_modulate", "tl.where(inside, y - ", "tl.where(True, y - "),
     ("gated_add", "gated_add", "+ added", "- added"),
+    ("linear", "linear", "left = inputs - done", "left = inputs - done - 1"),  # a lost tail
+    ("linear", "linear", "weight_place += block_inputs", "weight_place += 0"),
+    ("linear", "linear", "down = min(row_tiles - first, group)", "down = group"),
+    ("linear", "linear", "if bias is not None:", "if False:"),
+    ("linear", "linear", "* x_column\n", "\n"),
     ("guided_euler_step", "guided_euler_step", "tl.load(half + prediction_half", "tl.load(half"),
     ("guided_euler_step", "guided_euler_step", "(conditional - null)", "(null - conditional)"),
     (

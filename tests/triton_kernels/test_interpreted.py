@@ -28,6 +28,16 @@ def test_matches_reference(lines: list[dict[str, Any]], op: str, case_text: str)
     assert {case: errors for case, errors in found.items() if errors} == {}
 
 
+def test_rows_of_a_product_are_independent() -> None:
+    """Whatever tile a row is in, and whichever others are there: the bits of the row alone."""
+    assert [line["errors"] for line in interpreted.run(interpreted.ROWS)] == [[]]
+
+
+def test_images_of_a_step_have_the_bits_of_each_alone() -> None:
+    """At different steps, of different sizes and prompts, on the batch-invariant product."""
+    assert [line["errors"] for line in interpreted.run(interpreted.IMAGES)] == [[]]
+
+
 def test_every_kernel_file_is_registered() -> None:
     helpers = {"__init__", "inverse_rms", "launch", "products"}
     assert {path.stem for path in KERNELS.glob("*.py")} - helpers == set(interpreted.OPS)
