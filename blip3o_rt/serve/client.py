@@ -203,7 +203,7 @@ class EngineClient:
             return "failing" if self._failed_loads or self._failures > 1 else "restarting"
         if process.stopped:
             return "stopped"
-        if time.monotonic() - process.heard > QUIET_SECONDS or self._hangs(process):
+        if self._silent(process, QUIET_SECONDS) or self._hangs(process):
             return "stalled"
         if self._ready.is_set():
             return "ok"
@@ -456,6 +456,11 @@ class EngineClient:
             self._start_process()
         self._tasks = [task for task in self._tasks if not task.done()]
 
+    def _silent(self, process: EngineProcess, seconds: float) -> bool:
+        """Whether nothing was heard for so long; while it loads, libraries may hold the interpreter for longer."""
+        most = seconds if self._ready.is_set() else max(seconds, self.limits.stall_seconds)
+        return time.monotonic() - process.heard > most
+
     def _hangs(self, process: EngineProcess) -> bool:
         """Whether the process is at one piece of work for too long; loading may take any time."""
         return self._ready.is_set() and time.monotonic() - process.progressed > self.limits.stall_seconds
@@ -467,13 +472,12 @@ class EngineClient:
             process = self._process
             if process is None:
                 continue
-            silent = time.monotonic() - process.heard
-            if silent > PATIENCE_SECONDS or self._hangs(process):
-                seconds = time.monotonic() - process.progressed
+            if self._silent(process, PATIENCE_SECONDS) or self._hangs(process):
+                now = time.monotonic()
                 log.error(
                     "engine process silent for %.0f s, without progress for %.0f s: ending it",
-                    silent,
-                    seconds,
+                    now - process.heard,
+                    now - process.progressed,
                 )
                 process.kill()
 

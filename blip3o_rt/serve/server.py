@@ -191,6 +191,7 @@ class Listener(uvicorn.Server):
         )
         self.server = server
         self.socket = self.config.bind_socket()
+        self.socket.listen(self.config.backlog)  # who comes before the engine is begun waits, and is answered
         host, port = self.socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

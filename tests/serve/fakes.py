@@ -7,6 +7,7 @@ raise, `unread` is dropped by the token engine, `hang` blocks, a step of `alone`
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import time
@@ -24,6 +25,8 @@ SIDE = 8
 
 def load(model: Mapping[str, Any], memory_reserve: int) -> FakeStages:
     time.sleep(model.get("load_seconds", 0.0))
+    if "load_holds_seconds" in model:  # the interpreter, as importing a large library does
+        ctypes.PyDLL(None).usleep(int(1e6 * model["load_holds_seconds"]))
     if "load_error" in model:
         raise PromptError(model["load_error"])
     if "load_exit" in model:

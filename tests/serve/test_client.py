@@ -173,6 +173,23 @@ def test_loading_for_long_is_no_hanging() -> None:
     run(test, {"load_seconds": 2.5}, Limits(stall_seconds=1.0))
 
 
+def test_an_engine_that_holds_its_interpreter_while_it_loads_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(client_module, "PATIENCE_SECONDS", 1.0)
+
+    async def test(engine: Engine) -> None:
+        await engine.until(lambda: engine.client.process.heartbeat is not None)
+        heard = engine.client.process.heard
+        await engine.until(lambda: time.monotonic() - heard > 2.0)
+        assert engine.client.status in ("loading", "ok")
+        await engine.client.wait_ready()
+        assert engine.client.restarts == 0
+
+    run(test, {"load_seconds": 0.2, "load_holds_seconds": 4.0}, ready=False)
+
+
 def test_an_engine_without_memory_for_a_message_is_ended() -> None:
     """It would go on to send heartbeats, and hear nothing."""
 
