@@ -149,6 +149,8 @@ class _Capture(TorchDispatchMode):
         """The implementation, its runs recorded; a torch reference is recorded by the operators it calls."""
 
         def run(bound: Any) -> Any:
+            if self._inside_kernel:  # one of the ops that a recorded call is composed of
+                return implementation.run(bound)
             self._inside_kernel = True
             try:
                 result = implementation.run(bound)

@@ -194,9 +194,25 @@ class DiT:
         """
         images = [self._image(given) for given in inputs]
         workspace = self._workspace(sum(image.branches * image.x.shape[1] for image in images))
+        normed = workspace.take(Area.NARROW, [image.x for image in images], self.config.width)
+        outs = normed.images
+        for image, out in zip(images, outs, strict=True):
+            shift, scale = image.modulation.blocks[0, :2]
+            ops.layer_norm_modulate(image.x, shift, scale, self.config.norm_eps, out=out)
         for layer, block in enumerate(self.blocks):
-            block(images, layer, workspace)
-        return [self._prediction(image) for image in images]
+            found = block(images, layer, normed, workspace)
+            last, eps = layer + 1 == len(self.blocks), self.config.norm_eps
+            if last:
+                outs, eps = [x.new_empty(x.shape, dtype=self.wide) for x in found.images], FINAL_NORM_EPS
+            else:
+                normed = workspace.take(Area.NARROW, found.images, self.config.width)
+                outs = normed.images
+            for image, added, out in zip(images, found.images, outs, strict=True):
+                steps = image.modulation
+                shift, scale = steps.final if last else steps.blocks[layer + 1, :2]
+                gate = steps.blocks[layer, 5]
+                ops.add_layer_norm_modulate(image.x, added, shift, scale, eps, gate=gate, out=out)
+        return [self._prediction(image, out) for image, out in zip(images, outs, strict=True)]
 
     def _image(self, given: StepInput) -> _Image:
         self._check(given.latent)
@@ -207,15 +223,11 @@ class DiT:
         x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)
         return _Image(x, (height, width), given.modulation, given.condition)
 
-    def _prediction(self, image: _Image) -> Tensor:
-        x, (height, width), patch = image.x, image.grid, self.config.patch_size
-        shift, scale = image.modulation.final
-        normed = ops.layer_norm_modulate(
-            x, shift, scale, FINAL_NORM_EPS, out=x.new_empty(x.shape, dtype=self.wide)
-        )
+    def _prediction(self, image: _Image, normed: Tensor) -> Tensor:
+        (height, width), patch = image.grid, self.config.patch_size
         patches = F.linear(normed, self.out_weight, self.out_bias)
-        patches = patches.view(len(x), height, width, patch, patch, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height * patch, width * patch)
+        patches = patches.view(len(normed), height, width, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(normed), -1, height * patch, width * patch)
 
     def _workspace(self, tokens: int) -> Workspace:
         sizes = {area: tokens * width for area, width in area_widths(self.config).items()}
@@ -298,29 +310,32 @@ class _Block:
         self.cross_attention = _CrossAttention(config, weights, prefix + "attn2.")
         self.feed_forward = _FeedForward(weights, prefix + "ff.")
 
-    def __call__(self, images: Sequence[_Image], layer: int, workspace: Workspace) -> None:
-        """Move every image's x, in place but where its branches part."""
-        normed = self._normed(images, layer, 0, workspace)
-        attended = self.self_attention(normed, workspace)
-        self._add(images, layer, 2, attended)
-        for image in images:
-            image.part()
-        self.cross_attention.add(images, layer, workspace)
-        normed = self._normed(images, layer, 3, workspace)
-        self._add(images, layer, 5, self.feed_forward(normed, images, workspace))
+    def __call__(
+        self, images: Sequence[_Image], layer: int, normed: Activations, workspace: Workspace
+    ) -> Activations:
+        """Move every image's x by both attentions, in place but where its branches part.
 
-    def _normed(self, images: Sequence[_Image], layer: int, first: int, workspace: Workspace) -> Activations:
-        """x normed and modulated by the shift and scale from row `first` of the modulation on."""
+        Args:
+            normed: Every x, normed and modulated for the self-attention.
+
+        Returns:
+            What the feed-forward found, which is still to be added to x.
+        """
+        attended = self.self_attention(normed, workspace)
+        for image, added in zip(images, attended.images, strict=True):
+            ops.gated_add(image.x, added, image.modulation.blocks[layer, 2])
+            image.part()
+        attended = self.cross_attention(images, layer, workspace)
         xs = [image.x for image in images]
         normed = workspace.take(Area.NARROW, xs, xs[0].shape[-1])
-        for image, out in zip(images, normed.images, strict=True):
-            shift, scale = image.modulation.blocks[layer, first : first + 2]
-            ops.layer_norm_modulate(image.x, shift, scale, self.norm_eps, out=out)
-        return normed
-
-    def _add(self, images: Sequence[_Image], layer: int, gate: int, found: Activations) -> None:
-        for image, added in zip(images, found.images, strict=True):
-            ops.gated_add(image.x, added, image.modulation.blocks[layer, gate])
+        for image, added, out in zip(images, attended.images, normed.images, strict=True):
+            shift, scale = image.modulation.blocks[layer, 3:5]
+            null = image.condition.null
+            constant = null.outputs[layer] if isinstance(null, ConstantNull) else None
+            ops.add_layer_norm_modulate(
+                image.x, added, shift, scale, self.norm_eps, constant=constant, out=out
+            )
+        return self.feed_forward(normed, images, workspace)
 
 
 class _SelfAttention:
@@ -370,10 +385,11 @@ class _CrossAttention:
         _, value = self.to_kv(caption).chunk(2, dim=-1)
         return self.to_out(value)
 
-    def add(self, images: Sequence[_Image], layer: int, workspace: Workspace) -> None:
-        """x [branches, N, D] of every image += attention, in place.
+    def __call__(self, images: Sequence[_Image], layer: int, workspace: Workspace) -> Activations:
+        """What the x [branches, N, D] of every image attend to.
 
-        x[0] attends to the unconditional tokens, where there are any, and x[-1] to the condition.
+        x[0] attends to the unconditional tokens, and x[-1] to the condition. Where the unconditional tokens
+        are all alike, what x[0] would find is known, and left out.
         """
         xs = [image.x if isinstance(image.condition.null, WeightedNull) else image.x[-1:] for image in images]
         width = len(self.to_q.weight)
@@ -382,11 +398,7 @@ class _CrossAttention:
         attended = workspace.take(Area.MIDDLE, xs, width)
         for image, q, out in zip(images, query.images, attended.images, strict=True):
             self._attend_both(image.condition, layer, q, out)
-        found = attended.product(self.to_out, workspace.take(Area.NARROW, xs, xs[0].shape[-1]))
-        for image, x, added in zip(images, xs, found.images, strict=True):
-            x.add_(added)
-            if isinstance(image.condition.null, ConstantNull):
-                image.x[0] += image.condition.null.outputs[layer]
+        return attended.product(self.to_out, workspace.take(Area.WIDE, xs, xs[0].shape[-1]))
 
     def _attend_both(self, condition: Condition, layer: int, query: Tensor, out: Tensor) -> None:
         self._attend(query[-1], condition.keys[layer], condition.values[layer], None, out[-1])

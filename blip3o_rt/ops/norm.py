@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blip3o_rt.errors import OpError
 from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops.elementwise import gated_add
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
-__all__ = ["channel_rms_norm", "layer_norm_modulate", "rms_norm"]
+__all__ = ["add_layer_norm_modulate", "channel_rms_norm", "layer_norm_modulate", "rms_norm"]
 
 CPU_ELEMENTS = 2**18  # at a time, so that the float32 intermediates stay in cache
 OTHER_ELEMENTS = 2**25  # at a time, so that those of a full-resolution image stay small
@@ -125,3 +127,68 @@ def _modulation_dtype(call: Any) -> str | None:
 
 layer_norm_modulate.triton(dtypes=FLOATS, supports=_rows_and_modulation)
 layer_norm_modulate.native("cpu", dtypes=FLOATS, supports=_modulation_dtype)
+
+
+@op(
+    "residual [B, N, D], x [A, N, D], gate [D], constant [D], shift [D], scale [D] -> [B, N, D]",
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},
+)
+def add_layer_norm_modulate(
+    residual: Tensor,
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    *,
+    gate: Tensor | None = None,
+    constant: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """residual += gate * x in place, then layer_norm_modulate(residual, shift, scale, eps) -> [B, N, D].
+
+    residual [B, N, D], x [A, N, D], the last A of B; where A is B - 1, `constant` [D] is added to the first
+    one, ungated. Vectors [D] are fp32 or of the dtype of x. The sum is rounded to the dtype of the residual
+    before it is normed, so that the bits are those of the ops one by one. `out` is as in layer_norm_modulate;
+    it may be x where A is B. Raises OpError for another A.
+    """
+    if len(residual) != len(x) + (constant is not None):
+        raise OpError(
+            f"add_layer_norm_modulate: x has {len(x)} images and residual {len(residual)}: accepted are as "
+            "many, or one fewer with a constant"
+        )
+    dtype = compute_dtype(residual)
+    added = x.to(dtype) if gate is None else x.to(dtype) * gate.to(dtype)
+    own = residual[-len(x) :] if len(x) else residual[:0]
+    own.copy_(own.to(dtype) + added)
+    if constant is not None:
+        residual[0].copy_(residual[0].to(dtype) + constant.to(dtype))
+    return layer_norm_modulate.reference(residual, shift, scale, eps, out=out)
+
+
+def _images_and_vectors(call: Any) -> str | None:
+    if len(call.residual) != len(call.x) + (call.constant is not None):
+        return "takes an x for every image of the residual, or for all but the first and a constant"
+    vectors = [v for v in (call.gate, call.constant, call.shift, call.scale) if v is not None]
+    if call.x.dtype != call.residual.dtype or any(
+        v.dtype not in (torch.float32, call.x.dtype) for v in vectors
+    ):
+        return "takes residual and x of one dtype, and vectors in it or in float32"
+    return takes_rows(call, "residual", "x", "out") or takes_contiguous(
+        call, "gate", "constant", "shift", "scale"
+    )
+
+
+add_layer_norm_modulate.triton(dtypes=FLOATS, supports=_images_and_vectors)
+
+
+@add_layer_norm_modulate.composed(dtypes=FLOATS, supports=_images_and_vectors)
+def _(call: Any) -> Tensor:
+    """The ops one after the other."""
+    own = call.residual[len(call.residual) - len(call.x) :]
+    if call.gate is None:
+        own.add_(call.x)
+    else:
+        gated_add(own, call.x, call.gate)
+    if call.constant is not None:
+        call.residual[0].add_(call.constant)
+    return layer_norm_modulate(call.residual, call.shift, call.scale, call.eps, out=call.out)

@@ -152,6 +152,10 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "dit", "layer_norm_modulate", (x, vector, vector, 1e-6), {}
     yield "dit last norm", "layer_norm_modulate", (x, vector, vector, 1e-6), {"out": empty(2, tokens, width)}
     yield "dit", "gated_add", (x, x, vector), {}
+    yield "dit", "add_layer_norm_modulate", (x, x, vector, vector, 1e-6), {"gate": vector}
+    options = {"gate": vector, "out": empty(2, tokens, width)}
+    yield "dit last norm", "add_layer_norm_modulate", (x, x, vector, vector, 1e-6), options
+    yield "dit constant", "add_layer_norm_modulate", (x, x[1:], vector, vector, 1e-6), {"constant": norm}
     qkv = empty(2, tokens, 3 * width, dtype=dtype)
     yield "dit", "relu_linear_attention", (qkv, norm, norm, heads, 1e-5), {}
     query, query_weight = empty(tokens, cross, dtype=dtype), empty(cross, dtype=dtype)

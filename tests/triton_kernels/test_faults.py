@@ -21,6 +21,28 @@ pytestmark = [
 FAULTS = [
     ("layer_norm_modulate", "layer_norm_modulate", "gain = 1.0 + ", "gain = "),
     ("layer_norm_modulate", "layer_norm_modulate", "tl.where(inside, y - ", "tl.where(True, y - "),
+    ("add_layer_norm_modulate", "add_layer_norm_modulate", "gain = 1.0 + ", "gain = "),
+    (
+        "add_layer_norm_modulate",
+        "add_layer_norm_modulate",
+        "mask=inside & (row >= skipped)",
+        "mask=inside & (row > skipped)",
+    ),
+    ("add_layer_norm_modulate", "add_layer_norm_modulate", "if gate is not None:", "if False:"),
+    (
+        "add_layer_norm_modulate",
+        "add_layer_norm_modulate",
+        "row < skipped, ",
+        "row <= skipped, ",
+    ),
+    ("add_layer_norm_modulate", "add_layer_norm_modulate", "    tl.store(place, total, mask=inside)\n", ""),
+    (
+        "add_layer_norm_modulate",
+        "add_layer_norm_modulate",
+        "y = total.to(tl.float32)",
+        "y = total.to(tl.float32) - added",
+    ),
+    ("add_layer_norm_modulate", "add_layer_norm_modulate", "tl.where(inside, y - ", "tl.where(True, y - "),
     ("gated_add", "gated_add", "+ added", "- added"),
     ("linear", "linear", "left = inputs - done", "left = inputs - done - 1"),  # a lost tail
     ("linear", "linear", "weight_place += block_inputs", "weight_place += 0"),

@@ -49,6 +49,7 @@ LAUNCHES = {"sample_tokens": 2, "relu_linear_attention": 2}  # of a call; 1 of a
 FEW_ROWS = ("norm_row_linear",)  # ops whose CUDA kernel takes few rows; more are computed by other ops
 PARTLY_READ = ("k_cache", "v_cache", "cos_sin_cache")  # of which a call touches a few rows
 ROWS_OF = ("index_select", "index_copy_")  # operators that touch some rows of a tensor
+UPDATED = ("rms_norm", "add_layer_norm_modulate")  # ops that write a residual beside their result
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")
 
 
@@ -247,7 +248,7 @@ def _moved(op: str, given: Mapping[str, Any], result: Tensor, positions: int) ->
         if isinstance(tensor, Tensor) and name not in ("out", *PARTLY_READ)
     }
     moved = sum(inputs.values()) + result.nbytes
-    if op == "rms_norm" and given.get("residual") is not None:  # which is written too
+    if op in UPDATED and given.get("residual") is not None:  # which is written too
         moved += given["residual"].nbytes
     if "k_cache" in given:
         rows = len(given["q"] if "q" in given else given["qkv"])

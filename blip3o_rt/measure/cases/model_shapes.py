@@ -24,7 +24,7 @@ from blip3o_rt.measure.cases.attention import (
 )
 from blip3o_rt.measure.cases.image import codebook, convolution_case, glu_case, shuffle_case, unshuffle_case
 from blip3o_rt.measure.cases.linear import add_case, norm_case, product_case
-from blip3o_rt.measure.cases.norm import channel_case, residual_case
+from blip3o_rt.measure.cases.norm import add_norm_case, channel_case, residual_case
 from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, quantized, scale_case
 from blip3o_rt.measure.cases.sampling import euler_case, sample_case
 from blip3o_rt.measure.validate.case import Case, int32, random
@@ -197,6 +197,8 @@ def denoising_step(config: ModelConfig) -> Iterator[OpShape]:
     rows, label = 2 * tokens, f"dit: 2 x {tokens} tokens of {width}"
     yield OpShape("layer_norm_modulate", label, _modulated, (tokens, width, dit.norm_eps))
     yield OpShape("gated_add", label, _gated, (tokens, width))
+    case = partial(add_norm_case, gated=True)
+    yield OpShape("add_layer_norm_modulate", label, case, (tokens, width), moved=4 * rows * width)
     for name, values in (("int8", torch.int8), ("e4m3", E4M3)):
         sizes = rows, width, values
         yield OpShape("quantize_rows", f"{label} to {name}", _quantized, sizes, moved=rows * width)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip3o_rt.measure.validate.case import DTYPES, Case, copies, random
 from blip3o_rt.measure.validate.finding import Finding, compare, compare_output
+from blip3o_rt.ops.norm import layer_norm_modulate
 from blip3o_rt.ops.registry import Op
 
 EPS = 1e-6
@@ -72,6 +73,52 @@ def layer_norm_modulate_cases() -> Iterator[Case]:
         for out_dtype in dict.fromkeys((dtype, torch.float32)):
             out = random(9, 2, 5, 40, dtype=out_dtype)
             yield Case(f"given out {out_dtype}", (x, shift, scale, EPS), {"out": out}, written=("out",))
+
+
+def add_norm_case(
+    label: str, dtype: torch.dtype, tokens: int, width: int, *, gated: bool, images: int = 2, least: int = 0
+) -> Case:
+    """As many images of the residual; the first `least` have a constant in the place of an x."""
+    residual, x = random(1, images, tokens, width, dtype=dtype), random(2, images, tokens, width, dtype=dtype)
+    options = {"gate": random(5, width)} if gated else {}
+    if least:
+        options["constant"] = random(6, width, dtype=dtype)
+    vectors = random(3, width, scale=0.5), random(4, width, scale=0.5)
+    return Case(label, (residual, x[least:], *vectors, EPS), options, (0,))
+
+
+def add_layer_norm_modulate_cases() -> Iterator[Case]:
+    """Widths around the vector lengths, gated and not, with a constant for the first image, wider results."""
+    for dtype in DTYPES:
+        for width in (1, 7, 33, 224, 1030):
+            yield add_norm_case(f"width {width}, gated", dtype, 3, width, gated=True)
+            yield add_norm_case(f"width {width}, constant", dtype, 3, width, gated=False, least=1)
+        yield add_norm_case("one image", dtype, 5, 40, gated=False, images=1)
+        yield add_norm_case("a constant and a gate", dtype, 5, 40, gated=True, images=3, least=1)
+        yield add_norm_case("many rows", dtype, 300, 40, gated=True)
+        yield add_norm_case("a constant alone", dtype, 5, 40, gated=False, images=1, least=1)
+        case = add_norm_case("rows with gaps", dtype, 5, 80, gated=True)
+        residual, x = (part[..., 40:] for part in case.arguments[:2])
+        vectors = (random(seed, 40) for seed in (3, 4))
+        yield replace(case, arguments=(residual, x, *vectors, EPS), options={"gate": random(5, 40)})
+        for out_dtype in dict.fromkeys((dtype, torch.float32)):
+            case = add_norm_case(f"given out {out_dtype}", dtype, 5, 40, gated=True)
+            out = random(9, 2, 5, 40, dtype=out_dtype)
+            yield replace(case, options={**case.options, "out": out}, written=(0, "out"))
+
+
+def add_layer_norm_modulate_check(
+    op: Op[Any, Any], case: Case, results: list[Tensor], exact: list[Tensor]
+) -> list[Finding]:
+    """The sum is rounded before it is normed, so the norm is compared with that of what was written."""
+    if [result.shape for result in results] != [one.shape for one in exact]:
+        return compare(op, case, results, exact)
+    (*_, shift, scale, eps), _ = copies(case, widen=True)
+    normed = layer_norm_modulate.reference(results[1].double(), shift, scale, eps)
+    return [
+        compare_output(op, results[0], normed),
+        compare_output(op, results[1], exact[1], "residual"),
+    ]
 
 
 def channel_case(label: str, dtype: torch.dtype, *shape: int) -> Case:

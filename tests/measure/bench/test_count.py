@@ -49,8 +49,9 @@ def test_a_denoising_step(edit: bool, tokens: int, attended: int) -> None:
     # Of a block: q|k|v, out, query, out, and the two 1x1 convolutions; and the first and last projection.
     assert found.counts[PRODUCTS].launches == 6 * L + 2
     calls = {name: of.calls for name, of in found.counts.items()}
-    assert calls["layer_norm_modulate"] == 2 * L + 1
-    assert calls["gated_add"] == 2 * L
+    assert calls["layer_norm_modulate"] == 1  # all others are added to first, in the same pass
+    assert calls["add_layer_norm_modulate"] == 2 * L
+    assert calls["gated_add"] == L
     assert calls["cross_attention"] == attended * L
     assert calls["relu_linear_attention"] == calls["depthwise_glu"] == L
     assert calls["guided_euler_step"] == calls["repeat"] == 1
@@ -58,10 +59,14 @@ def test_a_denoising_step(edit: bool, tokens: int, attended: int) -> None:
     assert found.counts["cross_attention"].launches == 2 * attended * L  # the RMS of the queries is one
     if attended == 1:  # queries twice, once for their RMS, and their weight; keys and values; the result
         assert found.counts["cross_attention"].bytes == L * (3 * tokens + 1 + 2 * M) * D * BF16
-    # The first one is of one branch; the last one writes float32.
     rows, vectors = tokens * D, 2 * D * FP32
-    moved = 2 * rows * BF16 + (2 * L - 1) * 4 * rows * BF16 + 2 * rows * (BF16 + FP32)
-    assert found.counts["layer_norm_modulate"].bytes == moved + (2 * L + 1) * vectors
+    assert found.counts["layer_norm_modulate"].bytes == 2 * rows * BF16 + vectors  # of one branch
+    # Behind the cross-attention of the branches that are computed, and behind the feed-forward, whose gate is
+    # a vector too; the last one writes float32.
+    attention = (3 * 2 + attended) * rows * BF16 + vectors + (attended == 1) * D * BF16
+    feed_forward = 4 * 2 * rows * BF16 + vectors + D * FP32
+    moved = L * (attention + feed_forward) + 2 * rows * (FP32 - BF16)
+    assert found.counts["add_layer_norm_modulate"].bytes == moved
     assert found.counts["repeat"].bytes == 3 * rows * BF16
 
 
