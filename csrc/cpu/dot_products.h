@@ -13,8 +13,8 @@ namespace blip3o::cpu::BLIP3O_ISA {
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = kLanes == 16 ? 4 : 3;
 
-// Several rows of a matrix in memory at a time are something that the hardware's prefetchers follow badly (half
-// the speed of one stream), so a tile fetches what is read later in one stream while it computes.
+// Neighboring rows of a matrix in memory are something that the hardware's prefetchers follow badly (half the speed
+// of one stream with AVX-512), so a tile can fetch what is read later in one stream while it computes.
 // Fetches step number `step` of kBytes each into the second-level cache.
 template <int64_t kBytes>
 BLIP3O_INLINE void prefetch(const char* from, int64_t step) {
@@ -88,6 +88,24 @@ BLIP3O_INLINE void dot_products(const float* x, int64_t x_stride, int64_t rows, 
     for (; c < columns; ++c) {
         dot_column_block<1>(x, x_stride, rows, w + c * w_stride, w_stride, size, later(c), at(c));
     }
+}
+
+// The same for few rows and a w in memory, read as kColumns streams: row c of every one of as many equal parts of w.
+// Zen 3's prefetchers follow four streams at 1.1 times the rate of a loop that sums one (with AVX2). Neighboring rows
+// and instructions that fetch the next ones reach 0.8 of it.
+template <int kColumns, class T, class Emit>
+BLIP3O_INLINE void dot_streams(const float* x, int64_t x_stride, int64_t rows, const T* w, int64_t w_stride,
+                               int64_t columns, int64_t size, const Emit& emit) {
+    const int64_t run = columns / kColumns;
+    for (int64_t c = 0; c < run; ++c) {
+        dot_column_block<kColumns>(
+            x, x_stride, rows, w + c * w_stride, run * w_stride, size, nullptr,
+            [&](int64_t row, int64_t stream, float value) { emit(row, stream * run + c, value); });
+    }
+    const int64_t done = run * kColumns;
+    dot_products(x, x_stride, rows, w + done * w_stride, w_stride, columns - done, size,
+                 static_cast<const T*>(nullptr),
+                 [&](int64_t row, int64_t column, float value) { emit(row, done + column, value); });
 }
 
 }  // namespace blip3o::cpu::BLIP3O_ISA

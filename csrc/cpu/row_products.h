@@ -39,8 +39,16 @@ BLIP3O_INLINE void row_products(const Rows& all_x, const Rows& weight, const Row
         };
         if (rows < kWidenedRows || sizeof(W) == sizeof(float)) {
             const W* columns = weight.row<const W>(begin);
-            dot_products(x, padded, rows, columns, weight.stride, end - begin, inputs,
-                         columns + kTileColumns * weight.stride, emit_from(begin));
+            if (kLanes == 16) {  // measured on Zen 4; streams were not
+                dot_products(x, padded, rows, columns, weight.stride, end - begin, inputs,
+                             columns + kTileColumns * weight.stride, emit_from(begin));
+            } else if (rows <= 2) {
+                dot_streams<4>(x, padded, rows, columns, weight.stride, end - begin, inputs,
+                               emit_from(begin));
+            } else {
+                dot_streams<3>(x, padded, rows, columns, weight.stride, end - begin, inputs,
+                               emit_from(begin));
+            }
             continue;
         }
         for (int64_t column = begin; column < end; column += kTileColumns) {
