@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from fastapi import Path as PathParameter
@@ -18,10 +19,12 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import Blip3oError
+from blip3o_rt.params import MAX_SEED
 from blip3o_rt.serve.api_error import ApiError, api_error
 from blip3o_rt.serve.client import EngineClient
 from blip3o_rt.serve.jobs import Jobs
 from blip3o_rt.serve.messages import ModelInfo, RawImage
+from blip3o_rt.serve.middleware import OPEN_PATHS
 from blip3o_rt.serve.schema import (
     EditRequest,
     ErrorResponse,
@@ -38,6 +41,8 @@ from blip3o_rt.serve.service import EDIT, GENERATION, Service, charged_to
 
 PAGE = Path(__file__).parent / "page"
 MAX_FILES = 16
+UNREADABLE = "There was an error parsing the body"  # the framework's words
+LINK = re.compile(r"[\w-]{20,64}\.(png|jpeg|webp)")
 STATUS_OF_HEALTH = {"ok": 200, "loading": 200, "draining": 200}  # of others: 503
 
 JobId = Annotated[str, PathParameter(max_length=64, description="The job's id.")]
@@ -120,16 +125,18 @@ def image_routes(service: Service) -> APIRouter:
     )
     async def edits(request: Request) -> Any:
         """Draw what the prompt makes of the reference image. With `stream`, events `image_edit.*`."""
+        if (error := wrong_type(request, "multipart/form-data")) is not None:
+            raise error
         async with request.form(max_files=MAX_FILES + 1, max_fields=64, max_part_size=1 << 16) as form:
             body, uploads = edit_form(form)
             service.check(body)
             references = await read_uploads(service, uploads)
         return await service.respond(request, body, references, EDIT)
 
-    @router.get("/v1/results/{name}", response_class=Response, responses=only(401, 404))
+    @router.get("/v1/results/{name}", response_class=Response, responses=only(404))
     async def linked(name: str) -> Response:
-        """An image of a response with `response_format` `url`."""
-        data = await service.store.linked(name) if "/" not in name and not name.startswith(".") else None
+        """An image of a response with `response_format` `url`; its link is all that it needs."""
+        data = await service.store.linked(name) if LINK.fullmatch(name) else None
         if data is None:
             raise ApiError(404, "there is no such image, or no longer", code="image_not_found")
         return _image_response(data, name.rpartition(".")[2])
@@ -141,7 +148,18 @@ def job_routes(service: Service, jobs: Jobs) -> APIRouter:
     """Requests that are answered at once and finished later."""
     router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-    @router.post("", status_code=202, response_model=Job, responses=only(400, 401, 404, 408, 413, 429, 503))
+    of_created = {"parameters": {"id": "$response.body#/id"}}
+    links = {
+        name: {"operationId": f"{name}_job", **of_created, "description": text}
+        for name, text in (("show", "How far the job is."), ("cancel", "Cancels the job."))
+    }
+
+    @router.post(
+        "",
+        status_code=202,
+        response_model=Job,
+        responses={202: {"links": links}, **only(400, 401, 404, 408, 413, 429, 503)},
+    )
     async def create(request: Request, body: JobRequest) -> Job:
         """Accept a job. It is finished whatever becomes of this connection, the engine or this server."""
         service.check(body)
@@ -153,12 +171,14 @@ def job_routes(service: Service, jobs: Jobs) -> APIRouter:
         found = await service.store.newest(_owner(request), limit)
         return JobList(data=[jobs.show(job) for job in found])
 
-    @router.get("/{id}", response_model=Job, responses=only(400, 401, 404))
+    @router.get("/{id}", operation_id="show_job", response_model=Job, responses=only(400, 401, 404))
     async def show(request: Request, id: JobId) -> Job:
         """How far a job is."""
         return jobs.show(await jobs.find(id, _owner(request)))
 
-    @router.post("/{id}/cancel", response_model=Job, responses=only(400, 401, 404, 503))
+    @router.post(
+        "/{id}/cancel", operation_id="cancel_job", response_model=Job, responses=only(400, 401, 404, 503)
+    )
     async def cancel(request: Request, id: JobId) -> Job:
         """Cancel a job; one that has ended stays as it is."""
         return jobs.show(await jobs.cancel(await jobs.find(id, _owner(request))))
@@ -189,7 +209,9 @@ def server_routes(service: Service) -> APIRouter:
     async def model(name: str) -> ModelCard:
         """The model by its name."""
         if client.info is None or client.info.name != name:
-            raise ApiError(404, f"the model {name!r} is not here", param="model", code="model_not_found")
+            raise ApiError(
+                404, f"the model {short(name)!r} is not here", param="model", code="model_not_found"
+            )
         return _card(client.info, began)
 
     @router.get("/health", response_model=Health, responses={503: {"model": Health}})
@@ -274,8 +296,13 @@ def edit_form(form: FormData) -> tuple[EditRequest, list[UploadFile]]:
             if not isinstance(value, UploadFile):
                 raise ApiError(400, "image is text: send it as a file", param="image", code="invalid_image")
             uploads.append(value)
+        elif isinstance(value, UploadFile) and name not in EditRequest.model_fields:
+            message = f"there is no file {short(name)!r}: accepted are image and image[]"
+            raise ApiError(400, message, param=short(name), code="unknown_parameter")
         elif isinstance(value, UploadFile) or name in fields:
-            raise ApiError(400, f"{name} is accepted once, as text", param=name, code="invalid_value")
+            raise ApiError(
+                400, f"{short(name)} is accepted once, as text", param=short(name), code="invalid_value"
+            )
         else:
             fields[name] = value
     try:
@@ -361,7 +388,7 @@ def _openapi(app: FastAPI, service: Service, keyed: bool) -> dict[str, Any]:
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             operation.get("responses", {}).pop("422", None)
-            if keyed and path not in ("/health", "/ready"):
+            if keyed and not OPEN_PATHS.fullmatch(path):
                 operation["security"] = [{"key": []}]
     if keyed:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -373,19 +400,43 @@ def _openapi(app: FastAPI, service: Service, keyed: bool) -> dict[str, Any]:
     for body in (form, components["schemas"]["GenerationRequest"], components["schemas"]["JobRequest"]):
         body["properties"]["n"]["maximum"] = service.max_images
         body["properties"]["steps"]["maximum"] = service.max_steps
+        seed = body["properties"]["seed"]
+        for kind in seed.get("anyOf", [seed]):
+            if "maximum" in kind:
+                kind["maximum"] = MAX_SEED  # the framework writes a float, which is one more
         if service.client.info is not None:
             info = service.client.info
             body["properties"]["size"]["enum"] = ["auto", f"{info.width}x{info.height}"]
+    for name in ("GenerationRequest", "JobRequest"):
+        _accept_nulls(components["schemas"][name])
     if service.client.info is not None:
         app.openapi_schema = schema
     return schema
+
+
+def _accept_nulls(body: dict[str, Any]) -> None:
+    """Say of every field that may be left out that it may be null."""
+    for name, field in body["properties"].items():
+        if name in body["required"]:
+            continue
+        words = {
+            key: field.pop(key)
+            for key in list(field)
+            if key in ("title", "description", "default", "examples")
+        }
+        kinds = field.pop("anyOf", None) or [dict(field)]
+        field.clear()
+        field.update(words, anyOf=[*(kind for kind in kinds if kind != {"type": "null"}), {"type": "null"}])
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error, ApiError):
         return error.response
-    messages = {404: f"there is no {request.url.path}", 405: f"{request.method} is not accepted here"}
+    if error.detail == UNREADABLE:
+        return ApiError(400, "the body is not JSON that can be read", code="invalid_json").response
+    path = short(quote(request.scope["path"]))
+    messages = {404: f"there is no {path}", 405: f"{request.method} is not accepted here"}
     message = messages.get(error.status_code, str(error.detail))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     headers = {"Allow": _allowed(request)} if error.status_code == 405 else dict(error.headers or {})
@@ -398,19 +449,39 @@ def _allowed(request: Request) -> str:
     for path, operations in request.app.openapi()["paths"].items():
         if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", path), request.url.path):
             methods |= {method.upper() for method in operations}
+    if "GET" in methods:
+        methods.add("HEAD")
     return ", ".join(sorted(methods)) or "GET"
 
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _first_error(error.errors()).response
+    found = error.errors()
+    if found[0]["loc"] == ("body",):  # no field of it: the body as a whole
+        wrong = wrong_type(request, "application/json")
+        return (wrong or ApiError(400, "the body is not a JSON object", code="invalid_json")).response
+    return _first_error(found).response
+
+
+def wrong_type(request: Request, accepted: str) -> ApiError | None:
+    """The error of a body of another type: curl, for instance, says form where it is not told."""
+    given = request.headers.get("content-type", "none").partition(";")[0]
+    if given.strip().lower() == accepted:
+        return None
+    message = f"the body's Content-Type is {short(given)!r}: accepted is {accepted!r}"
+    return ApiError(400, message, code="unsupported_content_type")
+
+
+def short(text: str) -> str:
+    """A text of the client's as a message names it."""
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _first_error(errors: Any) -> ApiError:
     """The first of pydantic's errors in one line."""
     first = errors[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    param = place[0] if place else None  # bodies are flat; what follows is a kind of value that is accepted
+    param = short(place[0]) if place else None  # bodies are flat; the rest is a kind of value
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
     if first["type"] == "extra_forbidden":
@@ -423,7 +494,7 @@ def _first_error(errors: Any) -> ApiError:
     if isinstance(given, str | int | float) and len(str(given)) <= 40:
         subject = f"{param} is {given!r}"
     else:
-        subject = param or "the body is not as it should be"
+        subject = str(param)
     message = f"{subject}: {text}"
     return ApiError(400, message, param=param, code="invalid_value")
 

@@ -457,7 +457,7 @@ class EngineClient:
         self._tasks = [task for task in self._tasks if not task.done()]
 
     def _silent(self, process: EngineProcess, seconds: float) -> bool:
-        """Whether nothing was heard for so long; while it loads, libraries may hold the interpreter for longer."""
+        """Whether nothing was heard for so long; while it loads, libraries may hold the interpreter."""
         most = seconds if self._ready.is_set() else max(seconds, self.limits.stall_seconds)
         return time.monotonic() - process.heard > most
 

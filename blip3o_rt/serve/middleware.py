@@ -16,9 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blip3o_rt.serve.api_error import ApiError
 from blip3o_rt.serve.keys import Keys
 
-OPEN_PATHS = re.compile(
-    r"/|/(health|ready|docs|openapi\.json|favicon\.ico)|/page/.*|/admin/.*"
-)  # which asks for keys of its own
+# /admin asks for keys of its own; the name of a result is as hard to guess as a key.
+OPEN_PATHS = re.compile(r"/|/(health|ready|docs|openapi\.json|favicon\.ico)|/(page|admin|v1/results)/.*")
 PROBES = ("/health", "/ready", "/metrics")
 CHUNK_SECONDS = 20.0  # between two pieces of a body
 BODY_SECONDS = 120.0  # for a whole body
@@ -50,7 +49,9 @@ class RequestContext:
         request_id = given if re.fullmatch(r"[\w.-]{1,64}", given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        begin, status = time.monotonic(), 499
+        begin, status, method = time.monotonic(), 499, scope["method"]
+        if method == "HEAD":  # the protocol leaves the body of the answer out
+            scope = {**scope, "method": "GET"}
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -68,7 +69,7 @@ class RequestContext:
             fields = {
                 "request_id": request_id,
                 "client": state.get("client", ""),
-                "method": scope["method"],
+                "method": method,
                 "path": scope["path"],
                 "status": state.get("status", status),
                 "seconds": round(time.monotonic() - begin, 3),

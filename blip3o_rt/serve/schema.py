@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from blip3o_rt.params import (
     MAX_DRAFT_WINDOW,
@@ -51,12 +51,26 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """A null is a field left out, as in OpenAI's API."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value for name, value in data.items() if value is not None or name not in cls.model_fields
+        }
+
     prompt: Prompt = Field(
         description="What to draw, or what to change.", examples=["a red circle on a blue background"]
     )
-    model: str | None = Field(None, description="The name that /v1/models gives; may be left out.")
+    model: str | None = Field(
+        None, max_length=256, description="The name that /v1/models gives; may be left out."
+    )
     n: Count = Field(1, description="Images; image i uses seed + i.")
-    size: str = Field("auto", description="`auto` or the model's own, as `1024x1024`.", examples=["auto"])
+    size: str = Field(
+        "auto", max_length=64, description="`auto` or the model's own, as `1024x1024`.", examples=["auto"]
+    )
     response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="The image itself, or a link."
     )

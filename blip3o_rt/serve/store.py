@@ -251,9 +251,9 @@ class Store:
         row = self._database.execute(
             "SELECT file FROM images WHERE job=? AND number=?", (id, number)
         ).fetchone()
-        if row is None:
+        if row is None or not (path := self._jobs / id / row[0]).is_file():
             return None
-        return (self._jobs / id / row[0]).read_bytes(), row[0].rpartition(".")[2]
+        return path.read_bytes(), path.suffix[1:]
 
     def _link(self, data: bytes, suffix: str) -> str:
         name = f"{secrets.token_urlsafe(24)}.{suffix}"

@@ -239,6 +239,66 @@ def test_bodies_that_are_not_what_they_should_be(server: RunningServer) -> None:
     assert error(server.http.put(GENERATIONS), 405)["code"] == "method_not_allowed"
 
 
+@pytest.mark.parametrize("given", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_type_is_said_to_be_one(server: RunningServer, given: str | None) -> None:
+    headers = {} if given is None else {"Content-Type": given}
+    for path, accepted in ((GENERATIONS, "application/json"), (EDITS, "multipart/form-data")):
+        found = error(server.http.post(path, content=json.dumps(body()), headers=headers), 400)
+        assert found["code"] == "unsupported_content_type"
+        assert accepted in found["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"])
+def test_a_body_that_is_no_object_is_said_to_be_none(server: RunningServer, content: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    found = error(server.http.post(GENERATIONS, content=content, headers=headers), 400)
+    assert found["code"] == "invalid_json"
+    assert "JSON" in found["message"]
+
+
+def test_a_null_is_a_field_left_out(server: RunningServer) -> None:
+    schema = server.http.get("/openapi.json").json()["components"]["schemas"]["GenerationRequest"]
+    nullable = [
+        name for name, field in schema["properties"].items() if {"type": "null"} in field.get("anyOf", ())
+    ]
+    assert sorted([*nullable, "prompt"]) == sorted(schema["properties"])
+    fields = {**dict.fromkeys(nullable), "prompt": "a", "seed": 5, "steps": 2}
+    answer = server.http.post(GENERATIONS, json=fields).json()
+    assert samples(opened(answer["data"][0]["b64_json"])) == fake_image("a", 5, 2)
+    assert error(server.http.post(GENERATIONS, json={"prompt": None}), 400)["param"] == "prompt"
+    assert error(server.http.post(GENERATIONS, json=body(colour=None)), 400)["param"] == "colour"
+
+
+def test_what_a_client_sends_is_named_in_a_short_line(server: RunningServer) -> None:
+    long = "a\nb" * 20_000
+    answers = [
+        server.http.post(GENERATIONS, json=body(**fields))
+        for fields in ({"model": long}, {"size": long}, {long: 1}, {"quality": long}, {"n": long})
+    ]
+    answers.append(server.http.post(EDITS, data={**body(), long[:3000]: "1"}, files={"image": png()}))
+    answers.append(server.http.post(EDITS, data=body(), files={"image[0]": png()}))
+    for answer in answers:
+        error(answer, 400)
+        assert len(answer.text) < 600
+    assert "image[]" in error(answers[-1], 400)["message"]
+    for path in ("/nothing%0A/" + "a" * 9000, "/v1/models/" + "a" * 9000, "/v1/results/" + "a" * 9000):
+        answer = server.http.get(path)
+        error(answer, 404)
+        assert len(answer.text) < 600
+
+
+def test_head_is_get_without_a_body(server: RunningServer) -> None:
+    for path in ("/", "/health", "/ready", "/v1/models", "/page/page.js"):
+        assert (server.http.head(path).status_code, server.http.head(path).content) == (200, b"")
+    refused = server.http.head(GENERATIONS)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+
+
+def test_the_description_has_the_exact_bounds_of_a_seed(server: RunningServer) -> None:
+    assert '"maximum":9223372036854775807,' in server.http.get("/openapi.json").text
+    assert "e+18" not in server.http.get("/openapi.json").text
+
+
 def test_files_that_cannot_be_edited(server: RunningServer) -> None:
     def refused(**files: Any) -> dict[str, Any]:
         return error(server.http.post(EDITS, data=body(), files=files), 400)
@@ -253,7 +313,7 @@ def test_files_that_cannot_be_edited(server: RunningServer) -> None:
     assert refused(other=png())["param"] == "other"
     found = error(server.http.post(EDITS, data=body(), files=[("image[]", png())] * 17), 400)
     assert found["param"] == "image"
-    found = error(server.http.post(EDITS, data={**body(), "image": "text"}), 400)
+    found = error(server.http.post(EDITS, files={"prompt": (None, "a"), "image": (None, "text")}), 400)
     assert found["param"] == "image"
 
 
@@ -386,6 +446,16 @@ def test_keys(start: Any, tmp_path: Path) -> None:
     alice = {"Authorization": "Bearer secret-secret-secret"}
     assert server.http.post(GENERATIONS, json=body(), headers=alice).status_code == 200
     job = server.http.post("/v1/jobs", json=body(), headers=alice).json()
+    linked = server.http.post(GENERATIONS, json=body(response_format="url"), headers=alice).json()
+    assert server.http.get(linked["data"][0]["url"]).status_code == 200  # as in a page: without a key
+    described = server.http.get("/openapi.json").json()["paths"]
+    closed = {
+        path
+        for path, found in described.items()
+        if any("security" in operation for operation in found.values())
+    }
+    assert {GENERATIONS, EDITS, "/v1/jobs", "/metrics"} <= closed
+    assert not {"/health", "/ready", "/v1/results/{name}"} & closed
     bob = {"Authorization": "Bearer other-other-other-1"}
     assert error(server.http.get(f"/v1/jobs/{job['id']}", headers=bob), 404)
     assert server.http.get(f"/v1/jobs/{job['id']}", headers=alice).status_code == 200
