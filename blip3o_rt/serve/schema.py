@@ -86,7 +86,7 @@ class ImageRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and ignored.")
     style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and ignored.")
 
-    seed: Seed | None = Field(None, description="Same seed, same image. Drawn and returned where left out.")
+    seed: Seed | None = Field(None, description="Same seed, same image; below 2^63. Drawn where left out.")
     steps: Steps = Field(_diffusion.steps, description="Denoising steps.")
     guidance: float = Field(
         _diffusion.guidance, ge=0, le=MAX_GUIDANCE, description="How closely to follow the plan; 1 is off."
