@@ -52,11 +52,12 @@ gpu: ## On a GPU: build, check and measure in eight minutes; DRY_RUN=1 only chec
 	  $(MAKE) $(RUNTIME) $(DEVELOPMENT); python=$(BIN)/python; fi; \
 	$$python -m benchmarks.gpu $(GPU_OPTIONS) $(if $(DRY_RUN),--dry-run)
 
-lint: $(DEVELOPMENT) ## Check style, types and the format of Python and C++.
+lint: $(DEVELOPMENT) ## Check style, types, the format of Python and C++, and the Dockerfile.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+	$(BIN)/hadolint deploy/Dockerfile
 
 count: ## Print the size of the code, its import cycles and its walls; fails over a limit.
 	$(PYTHON) scripts/count.py
