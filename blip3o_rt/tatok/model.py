@@ -11,6 +11,7 @@ from torch import Tensor
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
+from blip3o_rt.ops.attention import cross_attention
 from blip3o_rt.ops.image import nearest_code
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.weights import hoisted
@@ -82,11 +83,8 @@ class ImageTokenizer:
 
 def patches(pixels: Tensor, side: int) -> Tensor:
     """[B, C, H, W] -> [B, rows * columns, C * side * side]; a rest smaller than a patch is left out."""
-    rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
-    grid = (
-        pixels[:, :, : rows * side, : columns * side].unflatten(2, (rows, side)).unflatten(4, (columns, side))
-    )
-    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    grid = pixels.unfold(2, side, side).unfold(3, side, side)
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 class EncoderLayer:
@@ -110,6 +108,9 @@ class EncoderLayer:
 
     def _attention(self, x: Tensor) -> Tensor:
         qkv = linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return linear(attended.transpose(1, 2).flatten(2), *self.attention_out)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [1, heads, N, head_dim]
+        if x.device.type == "cpu":
+            attended = cross_attention(q[0].transpose(0, 1).flatten(1), k[0], v[0], None, 0.0)[None]
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return linear(attended, *self.attention_out)
