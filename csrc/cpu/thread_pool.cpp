@@ -53,11 +53,9 @@ struct Job {
     std::exception_ptr error;  // the first; guarded by mutex
 
     void run_part(int part, int parts) noexcept {
-        const int64_t grains = (count + grain - 1) / grain;
-        const int64_t begin = grains * part / parts * grain;
-        const int64_t end = std::min(count, grains * (part + 1) / parts * grain);
+        const Range range = range_of_part(count, grain, part, parts);
         try {
-            if (begin < end) function(context, begin, end);
+            if (range.begin < range.end) function(context, range.begin, range.end);
         } catch (...) {
             std::lock_guard<std::mutex> lock(mutex);
             if (!error) error = std::current_exception();

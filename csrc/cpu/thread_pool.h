@@ -14,6 +14,16 @@ int num_threads();
 // At least 1. Waits for running work; the old threads end.
 void set_num_threads(int threads);
 
+// Part `part` of `parts` of so many units.
+struct Range {
+    int64_t begin, end;
+};
+
+inline Range range_of_part(int64_t count, int64_t grain, int part, int parts) {
+    const int64_t grains = (count + grain - 1) / grain, end = grains * (part + 1) / parts * grain;
+    return {grains * part / parts * grain, end < count ? end : count};
+}
+
 namespace detail {
 using RangeFunction = void (*)(const void* context, int64_t begin, int64_t end);
 void parallel_ranges(int64_t count, int64_t grain, RangeFunction run, const void* context);

@@ -28,12 +28,13 @@ DTYPES = (  # in the order of DType in tensor_view.h
 )
 
 
-def build(compiler: str, folder: Path) -> Path:
+def build(compiler: str, folder: Path, thread_pool: Path = CSRC / "cpu" / "thread_pool.cpp") -> Path:
     """The program of server.cpp with the portable kernels, warnings being errors."""
     flags = ["-std=gnu++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast", "-Wno-psabi"]
     flags += ["-DBLIP3O_ISA=portable", "-DBLIP3O_VECTOR_BYTES=16", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     objects = []
-    for source in [*sorted((CSRC / "cpu").glob("*.cpp")), Path(__file__).with_name("server.cpp")]:
+    kernels = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.name != "thread_pool.cpp"]
+    for source in [*kernels, thread_pool, Path(__file__).with_name("server.cpp")]:
         objects.append(str(folder / f"{source.stem}.o"))
         subprocess.run([compiler, *flags, "-c", str(source), "-o", objects[-1]], check=True)
     program = folder / "server"
@@ -42,9 +43,13 @@ def build(compiler: str, folder: Path) -> Path:
 
 
 class EmulatedKernels:
-    """Stands in for blip3o_rt._cpu: `command` runs the program that `build` made."""
+    """Stands in for blip3o_rt._cpu: `command` runs the program that `build` made.
 
-    def __init__(self, command: Sequence[str]) -> None:
+    Memory of more than `most_bytes` is zeros in a call, and what a call writes to it is lost.
+    """
+
+    def __init__(self, command: Sequence[str], most_bytes: int = 2**40) -> None:
+        self._most_bytes = most_bytes
         listed = subprocess.run([*command, "list"], check=True, capture_output=True, text=True).stdout
         self.parameters = dict(line.split("\t") for line in listed.splitlines())
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -83,15 +88,19 @@ class EmulatedKernels:
         assert set(given) <= set(names), (op_name, set(given) - set(names))
         storages = _storages(given.values())
         self._to.write(op_name.encode() + b"\n" + struct.pack("=q", len(storages)))
+        sent = [storage for storage in storages.values() if storage.numel() <= self._most_bytes]
         for storage in storages.values():
-            self._to.write(struct.pack("=q", storage.numel()) + storage.numpy().tobytes())
+            if storage.numel() > self._most_bytes:
+                self._to.write(struct.pack("=q", -storage.numel()))
+            else:
+                self._to.write(struct.pack("=q", storage.numel()) + storage.numpy().tobytes())
         for name in names:
             self._to.write(_encoded(given.get(name), list(storages)))
         self._to.flush()
         (length,) = struct.unpack("=q", _exactly(self._from, 8))
         if length:
             raise OpError(_exactly(self._from, length).decode())
-        for storage in storages.values():
+        for storage in sent:
             written = bytearray(_exactly(self._from, storage.numel()))
             storage.copy_(torch.frombuffer(written, dtype=torch.uint8))
 

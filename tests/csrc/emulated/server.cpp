@@ -1,7 +1,7 @@
 // Runs calls of the ops that arrive on standard input: how a test reaches kernels built for another processor.
 //
 // A call    name, newline; the memory that its tensors share, as int64 count, then int64 bytes and the bytes of
-//           each; for every parameter of the op one byte: 0 nothing, 1 a tensor, 2 a number
+//           each (or minus its bytes: zeros that stay here); for every parameter of the op one byte: 0 nothing, 1 a tensor, 2 a number
 // A tensor  int64 memory (-1: empty), byte offset, dtype (as DType), ndim, ndim sizes, ndim strides
 // A number  float64
 // An answer int64 0 and the bytes of all memory again, or int64 length and the text of the error
@@ -17,6 +17,9 @@
 #include <vector>
 
 #include "cpu/launch.h"
+
+using Memory = std::vector<std::vector<char>>;
+Memory memory;  // of the call; another thread pool may watch it
 
 using namespace blip3o;
 
@@ -35,11 +38,8 @@ T read_value() {
     return value;
 }
 
-using Memory = std::vector<std::vector<char>>;
 
 struct Reader {
-    Memory& memory;
-
     template <class T>
     T read() {
         const uint8_t kind = read_value<uint8_t>();
@@ -68,19 +68,19 @@ struct Reader {
 };
 
 template <class Arguments, class Launch, class... Views>
-void call(Arguments (*check)(Device, Views...), const Launch& launch, Memory& memory) {
-    Reader reader{memory};
+void call(Arguments (*check)(Device, Views...), const Launch& launch) {
+    Reader reader;
     const std::tuple<std::decay_t<Views>...> values{reader.read<std::decay_t<Views>>()...};
     std::apply([&](const auto&... views) { launch(check(Device::cpu, views...)); }, values);
 }
 
 struct Collect {
-    std::map<std::string, std::function<void(Memory&)>> calls;
+    std::map<std::string, std::function<void()>> calls;
     std::map<std::string, std::string> parameters;
 
     template <class Op, class Launch>
     void add(const Launch& launch) {
-        calls[Op::kName] = [launch](Memory& memory) { call(&Op::check, launch, memory); };
+        calls[Op::kName] = [launch] { call(&Op::check, launch); };
         parameters[Op::kName] = Op::kParameters;
     }
 };
@@ -105,22 +105,25 @@ int main(int count, char**) {
     cpu::set_num_threads(2);
     for (;;) {
         const auto& run = ops.calls.at(read_name());
-        Memory memory(read_value<int64_t>());
-        for (auto& bytes : memory) {
-            bytes.resize(read_value<int64_t>());
-            read_bytes(bytes.data(), bytes.size());
+        memory = Memory(read_value<int64_t>());
+        std::vector<bool> sent(memory.size());
+        for (size_t i = 0; i < memory.size(); ++i) {
+            const int64_t size = read_value<int64_t>();
+            sent[i] = size >= 0;
+            memory[i].resize(sent[i] ? size : -size);
+            if (sent[i]) read_bytes(memory[i].data(), size);
         }
         std::string error;
         try {
-            run(memory);
+            run();
         } catch (const ArgumentError& refused) {
             error = refused.what();
         }
         const int64_t length = error.size();
         write_bytes(&length, sizeof length);
         write_bytes(error.data(), error.size());
-        for (const auto& bytes : memory) {
-            if (length == 0) write_bytes(bytes.data(), bytes.size());
+        for (size_t i = 0; i < memory.size(); ++i) {
+            if (length == 0 && sent[i]) write_bytes(memory[i].data(), memory[i].size());
         }
         std::fflush(stdout);
     }
