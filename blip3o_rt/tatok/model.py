@@ -83,8 +83,7 @@ class ImageTokenizer:
 
 def patches(pixels: Tensor, side: int) -> Tensor:
     """[B, C, H, W] -> [B, rows * columns, C * side * side]; a rest smaller than a patch is left out."""
-    grid = pixels.unfold(2, side, side).unfold(3, side, side)
-    return grid.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    return pixels.unfold(2, side, side).unfold(3, side, side).movedim(1, 3).flatten(3).flatten(1, 2)
 
 
 class EncoderLayer:
