@@ -8,9 +8,13 @@
 // Tiling   bfloat16: a tile is 16 rows of the weight (8 gates and their 8 ups), all channels, and up to 32
 //          rows of x. The warps of a block (up to 16) share its channels in slices of 128 (256 in 8 bits) and
 //          multiply on the tensor cores; their sums are added up through shared memory, warp after warp.
-//          Blocks stay (one per multiprocessor, more if they are small) and walk over the tiles. A lane loads
-//          16 bytes of a row, eight loads at a time, and those of the next slice or tile before it multiplies:
-//          a block of 16 warps has 64 to 128 KiB on the way. 8 bits become bfloat16 in registers, exactly.
+//          Blocks stay (one per multiprocessor, more if they are small) and walk over the tiles. A lane copies
+//          16 bytes of a row, eight copies at a time, into a ring of slices in shared memory (three, or two for
+//          16 rows of x), and reads what it copied itself, so that no thread waits for another. A slice is
+//          waited for when those after it are on their way, of the next tile too: a block of 16 warps has 128
+//          KiB in flight. Where a multiprocessor has no room for the ring (before sm_90), with more rows of x,
+//          or where rows do not begin at 16 bytes, registers hold the next slice. 8 bits become bfloat16 in
+//          registers, exactly.
 //          Normed rows, up to 8, are normed by every block as it loads them: the row lies in a cache, and the
 //          first weights are on their way meanwhile.
 //          float32: one warp per row of the weight and 8 rows of x; for tests, not for speed.
@@ -21,6 +25,7 @@
 //
 // Which warp sums which channels in which order depends on K alone, and a column of the tensor cores' product
 // on that column alone: the bits of a row are the same whatever the other rows are and however many.
+#include "cuda/async_copy.h"
 #include "cuda/convert.h"
 #include "cuda/e4m3.h"
 #include "cuda/launch.h"
@@ -79,26 +84,38 @@ template <class Weight>
 constexpr int kSlice = kChunk<Weight> * kChunks;
 template <class Weight>
 constexpr int kMostGroups = kLaneWidth<Weight> == 8 ? 4 : 2;  // of x per block: widening takes registers
+// A ring takes memory that would cache x: with 16 rows two slices leave room for them, with 32 rows none do.
+constexpr int kMostRingGroups = 2;
+template <int kGroups>
+constexpr int kStages = kGroups == 1 ? 3 : 2;
 template <class Weight>
 constexpr int kPieces = kLaneWidth<Weight> / 8;  // of x that a chunk takes, 16 bytes each
 
-// The 16 bytes of a row from channel k on; zeros past its width, and for a row past the last.
-template <class Bits, bool kPacked, Reuse kReuse>
-__device__ Words load_channels(const Rows& rows, int64_t row, int64_t k) {
-    const auto* from = static_cast<const Bits*>(rows.data) + row * rows.stride + k;
-    if (kPacked) {
-        return load_if<kReuse>(row < rows.count && k < rows.width, reinterpret_cast<const uint32_t*>(from));
-    }
+// 16 bytes of a row of which so many elements are left; zeros past them.
+template <class Bits>
+__device__ Words load_elements(const Bits* from, int64_t left) {
     constexpr int kPerWord = 4 / sizeof(Bits);
     Words words = {};
-    for (int w = 0; w < 4; ++w, from += kPerWord, k += kPerWord) {
+    for (int w = 0; w < 4; ++w, from += kPerWord, left -= kPerWord) {
 #pragma unroll 1  // registers are short
         for (int e = 0; e < kPerWord; ++e) {
-            const uint32_t bits = row < rows.count && k + e < rows.width ? from[e] : 0;
+            const uint32_t bits = e < left ? from[e] : 0;
             words.element[w] |= bits << (e * 8 * sizeof(Bits));
         }
     }
     return words;
+}
+
+// The 16 bytes of a row of x, or of the norm's weight, from channel k on; zeros past its width, and for a row
+// past the last.
+template <bool kPacked>
+__device__ Words load_row(const Rows& rows, int64_t row, int64_t k) {
+    const auto* from = static_cast<const uint16_t*>(rows.data) + row * rows.stride + k;
+    if (kPacked) {
+        const bool inside = row < rows.count && k < rows.width;
+        return load_if<Reuse::yes>(inside, reinterpret_cast<const uint32_t*>(from));
+    }
+    return load_elements(from, row < rows.count ? rows.width - k : 0);
 }
 
 // Where a lane works: row g of each half of a tile, row g of a group of x, and its channels of a chunk.
@@ -122,21 +139,134 @@ struct XPieces {
     Words row[kCount];
 };
 
-template <class Weight, bool kPacked>
-__device__ WeightSlice load_weight(const RowProductArguments& a, TileRows tile, int64_t channel,
-                                   LanePlace lane) {
-    using Bits = typename Weight::Bits;
-    const Rows first_half = {a.weight.data, a.out.width, a.weight.width, a.weight.stride};
-    const int64_t row = tile.first + lane.row;
-    WeightSlice slice;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-        const int64_t k = channel + c * kChunk<Weight> + lane.channel;
-        slice.low[c] = load_channels<Bits, kPacked, Reuse::no>(first_half, row, k);
-        slice.high[c] = load_channels<Bits, kPacked, Reuse::no>(a.weight, row + tile.second_half, k);
+// How a weight gets to the registers: an element or 16 bytes at a time, or through a ring in shared memory.
+enum class Loads { elements, packs, ring };
+
+// The slices of a warp, one after the other through a tile and then the next one.
+template <class Weight>
+struct SlicePlace {
+    int64_t second_half;
+    int tile, tile_width, step, slice, slices, warp, warps;
+
+    __device__ TileRows rows() const { return {int64_t{tile} * tile_width, second_half}; }
+    __device__ int64_t channel() const { return (int64_t{slice} * warps + warp) * kSlice<Weight>; }
+    __device__ void advance() {
+        if (++slice < slices) return;
+        slice = 0;
+        tile += step;
     }
-    return slice;
+};
+
+// Where a lane's two rows of a slice lie, and how many of their channels are left: none of a row past the last.
+template <class Weight>
+struct LaneRows {
+    using Bits = typename Weight::Bits;
+    const Bits *low, *high;
+    int low_left, high_left;
+
+    __device__ LaneRows(const RowProductArguments& a, const SlicePlace<Weight>& place, LanePlace lane) {
+        const TileRows tile = place.rows();
+        const int64_t row = tile.first + lane.row, channel = place.channel() + lane.channel;
+        low = static_cast<const Bits*>(a.weight.data) + row * a.weight.stride + channel;
+        high = low + tile.second_half * a.weight.stride;
+        const int left = static_cast<int>(a.weight.width - channel);
+        low_left = row < a.out.width ? left : 0;
+        high_left = row + tile.second_half < a.weight.count ? left : 0;
+    }
+
+    // 16 bytes of a row of which so many channels are left; zeros past them.
+    template <Loads kLoads>
+    static __device__ Words load(const Bits* from, int left) {
+        if (kLoads == Loads::elements) return load_elements(from, left);
+        return load_if<Reuse::no>(left > 0, reinterpret_cast<const uint32_t*>(from));
+    }
+};
+
+// Slices by way of registers: the next one is loaded before the current one is multiplied.
+template <class Weight, Loads kLoads, int kStages>
+class Weights {
+  public:
+    __device__ Weights(const RowProductArguments& a, const SlicePlace<Weight>& first, LanePlace lane)
+        : a_(a), lane_(lane), following_(load(first)) {}
+
+    __device__ WeightSlice next(SlicePlace<Weight> place) {
+        const WeightSlice current = following_;
+        place.advance();
+        following_ = load(place);
+        return current;
+    }
+
+  private:
+    __device__ WeightSlice load(const SlicePlace<Weight>& place) const {
+        const LaneRows<Weight> from(a_, place, lane_);
+        WeightSlice slice;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            const int skipped = c * kChunk<Weight>;
+            slice.low[c] = from.template load<kLoads>(from.low + skipped, from.low_left - skipped);
+            slice.high[c] = from.template load<kLoads>(from.high + skipped, from.high_left - skipped);
+        }
+        return slice;
+    }
+
+    const RowProductArguments& a_;
+    LanePlace lane_;
+    WeightSlice following_;
+};
+
+constexpr int kCopies = 2 * kChunks;  // of a lane and slice: low and high rows
+
+// Bytes of a block's ring.
+constexpr size_t ring_bytes(int warps, int stages) {
+    return sizeof(Words) * kWarp * kCopies * warps * stages;
 }
+
+// Slices by way of a ring in shared memory. A lane reads the slots that it copied to, and no other.
+template <class Weight, int kStages>
+class Weights<Weight, Loads::ring, kStages> {
+  public:
+    __device__ Weights(const RowProductArguments& a, const SlicePlace<Weight>& first, LanePlace lane)
+        : a_(a), place_(first), lane_(lane) {
+        ring_ = static_cast<Words*>(dynamic_shared_memory()) + first.warp * kStages * kCopies * kWarp +
+                threadIdx.x % kWarp;
+        for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
+    }
+
+    __device__ WeightSlice next(const SlicePlace<Weight>&) {
+        fetch(stage_ == 0 ? kStages - 1 : stage_ - 1);  // the slots that were read last
+        wait_for_copies<kStages - 1>();
+        const Words* slots = ring_ + stage_ * kCopies * kWarp;
+        WeightSlice current;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            current.low[c] = slots[2 * c * kWarp];
+            current.high[c] = slots[(2 * c + 1) * kWarp];
+        }
+        stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
+        return current;
+    }
+
+  private:
+    // Zeros past the width, and for a row past the last.
+    __device__ void fetch(int stage) {
+        const LaneRows<Weight> from(a_, place_, lane_);
+        Words* slots = ring_ + stage * kCopies * kWarp;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) {
+            const int skipped = c * kChunk<Weight>;
+            copy_async(&slots[2 * c * kWarp], from.low + skipped, skipped < from.low_left);
+            copy_async(&slots[(2 * c + 1) * kWarp], from.high + skipped, skipped < from.high_left);
+        }
+        commit_copies();
+        place_.advance();
+    }
+
+    const RowProductArguments& a_;
+    SlicePlace<Weight> place_;
+    LanePlace lane_;
+    Words* ring_;
+    int stage_ = 0;
+};
 
 // Eight channels normed and rounded, as rms_norm does.
 __device__ inline Words normed(const Words& x, const Words& weight, float inverse_rms) {
@@ -158,10 +288,10 @@ __device__ XPieces<kCount> load_x(const RowProductArguments& a, int first_row, i
     for (int i = 0; i < kCount; ++i) {
         const int chunk = (first + i) / kPieces<Weight>, piece = (first + i) % kPieces<Weight>;
         const int64_t k = channel + chunk * kChunk<Weight> + lane.channel + piece * 8;
-        const Words x = load_channels<uint16_t, kPacked, Reuse::yes>(a.x, first_row + lane.row, k);
+        const Words x = load_row<kPacked>(a.x, first_row + lane.row, k);
         pieces.row[i] = x;
         if (kNorms) {
-            const Words weight = load_channels<uint16_t, kPacked, Reuse::yes>(norm_weight, 0, k);
+            const Words weight = load_row<kPacked>(norm_weight, 0, k);
             pieces.row[i] = normed(x, weight, inverse_rms);
         }
     }
@@ -259,43 +389,43 @@ __device__ void finish_tile(const RowProductArguments& a, const WarpSums<kGroups
 }
 
 // Block i takes the rows of x number i % panels, and every tile at a distance of gridDim.x / panels.
-template <class Weight, int kGroups, bool kPacked, bool kNorms>
+template <class Weight, int kGroups, Loads kLoads, bool kNorms>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     row_linear_bf16_kernel(RowProductArguments a, unsigned panels, int slices, bool norm_packs) {
-    constexpr int kXPieces = kGroups == 4 ? 1 : 4;  // loaded at a time: registers are short
+    constexpr bool kPacked = kLoads != Loads::elements;
+    // Loaded at a time: registers are short.
+    constexpr int kXPieces = kGroups == 4 ? 1 : kNorms && kPieces<Weight> > 1 ? 2 : 4;
     __shared__ WarpSums<kGroups> shared[kMostWarps];
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, index = threadIdx.x % kWarp;
     const LanePlace lane = {index / 4, index % 4 * kLaneWidth<Weight>};
     const int first_row = static_cast<int>(blockIdx.x % panels) * kGroups * kGroupRows;
     const bool gated = kNorms && a.gated;  // what is gated is normed
-    const int64_t tile_width = gated ? kHalf : kTileRows, second_half = gated ? a.out.width : kHalf;
-    const int64_t tiles = (a.out.width + tile_width - 1) / tile_width, step = gridDim.x / panels;
-    int64_t tile = blockIdx.x / panels;
-    const auto rows_of = [&](int64_t number) { return TileRows{number * tile_width, second_half}; };
-    const auto channel_of = [&](int slice) { return (int64_t{slice} * warps + warp) * kSlice<Weight>; };
+    const int64_t second_half = gated ? a.out.width : kHalf;
+    const int tile_width = gated ? kHalf : kTileRows, step = static_cast<int>(gridDim.x / panels);
+    const int tiles = static_cast<int>((a.out.width + tile_width - 1) / tile_width);
+    SlicePlace<Weight> place = {
+        second_half, static_cast<int>(blockIdx.x / panels), tile_width, step, 0, slices, warp, warps};
 
-    WeightSlice current = load_weight<Weight, kPacked>(a, rows_of(tile), channel_of(0), lane);
+    Weights<Weight, kLoads, kStages<kGroups>> weights(a, place, lane);
     float scale = 0.0f;
     if (kNorms) {
         scale = norm_packs ? row_inverse_rms<kWidestPack<__nv_bfloat16>>(a, lane.row)
                            : row_inverse_rms<1>(a, lane.row);
     }
-    for (; tile < tiles; tile += step) {
+    while (place.tile < tiles) {
+        const TileRows rows = place.rows();
         float sums[kGroups][4] = {};
-        for (int slice = 0; slice < slices; ++slice) {
-            const bool last = slice + 1 == slices;
-            const WeightSlice next = load_weight<Weight, kPacked>(a, rows_of(last ? tile + step : tile),
-                                                                  channel_of(last ? 0 : slice + 1), lane);
+        for (int slice = 0; slice < slices; ++slice, place.advance()) {
+            const WeightSlice current = weights.next(place);
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
                 for (int piece = 0; piece < kChunks * kPieces<Weight>; piece += kXPieces) {
                     const auto x = load_x<Weight, kPacked, kNorms, kXPieces>(
-                        a, first_row + g * kGroupRows, channel_of(slice), piece, lane, scale);
+                        a, first_row + g * kGroupRows, place.channel(), piece, lane, scale);
                     multiply<Weight>(sums[g], current, piece, x);
                 }
             }
-            current = next;
         }
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
@@ -305,7 +435,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
             }
         }
         __syncthreads();
-        finish_tile<kGroups>(a, shared, rows_of(tile), first_row, gated);
+        finish_tile<kGroups>(a, shared, rows, first_row, gated);
         __syncthreads();
     }
 }
@@ -338,19 +468,33 @@ __global__ void __launch_bounds__(kFloatWarps* kWarp, 4) row_linear_f32_kernel(R
     }
 }
 
-template <class Weight, int kGroups, bool kPacked, bool kNorms = false>
+template <class Weight, int kGroups, Loads kLoads, bool kNorms>
 void launch_bf16(const RowProductArguments& a, cudaStream_t stream) {
     const int64_t slices_in_all = ceil_divide(a.x.width, kSlice<Weight>);
-    const int64_t slices = ceil_divide(slices_in_all, kMostWarps);  // per warp
-    const int64_t warps = slices == 0 ? 1 : ceil_divide(slices_in_all, slices);
+    const int64_t slices = slices_in_all == 0 ? 1 : ceil_divide(slices_in_all, kMostWarps);  // per warp
+    const int64_t warps = slices_in_all == 0 ? 1 : ceil_divide(slices_in_all, slices);
     const int64_t panels = ceil_divide(a.x.count, kGroups * kGroupRows);
     const int64_t tiles = ceil_divide(a.weight.count, kTileRows);
     const int64_t resident = multiprocessors() * (kMostWarps / warps);
     const int64_t blocks = tiles < resident ? tiles : resident;
     const bool norm_packs = rows_allow_packs<__nv_bfloat16>(a.x) && is_aligned(a.norm_weight, 16);
-    launch(row_linear_bf16_kernel<Weight, kGroups, kPacked, kNorms>,
-           dim3(static_cast<unsigned>(blocks * panels)), dim3(static_cast<unsigned>(warps * kWarp)), stream,
-           a, static_cast<unsigned>(panels), static_cast<int>(slices), norm_packs);
+    const size_t ring = kLoads == Loads::ring ? ring_bytes(static_cast<int>(warps), kStages<kGroups>) : 0;
+    launch(row_linear_bf16_kernel<Weight, kGroups, kLoads, kNorms>,
+           dim3(static_cast<unsigned>(blocks * panels)), dim3(static_cast<unsigned>(warps * kWarp)),
+           DynamicSharedMemory{ring}, stream, a, static_cast<unsigned>(panels), static_cast<int>(slices),
+           norm_packs);
+}
+
+template <class Weight, int kGroups, bool kNorms = false>
+void launch_packed(const RowProductArguments& a, cudaStream_t stream) {
+    constexpr size_t kRing = ring_bytes(kMostWarps, kStages<kGroups>);
+    constexpr size_t kSums = kMostWarps * sizeof(WarpSums<kGroups>) + sizeof(float) * kGroupRows * kNormWarps;
+    if constexpr (kGroups <= kMostRingGroups) {
+        if (shared_memory_per_block() >= kRing + kSums) {
+            return launch_bf16<Weight, kGroups, Loads::ring, kNorms>(a, stream);
+        }
+    }
+    launch_bf16<Weight, kGroups, Loads::packs, kNorms>(a, stream);
 }
 
 template <class Weight>
@@ -358,13 +502,13 @@ void launch_bf16(const RowProductArguments& a, cudaStream_t stream) {
     const bool packed = rows_allow_packs<__nv_bfloat16>(a.x) &&
                         rows_allow_packs<typename Weight::Bits>(a.weight) && is_aligned(a.norm_weight, 16);
     if (a.norm_weight) {
-        return packed ? launch_bf16<Weight, 1, true, true>(a, stream)
-                      : launch_bf16<Weight, 1, false, true>(a, stream);
+        return packed ? launch_packed<Weight, 1, true>(a, stream)
+                      : launch_bf16<Weight, 1, Loads::elements, true>(a, stream);
     }
-    if (!packed) return launch_bf16<Weight, 1, false>(a, stream);
-    if (a.x.count <= kGroupRows) return launch_bf16<Weight, 1, true>(a, stream);
-    if (a.x.count <= 2 * kGroupRows) return launch_bf16<Weight, 2, true>(a, stream);
-    launch_bf16<Weight, kMostGroups<Weight>, true>(a, stream);
+    if (!packed) return launch_bf16<Weight, 1, Loads::elements, false>(a, stream);
+    if (a.x.count <= kGroupRows) return launch_packed<Weight, 1>(a, stream);
+    if (a.x.count <= 2 * kGroupRows) return launch_packed<Weight, 2>(a, stream);
+    launch_packed<Weight, kMostGroups<Weight>>(a, stream);
 }
 
 template <class Weight, int kPack>

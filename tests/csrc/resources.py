@@ -17,7 +17,8 @@ TABLE = Path(__file__).with_name("resources.json")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a")
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
 ARGUMENTS = {"f": "float", "a": "int8", "13__nv_bfloat16": "bf16", "Lb0E": "false", "Lb1E": "true"}
-ARGUMENT = r"[fa]|13__nv_bfloat16|NS\d_\d+[A-Z]\w*?E|L[ib]\d+E"  # a type of that namespace: NS1_4Int8E
+# A type or a choice of that namespace is NS1_4Int8E, LNS1_5LoadsE2E.
+ARGUMENT = r"[fa]|13__nv_bfloat16|L?NS\d_\d+[A-Z]\w*?E(?:\d+E)?|L[ib]\d+E"
 
 
 @dataclass
@@ -89,8 +90,8 @@ def kernel_name(symbol: str) -> str:
 
 def argument_name(argument: str) -> str:
     """A template argument in words: a type or a number."""
-    if argument.startswith("NS"):
-        return counted(argument[4:])[0]
+    if choice := re.fullmatch(r"L?NS\d_(\w*?)E(?:(\d+)E)?", argument):
+        return counted(choice[1])[0] + (f" {choice[2]}" if choice[2] else "")
     return ARGUMENTS.get(argument, argument[2:-1])
 
 

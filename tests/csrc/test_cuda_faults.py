@@ -19,6 +19,13 @@ pytestmark = pytest.mark.exhaustive
 # With parts of kernels in them.
 HEADERS = ("split_attention.h", "arrival.h", "norm_and_rotate.h", "paged_context.h", "e4m3.h", "silu.h")
 
+# What is read out of a ring before it is there.
+WAIT_AND_READ = """wait_for_copies<kStages - 1>();
+        const Words* slots = ring_ + stage_ * kCopies * kWarp;"""
+READ_AND_WAIT = """Words slots[kCopies * kWarp];
+        for (int i = 0; i < kCopies; ++i) slots[i * kWarp] = ring_[(stage_ * kCopies + i) * kWarp];
+        wait_for_copies<kStages - 1>();"""
+
 FAULTS = {
     "rms_norm": [
         ("__syncthreads();", ""),  # a dropped barrier
@@ -95,7 +102,19 @@ FAULTS = {
     "row_linear": [
         ("__syncthreads();\n        finish_tile", "finish_tile"),
         ("first_row, gated);\n        __syncthreads();", "first_row, gated);"),
-        ("last ? 0 : slice + 1", "slice + 1"),
+        ("slice = 0;\n", ""),  # a tile that begins where the last one ended
+        ("wait_for_copies<kStages - 1>();", ""),
+        ("wait_for_copies<kStages - 1>();", "wait_for_copies<kStages>();"),
+        (WAIT_AND_READ, READ_AND_WAIT),
+        ("slots = ring_ + stage_ *", "slots = ring_ + (stage_ + 1) % kStages *"),
+        ("stage_ == 0 ? kStages - 1 : stage_ - 1", "stage_"),  # over what is read next
+        ("stage < kStages - 1; ++stage", "stage < kStages; ++stage"),
+        ("commit_copies();", ""),
+        ("ring_ + stage * kCopies * kWarp", "ring_ + stage * kCopies"),  # over other lanes
+        (
+            "skipped < from.low_left",
+            "skipped + kLaneWidth<Weight> < from.low_left",
+        ),  # a lost tail
         ("w < warps;", "w < warps - 1;"),
         ("{low.word[0], high.word[0],", "{high.word[0], low.word[0],"),
         ("a, first_row + g * kGroupRows,", "a, first_row,"),

@@ -151,6 +151,35 @@ def test_fused_products_have_the_bits_of_their_parts(
     kernels["row_linear"].set_multiprocessors(3)
 
 
+@pytest.mark.parametrize("values", [None, torch.int8, E4M3])
+@pytest.mark.parametrize("channels", [72, 2064, 6400])  # one slice, one for each warp, several
+def test_weights_through_a_ring_or_through_registers_give_the_same_bits(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, values: torch.dtype | None, channels: int
+) -> None:
+    """Where a block has no room for the ring, and with more tiles than blocks."""
+    monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
+    dtype = torch.bfloat16
+    weight, scale = matrix(150, channels, values)
+    norm_weight = random(3, channels, dtype=dtype)
+
+    def products() -> list[Tensor]:
+        found = []
+        for rows in (3, 12, 20):
+            x, residual = random(1, rows, channels, dtype=dtype), random(4, rows, 150, dtype=dtype)
+            found.append(call("row_linear_add", x, weight, residual, scale=scale))
+        x = random(1, 2, channels, dtype=dtype)
+        for gated in (False, True):
+            found.append(call("norm_row_linear", x, norm_weight, 1e-6, weight, scale=scale, gated=gated))
+        return found
+
+    through_a_ring = products()
+    kernels["row_linear"].set_shared_memory(99 * 1024)  # of compute capability 8.9
+    through_registers = products()
+    kernels["row_linear"].set_shared_memory(227 * 1024)
+    assert all(map(torch.equal, through_a_ring, through_registers))
+    assert all(found.isfinite().all() for found in through_a_ring)
+
+
 def test_every_int8_is_widened_exactly(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "cuda", lambda: kernels["row_linear"])
     values = torch.arange(-128, 128, dtype=torch.int8).reshape(16, 16)

@@ -60,3 +60,4 @@ def test_names_with_choices() -> None:
 def test_names_with_types() -> None:
     assert kernel_name("_ZN6blip3o4cuda3abc1kINS1_4Int8ELi1ELb0EEEvi") == "k<Int8, 1, false>"
     assert kernel_name("_ZN6blip3o4cuda3abc1kIaLi1EEEvi") == "k<int8, 1>"
+    assert kernel_name("_ZN6blip3o4cuda3abc1kINS1_4Int8ELNS1_5LoadsE2ELb1EEEvi") == "k<Int8, Loads 2, true>"

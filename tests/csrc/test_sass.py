@@ -17,6 +17,24 @@ def test_kernels_are_found_with_their_instructions() -> None:
         assert kernel.resources.registers > 0
 
 
+@needs_tools
+def test_the_weights_of_a_product_stay_on_their_way() -> None:
+    """A slice is copied past the registers, and waited for when those after it are in flight."""
+    found = {name: kernel for name, kernel in kernels_of("row_linear").items() if "Loads 2" in name}
+    assert len(found) == 9
+    for name, kernel in found.items():
+        loop = kernel.loop_with("LDGSTS")
+        assert len(select(loop, "LDGSTS")) == 8, name
+        assert all(copy.signals is None for copy in select(loop, "LDGSTS")), name
+        groups = int(name.split(", ")[1])
+        assert [str(wait) for wait in select(loop, "DEPBAR")] == [f"DEPBAR.LE SB0, 0x{3 - groups}"], name
+        assert not select(loop, "BAR"), name
+        normed, pieces = name.endswith("true>"), 4 if "Bfloat16" in name else 8
+        assert len(select(loop, "LDG")) <= groups * pieces * (1 + normed), name  # x, and the norm's weight
+    assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, false>"].resources.registers <= 64
+    assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, true>"].resources.registers <= 80
+
+
 LISTING = """
 .text._ZN6blip3o4cuda3abc1kILi4ELb1EEEvi:
         /*0000*/                   LDC R1, c[0x0][0x28] ;                /* 0x00000a00ff017b82 */

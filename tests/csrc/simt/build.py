@@ -71,9 +71,8 @@ class SimtCompiler:
         sizes = [name for name in dir(self._module) if name.endswith("_workspace")]
         found = {name: getattr(opened, name) for name in ops_of(file)}
         found |= {name: getattr(self._module, name) for name in sizes}
-        return SimpleNamespace(
-            set_descending=opened.set_descending, set_multiprocessors=opened.set_multiprocessors, **found
-        )
+        found |= {name: getattr(opened, name) for name in dir(opened) if name.startswith("set_")}
+        return SimpleNamespace(**found)
 
     def _compile(self, source: Path, target: Path, *flags: str) -> None:
         compiler = shutil.which(os.environ.get("CXX", "g++"))

@@ -31,6 +31,8 @@ EXPORT void simt_set_descending(bool descending) { simt::Block::descending = des
 
 EXPORT void simt_set_multiprocessors(int count) { simt::multiprocessors = count; }
 
+EXPORT void simt_set_shared_memory(int bytes) { simt::shared_memory = bytes; }
+
 EXPORT void simt_call(const void* arguments, const void* scratch) {
     call(blip3o::cuda::KERNEL_OP, arguments, *static_cast<const AttentionScratch*>(scratch));
 }

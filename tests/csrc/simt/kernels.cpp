@@ -23,6 +23,8 @@ class Library {
 
     void set_multiprocessors(int count) const { find<void(int)>("simt_set_multiprocessors")(count); }
 
+    void set_shared_memory(int bytes) const { find<void(int)>("simt_set_shared_memory")(bytes); }
+
     template <class Arguments>
     void call(const Arguments& arguments, const Scratch& scratch) const {
         const cuda::AttentionScratch attention = {scratch.memory.data,
@@ -68,7 +70,8 @@ PYBIND11_MODULE(simt_kernels, module) {
     py::class_<Library> library(module, "Library");
     library.def(py::init<const std::string&>())
         .def("set_descending", &Library::set_descending)
-        .def("set_multiprocessors", &Library::set_multiprocessors);
+        .def("set_multiprocessors", &Library::set_multiprocessors)
+        .def("set_shared_memory", &Library::set_shared_memory);
     define<AdvanceWindows>(library, &AdvanceWindows::check);
     define<DecodeAttention>(library, &DecodeAttention::check);
     define<NormRowLinear>(library, &NormRowLinear::check);

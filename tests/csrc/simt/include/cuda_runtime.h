@@ -4,7 +4,8 @@
 #include "simt.h"
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -18,6 +19,8 @@ inline const char* cudaGetErrorString(cudaError_t) { return "invalid configurati
 namespace simt {
 
 inline int multiprocessors = 3;  // few, so that blocks of a small test have more than one piece of work
+inline int shared_memory = 227 * 1024;
+inline size_t allowed_shared_memory = 0;  // of the kernel that asked last
 
 }  // namespace simt
 
@@ -26,9 +29,15 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = simt::multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+    *value = name == cudaDevAttrMultiProcessorCount ? simt::multiprocessors : simt::shared_memory;
     return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+    simt::allowed_shared_memory = static_cast<size_t>(bytes);
+    return bytes <= simt::shared_memory ? cudaSuccess : cudaErrorInvalidConfiguration;
 }
 
 template <class... Parameters, class... Arguments>
@@ -37,8 +46,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const dim3 block = config->blockDim;
     const unsigned threads = block.x * block.y * block.z;
     const dim3 grid = config->gridDim;
+    const size_t dynamic = config->dynamicSmemBytes;
+    if (dynamic > 48 * 1024 && dynamic > simt::allowed_shared_memory) return cudaErrorInvalidConfiguration;
     const bool empty = threads == 0 || grid.x == 0 || grid.y == 0 || grid.z == 0;
     if (empty || threads > 1024 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
-    simt::run_grid(grid, block, [&] { kernel(arguments...); });
+    simt::run_grid(grid, block, dynamic, [&] { kernel(arguments...); });
     return cudaSuccess;
 }

@@ -44,6 +44,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace simt {
 
 constexpr size_t kWarp = 32;
+constexpr unsigned char kPoison = 0xff;
 constexpr int kMostBarriers = 10000;  // that one block meets; more are taken for a loop without an end
 
 struct Failure : std::runtime_error {
@@ -57,10 +58,18 @@ struct Letter {
     uint32_t word[8];
 };
 
+// 16 bytes on their way from global to shared memory; zeros unless `reads`.
+struct Copy {
+    void* to;
+    const void* from;
+    bool reads;
+};
+
 struct Thread {
     Fibre fibre;
     State state = State::done;
     int exchanges = 0;
+    std::vector<std::vector<Copy>> copies;  // groups, the last one not yet committed
 };
 
 // The threads of a block; they serve one block after the other.
@@ -73,11 +82,15 @@ class Block {
 
     size_t size() const { return threads_.size(); }
 
-    void run(const std::function<void()>& body) {
+    // Dynamic shared memory begins as what is no number.
+    void run(const std::function<void()>& body, size_t dynamic_bytes) {
         body_ = &body;
+        dynamic_.assign(dynamic_bytes, kPoison);
+        dynamic_.shrink_to_fit();
         for (Thread& thread : threads_) {
             thread.state = State::ready;
             thread.exchanges = 0;
+            thread.copies.assign(1, {});
         }
         for (int barriers = 0; !finished(); ++barriers) {
             bool progressed = false;
@@ -103,6 +116,26 @@ class Block {
     }
 
     size_t lane() const { return active_ % kWarp; }
+
+    void* dynamic_memory() { return dynamic_.data(); }
+
+    // A copy is made where its thread waits for it: until then there is poison.
+    void copy(const Copy& copy) {
+        std::memset(copy.to, kPoison, 16);
+        threads_[active_].copies.back().push_back(copy);
+    }
+
+    void commit() { threads_[active_].copies.emplace_back(); }
+
+    void wait_for_copies(size_t pending) {
+        auto& groups = threads_[active_].copies;
+        while (groups.size() > pending + 1) {
+            for (const Copy& copy : groups.front()) {
+                copy.reads ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+            }
+            groups.erase(groups.begin());
+        }
+    }
 
   private:
     static void serve() {
@@ -156,11 +189,12 @@ class Block {
 
     std::vector<Thread> threads_;
     std::vector<Letter> mailbox_;
+    std::vector<unsigned char> dynamic_;
     const std::function<void()>* body_ = nullptr;
     size_t active_ = 0;
 };
 
-inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
     gridDim = grid;
     blockDim = block;
     const size_t threads = size_t{block.x} * block.y * block.z;
@@ -171,7 +205,7 @@ inline void run_grid(dim3 grid, dim3 block, const std::function<void()>& body) {
         const unsigned i = Block::descending ? blocks - 1 - turn : turn;
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         try {
-            Block::current->run(body);
+            Block::current->run(body, dynamic_bytes);
         } catch (const Failure&) {
             Block::current.reset();  // its threads are stuck
             throw;
@@ -189,6 +223,20 @@ T exchange(uint32_t mask, T value, size_t source) {
 }
 
 }  // namespace simt
+
+// The functions of csrc/cuda/async_copy.h.
+inline void* dynamic_shared_memory() { return simt::Block::current->dynamic_memory(); }
+
+inline void copy_async(void* to, const void* from, bool condition) {
+    simt::Block::current->copy({to, from, condition});
+}
+
+inline void commit_copies() { simt::Block::current->commit(); }
+
+template <int kPending>
+void wait_for_copies() {
+    simt::Block::current->wait_for_copies(kPending);
+}
 
 inline void __syncthreads() { simt::Block::current->barrier(); }
 
