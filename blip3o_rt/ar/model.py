@@ -184,11 +184,11 @@ class Decoder:
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
         return normed
 
-    def decode(self, tokens: Tensor, step: DecodeStep) -> Tensor:
+    def decode(self, tokens: Tensor, step: DecodeStep, *, out: Tensor | None = None) -> Tensor:
         """Run the tokens of B rows: int64 [B] -> hidden states [B, hidden].
 
-        The result lives in a workspace and is overwritten by the next call. A row's result does not depend on
-        the other rows.
+        Without `out` the result lives in a workspace and is overwritten by the next call. A row's result does
+        not depend on the other rows.
         """
         config = self.config
         space = self._rows(tokens.shape[0])
@@ -209,7 +209,8 @@ class Decoder:
                 out=space.activated,
             )
             layer.down.row_linear_add(space.activated, space.residual)
-        return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=space.normed)
+        out = space.normed if out is None else out
+        return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=out)
 
     def _attend(self, layer: Layer, space: Workspace, keys: Tensor, values: Tensor, step: DecodeStep) -> None:
         """Append the rows of space.qkv to the cache and attend to it, into space.attended.

@@ -1,7 +1,7 @@
 """A pass of the token batch as one piece of work on fixed memory: captured once, replayed again and again.
 
 Each image of a batch has a window of rows. The first row reads the newest token that is kept, the others read
-guesses of the tokens that follow. A pass is: the hidden states that the last pass left, their logits, a draw
+guesses of the tokens that follow. A pass is: the logits of the hidden states that the last pass left, a draw
 of each row, the draws that are right kept and the windows moved on behind them, the decoder on the new rows,
 their hidden states written. A row's draw is right where every row before it drew what the next one had read
 (advance_windows). A hidden state or a key that turns out wrong is written over by a later pass. So a window
@@ -276,7 +276,6 @@ class TokenBatch:
         return partial(self._draw, groups, windowed)
 
     def _draw(self, groups: list[_Group], windowed: bool) -> Tensor:
-        torch.index_select(self._kept_hidden, 0, self._output_slots, out=self._hidden)
         for group in groups:
             rows, width = group.rows, len(group.vocabulary)
             logits = self._steps.logits[: (rows.stop - rows.start) * width].view(-1, width)
@@ -307,8 +306,8 @@ class TokenBatch:
             out=self._token_ids,
         )
         step = DecodeStep(self._positions, self._slot_mapping, self._context_lens, self._page_table, windowed)
-        hidden = self._decoder.decode(self._token_ids, step)
-        self._kept_hidden.index_copy_(0, self._output_slots, hidden)
+        self._decoder.decode(self._token_ids, step, out=self._hidden)
+        self._kept_hidden.index_copy_(0, self._output_slots, self._hidden)
         return self._token_ids
 
     def _write(self, members: list[Member], image_only: bool) -> None:
@@ -335,6 +334,7 @@ class TokenBatch:
             (self._output_slots, list(output_slots)),
         ):
             upload(values, buffer)
+        torch.index_select(self._kept_hidden, 0, self._output_slots, out=self._hidden)
 
     def _state(self, member: Member, row: int) -> tuple[int, int, int]:
         """Number, context length and output slot of a row of a window.

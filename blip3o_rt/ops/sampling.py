@@ -64,9 +64,9 @@ def sample_tokens(
     return cast_out(tokens, torch.int64, out)
 
 
-def _sampling_scratch(scratch: Scratch, call: Any) -> Tensor:
-    size = native.cuda().sample_tokens_workspace(*call.logits.shape)
-    return scratch.memory(size, torch.int64, call.logits.device)
+def _sampling_scratch(scratch: Scratch, call: Any) -> tuple[Tensor, Tensor]:
+    size, device = native.cuda().sample_tokens_workspace(*call.logits.shape), call.logits.device
+    return scratch.memory(size, torch.int64, device), scratch.counters(len(call.logits), device)
 
 
 sample_tokens.native("cuda", dtypes=(torch.float32,), scratch=_sampling_scratch)

@@ -85,16 +85,21 @@ void* check_scratch(const char* op, const char* name, const TensorView& memory, 
 }
 
 template <class Views>
-cuda::AttentionScratch attention_scratch(const char* op, const PagedDecodeAttentionArguments& a,
-                                         const Views& views) {
+cuda::LaunchScratch check_scratch(const char* op, DType dtype, int64_t size, int64_t counters,
+                                  const Views& views) {
     const TensorView& first = std::get<0>(views);
     const Scratch& scratch = std::get<const Scratch&>(views);
+    return {
+        check_scratch(op, "scratch", scratch.memory, dtype, size, first),
+        static_cast<unsigned*>(check_scratch(op, "counters", scratch.counters, DType::i32, counters, first))};
+}
+
+template <class Views>
+cuda::LaunchScratch attention_scratch(const char* op, const PagedDecodeAttentionArguments& a,
+                                      const Views& views) {
     const int64_t size =
         cuda::attention_workspace(a.batch, a.q_heads, a.cache.head_dim, a.max_blocks * a.cache.page_size);
-    const int64_t counters = a.batch * a.cache.kv_heads;
-    return {
-        check_scratch(op, "scratch", scratch.memory, DType::f32, size, first),
-        static_cast<unsigned*>(check_scratch(op, "counters", scratch.counters, DType::i32, counters, first))};
+    return check_scratch(op, DType::f32, size, a.batch * a.cache.kv_heads, views);
 }
 
 void define_ops(py::module_& module) {
@@ -127,11 +132,8 @@ void define_ops(py::module_& module) {
         module, &SampleTokens::check,
         [](const SampleTokensArguments& a, const auto& views, cudaStream_t stream) {
             const int64_t size = cuda::sample_tokens_workspace(a.logits.count, a.logits.width);
-            const TensorView& memory = std::get<const Scratch&>(views).memory;
-            cuda::sample_tokens(
-                a,
-                check_scratch(SampleTokens::kName, "scratch", memory, DType::i64, size, std::get<0>(views)),
-                stream);
+            const auto scratch = check_scratch(SampleTokens::kName, DType::i64, size, a.logits.count, views);
+            cuda::sample_tokens(a, scratch, stream);
         });
 }
 

@@ -34,7 +34,7 @@ void launch_attention(const DecodeAttentionArguments& arguments, const Partials&
 
 }  // namespace
 
-void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
+void decode_attention(const DecodeAttentionArguments& arguments, const LaunchScratch& scratch,
                       cudaStream_t stream) {
     if (arguments.attention.batch == 0 || arguments.attention.q_heads == 0) return;
     const Partials partials = partials_in(scratch, arguments.attention);

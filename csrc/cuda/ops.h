@@ -24,12 +24,12 @@ void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
 void silu_mul(const SiluMulArguments& arguments, cudaStream_t stream);
 void row_linear(const RowProductArguments& arguments, cudaStream_t stream);  // every product of few rows
 void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);
-void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const AttentionScratch& scratch,
+void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const LaunchScratch& scratch,
                             cudaStream_t stream);
 void paged_prefill_attention(const PagedPrefillAttentionArguments& arguments, cudaStream_t stream);
-void decode_attention(const DecodeAttentionArguments& arguments, const AttentionScratch& scratch,
+void decode_attention(const DecodeAttentionArguments& arguments, const LaunchScratch& scratch,
                       cudaStream_t stream);
 void advance_windows(const AdvanceWindowsArguments& arguments, cudaStream_t stream);
-void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream);
+void sample_tokens(const SampleTokensArguments& arguments, const LaunchScratch& scratch, cudaStream_t stream);
 
 }  // namespace blip3o::cuda

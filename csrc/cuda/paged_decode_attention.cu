@@ -97,7 +97,7 @@ void launch_attention(const PagedDecodeAttentionArguments& a, const Partials& pa
 
 }  // namespace
 
-void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const AttentionScratch& scratch,
+void paged_decode_attention(const PagedDecodeAttentionArguments& arguments, const LaunchScratch& scratch,
                             cudaStream_t stream) {
     const PagedDecodeAttentionArguments& a = arguments;
     if (a.batch == 0 || a.q_heads == 0 || a.cache.head_dim == 0) return;

@@ -1,13 +1,13 @@
 // Top-k, top-p, temperature and a Gumbel-max draw, without a sort.
 //
-// Tiling   gather: blocks of 512 threads over the row, 16,384 logits each; it leaves those that may be among
-//          the row's top_k. draw: one block per row finds the top_k among them, then the shortest prefix of
-//          probability top_p, then the best of that.
+// Tiling   blocks of 512 threads over the row, 16,384 logits each; a block leaves those that may be among the
+//          row's top_k. The last block of a row to arrive finds the top_k among them, then the shortest prefix
+//          of probability top_p, then the best of that.
 // Bytes    the logits once, 4 V (and twice more from the first-level cache); for top_k 1,200 of 217,210 about
 //          10% of them again, as ranks of 8 bytes, written once and read twice.
 // FLOPs    for every token that may be drawn an exponential and two logarithms, in double.
-// Bound    latency: two launches and about thirty barriers. Without top_k, draw reads the whole row, by one
-//          block; without both limits gather draws for its part.
+// Bound    latency: about thirty barriers. Without top_k, one block reads the whole row; without both limits
+//          each draws for its part.
 //
 // A token's rank is one number that orders as (logit descending, index ascending), so that there are no ties.
 // The last kept rank is found as in a radix sort, from the highest digits on: nine bits at a time, the
@@ -15,6 +15,7 @@
 // the sum reaches the limit. A weight is 1 for top_k, and the probability as a whole number for top_p: sums
 // of whole numbers have the same bits in any order.
 #include "blip3o/philox.h"
+#include "cuda/arrival.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/warp.h"
@@ -198,7 +199,7 @@ struct Logits {
     }
 };
 
-// What gather has left of a row.
+// What all blocks have left of a row.
 struct ChunkRanks {
     const SampleChunk* chunks;
     int64_t count;
@@ -209,13 +210,13 @@ struct ChunkRanks {
         constexpr int kLoads = 8, kPiece = kLoads * kWarp;
         int64_t piece = threadIdx.x / kWarp;
         for (int64_t c = 0; c < count; ++c) {
-            const int64_t ranks = chunks[c].count, pieces = (ranks + kPiece - 1) / kPiece;
+            const int64_t ranks = __ldcg(&chunks[c].count), pieces = (ranks + kPiece - 1) / kPiece;
             for (; piece < pieces; piece += kWarps) {
                 Rank loaded[kLoads];
 #pragma unroll
                 for (int i = 0; i < kLoads; ++i) {
                     const int64_t index = piece * kPiece + i * kWarp + threadIdx.x % kWarp;
-                    loaded[i] = index < ranks ? chunks[c].ranks[index] : 0;
+                    loaded[i] = index < ranks ? __ldcg(&chunks[c].ranks[index]) : 0;
                 }
 #pragma unroll
                 for (int i = 0; i < kLoads; ++i) visit(loaded[i]);
@@ -304,14 +305,12 @@ __device__ Draw draw_from(const Source& source, Rank floor, const Sampler& sampl
     return best_over_block(best, sampler.ranking, shared);
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    gather_kernel(SampleTokensArguments a, SampleChunk* chunks, int index_bits) {
-    __shared__ Shared shared;
-    const int64_t row = blockIdx.y, first = int64_t{blockIdx.x} * kSampleChunk;
+// Leaves those of a block's logits that may be among the row's top_k.
+__device__ void gather_chunk(const SampleTokensArguments& a, const Sampler& sampler, int64_t row,
+                             SampleChunk& chunk, Shared& shared) {
+    const int64_t first = int64_t{blockIdx.x} * kSampleChunk;
     const int64_t last = first + kSampleChunk < a.logits.width ? first + kSampleChunk : a.logits.width;
-    const Sampler sampler(a, row, index_bits);
     const auto* logits = static_cast<const float*>(a.logits.data) + row * a.logits.stride;
-    SampleChunk& chunk = chunks[row * gridDim.x + blockIdx.x];
 
     const Logits own = {logits, first, last, sampler.ranking};
     Range range = {kBroken, 0};
@@ -358,21 +357,17 @@ __device__ Draw finish_row(const Source& source, Search top, Rank first, const S
     return draw_from(source, nucleus.low, sampler, shared);
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    draw_kernel(SampleTokensArguments a, const SampleChunk* chunks, int64_t chunks_per_row, int index_bits) {
-    __shared__ Shared shared;
-    __shared__ Rank kept[kKeptInShared];
-    const int64_t row = blockIdx.x;
-    const Sampler sampler(a, row, index_bits);
-    const ChunkRanks all = {chunks + row * chunks_per_row, chunks_per_row};
-
+// Draws from what all blocks have left of a row.
+__device__ void draw_row(const SampleTokensArguments& a, const Sampler& sampler, int64_t row,
+                         const ChunkRanks& all, Shared& shared, Rank* kept) {
     Range range = {kBroken, 0};
     Weight own_count = 0, count;
-    for (int64_t c = threadIdx.x; c < chunks_per_row; c += kThreads) {
-        if (all.chunks[c].count < 0) range.high = kBroken;
-        if (all.chunks[c].count <= 0) continue;
-        range = merge(range, {all.chunks[c].low, all.chunks[c].high});
-        own_count += static_cast<Weight>(all.chunks[c].count);
+    for (int64_t c = threadIdx.x; c < all.count; c += kThreads) {
+        const int64_t ranks = __ldcg(&all.chunks[c].count);
+        if (ranks < 0) range.high = kBroken;
+        if (ranks <= 0) continue;
+        range = merge(range, {__ldcg(&all.chunks[c].low), __ldcg(&all.chunks[c].high)});
+        own_count += static_cast<Weight>(ranks);
     }
     range = range_over_block(range, shared);
     sum_before(own_count, count, shared);
@@ -393,21 +388,30 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) a.out[row] = sampler.ranking.token(drawn.rank);
 }
 
+__global__ void __launch_bounds__(kThreads, 1)
+    sample_tokens_kernel(SampleTokensArguments a, LaunchScratch scratch, int64_t chunks_per_row,
+                         int index_bits) {
+    __shared__ Shared shared;
+    __shared__ Rank kept[kKeptInShared];
+    const int64_t row = blockIdx.y;
+    const Sampler sampler(a, row, index_bits);
+    SampleChunk* chunks = static_cast<SampleChunk*>(scratch.memory) + row * chunks_per_row;
+    if (chunks_per_row > 0) gather_chunk(a, sampler, row, chunks[blockIdx.x], shared);
+    if (!is_last_to_arrive(scratch.arrived + row, static_cast<int>(gridDim.x))) return;
+    draw_row(a, sampler, row, {chunks, chunks_per_row}, shared, kept);
+}
+
 }  // namespace
 
-void sample_tokens(const SampleTokensArguments& arguments, void* workspace, cudaStream_t stream) {
+void sample_tokens(const SampleTokensArguments& arguments, const LaunchScratch& scratch,
+                   cudaStream_t stream) {
     const int64_t rows = arguments.logits.count, vocabulary = arguments.logits.width;
     if (rows == 0) return;
     const int64_t chunks = sample_chunks(vocabulary);
     int index_bits = 1;
     while ((int64_t{1} << index_bits) < vocabulary) ++index_bits;
-    auto* lists = static_cast<SampleChunk*>(workspace);
-    if (chunks > 0) {
-        launch(gather_kernel, dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(rows)),
-               dim3(kThreads), stream, arguments, lists, index_bits);
-    }
-    launch(draw_kernel, dim3(static_cast<unsigned>(rows)), dim3(kThreads), stream, arguments, lists, chunks,
-           index_bits);
+    const dim3 grid(static_cast<unsigned>(chunks > 0 ? chunks : 1), static_cast<unsigned>(rows));
+    launch(sample_tokens_kernel, grid, dim3(kThreads), stream, arguments, scratch, chunks, index_bits);
 }
 
 }  // namespace blip3o::cuda

@@ -30,9 +30,9 @@ struct Partials {
     int64_t splits;
 };
 
-inline Partials partials_in(const AttentionScratch& scratch, const PagedDecodeAttentionArguments& a) {
+inline Partials partials_in(const LaunchScratch& scratch, const PagedDecodeAttentionArguments& a) {
     const int64_t splits = splits_of(a.max_blocks * a.cache.page_size);
-    auto* scale = static_cast<float2*>(scratch.partials);
+    auto* scale = static_cast<float2*>(scratch.memory);
     auto* sums = reinterpret_cast<float*>(scale + a.batch * a.q_heads * splits);
     return {sums, scale, scratch.arrived, splits};
 }

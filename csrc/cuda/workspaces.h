@@ -9,11 +9,11 @@ namespace blip3o::cuda {
 // same positions, whatever the batch and the width of the page table: a sequence's result is always the same sum.
 constexpr int kAttentionSplit = 64;
 
-// What paged_decode_attention and decode_attention need beside their arguments. `arrived` is zero before the
-// first launch, and every launch leaves it so.
-struct AttentionScratch {
-    void* partials;     // of attention_workspace
-    unsigned* arrived;  // [batch, kv_heads]
+// What paged_decode_attention, decode_attention and sample_tokens need beside their arguments. `arrived` is zero
+// before the first launch, and every launch leaves it so.
+struct LaunchScratch {
+    void* memory;       // of attention_workspace or sample_tokens_workspace
+    unsigned* arrived;  // [batch, kv_heads], or [batch]
 };
 
 // Logits that one block of sample_tokens reads.

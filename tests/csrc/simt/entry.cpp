@@ -4,22 +4,16 @@
 
 namespace {
 
-using blip3o::cuda::AttentionScratch;
+using blip3o::cuda::LaunchScratch;
 
 template <class Arguments>
-void call(void (*op)(const Arguments&, cudaStream_t), const void* arguments, const AttentionScratch&) {
+void call(void (*op)(const Arguments&, cudaStream_t), const void* arguments, const LaunchScratch&) {
     op(*static_cast<const Arguments*>(arguments), nullptr);
 }
 
 template <class Arguments>
-void call(void (*op)(const Arguments&, void*, cudaStream_t), const void* arguments,
-          const AttentionScratch& scratch) {
-    op(*static_cast<const Arguments*>(arguments), scratch.partials, nullptr);
-}
-
-template <class Arguments>
-void call(void (*op)(const Arguments&, const AttentionScratch&, cudaStream_t), const void* arguments,
-          const AttentionScratch& scratch) {
+void call(void (*op)(const Arguments&, const LaunchScratch&, cudaStream_t), const void* arguments,
+          const LaunchScratch& scratch) {
     op(*static_cast<const Arguments*>(arguments), scratch, nullptr);
 }
 
@@ -34,5 +28,5 @@ EXPORT void simt_set_multiprocessors(int count) { simt::multiprocessors = count;
 EXPORT void simt_set_shared_memory(int bytes) { simt::shared_memory = bytes; }
 
 EXPORT void simt_call(const void* arguments, const void* scratch) {
-    call(blip3o::cuda::KERNEL_OP, arguments, *static_cast<const AttentionScratch*>(scratch));
+    call(blip3o::cuda::KERNEL_OP, arguments, *static_cast<const LaunchScratch*>(scratch));
 }

@@ -27,8 +27,8 @@ class Library {
 
     template <class Arguments>
     void call(const Arguments& arguments, const Scratch& scratch) const {
-        const cuda::AttentionScratch attention = {scratch.memory.data,
-                                                  static_cast<unsigned*>(scratch.counters.data)};
+        const cuda::LaunchScratch attention = {scratch.memory.data,
+                                               static_cast<unsigned*>(scratch.counters.data)};
         find<void(const void*, const void*)>("simt_call")(&arguments, &attention);
     }
 
