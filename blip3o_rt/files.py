@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(target: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """A new file's path to write to, which takes the target's place after the block.
 
     A link keeps pointing where it points: the file there is replaced. A file that is replaced hands on its
@@ -19,18 +19,22 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         target: The file to make or replace.
+        new: Replace nothing: the name is taken by making the file, also before other processes.
 
     Yields:
         A path that ends as the target's name does, for writers that go by that.
 
     Raises:
+        FileExistsError: It is there, and `new` was asked for.
         OSError: The file cannot be written; it names the target.
     """
     place = Path(target).resolve()  # through links
     temporary = place.with_name(f".{secrets.token_hex(4)}.{place.name[-16:]}")
     try:
         yield temporary
-        if place.exists():
+        if new:
+            place.touch(exist_ok=False)
+        elif place.exists():
             temporary.chmod(stat.S_IMODE(place.stat().st_mode))
         temporary.replace(place)
     except OSError as error:

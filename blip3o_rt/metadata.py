@@ -7,8 +7,8 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -150,20 +150,38 @@ def text_chunks(fields: Mapping[Any, Any]) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, fields: Mapping[Any, Any], *, new: bool = False) -> None:
     """Write an image as PNG with its metadata; the target is the old file or the whole new one.
 
     Args:
         image: What to write.
         path: The file.
         fields: Of image_fields, which a generated image has in its `info`; other entries are not written.
+        new: Replace nothing.
 
     Raises:
+        FileExistsError: The file is there, and `new` was asked for.
         OSError: The file cannot be written; it names the file.
     """
     chunks = text_chunks(fields)
-    with replacing(path) as temporary, temporary.open("xb") as file:
+    with replacing(path, new=new) as temporary, temporary.open("xb") as file:
         image.save(file, format="PNG", pnginfo=chunks)
+
+
+def save_free(image: Image.Image, paths: Iterable[Path], fields: Mapping[Any, Any]) -> Path:
+    """Write an image to the first of these paths that is free or holds the same request; returns it.
+
+    Other processes may write to the same folder: each image gets a name of its own.
+    """
+    for path in paths:
+        if not os.path.lexists(path):
+            with suppress(FileExistsError):  # made by another process meanwhile
+                save_png(image, path, fields, new=True)
+                return path
+        if holds_request(path, fields):
+            save_png(image, path, fields)
+            return path
+    raise FileExistsError("no name is free")
 
 
 def holds_request(path: Path, fields: Mapping[Any, Any]) -> bool:

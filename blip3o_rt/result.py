@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import resource
 import sys
 import time
@@ -26,7 +25,7 @@ from blip3o_rt import ops
 from blip3o_rt.errors import Cancelled, GenerationError, ParameterError, first_line, shown
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
-from blip3o_rt.metadata import holds_request, save_png
+from blip3o_rt.metadata import save_free
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.precision import IN_WORDS
@@ -226,13 +225,8 @@ class Result(list[Image.Image]):
         except Exception as error:  # a caller's object raises anything
             given = f"directory is {shown(directory)} ({first_line(error)})"
             raise ParameterError(f"{given}: accepted is the name of a folder") from error
-        paths: list[Path] = []
         numbered = (folder / f"{number:03d}.png" for number in itertools.count())
-        for image in self:
-            path = next(p for p in numbered if not os.path.lexists(p) or holds_request(p, image.info))
-            save_png(image, path, image.info)
-            paths.append(path)
-        return paths
+        return [save_free(image, numbered, image.info) for image in self]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import errno
 import io
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from PIL import Image
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import ImageError
-from blip3o_rt.metadata import generated_image, image_fields, read_metadata, save_png
+from blip3o_rt.metadata import generated_image, image_fields, read_metadata, save_free, save_png
+from blip3o_rt.result import Result
 
 PARAMETERS = {"steps": 30, "guidance": 2.0, "top_k": None, "image_tokens_only": True}
 
@@ -225,3 +229,44 @@ def test_the_longest_name_that_the_file_system_holds(tmp_path: Path) -> None:
     name = "a" * 251 + ".png"
     save_png(image(), tmp_path / name, {})
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+class Raced(Image.Image):
+    """An image during whose writing another process writes to the same name."""
+
+    def __init__(self, other: Path) -> None:
+        super().__init__()
+        self.im, self._mode, self._size = image().im, "RGB", (5, 3)
+        self.other = other
+
+    def save(self, *arguments: Any, **keywords: Any) -> None:
+        if not self.other.exists():
+            save_png(image(), self.other, image_fields("of the other process", 1, {}))
+        super().save(*arguments, **keywords)
+
+
+def test_another_process_that_takes_the_name_meanwhile_keeps_it(tmp_path: Path) -> None:
+    first, second = tmp_path / "x-0.png", tmp_path / "x-2-0.png"
+    assert save_free(Raced(first), iter([first, second]), image_fields("ours", 1, {})) == second
+    assert read_metadata(first)["prompt"] == "of the other process"
+    assert read_metadata(second)["prompt"] == "ours"
+    assert sorted(tmp_path.iterdir()) == [first, second]
+
+
+def test_many_writers_of_one_folder_lose_no_image(tmp_path: Path) -> None:
+    writers, images = 8, 12
+    together = threading.Barrier(writers)
+
+    def write(writer: int) -> list[Path]:
+        result = Result([generated_image(torch.zeros(1, 3, 4, 4), {})] * images, [], cast(Any, None))
+        for number, drawn in enumerate(result):
+            result[number] = drawn.copy()
+            result[number].info = image_fields(f"{writer} {number}", 0, {})
+        together.wait()
+        return result.save(tmp_path)
+
+    with ThreadPoolExecutor(writers) as executor:
+        paths = [path for found in executor.map(write, range(writers)) for path in found]
+    assert len(set(paths)) == writers * images
+    found = {read_metadata(path)["prompt"] for path in paths}
+    assert found == {f"{writer} {number}" for writer in range(writers) for number in range(images)}

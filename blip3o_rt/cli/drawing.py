@@ -55,13 +55,10 @@ def draw(
         arguments: The command's.
         pipeline: The model.
     """
-    from blip3o_rt.metadata import save_png
-
     paths: dict[int, Path] = {}
 
     def save(index: int, image: Image.Image) -> None:
-        paths[index] = files.path(index, image.info)
-        save_png(image, paths[index], image.info)
+        paths[index] = files.save(index, image)
         print(paths[index], flush=True)
         changed = differences(arguments.liked, image.info)
         if changed:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from blip3o_rt import trace
 from blip3o_rt.cli.options import user_path
 from blip3o_rt.errors import ParameterError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 OTHER_IMAGE_SUFFIXES = re.compile(
     r"\.(apng|avifs?|bmp|cr[23w]|cur|dcm|dds|dib|djvu?|dng|emf|eps|exr|fits?|gif|hdp|hdr|hei[cf]s?|hif|icb|icns|"
@@ -57,23 +61,26 @@ class ImageFiles:
             arguments, self._wanted, inputs, {k: v for k, v in folders.items() if v is not None}
         )
 
-    def path(self, index: int, fields: Mapping[Any, Any]) -> Path:
-        """Where the image of an index goes, whose metadata is `fields`."""
-        path = wanted = self._wanted[index]
-        number = 1
-        while path in self._written or not (self._one_file or self._overwrite or is_free(path, fields)):
-            number += 1
-            name, _, seed = wanted.stem.rpartition("-")
-            path = wanted.with_name(f"{name}-{number}-{seed}.png")
+    def save(self, index: int, image: Image.Image) -> Path:
+        """Write the image of an index with its metadata; returns where."""
+        from blip3o_rt.metadata import save_free, save_png  # PyTorch takes seconds: not for --help
+
+        paths = (path for path in numbered(self._wanted[index]) if path not in self._written)
+        if self._one_file or self._overwrite:
+            path = next(paths)
+            save_png(image, path, image.info)
+        else:
+            path = save_free(image, paths, image.info)
         self._written.add(path)
         return path
 
 
-def is_free(path: Path, fields: Mapping[Any, Any]) -> bool:
-    """Whether no file is there, or one of the same request."""
-    from blip3o_rt.metadata import holds_request  # PyTorch takes seconds to import: not for --help
-
-    return not os.path.lexists(path) or holds_request(path, fields)
+def numbered(path: Path) -> Iterator[Path]:
+    """The path NAME-SEED.png, then NAME-2-SEED.png and so on."""
+    yield path
+    name, _, seed = path.stem.rpartition("-")
+    for number in itertools.count(2):
+        yield path.with_name(f"{name}-{number}-{seed}.png")
 
 
 def image_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
