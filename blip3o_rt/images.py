@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
+from blip3o_rt import errors
 from blip3o_rt.errors import Blip3oWarning, ImageError, first_line
 from blip3o_rt.metadata import (
     NEEDED_CHUNKS,
@@ -147,6 +148,7 @@ def decode_reference(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Im
     Raises:
         ImageError: What is no image that is read, or a larger one.
     """
+    name = name if isinstance(name, str) else errors.shown(name)
     with _reading(name):
         return _decoded(io.BytesIO(data), name, max_pixels)
 

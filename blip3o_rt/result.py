@@ -100,7 +100,9 @@ class Report:
         return sum(stage.seconds for stage in self.stages)
 
     def stage(self, name: str) -> Stage:
-        """One stage by name; a stage that did not run took 0 seconds."""
+        """One stage by name; a stage that did not run took 0 seconds. Raises ParameterError."""
+        if not isinstance(name, str):
+            raise ParameterError(f"name is {shown(name)}: accepted is the name of a stage")
         return next((stage for stage in self.stages if stage.name == name), Stage(name, 0.0, 0))
 
     @property

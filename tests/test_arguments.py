@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,11 +21,12 @@ from PIL import Image
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.config import EditConfig
 from blip3o_rt.errors import Blip3oError, GenerationError, ParameterError, one_line, shown
-from blip3o_rt.images import load_reference
+from blip3o_rt.images import decode_reference, load_reference
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.metadata import read_metadata
+from blip3o_rt.params import DiffusionParams, SamplingParams
 from blip3o_rt.pipeline import ImageRequest, Pipeline
-from blip3o_rt.result import Plan, Result
+from blip3o_rt.result import Plan, Report, Result
 
 EXAMPLES = 100  # of each public function
 
@@ -210,6 +212,29 @@ CALLS: dict[
         ),
         {"progress": False, "force": True},
         ("source", "destination", "dtype", "switches", "lora", "lora_scale", "progress", "force"),
+    ),
+    "a plan": (
+        lambda pipeline, plan, checkpoint: (
+            lambda **fields: pipeline.render(dataclasses.replace(plan, **fields), steps=1)
+        ),
+        {},
+        tuple(field.name for field in dataclasses.fields(Plan)),
+    ),
+    "sampling": (
+        lambda pipeline, plan, checkpoint: SamplingParams,
+        {},
+        tuple(field.name for field in dataclasses.fields(SamplingParams)),
+    ),
+    "diffusion": (lambda pipeline, plan, checkpoint: DiffusionParams, {}, ("steps", "guidance")),
+    "stage": (
+        lambda pipeline, plan, checkpoint: Report((), {}, 0, "cpu", "fp32", "exact").stage,
+        {},
+        ("name",),
+    ),
+    "decode_reference": (
+        lambda pipeline, plan, checkpoint: decode_reference,
+        {"data": b"", "name": "x"},
+        ("data", "name", "max_pixels"),
     ),
     "save": (
         lambda pipeline, plan, checkpoint: Result([], [], cast(Any, None)).save,

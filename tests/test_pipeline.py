@@ -296,8 +296,8 @@ def test_a_text_to_image_checkpoint_refuses_to_edit(tmp_path: Path, picture: Ima
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise": torch.zeros(1, 1, 2, 2)}, r"accepted is floating point \[1,"),
-        ({"noise": [0.0]}, "noise is \\[0.0\\]: accepted is a tensor"),
+        ({"noise": torch.zeros(1, 1, 2, 2)}, r"accepted is a floating-point tensor \[1,"),
+        ({"noise": [0.0]}, "noise is \\[0.0\\]: accepted is a floating-point tensor"),
         ({"output": "jpeg"}, "accepted are pil, tensor, latent"),
         ({"steps": 1001}, "steps is 1001"),
         ({"seed": -5}, "seed is -5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -40,8 +41,9 @@ def run_safely(argv: Sequence[str] | None = None) -> int:
     except Blip3oError as error:
         return failed(str(error))
     except OSError as error:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return failed(f"{place}{error.strerror or error}")
+        output = "standard output" if error.errno == errno.ENOSPC else None  # files are named
+        place = output if error.filename is None else error.filename
+        return failed(f"{'' if place is None else f'{place}: '}{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         message = machine_failure(error)
         if message is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,22 @@ from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.images import reference_pixels
 from blip3o_rt.metadata import generated_image, image_fields
 from blip3o_rt.ops.random import normal_noise
-from blip3o_rt.params import DiffusionParams, check_dense
+from blip3o_rt.params import DiffusionParams, SamplingParams, check_dense
 from blip3o_rt.result import Plan, Run
 from blip3o_rt.switches import FAST, VAE_TILES, render_switches, setting
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.weights import weights_sha256
+
+PLAN_FIELDS = {  # and their types, which a plan that a program put together may not have
+    "prompt": str,
+    "hidden_states": Tensor,
+    "sampling": SamplingParams,
+    "reference_latents": tuple | list,
+    "reference_sha256": tuple | list,
+    "replayed": bool,
+    "switches": Mapping,
+    "error": GenerationError | None,
+}
 
 
 def sees_reference(config: ModelConfig) -> bool:
@@ -233,14 +244,7 @@ class Renderer:
 
         Raises ParameterError unless it is a floating-point tensor of the latent's shape that stays finite.
         """
-        shape = self.latent_shape
-        if not isinstance(noise, Tensor):
-            raise ParameterError(f"noise is {shown(noise)}: accepted is a tensor")
-        check_dense("noise", noise)
-        if tuple(noise.shape) != shape or not noise.is_floating_point():
-            raise ParameterError(
-                f"noise is {noise.dtype} {list(noise.shape)}: accepted is floating point {list(shape)}"
-            )
+        check_tensor("noise", noise, self.latent_shape)
         noise = noise.detach().to(torch.float32)
         if not bool(torch.isfinite(noise).all()):
             raise ParameterError(
@@ -252,25 +256,14 @@ class Renderer:
         """Raise ParameterError for what is no plan of this checkpoint's widths, and the plan's own error."""
         if not isinstance(plan, Plan):
             raise ParameterError(f"plan is {shown(plan)}: accepted is what Pipeline.plan returns")
+        for name, kind in PLAN_FIELDS.items():
+            if not isinstance(value := getattr(plan, name), kind):
+                raise ParameterError(f"plan.{name} is {shown(value)}: accepted is a plan as it was made")
         if plan.error is not None:
             raise plan.error
-        hidden = plan.hidden_states
-        for name, tensor in (
-            ("hidden_states", hidden),
-            *(("reference_latents", t) for t in plan.reference_latents),
-        ):
-            check_dense(f"plan.{name}", tensor)
-        width = self.config.ar.hidden_size
-        if (
-            hidden.ndim != 3
-            or hidden.shape[0] != 1
-            or hidden.shape[2] != width
-            or not hidden.is_floating_point()
-        ):
-            raise ParameterError(
-                f"plan.hidden_states is {hidden.dtype} {list(hidden.shape)}: accepted is floating point "
-                f"[1, tokens, {width}], of a plan that this checkpoint made"
-            )
+        check_tensor("plan.hidden_states", plan.hidden_states, (1, None, self.config.ar.hidden_size))
+        for latent in plan.reference_latents:
+            check_tensor("plan.reference_latents", latent, self.latent_shape)
 
     def fields(
         self, plan: Plan, params: DiffusionParams, seed: int, *, noise_given: bool = False
@@ -292,6 +285,17 @@ class Renderer:
             **self._origin,
         }
         return image_fields(plan.prompt, seed, {**drawn, **dataclasses.asdict(params)}, **origin)
+
+
+def check_tensor(name: str, tensor: object, shape: tuple[int | None, ...]) -> None:
+    """Raise ParameterError for what is no dense floating-point tensor of a shape, where None is 1 or more."""
+    accepted = f"accepted is a floating-point tensor {['any' if n is None else n for n in shape]}"
+    if not isinstance(tensor, Tensor):
+        raise ParameterError(f"{name} is {shown(tensor)}: {accepted}")
+    check_dense(name, tensor)
+    fits = [n == m if m is not None else n > 0 for n, m in zip(tensor.shape, shape, strict=False)]
+    if tensor.ndim != len(shape) or not all(fits) or not tensor.is_floating_point():
+        raise ParameterError(f"{name} is {tensor.dtype} {list(tensor.shape)}: {accepted} of this checkpoint")
 
 
 def check_finite(latent: Tensor, pixels: Tensor | None = None) -> None:

@@ -210,6 +210,22 @@ def test_a_reader_that_has_gone_is_no_error(environment: dict[str, str], argumen
     assert result.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full_is_named(environment: dict[str, str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*COMMAND, "--version"],
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr == "blip3o-rt: error: standard output: No space left on device\n"
+
+
 def test_what_the_model_refuses_is_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
     result = subprocess.run(
         [*COMMAND, "generate", " ", "--quiet"],
