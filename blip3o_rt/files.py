@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -29,6 +30,8 @@ def replacing(target: str | os.PathLike[str], *, new: bool = False) -> Iterator[
         OSError: The file cannot be written; it names the target.
     """
     place = Path(target).resolve()  # through links
+    if place.exists() and not place.is_file():
+        raise OSError(errno.EINVAL, "not a regular file, and not replaced", str(target))
     temporary = place.with_name(f".{secrets.token_hex(4)}.{place.name[-16:]}")
     try:
         yield temporary

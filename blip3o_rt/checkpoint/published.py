@@ -63,6 +63,9 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,5})-of-(?P<total>\d{1,5})\.saf
 # What wrappers put before a name: torch.compile, data-parallel models, PEFT, FSDP, a model within a model;
 # and within it, around a part of the model.
 WRAPPERS = re.compile(r"(?:(?:_orig_mod|module|base_model|model|_fsdp_wrapped_module|_forward_module)\.)*")
+OUTER_WRAPPER = re.compile(
+    r"(?:(?:_orig_mod|module|base_model\.model|_fsdp_wrapped_module|_forward_module)\.)+(?=(?P<own>.*))"
+)
 INNER_WRAPPERS = re.compile(
     r"(?<=\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
@@ -203,11 +206,15 @@ def _other_weights(folder: Path, stem: str) -> str:
     accepted = f"accepted: {stem}.safetensors, or shards with {stem}.safetensors.index.json"
     for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt")):
         return f" ({path.name} is a pickle; save it as safetensors); {accepted}"
+    for path in sorted(folder.glob("*.incomplete")) + sorted(folder.glob("*.aria2")):
+        return f" ({path.name} is an unfinished download; finish it); {accepted}"
     for path in sorted(folder.glob(f"{stem}.*.safetensors*")) + sorted(
         folder.glob(f"{stem}.*-*.safetensors")
     ):
         variant = re.split(r"[.-]", path.name.removeprefix(f"{stem}."))[0]
         return f" but those of variant {variant} ({path.name}); {accepted}, or --variant {variant}"
+    for path in sorted(folder.glob("*.gguf")) + sorted(folder.glob("*.safetensors")):
+        return f" under the names that are read, only {path.name}; {accepted}"
     return f"; {accepted}"
 
 
@@ -224,12 +231,18 @@ def unwrapped(tensors: Tensors, part: str, prefix: str = "") -> Tensors:
     anchored = prefix if prefix in before else min(before, key=len, default=prefix)
     wrapper, added = anchored.removesuffix(prefix), "" if anchored.endswith(prefix) else prefix
     bare = next((name for name in outer if not name.startswith(wrapper)), None)
+    if not wrapper:  # and yet other names may have one
+        for found in filter(None, map(OUTER_WRAPPER.match, outer)):
+            if found["own"].startswith(prefix) and found["own"] not in outer:
+                wrapper, bare = found[0], anchored + ANCHORS[part]
     if bare is None:
         own = {name.removeprefix(wrapper): tensor for name, tensor in outer.items()}
         return {name if name == HEAD else added + name: tensor for name, tensor in own.items()}
     if WRAPPERS.fullmatch(wrapper):
+        wrapped = next(name for name in outer if name.startswith(wrapper))
         raise CheckpointError(
-            f"{outer[bare].path}: names begin with {wrapper!r} but {bare!r} does not; accepted: all or none"
+            f"{outer[wrapped].path}: names as {wrapped!r} begin with {wrapper!r} but {bare!r} does not; "
+            "accepted: all or none"
         )
     return outer
 

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,15 +156,18 @@ def inside(file: Path, folder: Path) -> bool:
 
 
 def check_name(option: str, path: Path) -> None:
-    """Raise ParameterError for a name that the file system does not hold, or a link to no place."""
+    """Raise ParameterError for a name that the file system does not hold, a link to no place, or a device."""
     try:
         os.lstat(path)
+        special = path.exists() and not (path.is_file() or path.is_dir())
         lost = path.is_symlink() and not path.resolve().parent.is_dir()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return  # free, or refused by make_folder
     except (OSError, ValueError, RuntimeError) as error:  # the last of links in a circle
         reason = getattr(error, "strerror", None) or str(error)
         raise ParameterError(f"{option} cannot be {str(path)[:60]!r}...: {reason}") from None
+    if special:
+        raise ParameterError(f"{option} is {path}, no regular file, which is not replaced: choose another")
     if lost:
         raise ParameterError(f"{option} is {path}, a link into a folder that is not there: choose another")
 
@@ -171,8 +175,11 @@ def check_name(option: str, path: Path) -> None:
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder if missing. Raises ParameterError where no file can be made in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ParameterError(f"{option} needs the folder {folder}, which may not be written: choose another")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # what the system says of a folder is not all it asks for
+    except OSError as error:
+        reason = f"which may not be written ({error.strerror})"
+        raise ParameterError(f"{option} needs the folder {folder}, {reason}: choose another") from None
 
 
 def file_name(prompt: str) -> str:

@@ -155,6 +155,32 @@ def test_a_wrapper_around_some_names_is_named(checkpoint: Path) -> None:
         load_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])
+@pytest.mark.parametrize("of", ["model.vision_tower.", "model.sana.", "model.layers.1."])
+def test_a_wrapper_around_a_part_of_the_names_is_named(wrapper: str, of: str, checkpoint: Path) -> None:
+    rename(checkpoint, lambda name: wrapper + name if name.startswith(of) else name)
+    message = (
+        f"names as '{re.escape(wrapper + of)}.*' begin with '{re.escape(wrapper)}' but 'model.embed_tokens"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.gguf", r"only model\.gguf"),
+        ("consolidated.safetensors", r"only consolidated\.safetensors"),
+        ("model.safetensors.incomplete", r"model\.safetensors\.incomplete is an unfinished download"),
+        ("pytorch_model.bin", r"pytorch_model\.bin is a pickle"),
+    ],
+)
+def test_weights_under_another_name_are_named(name: str, said: str, checkpoint: Path) -> None:
+    (checkpoint / MODEL).rename(checkpoint / name)
+    with pytest.raises(CheckpointError, match=f"no weights.*{said}.*accepted: model.safetensors"):
+        load_checkpoint(checkpoint)
+
+
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.module.", "model.", "vision_tower."])
 def test_a_wrapper_in_ta_tok_is_taken_off(wrapper: str, checkpoint: Path) -> None:
     before = load_checkpoint(checkpoint).weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from blip3o_rt.cli import drawing, outputs
 from blip3o_rt.cli import options as cli_options
 from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import CheckpointError, GenerationError
+from blip3o_rt.files import replacing
 from blip3o_rt.images import FORMATS
 from blip3o_rt.metadata import image_fields, read_metadata, save_png
 from tests.cli.conftest import Command, FakePipeline
@@ -225,11 +227,38 @@ def test_a_trace_that_cannot_be_is_refused_before_the_model_is_loaded(
 def test_a_folder_that_may_not_be_written(
     command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    locked = Path("locked")
-    monkeypatch.setattr(outputs.os, "access", lambda path, mode: Path(path) != locked)
-    expected = f"{option} needs the folder locked, which may not be written: choose another"
+    def locked(dir: Path) -> object:
+        if dir == Path("locked"):
+            raise OSError(30, "Read-only file system")
+        return temporary_file(dir=dir)
+
+    temporary_file = outputs.tempfile.TemporaryFile
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", locked)
+    reason = "which may not be written (Read-only file system)"
+    expected = f"{option} needs the folder locked, {reason}: choose another"
     name = "x.json" if option == "--trace" else "x.png"
     assert command.refused("generate", "x", option, f"locked/{name}") == expected
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--report", "--trace"])
+def test_what_is_no_regular_file_is_never_replaced(
+    command: Command, pipeline: type[FakePipeline], option: str
+) -> None:
+    name = "x.json" if option == "--trace" else "x.png"
+    os.mkfifo(name)
+    expected = f"{option} is {name}, no regular file, which is not replaced: choose another"
+    assert command.refused("generate", "x", option, name) == expected
+    assert pipeline.calls == []
+    with pytest.raises(OSError, match="not a regular file, and not replaced"), replacing(name):
+        pytest.fail("it was to be replaced")
+    assert Path(name).is_fifo()
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs Linux's /sys")
+def test_a_folder_that_only_seems_writable(command: Command, pipeline: type[FakePipeline]) -> None:
+    """Linux tells the superuser that it is, and then makes no file in it."""
+    assert "may not be written" in command.refused("generate", "x", "--out", "/sys/kernel/x.png")
     assert pipeline.calls == []
 
 
