@@ -33,7 +33,7 @@ from blip3o_rt.switches import FAST, VAE_TILES, render_switches, setting
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.weights import weights_sha256
 
-PLAN_FIELDS = {  # and their types, which a plan that a program put together may not have
+PLAN_FIELDS: dict[str, Any] = {  # and their types, which a plan that a program put together may not have
     "prompt": str,
     "hidden_states": Tensor,
     "sampling": SamplingParams,
