@@ -261,7 +261,7 @@ def test_many_writers_of_one_folder_lose_no_image(tmp_path: Path) -> None:
         result = Result([generated_image(torch.zeros(1, 3, 4, 4), {})] * images, [], cast(Any, None))
         for number, drawn in enumerate(result):
             result[number] = drawn.copy()
-            result[number].info = image_fields(f"{writer} {number}", 0, {})
+            result[number].info.update(image_fields(f"{writer} {number}", 0, {}))
         together.wait()
         return result.save(tmp_path)
 
