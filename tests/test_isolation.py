@@ -35,7 +35,6 @@ from tests.recorded_graph import RecordedGraphs
 
 BOTH = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 PROMPTS = ["a red circle", "two green squares on a blue background", "a"]
-REQUESTS = 200
 THREADS = 8
 
 
@@ -92,7 +91,11 @@ from blip3o_rt.isolation import FairLock
 lock, held = FairLock(), threading.Event()
 def hold():
     with lock:
-        held.set(); time.sleep(0.2); os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2)
+        held.set()
+        while len(lock._tickets) < 2: time.sleep(0.01)
+        time.sleep(0.1)  # it waits by now
+        os.kill(os.getpid(), signal.SIGINT)
+        while len(lock._tickets) > 1: time.sleep(0.01)
 threading.Thread(target=hold).start()
 held.wait()
 try:
@@ -154,12 +157,13 @@ def requests(pipeline: Pipeline, image: Image.Image) -> list[Callable[[], Any]]:
     ]
 
 
+@pytest.mark.parametrize("number", [33, pytest.param(200, marks=pytest.mark.exhaustive)])
 def test_many_requests_of_many_threads_are_those_of_single_calls(
-    pipeline: Pipeline, image: Image.Image
+    pipeline: Pipeline, image: Image.Image, number: int
 ) -> None:
     kinds = requests(pipeline, image)
     alone = [bits(request()) for request in kinds]
-    order = [number % len(kinds) for number in range(REQUESTS)]
+    order = [place % len(kinds) for place in range(number)]
     random.Random(0).shuffle(order)
     with ThreadPoolExecutor(THREADS) as executor:
         together = list(executor.map(lambda kind: bits(kinds[kind]()), order))

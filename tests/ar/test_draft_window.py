@@ -54,9 +54,27 @@ def same(found: Request, expected: Request) -> bool:
     )
 
 
-@pytest.mark.parametrize("page_size", [16, 64, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+# What make test draws; every other sampling, dtype and size of page is exhaustive.
+QUICK = {
+    *((name, torch.float32, 16) for name in SAMPLINGS),
+    ("filtered", torch.bfloat16, 64),
+    ("two tokens", torch.bfloat16, 5),
+}
+DRAWN = [
+    pytest.param(
+        sampling,
+        dtype,
+        page_size,
+        id=f"{name}-{short}-{page_size}",
+        marks=() if (name, dtype, page_size) in QUICK else pytest.mark.exhaustive,
+    )
+    for name, sampling in SAMPLINGS.items()
+    for short, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+    for page_size in (16, 64, 5)
+]
+
+
+@pytest.mark.parametrize(("sampling", "dtype", "page_size"), DRAWN)
 def test_the_image_of_one_token_a_pass(sampling: dict[str, Any], dtype: torch.dtype, page_size: int) -> None:
     engine = make_engine(dtype, page_size)
     expected = drawn(engine, make_prompt(1, 2, **sampling))

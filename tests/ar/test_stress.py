@@ -1,4 +1,7 @@
-"""A thousand requests through a tiny pool: joining, leaving, failing, cancelled, and none notices another."""
+"""Many requests through a tiny pool: joining, leaving, failing, cancelled, and none notices another.
+
+`make test` sends 150; a thousand of them are exhaustive.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 CONFIG = small_config(hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1)
 TOKENS = image_tokens(CONFIG, tokens_per_image=6)
 WEIGHTS = runtime_weights(CONFIG, oracle(CONFIG, seed=3))
-REQUESTS, MAX_IMAGES = 1000, 8
+MAX_IMAGES = 8
 SHARED = [3, 1, 4, 1, 5, 9, 2, 6]
 SAMPLINGS = [
     SamplingParams(seed=1),
@@ -125,12 +128,13 @@ class Traffic:
         return found
 
 
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("windows", [[1], [None, *range(1, 17)]], ids=["a token a pass", "windows"])
-def test_a_thousand_requests(windows: list[int | None]) -> None:
+def test_many_requests(windows: list[int | None], count: int) -> None:
     engine = make_engine(max_batch=7, num_pages=30)  # 11 pages are what the longest takes
     traffic = Traffic(2026, engine, windows)
-    while len(traffic.requests) < REQUESTS or engine.busy:
-        if len(traffic.requests) < REQUESTS and len(engine._waiting) < 40:
+    while len(traffic.requests) < count or engine.busy:
+        if len(traffic.requests) < count and len(engine._waiting) < 40:
             for _ in range(traffic.random.choice([0, 0, 1, 1, 2, 5])):
                 traffic.submit()
         if traffic.requests and traffic.random.random() < 0.12:
@@ -139,8 +143,8 @@ def test_a_thousand_requests(windows: list[int | None]) -> None:
         assert bool(len(engine.step())) == was_busy  # no step without a token: it cannot wait for ever
         traffic.check_pages()
         traffic.check_order()
-    assert len(traffic.requests) >= REQUESTS
+    assert len(traffic.requests) >= count
     assert engine.cache.free_pages == engine.cache.num_pages
     assert sorted(engine._free_slots) == list(range(engine.max_batch))
     found = traffic.check_results()
-    assert min(found[kind] for kind in ("finished", "failed", "cancelled")) > 100
+    assert min(found[kind] for kind in ("finished", "failed", "cancelled")) > count // 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 ALL_FLAGS = EditConfig(True, True, True)
 
 
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny published checkpoint with every editing part, its tower inside, in one file; never changed."""
+    folder = tmp_path_factory.mktemp("written") / "source"
+    write_random_checkpoint(folder, preset("tiny", ALL_FLAGS), seed=3)
+    return folder
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A tiny published checkpoint with every editing part, its tower inside, in one file."""
-    write_random_checkpoint(tmp_path / "source", preset("tiny", ALL_FLAGS), seed=3)
-    return tmp_path / "source"
+def checkpoint(written: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may damage."""
+    return shutil.copytree(written, tmp_path / "source")
 
 
 def edit_json(path: Path, change: dict[str, Any] | None = None, remove: tuple[str, ...] = ()) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 import blip3o_rt
 from blip3o_rt.metadata import read_metadata
+from tests.cli.conftest import Command
 
 COMMAND = [sys.executable, "-m", "blip3o_rt"]
 OF_ENUM = {"types", "operator", "_operator", "functools", "_functools", "collections", "keyword", "reprlib"}
@@ -113,15 +114,15 @@ def test_no_bars_where_standard_error_is_not_a_terminal(tmp_path: Path, environm
     assert result.stderr == ""
 
 
-def test_an_image_is_drawn_again_from_its_file(tmp_path: Path, environment: dict[str, str]) -> None:
-    run(tmp_path, environment, "generate", "a red circle", "--steps", "2", "--seed", "7", "--out", "a.png")
-    run(tmp_path, environment, "generate", "--like", "a.png", "--out", "b.png", "--quiet")
+def test_an_image_is_drawn_again_from_its_file(tmp_path: Path, command: Command) -> None:
+    assert command("generate", "a red circle", "--steps", "2", "--seed", "7", "--out", "a.png") == 0
+    assert command("generate", "--like", "a.png", "--out", "b.png", "--quiet") == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     fields = read_metadata(tmp_path / "a.png")
     assert fields["checkpoint"]["name"] == "embedded"
     assert (fields["task"], fields["references"], fields["device"]) == ("text-to-image", [], "cpu")
-    run(tmp_path, environment, "edit", "make it green", "a.png", "--steps", "2", "--out", "c.png")
-    run(tmp_path, environment, "edit", "--like", "c.png", "a.png", "--out", "d.png", "--quiet")
+    assert command("edit", "make it green", "a.png", "--steps", "2", "--out", "c.png") == 0
+    assert command("edit", "--like", "c.png", "a.png", "--out", "d.png", "--quiet") == 0
     assert (tmp_path / "c.png").read_bytes() == (tmp_path / "d.png").read_bytes()
     assert len(read_metadata(tmp_path / "c.png")["references"]) == 1
 

@@ -13,7 +13,7 @@ import multiprocessing
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
 ]
 
-# Of a prompt and of a diffusion step. With every op that has kernels it would take half as long again.
+# Of a prompt and of a diffusion step.
 OPS = (
     "cross_attention",
     "depthwise_glu",
@@ -47,6 +47,11 @@ OPS = (
     "row_linear_w8",
     "silu_mul",
 )
+QUICK_OPS = ("cross_attention", "linear", "row_linear", "silu_mul")
+NAMES = [
+    pytest.param(QUICK_OPS, id="quick"),
+    pytest.param(OPS, id="all", marks=pytest.mark.exhaustive),
+]
 PROT_NONE = 0  # of mprotect: neither read nor written
 M_PERTURB = -6  # of glibc's mallopt: fill the memory that malloc gives out
 MALLOC_FILLS_NOTHING = 3  # exit status of a process that has another malloc
@@ -98,9 +103,9 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
 
 
-def kernel_cases(progress: Path) -> Iterator[tuple[Op[Any, Any], Case]]:
-    """Every op and case, with each instruction set in use whose kernel takes it; `progress` says which."""
-    for op in (ops.all_ops()[name] for name in OPS):
+def kernel_cases(names: Sequence[str], progress: Path) -> Iterator[tuple[Op[Any, Any], Case]]:
+    """The ops' cases, with each instruction set in use whose kernel takes it; `progress` says which."""
+    for op in (ops.all_ops()[name] for name in names):
         cases = list(cases_of(op.name))
         for isa in native.cpu().isas():
             with selected(f"cpu-{isa}") as implementation:
@@ -110,16 +115,16 @@ def kernel_cases(progress: Path) -> Iterator[tuple[Op[Any, Any], Case]]:
                         yield op, case
 
 
-def call_beside_pages(progress: Path) -> None:
-    for op, case in kernel_cases(progress):
+def call_beside_pages(names: Sequence[str], progress: Path) -> None:
+    for op, case in kernel_cases(names, progress):
         results = [call_beside_page(op, case, behind=behind) for behind in (False, True)]
         expected = call(op, case)
         for found in results:
             assert_same(found, expected)
 
 
-def call_in_filled_memory(progress: Path) -> None:
-    for op, case in kernel_cases(progress):
+def call_in_filled_memory(names: Sequence[str], progress: Path) -> None:
+    for op, case in kernel_cases(names, progress):
         fill_new_memory(0x00)
         expected = call_in_new_thread(op, case)
         fill_new_memory(0xFF)  # of which every float is NaN
@@ -139,10 +144,10 @@ def call_in_new_thread(op: Op[Any, Any], case: Case) -> list[Tensor]:
         return thread.submit(call, op, case).result()
 
 
-def exit_status(target: Callable[[Path], None], progress: Path) -> int:
+def exit_status(target: Callable[[Sequence[str], Path], None], names: Sequence[str], progress: Path) -> int:
     """Of a new process that calls the target."""
     progress.write_text("before the first case")
-    process = multiprocessing.get_context("spawn").Process(target=target, args=(progress,))
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(names, progress))
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -153,16 +158,18 @@ def ended(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit status {status}, see the error output"
 
 
-def test_no_memory_beside_a_tensor_is_touched(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", NAMES)
+def test_no_memory_beside_a_tensor_is_touched(names: Sequence[str], tmp_path: Path) -> None:
     progress = tmp_path / "progress"
-    status = exit_status(call_beside_pages, progress)
+    status = exit_status(call_beside_pages, names, progress)
     assert status == 0, f"{progress.read_text()}: {ended(status)}"
 
 
+@pytest.mark.parametrize("names", NAMES)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_what_scratch_memory_held_does_not_matter(tmp_path: Path) -> None:
+def test_what_scratch_memory_held_does_not_matter(names: Sequence[str], tmp_path: Path) -> None:
     progress = tmp_path / "progress"
-    status = exit_status(call_in_filled_memory, progress)
+    status = exit_status(call_in_filled_memory, names, progress)
     if status == MALLOC_FILLS_NOTHING:
         pytest.skip("needs glibc's malloc")
     assert status == 0, f"{progress.read_text()}: {ended(status)}"
