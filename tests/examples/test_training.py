@@ -1,4 +1,7 @@
-"""The training of the embedded model, a few steps of it: every stage, a kill, the export, and train.sh."""
+"""The training of the embedded model, a few steps of it: every stage, a kill, the export, and train.sh.
+
+`make test` trains the first stage; the others, which start where it ends, are exhaustive.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +54,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the first stage."""
+    run = tmp_path_factory.mktemp("first")
+    STAGES["autoencoder"](run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of all stages."""
-    run = tmp_path_factory.mktemp("unbroken")
-    for stage in STAGES.values():
-        stage(run)
+    run = shutil.copytree(first, tmp_path_factory.mktemp("unbroken") / "run")
+    for name in ("image_tokenizer", "joint"):
+        STAGES[name](run)
     return run
 
 
@@ -63,10 +74,21 @@ def state(run: Path, name: str) -> dict[str, Any]:
     return torch.load(run / f"{name}.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("name", STAGES)
+def test_the_killed_first_stage_goes_on_to_where_an_unbroken_one_comes(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_killed("autoencoder", first, tmp_path, monkeypatch)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["image_tokenizer", "joint"])
 def test_a_killed_stage_goes_on_to_where_an_unbroken_one_comes(
     name: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_killed(name, unbroken, tmp_path, monkeypatch)
+
+
+def check_killed(name: str, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for finished in unbroken.iterdir():
         if finished.stem != name:
             (shutil.copytree if finished.is_dir() else shutil.copyfile)(finished, tmp_path / finished.name)
@@ -109,7 +131,8 @@ def test_a_kill_while_saving_keeps_the_earlier_state(tmp_path: Path, monkeypatch
     assert training.load_state(path) == {"step": 1}
 
 
-def test_the_encoder_does_not_change_once_it_is_final(unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.exhaustive
+def test_the_encoder_does_not_change_once_it_is_final(tmp_path: Path) -> None:
     """The joint stage learns its latents while the decoder trains on."""
     train_autoencoder.train(tmp_path, steps=1, encoder_steps=1, batch=2, peak=1e-3, seed=1)
     shutil.copyfile(tmp_path / "autoencoder.pt", tmp_path / "early.pt")
@@ -120,6 +143,7 @@ def test_the_encoder_does_not_change_once_it_is_final(unbroken: Path, tmp_path: 
     assert not any(same[name] for name in same if name.endswith("conv_out.conv.weight"))
 
 
+@pytest.mark.exhaustive
 def test_what_is_exported_loads_and_draws(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     export(unbroken, folder)
@@ -215,6 +239,7 @@ def test_a_stage_under_its_bar_is_an_error() -> None:
         training.enforce("joint", {"single": 0.94}, {"single": 0.95})
 
 
+@pytest.mark.exhaustive
 def test_a_finished_stage_is_held_to_its_bar(tmp_path: Path) -> None:
     with pytest.raises(training.GateError, match="image tokenizer: scenes_recovered is"):
         train_image_tokenizer.train(
