@@ -127,6 +127,7 @@ def test_one_op(command: Command) -> None:
     assert found["images"] == []
 
 
+@pytest.mark.exhaustive
 def test_all_ops_by_default_of_the_group(command: Command) -> None:
     assert command("validate", "--only", "ops", "--dtype", "fp32", "--out", "elsewhere") == 0
     assert {line["name"] for line in record(Path("elsewhere"))["lines"]} == set(ops.all_ops())

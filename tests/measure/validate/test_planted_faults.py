@@ -228,6 +228,7 @@ def build(compiler: SimtCompiler, source: str) -> Any:
     return compiler.build("rms_norm", source, "barrier_dropped")
 
 
+@pytest.mark.exhaustive
 def test_dropped_barrier(barrier_dropped: Any, plant: Plant) -> None:
     def run(
         x: Tensor, weight: Tensor, eps: float, *, bias: Any = None, residual: Any = None, out: Any = None
