@@ -88,20 +88,22 @@ def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue() -> None:
     code = """
 import os, signal, threading, time
 from blip3o_rt.isolation import FairLock
-lock, held = FairLock(), threading.Event()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
+lock, held, left = FairLock(), threading.Event(), threading.Event()
 def hold():
     with lock:
         held.set()
         while len(lock._tickets) < 2: time.sleep(0.01)
         time.sleep(0.1)  # it waits by now
         os.kill(os.getpid(), signal.SIGINT)
-        while len(lock._tickets) > 1: time.sleep(0.01)
+        left.wait()
 threading.Thread(target=hold).start()
 held.wait()
 try:
     with lock: pass
 except KeyboardInterrupt:
     print("interrupted", len(lock._tickets))
+    left.set()
 with lock: print("again")
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

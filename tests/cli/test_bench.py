@@ -130,8 +130,8 @@ def test_float32_beside_mixed(command: Command, work: Path) -> None:
     found = {(line["name"], line["who"]) for line in record()["lines"]}
     both = {(name, who) for name in ("ar.token", "dit.step", "vae.decode") for who in ("ours", "fp32")}
     assert found == both | {("connector", "ours")}
-    options = ("--lines", "ar.token,connector", "--baselines", "fp32", "--dtype", "fp32")
-    assert command(*quick(work, *options)) == 0
+    fewer = ("--lines", "ar.token,connector", "--baselines", "fp32", "--dtype", "fp32")
+    assert command(*quick(work, *fewer)) == 0
     assert {line["who"] for line in record()["lines"]} == {"ours"}
 
 
