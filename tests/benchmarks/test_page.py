@@ -174,3 +174,7 @@ def test_every_target_can_be_read() -> None:
         assert (target.least is None) != (target.most is None)
         assert target.measure in ("seconds", "rate", "utilization", "ratio", "memory")
         assert (target.baseline is not None) == (target.measure in ("ratio", "memory"))
+
+
+def test_the_committed_page_is_what_the_committed_records_give() -> None:
+    assert render.PAGE.read_text(encoding="utf-8") == render.page()
