@@ -6,8 +6,6 @@ import asyncio
 import multiprocessing
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -32,6 +30,7 @@ from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Progress
 from tests.recorded_graph import RecordedGraphs
+from tests.warm import run_python
 
 BOTH = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 PROMPTS = ["a red circle", "two green squares on a blue background", "a"]
@@ -106,7 +105,7 @@ except KeyboardInterrupt:
     left.set()
 with lock: print("again")
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    found = run_python(code)
     assert found.stdout.split() == ["interrupted", "1", "again"]
 
 
@@ -265,7 +264,7 @@ def test_a_forked_child_draws_or_is_refused_and_never_hangs(
 ) -> None:
     call = call.format(checkpoint=str(checkpoint))
     code = FORK.format(threads=threads, checkpoint=str(checkpoint), call=call)
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    found = run_python(code)
     assert found.stdout.split() == [outcome], found.stderr
 
 

@@ -31,6 +31,7 @@ from blip3o_rt.checkpoint.parts import (
     extreme_values,
     layout_fingerprint,
     layouts,
+    may_be_zero,
 )
 from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
 from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, is_file, local_path
@@ -254,7 +255,7 @@ def _mapped(
                         f"{path}: tensor {spec.name!r} has shape {list(found[1])}, {found[0]}; accepted: "
                         f"{list(accepted[1])}, {accepted[0]}; convert the checkpoint again"
                     )
-                if tensor.dim() > 1 and _is_zero(tensor):
+                if not may_be_zero(spec.name) and _is_zero(tensor):
                     raise CheckpointError(f"{path}: tensor {spec.name!r} is zero throughout; copy it again")
                 yield spec.name, tensor.to(spec.dtype or spec.model_dtype(precision))
     except (SafetensorError, FileNotFoundError) as error:
@@ -262,7 +263,7 @@ def _mapped(
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    """Whether a matrix is zero; all of it is read only where a few elements of the middle and the end are."""
+    """Whether a tensor is zero; all of it is read only where a few elements of the middle and the end are."""
     flat = tensor.reshape(-1)
     places = (slice(flat.numel() // 2, flat.numel() // 2 + 16), slice(-16, None), slice(None))
     return not any(flat[place].view(torch.uint8).any() for place in places)

@@ -36,7 +36,7 @@ HEAD = "lm_head.weight"  # the one tensor of the decoder that stands outside `mo
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SAMPLE = 2**16  # elements of a tensor that are looked at for zeros
-LEAST_FILLED = 100  # of so many elements of a matrix, one at least is not zero
+LEAST_FILLED = 100  # of so many elements of a weight, one at least is not zero
 LARGEST_TRAINED = 1e6  # of any trained weight, with room: float16 ends at 65504
 VALUES = {INT8: torch.int8, FP8: E4M3}  # of matrices that a switch keeps in 8 bits
 
@@ -177,6 +177,11 @@ def extreme_values(extremes: Extremes) -> list[str]:
     ]
 
 
+def may_be_zero(name: str) -> bool:
+    """Whether training can leave a tensor at zero: biases, but no matrix and no weight of a norm."""
+    return name.endswith(".bias")
+
+
 def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
     """A matrix's rows in order, as many whole ones at a time as are read."""
     width = math.prod(stored.shape[1:])  # a 1x1 convolution is a matrix
@@ -192,7 +197,7 @@ def row_blocks(stored: StoredTensor, chunks: Iterator[Tensor]) -> Iterator[Tenso
 def _sound_chunks(stored: StoredTensor, limit: torch.dtype, extremes: Extremes) -> Iterator[Tensor]:
     """A tensor's chunks.
 
-    Raises CheckpointError for what is not finite in `limit`; after the last chunk also for a matrix that a
+    Raises CheckpointError for what is not finite in `limit`; after the last chunk also for a weight that a
     sample of its elements shows to be zero throughout, or all but so.
     """
     where = f"{stored.path}: tensor {stored.name!r}"
@@ -213,7 +218,7 @@ def _sound_chunks(stored: StoredTensor, limit: torch.dtype, extremes: Extremes) 
         sample = piece[::stride]
         sampled, filled = sampled + sample.numel(), filled + int(sample.count_nonzero())
         yield piece
-    if len(stored.shape) > 1 and filled * LEAST_FILLED < sampled:
+    if not may_be_zero(stored.name) and filled * LEAST_FILLED < sampled:
         raise CheckpointError(
             f"{where} is zero (all but {filled} of {sampled} numbers looked at); copy or download it again"
         )

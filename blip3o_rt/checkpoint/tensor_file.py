@@ -162,8 +162,15 @@ def _read_header(path: Path, file: io.BufferedReader, size: int) -> tuple[dict[s
         itemsize = entry.dtype.itemsize if isinstance(entry.dtype, torch.dtype) else None
         if entry.begin < 0 or stored < 0 or (itemsize and stored != math.prod(entry.shape) * itemsize):
             raise _damaged(path, f"{name} of shape {list(entry.shape)} occupies {stored} bytes")
-    if 8 + length + max((entry.end for entry in entries.values()), default=0) > size:
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != end:
+            raise _damaged(path, f"its tensors overlap or leave a gap at byte {end}")
+        end = entry.end
+    if 8 + length + end > size:
         raise _truncated(path)
+    if 8 + length + end < size:
+        raise _damaged(path, f"{size - end - length - 8} bytes follow its last tensor")
     return entries, 8 + length
 
 

@@ -27,22 +27,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _interrupts.clear()
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else it is ignored, as in the background, or the caller's own
-        signal.signal(signal.SIGINT, interrupt)
+    ours = before is signal.default_int_handler  # else it is ignored, as in the background, or the caller's own
     try:
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
         from blip3o_rt.cli.commands import run_safely
 
         code = run_safely(argv)
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # there is nothing left to interrupt
+        return INTERRUPTED if _interrupts else code
     except BaseException as error:  # what became of KeyboardInterrupt on its way here
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one line, however often it is pressed
         if not (_interrupts or isinstance(error, KeyboardInterrupt)):
             raise
         print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
-    else:
-        return INTERRUPTED if _interrupts else code
     finally:
-        if before is signal.default_int_handler:  # a process of its own has nothing left to interrupt
-            signal.signal(signal.SIGINT, signal.SIG_IGN if argv is None else before)
+        if ours and argv is not None:  # the process goes on
+            signal.signal(signal.SIGINT, before)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

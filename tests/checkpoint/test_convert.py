@@ -6,11 +6,8 @@ import errno
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +24,7 @@ from blip3o_rt.checkpoint.parts import layouts, weight_bytes
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, file_sha256
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
+from tests.warm import run_python
 
 from .conftest import ALL_FLAGS, edit_tensors
 
@@ -166,11 +164,6 @@ module.convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
 
-def run_python(code: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
-
-
 @pytest.mark.parametrize("moment", ["writing", "publishing"])
 def test_a_killed_conversion_leaves_no_destination_and_a_rerun_works(
     moment: str, checkpoint: Path, tmp_path: Path
@@ -187,11 +180,8 @@ def test_a_killed_conversion_leaves_no_destination_and_a_rerun_works(
 
 def test_a_file_size_limit_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     """A disk that really refuses bytes, by a limit on the size of any one file."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    result = run_python(CONVERT, checkpoint, tmp_path / "converted", preexec_fn=limit)
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    result = run_python(limit + CONVERT, checkpoint, tmp_path / "converted")
     assert "CheckpointError" in result.stderr
     assert "not written, File too large" in result.stderr
     assert nothing_but_the_source(checkpoint)

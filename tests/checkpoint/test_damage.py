@@ -51,6 +51,34 @@ def test_a_matrix_that_is_all_but_zero_is_refused(checkpoint: Path) -> None:
         load_checkpoint(checkpoint)
 
 
+def zero_in_place(file: Path, name: str) -> None:
+    """Overwrite the bytes of a tensor, as a lost block of a disk does."""
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8:start])[name]["data_offsets"]
+    data[start + begin : start + end] = bytes(end - begin)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.self_attn.q_norm.weight", "model.sana.caption_norm.weight"]
+)
+def test_the_weight_of_a_norm_that_is_zero_is_refused(name: str, checkpoint: Path) -> None:
+    zero_in_place(checkpoint / MODEL, name)
+    with pytest.raises(CheckpointError, match=rf"{name}' is zero \(all but 0 of"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(("part", "name"), [("ar", "norm.weight"), ("vae", "decoder.norm_out.weight")])
+def test_the_weight_of_a_norm_that_is_zero_in_a_conversion_is_refused(
+    part: str, name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    convert(checkpoint, tmp_path / "converted", progress=False)
+    zero_in_place(tmp_path / "converted" / f"{part}.safetensors", name)
+    with pytest.raises(CheckpointError, match=rf"{name}' is zero throughout"):
+        load_checkpoint(tmp_path / "converted")
+
+
 def test_zero_biases_and_half_zero_matrices_are_fine(checkpoint: Path) -> None:
     def empty(tensors: dict[str, Tensor]) -> None:
         tensors["model.diffusion_connector.0.bias"].zero_()
@@ -67,6 +95,13 @@ def test_a_conversion_that_is_zero_at_its_end_is_refused(checkpoint: Path, tmp_p
     file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
     with pytest.raises(CheckpointError, match="is zero throughout"):
         load_checkpoint(tmp_path / "converted")
+
+
+def test_bytes_behind_the_last_tensor_are_refused(checkpoint: Path) -> None:
+    data = (checkpoint / MODEL).read_bytes()
+    (checkpoint / MODEL).write_bytes(data + data)
+    with pytest.raises(CheckpointError, match=rf"\({len(data)} bytes follow its last tensor\)"):
+        load_checkpoint(checkpoint)
 
 
 def test_a_flipped_bit_in_ta_tok_is_found_by_its_checksum(with_file: Path) -> None:

@@ -94,6 +94,8 @@ def damaged(path: Path, kind: str) -> None:
         "header not JSON": data[:8] + b"x" * length + data[8 + length :],
         "shape and bytes differ": data.replace(b'"shape":[4,4]', b'"shape":[4,5]'),
         "negative offset": data.replace(b"[0,64]", b"[-9,5]"),
+        "longer": data + bytes(3),
+        "a gap": data.replace(b"[0,64]", b"[8,72]") + bytes(8),
     }
     path.write_bytes(contents[kind])
 
@@ -109,6 +111,8 @@ def damaged(path: Path, kind: str) -> None:
         ("header not JSON", "does not parse"),
         ("shape and bytes differ", "occupies 64 bytes"),
         ("negative offset", "occupies 14 bytes"),
+        ("longer", "3 bytes follow its last tensor"),
+        ("a gap", "overlap or leave a gap at byte 0"),
     ],
 )
 def test_damaged_files_are_refused(kind: str, message: str, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from PIL import Image
 import blip3o_rt
 from blip3o_rt.metadata import read_metadata
 from tests.cli.conftest import Command
+from tests.warm import run_python
 
 COMMAND = [sys.executable, "-m", "blip3o_rt"]
+MAIN = "import sys; from blip3o_rt.cli import main; sys.exit(main())"
 OF_ENUM = {"types", "operator", "_operator", "functools", "_functools", "collections", "keyword", "reprlib"}
 TIMEOUT = 300  # seconds; far more than it takes, so that a busy machine does not fail the test
 
@@ -28,35 +30,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1"}
 
 
-def run(folder: Path, environment: dict[str, str], *arguments: str) -> str:
-    """What the command prints on standard output."""
-    result = subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_generate_then_edit(tmp_path: Path, command: Command) -> None:
     options = ["--steps", "2", "--seed", "7", "--dtype", "fp32", "--device", "cpu"]
-    printed = run(
-        tmp_path, environment, "generate", "a red circle", "-n", "2", *options, "--report", "r.json"
-    )
-    assert printed.splitlines()[:2] == ["out/a-red-circle-7.png", "out/a-red-circle-8.png"]
-    assert "tokens/s" in printed
+    assert command("generate", "a red circle", "-n", "2", *options, "--report", "r.json") == 0
+    assert command.output.splitlines()[:2] == ["out/a-red-circle-7.png", "out/a-red-circle-8.png"]
+    assert "tokens/s" in command.output
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["stages"]["denoise"]["work"] == 4
     assert report["dtype"] == "fp32"
 
     # image 1 of seed 7 is image 0 of seed 8, alone in its batch and in another process
     options[3] = "8"
-    run(tmp_path, environment, "generate", "a red circle", *options, "--out", "alone.png", "--quiet")
+    alone_there = run_python(
+        MAIN, "generate", "a red circle", *options, "--out", "alone.png", "--quiet", folder=tmp_path
+    )
+    assert (alone_there.returncode, alone_there.stdout) == (0, "alone.png\n"), alone_there.stderr
     with (
         Image.open(tmp_path / "alone.png") as alone,
         Image.open(tmp_path / "out/a-red-circle-8.png") as second,
@@ -65,7 +53,7 @@ def test_generate_then_edit(tmp_path: Path, environment: dict[str, str]) -> None
     fields = read_metadata(tmp_path / "alone.png")
     assert (fields["prompt"], fields["seed"], fields["parameters"]["steps"]) == ("a red circle", 8, 2)
 
-    run(tmp_path, environment, "edit", "make it green", "alone.png", *options, "--out", "edit.png", "--quiet")
+    assert command("edit", "make it green", "alone.png", *options, "--out", "edit.png", "--quiet") == 0
     with Image.open(tmp_path / "edit.png") as edited, Image.open(tmp_path / "alone.png") as alone:
         assert edited.size == alone.size
         assert edited.tobytes() != alone.tobytes()
@@ -101,17 +89,9 @@ def test_interrupt_leaves_nothing_behind(tmp_path: Path, environment: dict[str, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_bars_where_standard_error_is_not_a_terminal(tmp_path: Path, environment: dict[str, str]) -> None:
-    result = subprocess.run(
-        [*COMMAND, "generate", "x", "--steps", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=True,
-    )
-    assert result.stderr == ""
+def test_no_bars_where_standard_error_is_not_a_terminal(command: Command) -> None:
+    assert command("generate", "x", "--steps", "1") == 0
+    assert command.errors == ""
 
 
 def test_an_image_is_drawn_again_from_its_file(tmp_path: Path, command: Command) -> None:
@@ -127,10 +107,12 @@ def test_an_image_is_drawn_again_from_its_file(tmp_path: Path, command: Command)
     assert len(read_metadata(tmp_path / "c.png")["references"]) == 1
 
 
-def test_names_that_the_output_cannot_encode_are_escaped(tmp_path: Path, environment: dict[str, str]) -> None:
-    plain = {**environment, "PYTHONIOENCODING": "ascii"}
-    printed = run(tmp_path, plain, "generate", "\u043a\u043e\u0442", "a cat", "--steps", "1", "--quiet")
-    assert printed.splitlines() == [r"out/\u043a\u043e\u0442-0.png", "out/a-cat-0.png"]
+def test_names_that_the_output_cannot_encode_are_escaped(tmp_path: Path) -> None:
+    plain = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
+    arguments = ["generate", "\u043a\u043e\u0442", "a cat", "--steps", "1", "--quiet"]
+    found = run_python(plain + MAIN, *arguments, folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines() == [r"out/\u043a\u043e\u0442-0.png", "out/a-cat-0.png"]
 
 
 @pytest.mark.parametrize("module", ["numpy", "torch", "transformers"])
@@ -193,22 +175,12 @@ def test_nothing_heavy_is_imported_before_interrupts_are_answered(environment: d
     assert set(printed.split()) <= ours | {"__future__", "signal", "enum", "itertools"} | OF_ENUM
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["--help"]])
-def test_a_reader_that_has_gone_is_no_error(environment: dict[str, str], arguments: list[str]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    result = subprocess.run(
-        [*COMMAND, *arguments],
-        env=environment,
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    os.close(writer)
-    assert result.returncode in (0, 141)  # 0: argparse ignores what it cannot print
-    assert result.stderr == ""
+@pytest.mark.parametrize("argument", ["doctor", "--help"])
+def test_a_reader_that_has_gone_is_no_error(argument: str) -> None:
+    gone = "import os; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)\n"
+    found = run_python(gone + MAIN, argument)
+    assert found.returncode in (0, 141)  # 0: argparse ignores what it cannot print
+    assert found.stderr == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -227,16 +199,5 @@ def test_an_output_that_is_full_is_named(environment: dict[str, str]) -> None:
     assert result.stderr == "blip3o-rt: error: standard output: No space left on device\n"
 
 
-def test_what_the_model_refuses_is_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
-    result = subprocess.run(
-        [*COMMAND, "generate", " ", "--quiet"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("blip3o-rt: error: the prompt is empty")
-    assert result.stderr.count("\n") == 1
+def test_what_the_model_refuses_is_one_line(command: Command) -> None:
+    assert command.refused("generate", " ", "--quiet").startswith("the prompt is empty")

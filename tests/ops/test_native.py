@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from blip3o_rt.measure.validate.case import int32, random
 from blip3o_rt.measure.validate.finding import worst_error
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import Op
+from tests.warm import run_python
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 
@@ -311,12 +309,6 @@ def test_parameters_are_tensors_too() -> None:
     weight = torch.nn.Parameter(random(1, 5, 8))
     x = random(2, 2, 8)
     assert torch.equal(ops.row_linear(x, weight), ops.row_linear(x, weight.detach()))
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
-    )
 
 
 def test_instruction_set_from_the_environment() -> None:
