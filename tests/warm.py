@@ -66,8 +66,9 @@ def run_python(
         output.touch()
         errors.touch()
         program = {
-            "code": code, "arguments": [*map(str, arguments)], "folder": str(folder or Path.cwd()), "seconds": SECONDS,
-            "environment": {**os.environ, **environment}, "output": str(output), "errors": str(errors),
+            "code": code, "arguments": [*map(str, arguments)], "folder": str(folder or Path.cwd()),
+            "environment": {**os.environ, **environment}, "seconds": SECONDS,
+            "output": str(output), "errors": str(errors),
         }  # fmt: skip
         served = server()
         assert served.stdin is not None

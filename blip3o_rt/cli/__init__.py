@@ -1,15 +1,21 @@
-"""The blip3o-rt command. This module imports nothing heavy, so that Ctrl-C is answered from the start."""
+"""The blip3o-rt command. This module imports next to nothing, so that Ctrl-C is answered from the start.
+
+What comes before its first line is Python's: the interpreter ends by the signal itself, or with a traceback
+while it imports site, the finder of an editable install or the modules of the console script.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Sequence
     from types import FrameType
+else:
+    import _signal as signal  # which signal itself wraps in enums, and these import six modules
 
 INTERRUPTED = 130  # what a shell gives for a program ended by Ctrl-C
 INTERRUPTED_LINE = "blip3o-rt: interrupted"
@@ -27,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _interrupts.clear()
     before = signal.getsignal(signal.SIGINT)
-    ours = before is signal.default_int_handler  # else it is ignored, as in the background, or the caller's own
+    ours = before is signal.default_int_handler  # else the caller's own, or ignored as in the background
     try:
         if ours:
             signal.signal(signal.SIGINT, interrupt)
