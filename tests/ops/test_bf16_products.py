@@ -1,16 +1,18 @@
-"""Which product of bfloat16 is chosen on processors of every kind, all of them faked."""
+"""What is chosen on processors of every kind, all of them faked: by the registry, doctor and a report."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from blip3o_rt import ops
-from blip3o_rt.machine import Processor
-from blip3o_rt.ops import bf16_products, native
+from blip3o_rt import ops, precision
+from blip3o_rt.cli import doctor
+from blip3o_rt.machine import Processor, describe
+from blip3o_rt.ops import bf16_products, image, native, quantized
 
 pytestmark = pytest.mark.skipif(native.cpu_module() is None, reason=str(native.cpu_unavailable()))
 Fake = Callable[..., None]
@@ -21,7 +23,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """Fakes the processor, and of what seconds the products of ours and of torch's take."""
 
     def choose_again() -> None:
-        bf16_products._onednn_faster.cache_clear()
+        for cached in (
+            bf16_products._onednn_faster,
+            image._no_bfloat16_of_onednn,
+            quantized._no_products_of_integers,
+        ):
+            cached.cache_clear()
         bf16_products._measured.clear()
         for op in ops.all_ops().values():
             op.choose_again()
@@ -31,9 +38,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     ) -> None:
         processor = Processor(model, "any", 2, 2, 2, isa)
         has = kernels == "avx512" and "avx512_bf16" in isa
-        module = SimpleNamespace(has_bf16_products=lambda: has, isa=lambda: kernels)
-        monkeypatch.setattr(bf16_products, "processor", lambda: processor)
+        module = SimpleNamespace(
+            has_bf16_products=lambda: has,
+            isa=lambda: kernels,
+            isas=lambda: [kernels],
+            num_threads=lambda: 2,
+            linear=lambda x, weight, *_, out: out.copy_(x.float() @ weight.float().T),
+        )
+        for room in (bf16_products, precision, quantized):
+            monkeypatch.setattr(room, "processor", lambda: processor)
+        monkeypatch.setattr(doctor, "describe", lambda: dataclasses.replace(describe(), processor=processor))
         monkeypatch.setattr(native, "cpu", lambda: module)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "avx512f" in isa)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
         monkeypatch.setattr(torch.cpu, "_init_amx", lambda: "amx_bf16" in isa)
         monkeypatch.setattr(bf16_products, "_times", lambda: times)
@@ -50,25 +66,50 @@ def chosen(weight: torch.dtype = torch.bfloat16, activations: torch.dtype = torc
     )
 
 
-@pytest.mark.parametrize(
-    ("isa", "model", "kernels", "implementation"),
+PROCESSORS = pytest.mark.parametrize(
+    ("isa", "model", "kernels", "implementation", "auto"),
     [
-        (("avx512_bf16", "amx_bf16"), "Intel", "avx512", "torch"),
-        (("avx512_bf16",), "AMD EPYC", "avx512", "cpu"),
-        (("avx512f", "avx512_vnni"), "Intel", "avx512", "torch"),
-        (("avx2", "avx_vnni"), "Intel", "avx2", "torch"),
-        (("avx2",), "AMD EPYC", "avx2", "torch"),
-        (("neon", "arm_bf16"), "Neoverse", "portable", "torch"),
-        ((), "unknown", "portable", "torch"),
+        (("avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"), "Intel", "avx512", "torch", "bf16"),
+        (("avx512f", "avx512_vnni", "avx512_bf16"), "AMD EPYC", "avx512", "cpu", "bf16"),
+        (("avx512f", "avx512_vnni"), "Intel", "avx512", "torch", "mixed"),
+        (("avx2", "avx_vnni"), "Intel", "avx2", "torch", "mixed"),
+        (("avx2",), "AMD EPYC", "avx2", "torch", "mixed"),
+        (("neon", "arm_bf16"), "Neoverse", "portable", "torch", "bf16"),
+        (("neon",), "Cortex", "portable", "torch", "mixed"),
+        ((), "unknown", "portable", "torch", "mixed"),
     ],
 )
+
+
+@PROCESSORS
 def test_the_processor_decides(
-    fake: Fake, isa: tuple[str, ...], model: str, kernels: str, implementation: str
+    fake: Fake, isa: tuple[str, ...], model: str, kernels: str, implementation: str, auto: str
 ) -> None:
     fake(*isa, model=model, kernels=kernels)
     assert chosen() == implementation
     assert chosen(activations=torch.float32) == "cpu"  # a bfloat16 weight, widened, on every processor
     assert bf16_products.measured() == {}
+
+
+@PROCESSORS
+def test_doctor_and_a_report_say_the_choice(
+    fake: Fake, isa: tuple[str, ...], model: str, kernels: str, implementation: str, auto: str
+) -> None:
+    fake(*isa, model=model, kernels=kernels)
+    found = doctor.examine()
+    says = {(choice.op, choice.dtype): choice for choice in found.ops}
+    assert found.auto_dtype == auto
+    assert says["linear", "bf16"].chosen == implementation
+    assert says["linear", "mixed"].chosen == "cpu"
+    convolution, integers = says["convolution_silu", "bf16"], says["integer_product", "bf16"]
+    assert (convolution.chosen == "onednn") == ("avx512f" in isa)
+    assert ("no VNNI" in integers.passed_over.get("int_mm", "")) == all("vnni" not in name for name in isa)
+    text = doctor.as_text(found)
+    assert model in text
+    assert f"{kernels} (of {kernels}), 2 threads" in text
+    with ops.recording_usage() as used:
+        ops.linear(torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(4, 8, dtype=torch.bfloat16))
+    assert used == {"linear": {implementation}}
 
 
 def test_amx_that_the_system_denies_is_none(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
