@@ -4,8 +4,8 @@
 // Blocking  the columns of the result go in panels of 48, whose rows of the weight are put into the order that
 //           the processor multiplies in, once, in the second-level cache; the weight is widened on the way. All
 //           rows of x pass over a panel in tiles of 8 x 48. Threads share the columns out in sixteens, so a range
-//           may end with a narrower panel. More than 8 MiB of x go in slices, each with all panels. Without
-//           AVX-512 panels have 16 (8) columns and tiles 6 rows.
+//           may end with a narrower panel. More than 8 MiB of x (2 of float32) go in slices, each with all panels.
+//           Without AVX-512 panels have 16 (8) columns and tiles 6 rows.
 // Bytes     the weight once per slice, the result once; x once per panel, from the last-level cache. While a
 //           tile is computed the rows of the next one are fetched, and the weight of the next panel.
 // FLOPs     2 K per element: bound by the multipliers, which it keeps busy for about 95% of the time from some 500
@@ -22,7 +22,6 @@
 namespace blip3o::cpu::BLIP3O_ISA {
 namespace {
 
-constexpr int64_t kSliceBytes = 8 << 20;
 constexpr int64_t kChainSteps = 512;  // of float32 in one chain: the shorter, the less is rounded
 
 // Columns `column` on of a range, and what they are multiplied by.
@@ -50,6 +49,7 @@ template <class W>
 struct FloatProducts {
     using Element = float;
     static constexpr int64_t kVectors = kProductVectors;
+    static constexpr int64_t kSliceBytes = 2 << 20;  // narrow panels read it often: it must stay in the cache
 
     static int64_t scratch_floats(int64_t width) { return kVectors * kLanes * width; }
 
@@ -95,6 +95,7 @@ template <class W>
 struct PairProducts {
     using Element = bf16;
     static constexpr int64_t kVectors = kPairVectors;
+    static constexpr int64_t kSliceBytes = 8 << 20;
 
     static int64_t scratch_floats(int64_t width) { return panel_floats(kVectors, width); }
 
@@ -149,7 +150,7 @@ void multiply_panels(const LinearArguments& a, int64_t begin, int64_t end) {
 template <class Products, class W>
 void multiply_slices(const LinearArguments& a, int64_t begin, int64_t end) {
     using T = typename Products::Element;
-    const int64_t fitting = kSliceBytes / static_cast<int64_t>(sizeof(T)) / (a.x.width + 1),
+    const int64_t fitting = Products::kSliceBytes / static_cast<int64_t>(sizeof(T)) / (a.x.width + 1),
                   most = fitting < kTallRows ? kTallRows : fitting;
     for (int64_t first = 0; first < a.x.count; first += most) {
         LinearArguments slice = a;
