@@ -6,6 +6,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ from typing import Any, NoReturn
 from blip3o_rt import __version__
 from blip3o_rt.cli import batch, bench, convert, doctor, edit, generate, score, serve, validate
 from blip3o_rt.cli.like import like_defaults
-from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError
+from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError, shown
 
 FAILED = 2
 BROKEN_PIPE = (
     141  # what a shell gives for a program whose reader has gone, as in `blip3o-rt doctor | head -1`
 )
+
+NUMBERS_OF_THREADS = re.compile(r"\s*[1-9]\d{0,2}\s*(,\s*[1-9]\d{0,2}\s*)*", re.ASCII)  # one for each level
 
 # Where PyTorch reports memory that is not there by a plain RuntimeError: the CPU allocator, cuBLAS and CUDA.
 OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
@@ -53,13 +56,26 @@ def run_safely(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run one command, and flush what it printed where errors are still caught."""
+    ignored = ignore_wrong_threads()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if getattr(arguments, "quiet", False):
             warnings.simplefilter("ignore")
+        for line in ignored:
+            warnings.warn(line, Blip3oWarning, stacklevel=2)
         return int(arguments.run(arguments))
     finally:
         print(end="", flush=True)
+
+
+def ignore_wrong_threads() -> list[str]:
+    """Drop numbers of threads that OpenMP ignores in lines of its own, or cannot start; says which."""
+    found = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")}
+    wrong = {name: text for name, text in found.items() if not NUMBERS_OF_THREADS.fullmatch(text)}
+    for name in wrong:
+        del os.environ[name]  # it is read where PyTorch is imported
+    accepted = "accepted is a number from 1 to 999"
+    return [f"{name} is {shown(text)}, which is ignored: {accepted}" for name, text in wrong.items() if text]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

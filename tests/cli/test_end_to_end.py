@@ -238,5 +238,16 @@ def test_an_output_that_is_full_is_named(environment: dict[str, str]) -> None:
     assert result.stderr == "blip3o-rt: error: standard output: No space left on device\n"
 
 
+def test_openmp_prints_no_lines_of_its_own(environment: dict[str, str]) -> None:
+    code = "from blip3o_rt.cli import main; main(['generate', 'x', '--device', 'tpu'])"
+    wrong = {**environment, "OMP_NUM_THREADS": "abc"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=wrong, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    warning, error = found.stderr.splitlines()
+    assert warning.startswith("blip3o-rt: warning: OMP_NUM_THREADS is 'abc', which is ignored")
+    assert error.startswith("blip3o-rt: error: device is 'tpu'")
+
+
 def test_what_the_model_refuses_is_one_line(command: Command) -> None:
     assert command.refused("generate", " ", "--quiet").startswith("the prompt is empty")

@@ -420,6 +420,19 @@ def test_help_does_not_wait_for_pytorch(arguments: list[str]) -> None:
     assert result.stdout.startswith(("usage: ", "blip3o-rt 0."))
 
 
+@pytest.mark.parametrize("text", ["abc", "", "0", "-1", "4.0", "100000"])
+def test_a_wrong_number_of_threads_is_ignored(
+    command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    for options in ([], ["--quiet"]):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert command("generate", "x", *options) == 0
+        assert "OMP_NUM_THREADS" not in os.environ  # before OpenMP reads it
+        shown = f"OMP_NUM_THREADS is {text!r}, which is ignored" if text and not options else ""
+        assert shown in command.errors
+        assert command.errors.count("\n") == bool(shown)
+
+
 def test_a_name_keeps_the_letters_of_every_script(command: Command, pipeline: type[FakePipeline]) -> None:
     """Vowel signs are marks, not letters: without them these two are one name."""
     assert command("generate", "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u0928\u0926") == 0
