@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-
+KEPT = HERE.parents[2] / "build" / "simt"  # what was compiled, by all that it depends on
 
 SEVERAL = {"row_linear": ("row_linear", "row_linear_w8", "norm_row_linear", "row_linear_add")}
 """Ops of one .cu file and one function in it, by the name of the file."""
@@ -81,6 +85,27 @@ class SimtCompiler:
         common = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Werror"]
         common.append("-Wno-unknown-pragmas")  # unroll
         includes = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
-        subprocess.run(
-            [compiler, *common, *includes, *flags, str(source), "-o", str(target), "-ldl"], check=True
-        )
+        options = [*common, *includes, *flags]
+        kernel = target.with_suffix(".cu")
+        read = [kernel.read_text() if kernel.exists() else "", *(o for o in options if str(kernel) not in o)]
+        kept = KEPT / f"{fingerprint(compiler, source, *read)}.so"
+        KEPT.mkdir(parents=True, exist_ok=True)
+        with kept.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at the same
+            if not kept.exists():
+                subprocess.run([compiler, *options, str(source), "-o", str(target), "-ldl"], check=True)
+                replacing = kept.with_suffix(".new")
+                shutil.copyfile(target, replacing)
+                replacing.rename(kept)
+        shutil.copyfile(kept, target)  # a library of its own, with state of its own
+
+
+@functools.cache
+def fingerprint(compiler: str, source: Path, *read: str) -> str:
+    """A hash of what a compilation depends on: the compiler, its options and every file that it may read."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((version, sys.version, pybind11.__version__, source.name, read)).encode())
+    for path in sorted(path for folder in (CSRC, HERE) for path in folder.rglob("*.*")):
+        if path.suffix in (".h", ".inc", ".cpp", ".cu"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
