@@ -10,6 +10,8 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 from blip3o_rt import __version__
@@ -47,8 +49,8 @@ def run_safely(argv: Sequence[str] | None = None) -> int:
         output = "standard output" if error.errno == errno.ENOSPC else None  # files are named
         place = output if error.filename is None else error.filename
         return failed(f"{'' if place is None else f'{place}: '}{error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        message = machine_failure(error)
+    except Exception as error:
+        message = machine_failure(error) or library_failure(error)
         if message is None:
             raise
         return failed(message)
@@ -56,6 +58,7 @@ def run_safely(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run one command, and flush what it printed where errors are still caught."""
+    check_current_folder()
     ignored = ignore_wrong_threads()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -66,6 +69,14 @@ def run(argv: Sequence[str] | None) -> int:
         return int(arguments.run(arguments))
     finally:
         print(end="", flush=True)
+
+
+def check_current_folder() -> None:
+    """Raise ParameterError where the current folder was removed: MKL ends a process that is in none."""
+    try:
+        Path.cwd()
+    except OSError:
+        raise ParameterError("the current folder is not there any more: change to another") from None
 
 
 def ignore_wrong_threads() -> list[str]:
@@ -107,8 +118,26 @@ def failed(message: str) -> int:
     return FAILED
 
 
-def machine_failure(error: MemoryError | RuntimeError) -> str | None:
+def library_failure(error: Exception) -> str | None:
+    """One line for a library that is not there or fails as it is imported; None for any other error."""
+    bodies = [f.f_globals for f, _ in walk_tb(error.__traceback__) if f.f_code.co_name == "<module>"]
+    names = [str(body.get("__name__", "")) for body in bodies]
+    if isinstance(error, ImportError):
+        names.append(error.name or "")
+    packages = [name.partition(".")[0] for name in names]
+    package = next((name for name in packages if name not in ("", "__main__", "blip3o_rt")), None)
+    if package is None:
+        return None
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{package} cannot be imported ({reason:.300}): install it again, or mend what the environment says"
+    )
+
+
+def machine_failure(error: Exception) -> str | None:
     """One line for memory that ran out or a GPU that failed; None for an error of any other kind."""
+    if not isinstance(error, MemoryError | RuntimeError):
+        return None
     torch = sys.modules.get("torch")  # what has not been imported has raised nothing
     detail = next(iter(str(error).splitlines()), "")
     memory_errors = (MemoryError, *([torch.OutOfMemoryError] if torch else []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blip3o_rt.cli import drawing, outputs
+from blip3o_rt.cli import commands, drawing, outputs
 from blip3o_rt.cli import options as cli_options
 from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.errors import CheckpointError, GenerationError
@@ -418,6 +419,37 @@ def test_help_does_not_wait_for_pytorch(arguments: list[str]) -> None:
     )
     assert result.stdout.splitlines()[-1] == "[]"
     assert result.stdout.startswith(("usage: ", "blip3o-rt 0."))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "raise ValueError('\\nInvalid log settings')",
+            "a_library cannot be imported (Invalid log settings)",
+        ),
+        ("import no_such_library", "a_library cannot be imported (No module named 'no_such_library')"),
+        (None, "a_library cannot be imported (No module named 'a_library')"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str | None, reason: str
+) -> None:
+    """As PyTorch with a wrong TORCH_LOGS, or tqdm with a wrong TQDM_MININTERVAL."""
+    if body is not None:
+        (tmp_path / "a_library.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(commands, "parse", lambda argv: importlib.import_module("a_library"))
+    assert command.refused("generate", "x").startswith(reason)
+
+
+def test_a_current_folder_that_was_removed_is_named(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert command.refused("doctor") == "the current folder is not there any more: change to another"
 
 
 @pytest.mark.parametrize("text", ["abc", "", "0", "-1", "4.0", "100000"])
