@@ -153,11 +153,15 @@ def convert_opened(
 def _target(destination: PathName) -> Path:
     """The folder to write: what a link points to, and no place that another folder cannot be renamed to."""
     target = local_path(destination, "destination")
+    try:
+        resolved = target.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise CheckpointError(f"{target}: {error}; accepted: a new folder") from None
     if target.is_symlink() or target.name in ("", ".."):
-        target = target.resolve()
+        target = resolved
     if os.path.ismount(target):
         raise CheckpointError(f"{target}: a mount point, which cannot be replaced; give a new folder in it")
-    if target.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if resolved in (Path.cwd(), *Path.cwd().parents):
         raise CheckpointError(f"{target}: the current folder or one above it; give the name of a new one")
     return target
 

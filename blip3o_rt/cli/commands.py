@@ -24,7 +24,18 @@ BROKEN_PIPE = (
     141  # what a shell gives for a program whose reader has gone, as in `blip3o-rt doctor | head -1`
 )
 
-NUMBERS_OF_THREADS = re.compile(r"\s*[1-9]\d{0,2}\s*(,\s*[1-9]\d{0,2}\s*)*", re.ASCII)  # one for each level
+# What OpenMP takes. It answers anything else by lines of its own, an endless loop or the end of the process.
+OPENMP = {
+    "OMP_NUM_THREADS": r"\s*[1-9]\d{0,2}\s*(,\s*[1-9]\d{0,2}\s*)*",  # one for each level
+    "OMP_THREAD_LIMIT": r"\s*[1-9]\d{0,2}\s*",
+    "GOMP_CPU_AFFINITY": r"[\d\s,:-]+",
+    "OMP_PLACES": r"[a-z_]+(\(\d+\))?|[\d\s,:{}!-]+",
+    "OMP_PROC_BIND": r"(true|false|(master|primary|close|spread)(\s*,\s*(master|primary|close|spread))*)",
+    "OMP_DYNAMIC": "true|false",
+    "OMP_WAIT_POLICY": "active|passive",
+    "OMP_STACKSIZE": r"\s*\d+\s*[bkmg]?\s*",
+    "OMP_SCHEDULE": r"((non)?monotonic:)?(static|dynamic|guided|auto)(,\d+)?",
+}
 
 # Where PyTorch reports memory that is not there by a plain RuntimeError: the CPU allocator, cuBLAS and CUDA.
 OUT_OF_MEMORY_PHRASES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
@@ -59,7 +70,7 @@ def run_safely(argv: Sequence[str] | None = None) -> int:
 def run(argv: Sequence[str] | None) -> int:
     """Parse and run one command, and flush what it printed where errors are still caught."""
     check_current_folder()
-    ignored = ignore_wrong_threads()
+    ignored = ignore_for_openmp()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if getattr(arguments, "quiet", False):
@@ -79,14 +90,19 @@ def check_current_folder() -> None:
         raise ParameterError("the current folder is not there any more: change to another") from None
 
 
-def ignore_wrong_threads() -> list[str]:
-    """Drop numbers of threads that OpenMP ignores in lines of its own, or cannot start; says which."""
-    found = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT")}
-    wrong = {name: text for name, text in found.items() if not NUMBERS_OF_THREADS.fullmatch(text)}
+def ignore_for_openmp() -> list[str]:
+    """Drop variables that OpenMP does not take, before PyTorch is imported and it reads them; says which."""
+    found = {name: text for name in OPENMP if (text := os.environ.get(name)) is not None}
+    wrong = {
+        n: text for n, text in found.items() if not re.fullmatch(OPENMP[n], text, re.ASCII | re.IGNORECASE)
+    }
     for name in wrong:
-        del os.environ[name]  # it is read where PyTorch is imported
-    accepted = "accepted is a number from 1 to 999"
-    return [f"{name} is {shown(text)}, which is ignored: {accepted}" for name, text in wrong.items() if text]
+        del os.environ[name]
+    return [
+        f"{n} is {shown(text)}, which OpenMP does not take: it is ignored"
+        for n, text in wrong.items()
+        if text
+    ]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

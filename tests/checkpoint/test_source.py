@@ -64,6 +64,15 @@ def test_a_cache_that_is_a_file_is_refused(checkpoint: Path, tmp_path: Path) -> 
         assert "\n" not in str(found.value)
 
 
+def test_links_in_a_circle_are_no_destination(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for destination in (tmp_path / "loop", tmp_path / "loop" / "below"):
+        with pytest.raises(CheckpointError, match="loop"):
+            convert(checkpoint, destination, progress=False)
+        with pytest.raises(CheckpointError, match="loop"):
+            load_checkpoint(checkpoint, cache_dir=destination)
+
+
 @pytest.mark.parametrize("name", [".", "..", "../here", "link to here"])
 def test_the_current_folder_is_no_destination(
     name: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -452,17 +452,31 @@ def test_a_current_folder_that_was_removed_is_named(
     assert command.refused("doctor") == "the current folder is not there any more: change to another"
 
 
-@pytest.mark.parametrize("text", ["abc", "", "0", "-1", "4.0", "100000"])
-def test_a_wrong_number_of_threads_is_ignored(
-    command: Command, pipeline: type[FakePipeline], monkeypatch: pytest.MonkeyPatch, text: str
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("OMP_NUM_THREADS", ["1", " 16 ", "2,1"], ["abc", "", "0", "-1", "4.0", "100000", "\u0661"]),
+        ("GOMP_CPU_AFFINITY", ["0-3", "0 2 4-6:2"], ["abc"]),
+        ("OMP_PROC_BIND", ["TRUE", "close", "spread,close"], ["nonsense"]),
+        ("OMP_PLACES", ["cores", "cores(2)", "{0:4},{4:4}"], ["2 cores"]),
+        ("OMP_SCHEDULE", ["static", "dynamic,4"], ["xyz"]),
+    ],
+)
+def test_what_openmp_does_not_take_is_ignored_in_one_line(
+    command: Command,
+    pipeline: type[FakePipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    right: list[str],
+    wrong: list[str],
 ) -> None:
-    for options in ([], ["--quiet"]):
-        monkeypatch.setenv("OMP_NUM_THREADS", text)
-        assert command("generate", "x", *options) == 0
-        assert "OMP_NUM_THREADS" not in os.environ  # before OpenMP reads it
-        shown = f"OMP_NUM_THREADS is {text!r}, which is ignored" if text and not options else ""
-        assert shown in command.errors
-        assert command.errors.count("\n") == bool(shown)
+    for text in right + wrong:
+        for options in ([], ["--quiet"]):
+            monkeypatch.setenv(name, text)
+            assert command("generate", "x", *options) == 0
+            assert (name in os.environ) == (text in right)  # OpenMP has not read it yet
+            said = f"blip3o-rt: warning: {name} is {text!r}, which OpenMP does not take: it is ignored\n"
+            assert command.errors == (said if text in wrong and text and not options else "")
 
 
 def test_a_name_keeps_the_letters_of_every_script(command: Command, pipeline: type[FakePipeline]) -> None:
