@@ -35,15 +35,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Where the tokens of B rows go: all int32, `page_table` [B, max_blocks], the others [B].
+    """Where B rows go: all int32 but `output_slots`, `page_table` [B, max_blocks], the others [B].
 
-    windowed: whether several rows may belong to one sequence. Each then attends to those before it.
+    output_slots: int64, where a row's hidden state is kept. windowed: whether several rows may belong to one
+    sequence. Each then attends to those before it.
     """
 
     positions: Tensor
     slot_mapping: Tensor
     context_lens: Tensor
     page_table: Tensor
+    output_slots: Tensor
     windowed: bool = False
 
 
@@ -51,8 +53,6 @@ class DecodeStep:
 class Workspace:
     """Activations of a decode step, one row per sequence, reused by every layer and token."""
 
-    residual: Tensor
-    normed: Tensor
     qkv: Tensor
     attended: Tensor
     activated: Tensor
@@ -63,8 +63,6 @@ class Workspace:
             return torch.empty(rows, *width, dtype=dtype, device=device)
 
         return cls(
-            residual=buffer(config.hidden_size),
-            normed=buffer(config.hidden_size),
             qkv=buffer(config.query_size + 2 * config.kv_size),
             attended=buffer(config.num_heads, config.head_dim),
             activated=buffer(config.intermediate_size),
@@ -72,7 +70,7 @@ class Workspace:
 
     @property
     def rows(self) -> int:
-        return self.normed.shape[0]
+        return self.qkv.shape[0]
 
     def first(self, rows: int) -> Workspace:
         """The first rows of the same memory."""
@@ -128,12 +126,6 @@ class Decoder:
         """[.., hidden] embeddings of vocabulary ids."""
         return F.embedding(ids, self.embedding).to(self.dtype)
 
-    def _embed_into(self, rows: Tensor, ids: Tensor) -> None:
-        if self.embedding.dtype == self.dtype:
-            torch.index_select(self.embedding, 0, ids, out=rows)
-        else:
-            rows.copy_(self.embedding.index_select(0, ids))
-
     @trace.spanned("ar.prefill")
     def prefill(self, embeddings: Tensor, sequence: Sequence) -> Tensor:
         """Hidden states [N, hidden] of a prompt's embeddings [N, hidden], from `sequence.length` on.
@@ -184,33 +176,34 @@ class Decoder:
             normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
         return normed
 
-    def decode(self, tokens: Tensor, step: DecodeStep, *, out: Tensor | None = None) -> Tensor:
-        """Run the tokens of B rows: int64 [B] -> hidden states [B, hidden].
+    def decode(
+        self, residual: Tensor, step: DecodeStep, kept: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Run B rows: embeddings of their tokens [B, hidden] -> hidden states [B, hidden].
 
-        Without `out` the result lives in a workspace and is overwritten by the next call. A row's result does
-        not depend on the other rows.
+        kept [N, hidden] receives them too, at step.output_slots. The embeddings are overwritten. A row's
+        result does not depend on the other rows.
         """
         config = self.config
-        space = self._rows(tokens.shape[0])
-        self._embed_into(space.residual, tokens)
+        space = self._rows(len(residual))
         for index, layer in enumerate(self.layers):
             keys, values = self.cache.keys[index], self.cache.values[index]
             layer.qkv.norm_row_linear(
-                space.residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
+                residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
             )
             self._attend(layer, space, keys, values, step)
-            layer.attention_out.row_linear_add(space.attended.flatten(1), space.residual)
+            layer.attention_out.row_linear_add(space.attended.flatten(1), residual)
             layer.gate_up.norm_row_linear(
-                space.residual,
+                residual,
                 layer.mlp_norm,
                 config.rms_norm_eps,
                 gated=True,
                 scratch=self.scratch,
                 out=space.activated,
             )
-            layer.down.row_linear_add(space.activated, space.residual)
-        out = space.normed if out is None else out
-        return ops.rms_norm(space.residual, self.final_norm, config.rms_norm_eps, out=out)
+            layer.down.row_linear_add(space.activated, residual)
+        norm = (self.final_norm, config.rms_norm_eps)
+        return ops.rms_norm_keep(residual, *norm, step.output_slots, kept, out=out)
 
     def _attend(self, layer: Layer, space: Workspace, keys: Tensor, values: Tensor, step: DecodeStep) -> None:
         """Append the rows of space.qkv to the cache and attend to it, into space.attended.

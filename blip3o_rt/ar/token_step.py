@@ -183,7 +183,8 @@ class TokenBatch:
         self._output_slots = column(torch.int64)  # of that token and of the hidden state it is drawn from
         self._positions, self._slot_mapping = column(torch.int32), column(torch.int32)
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
-        self._hidden = column(steps.decoder.dtype, steps.decoder.config.hidden_size)
+        width = steps.decoder.config.hidden_size
+        self._embedded, self._hidden = (column(steps.decoder.dtype, width) for _ in range(2))
         self._kept_tokens, self._kept_hidden = results.tokens.flatten(), results.hidden.flatten(0, 1)
         self._captured: dict[tuple[bool, bool], Callable[[], Tensor]] = {}  # image tokens only, windowed
         self._run: Callable[[], Tensor] = lambda: self._token_ids
@@ -303,11 +304,19 @@ class TokenBatch:
             self._kept_tokens,
             self._positions,
             self._slot_mapping,
+            embedding=self._decoder.embedding,
+            embedded=self._embedded,
             out=self._token_ids,
         )
-        step = DecodeStep(self._positions, self._slot_mapping, self._context_lens, self._page_table, windowed)
-        self._decoder.decode(self._token_ids, step, out=self._hidden)
-        self._kept_hidden.index_copy_(0, self._output_slots, self._hidden)
+        step = DecodeStep(
+            self._positions,
+            self._slot_mapping,
+            self._context_lens,
+            self._page_table,
+            self._output_slots,
+            windowed,
+        )
+        self._decoder.decode(self._embedded, step, self._kept_hidden, out=self._hidden)
         return self._token_ids
 
     def _write(self, members: list[Member], image_only: bool) -> None:

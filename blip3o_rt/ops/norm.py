@@ -14,7 +14,7 @@ from blip3o_rt.ops.elementwise import gated_add
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
-__all__ = ["add_layer_norm_modulate", "channel_rms_norm", "layer_norm_modulate", "rms_norm"]
+__all__ = ["add_layer_norm_modulate", "channel_rms_norm", "layer_norm_modulate", "rms_norm", "rms_norm_keep"]
 
 CPU_ELEMENTS = 2**18  # at a time, so that the float32 intermediates stay in cache
 OTHER_ELEMENTS = 2**25  # at a time, so that those of a full-resolution image stay small
@@ -51,6 +51,34 @@ def rms_norm(
 
 rms_norm.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
 rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
+
+
+@op(
+    "x [R, D], weight [D], slots [R], kept [N, D] -> [R, D]",
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+)
+def rms_norm_keep(
+    x: Tensor, weight: Tensor, eps: float, slots: Tensor, kept: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """rms_norm(x, weight, eps) for x [R, D], weight [D] -> [R, D]; kept[slots] receives the rows too.
+
+    slots int64 [R], each 0 to N - 1; kept [N, D] in the dtype of x. Of rows that share a slot any one is
+    kept. `out` may be x.
+    """
+    normed = rms_norm.reference(x, weight, eps, out=out)
+    kept.index_copy_(0, slots, normed)
+    return normed
+
+
+rms_norm_keep.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight", "kept"))
+
+
+@rms_norm_keep.composed(dtypes=FLOATS, supports=same_dtype("x", "weight", "kept"))
+def _(call: Any) -> Tensor:
+    """The norm, and a copy behind it."""
+    normed = rms_norm(call.x, call.weight, call.eps, out=call.out)
+    call.kept.index_copy_(0, call.slots, normed)
+    return normed
 
 
 @op(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
 from blip3o_rt.ops.dtypes import cast_out, compute_dtype
 from blip3o_rt.ops.random import token_uniforms
@@ -75,7 +76,8 @@ sample_tokens.native("cpu", dtypes=(torch.float32,))
 
 @op(
     "sampled_ids [R], cu_rows [B + 1], first_ids [R], page_table [R, max_blocks], num_generated [R], "
-    "context_lens [R], output_slots [R], output_ids [N], positions [R], slot_mapping [R] -> [R]",
+    "context_lens [R], output_slots [R], output_ids [N], positions [R], slot_mapping [R], embedding [V, D], "
+    "embedded [R, D] -> [R]",
     tolerance={torch.int64: 0.0},
 )
 def advance_windows(
@@ -93,6 +95,8 @@ def advance_windows(
     positions: Tensor,
     slot_mapping: Tensor,
     *,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Keep the draws of B images that are right and move their windows on: vocabulary ids int64 [R].
@@ -116,7 +120,12 @@ def advance_windows(
 
     A window whose first row has context length 0, or whose pages or slots cannot hold tokens_per_image, and
     a row of no window stay as they are: the id 0, position 0, slot -1.
+
+    With an `embedding` [V, D], `embedded` [R, D] receives the row of it that each id names; of an id that is
+    none of V it is NaN. The embedding has the dtype of `embedded`, or is bfloat16 beside float32.
     """
+    if (embedding is None) != (embedded is None):
+        raise OpError("advance_windows: embedding and embedded must be given together")
     rows, slots = len(sampled_ids), len(output_ids)
     if rows == 0:
         return cast_out(first_ids, torch.int64, out)
@@ -180,7 +189,11 @@ def advance_windows(
     ):
         count.copy_(torch.where(moved, torch.where(goes_on, value, padding), count))
     read = torch.where(goes_on, ids[window, newest].clamp(min=0), 0)
-    return cast_out(read + first_ids, torch.int64, out)
+    read = read + first_ids
+    if embedding is not None and embedded is not None:
+        known = ((read >= 0) & (read < len(embedding)))[:, None]
+        embedded.copy_(torch.where(known, embedding[read.clamp(0, len(embedding) - 1)], torch.nan))
+    return cast_out(read, torch.int64, out)
 
 
 advance_windows.native("cuda", dtypes=(torch.int64,))

@@ -107,6 +107,7 @@ void define_ops(py::module_& module) {
     define<PagedPrefillAttention>(module, cuda::paged_prefill_attention);
     define<QkNormRopeAppend>(module, cuda::qk_norm_rope_append);
     define<RmsNorm>(module, cuda::rms_norm);
+    define<RmsNormKeep>(module, cuda::rms_norm);
     define<RowLinear>(module, cuda::row_linear);
     define<RowLinearAdd>(module, cuda::row_linear);
     define<RowLinearW8>(module, cuda::row_linear);

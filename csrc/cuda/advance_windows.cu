@@ -1,12 +1,18 @@
-// Draws that agree with their guesses are kept, and each image's window of rows moves on behind them.
+// Draws that agree with their guesses are kept, and each image's window of rows moves on behind them. The embeddings
+// of the tokens that its rows read are written behind that, where asked for.
 //
-// Tiling   a warp for each window, which counts how often a token repeats the one above it and the last one;
-//          its first lane moves the window. One more warp for the rows of no window.
-// Bytes    8 for each token of the image so far, from a cache, and about 100 a row.
+// Tiling   a block for each window. Its first warp counts how often a token repeats the one above it and the last
+//          one; its first lane moves the window; all threads copy the embeddings, 16 bytes each. One more block for
+//          the rows of no window.
+// Bytes    8 for each token of the image so far, from a cache, and about 100 a row; an embedding read and written.
 // Bound    launch latency, and a few hundred nanoseconds of dependent loads.
 //
-// What it reads is on the device, where a wrong value cannot be reported: such a window stays as it is.
+// What it reads is on the device, where a wrong value cannot be reported: such a window stays as it is, and the
+// embedding of an id that has none is not a number.
+#include <type_traits>
+
 #include "blip3o/ops/advance_windows.h"
+#include "cuda/convert.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/warp.h"
@@ -14,11 +20,12 @@
 namespace blip3o::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kWarp) advance_windows_kernel(AdvanceWindowsArguments a) {
-    const int64_t window = blockIdx.x, lane = threadIdx.x;
-    const int64_t first = a.cu_rows[window];
+constexpr int kThreads = 256;
+
+// By the lanes of one warp.
+__device__ void advance(const AdvanceWindowsArguments& a, int64_t window, int64_t first, int64_t last) {
+    const int64_t lane = threadIdx.x;
     if (window == a.windows || !a.moves(window)) {
-        const int64_t last = window == a.windows ? a.rows : a.cu_rows[window + 1];
         for (int64_t row = first + lane; row < last; row += kWarp) a.stay(row);
         return;
     }
@@ -34,12 +41,58 @@ __global__ void __launch_bounds__(kWarp) advance_windows_kernel(AdvanceWindowsAr
     if (lane == 0) a.move(window, more >= 0);
 }
 
+// The embeddings of the tokens that rows read, by the threads of a block.
+template <class T, class Weight, int kPack>
+__device__ void embed(const AdvanceWindowsArguments& a, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t id = a.out[row];
+        const bool known = id >= 0 && id < a.embedding.count;
+        const Weight* from = static_cast<const Weight*>(a.embedding.data) + id * a.embedding.stride;
+        T* to = static_cast<T*>(a.embedded.data) + row * a.embedded.stride;
+        for (int64_t i = threadIdx.x * kPack; i < a.embedded.width; i += kThreads * kPack) {
+            Pack<Weight, kPack> weights = {};
+            if (known) weights = load_pack<Weight, kPack>(from + i);
+            Pack<T, kPack> result;
+            for (int e = 0; e < kPack; ++e) {
+                result.element[e] = from_float<T>(known ? to_float(weights.element[e]) : nanf(""));
+            }
+            store_pack(to + i, result);
+        }
+    }
+}
+
+// kWidens: the embedding is bfloat16 beside float32.
+template <class T, int kPack, bool kWidens>
+__global__ void __launch_bounds__(kThreads) advance_windows_kernel(AdvanceWindowsArguments a) {
+    const int64_t window = blockIdx.x, first = a.cu_rows[window];
+    const int64_t last = window == a.windows ? a.rows : a.cu_rows[window + 1];
+    if (threadIdx.x < kWarp) advance(a, window, first, last);
+    if (!a.embeds) return;
+    __syncthreads();
+    embed<T, std::conditional_t<kWidens, __nv_bfloat16, T>, kPack>(a, first, last);
+}
+
+template <class T, bool kWidens>
+void launch_windows(const AdvanceWindowsArguments& a, cudaStream_t stream) {
+    constexpr int kPack = kWidestPack<T>;
+    const bool packed = rows_allow_packs<T>(a.embedded) && a.embedding.stride % kPack == 0 &&
+                        is_aligned(a.embedding.data, 16);
+    const dim3 grid(static_cast<unsigned>(a.windows + 1)), block(a.embeds ? kThreads : kWarp);
+    launch(packed ? advance_windows_kernel<T, kPack, kWidens> : advance_windows_kernel<T, 1, kWidens>, grid,
+           block, stream, a);
+}
+
 }  // namespace
 
 void advance_windows(const AdvanceWindowsArguments& arguments, cudaStream_t stream) {
     if (arguments.rows == 0) return;
-    const dim3 grid(static_cast<unsigned>(arguments.windows + 1));
-    launch(advance_windows_kernel, grid, dim3(kWarp), stream, arguments);
+    if (arguments.embedded_dtype == DType::bf16) {
+        launch_windows<__nv_bfloat16, false>(arguments, stream);
+    } else if (arguments.embedding_dtype == DType::bf16) {
+        launch_windows<float, true>(arguments, stream);
+    } else {
+        launch_windows<float, false>(arguments, stream);
+    }
 }
 
 }  // namespace blip3o::cuda

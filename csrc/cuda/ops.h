@@ -10,7 +10,7 @@
 #include "blip3o/ops/decode_attention.h"
 #include "blip3o/ops/norm_row_linear.h"
 #include "blip3o/ops/paged_prefill_attention.h"
-#include "blip3o/ops/rms_norm.h"
+#include "blip3o/ops/rms_norm_keep.h"
 #include "blip3o/ops/row_linear.h"
 #include "blip3o/ops/row_linear_add.h"
 #include "blip3o/ops/row_linear_w8.h"
@@ -20,7 +20,7 @@
 
 namespace blip3o::cuda {
 
-void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);
+void rms_norm(const RmsNormArguments& arguments, cudaStream_t stream);  // and rms_norm_keep
 void silu_mul(const SiluMulArguments& arguments, cudaStream_t stream);
 void row_linear(const RowProductArguments& arguments, cudaStream_t stream);  // every product of few rows
 void qk_norm_rope_append(const QkNormRopeAppendArguments& arguments, cudaStream_t stream);

@@ -1,4 +1,5 @@
-// RMSNorm of rows with an optional residual: residual += x, then y / sqrt(mean(y^2) + eps) * weight + bias.
+// RMSNorm of rows with an optional residual: residual += x, then y / sqrt(mean(y^2) + eps) * weight + bias. A row may
+// be written to a second place too, which is looked up on the device; where that is none, it is not.
 //
 // Tiling   one block of 256 threads per row; each thread takes packs of 16 bytes at a distance of the block.
 //          The sum of squares goes over the lanes of each warp by shuffles, over the warps through shared
@@ -25,6 +26,9 @@ __global__ void __launch_bounds__(kNormThreads, 4) rms_norm_kernel(RmsNormArgume
     const auto* weight = static_cast<const Packed*>(a.weight);
     const auto* bias = static_cast<const Packed*>(a.bias);
     const bool adds = a.residual.data != nullptr;
+    const int64_t slot = a.slots ? a.slots[row] : -1;
+    const bool keeps = slot >= 0 && slot < a.kept.count;
+    auto* kept = reinterpret_cast<Packed*>(static_cast<T*>(a.kept.data) + slot * a.kept.stride);
     __shared__ float warp_sums[kNormWarps];
 
     float squares = 0.0f;
@@ -54,6 +58,7 @@ __global__ void __launch_bounds__(kNormThreads, 4) rms_norm_kernel(RmsNormArgume
             result.element[e] = from_float<T>(bias ? value + to_float(b.element[e]) : value);
         }
         out[i] = result;
+        if (keeps) kept[i] = result;
     }
 }
 
@@ -62,8 +67,8 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 template <class T>
 void launch_rows(const RmsNormArguments& a, cudaStream_t stream) {
     const bool packed = rows_allow_packs<T>(a.x) && rows_allow_packs<T>(a.out) &&
-                        (!a.residual.data || rows_allow_packs<T>(a.residual)) && aligned(a.weight) &&
-                        aligned(a.bias);
+                        (!a.residual.data || rows_allow_packs<T>(a.residual)) &&
+                        (!a.slots || rows_allow_packs<T>(a.kept)) && aligned(a.weight) && aligned(a.bias);
     const dim3 grid(static_cast<unsigned>(a.x.count)), block(kNormThreads);
     launch(packed ? rms_norm_kernel<T, kWidestPack<T>> : rms_norm_kernel<T, 1>, grid, block, stream, a);
 }

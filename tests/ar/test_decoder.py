@@ -58,7 +58,11 @@ def run_ragged(decoder: Decoder, streams: list[Tensor], prompt_lengths: list[int
         ]
         tokens = torch.stack([stream[position] for stream, position in zip(streams, positions, strict=True)])
         as_int32 = torch.tensor([positions, slot_mapping], dtype=torch.int32)
-        hidden = decoder.decode(tokens, DecodeStep(as_int32[0], as_int32[1], as_int32[0] + 1, table))
+        slots = torch.arange(len(streams)).flip(0)
+        step_of_rows = DecodeStep(as_int32[0], as_int32[1], as_int32[0] + 1, table, slots)
+        kept = torch.zeros(len(streams), decoder.config.hidden_size, dtype=decoder.dtype)
+        hidden = decoder.decode(decoder.embed(tokens), step_of_rows, kept)
+        assert torch.equal(kept.flip(0), hidden)
         for row, state in enumerate(hidden):
             states[row].append(state.clone())
     for sequence in sequences:

@@ -34,6 +34,14 @@ FAULTS = {
         ("threadIdx.x % kWarp == 0", "threadIdx.x == 0"),  # the sum of one warp alone
         ("from_float<T>(bias ? value + to_float(b.element[e]) : value)", "from_float<T>(value)"),
     ],
+    "rms_norm_keep": [
+        ("__syncthreads();", ""),
+        ("if (keeps) kept[i]", "if (keeps && i > 0) kept[i]"),
+        ("if (keeps) kept[i] = result;", "if (keeps) kept[i] = x[i];"),
+        ("slot < a.kept.count", "slot + 1 < a.kept.count"),
+        ("slot * a.kept.stride", "row * a.kept.stride"),
+        ("slot * a.kept.stride", "slot * a.out.stride"),
+    ],
     "silu_mul": [
         ("from + a.out.width", "from + a.out.width - 1"),
         ("if (column >= a.out.width) return;", "if (column + kPack >= a.out.width) return;"),
@@ -156,6 +164,11 @@ FAULTS = {
         ("sampled < 0 ? 0 : sampled", "sampled"),
         ("kWarp / 2; distance", "kWarp / 4; distance"),  # half of the warp's counts
         ("move(window, more >= 0)", "move(window, more > 0)"),
+        ("__syncthreads();", ""),  # embeddings of ids that are not there yet
+        ("id < a.embedding.count", "id + 1 < a.embedding.count"),
+        ("id * a.embedding.stride", "id * a.embedding.width"),
+        ("i < a.embedded.width;", "i + kPack < a.embedded.width;"),  # a lost tail
+        ("i += kThreads * kPack", "i += kThreads * kPack * 2"),
     ],
     "sample_tokens": [
         ("__syncthreads();\n    if (threadIdx.x == 0) shared.search", "if (threadIdx.x == 0) shared.search"),

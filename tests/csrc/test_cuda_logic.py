@@ -393,6 +393,18 @@ def test_a_window_without_a_slot_stays_as_it_is(
     assert ((changed // 25 == 1) | (changed // 25 == 3)).all()  # of the images of 24 tokens and one slot more
 
 
+def test_a_row_without_a_slot_is_not_kept(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a norm that keeps its rows has the bits of the norm."""
+    every = SimpleNamespace(**{op: getattr(k, op) for op, k in kernels.items()})
+    monkeypatch.setattr(native, "cuda", lambda: every)
+    x, weight = random(1, 4, 40), random(2, 40)
+    whole = torch.full((7, 40), -7.0)
+    found = call("rms_norm_keep", x, weight, 1e-6, torch.tensor([4, -1, 5, 0]), whole[1:-1])
+    assert torch.equal(found, call("rms_norm", x, weight, 1e-6))
+    assert torch.equal(whole[[1, 5]], found[[3, 0]])
+    assert (whole[[0, 2, 3, 4, 6]] == -7).all()
+
+
 def test_heads_that_no_kernel_holds_are_refused(
     kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.csrc.sass import Instruction, kernels_of, needs_tools, parse, select
+import pytest
+
+from tests.csrc.sass import Instruction, Kernel, kernels_of, needs_tools, parse, select
 
 
 @needs_tools
@@ -33,6 +35,34 @@ def test_the_weights_of_a_product_stay_on_their_way() -> None:
         assert len(select(loop, "LDG")) <= groups * pieces * (1 + normed), name  # x, and the norm's weight
     assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, false>"].resources.registers <= 64
     assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, true>"].resources.registers <= 80
+
+
+@needs_tools
+@pytest.mark.exhaustive
+def test_embeddings_are_read_in_wide_loads_once_their_ids_are_there() -> None:
+    kernel = kernels_of("advance_windows")["advance_windows_kernel<bf16, 8, false>"]
+    before, after = around_the_barrier(kernel)
+    assert not select(before, "LDG.E.128")
+    assert select(after, "LDG.E.128")
+    assert not select(after, "LDG.E.U16")
+    assert select(after, "STG.E.128")
+    assert kernel.resources.registers <= 64
+
+
+@needs_tools
+@pytest.mark.exhaustive
+def test_a_norm_knows_the_second_place_of_a_row_before_it_is_summed() -> None:
+    kernel = kernels_of("rms_norm")["rms_norm_kernel<bf16, 8>"]
+    before, after = around_the_barrier(kernel)
+    assert len(select(before, "LDG.E.64")) == 1
+    assert not select(after, "LDG.E.64")
+    assert kernel.resources.registers <= 64
+
+
+def around_the_barrier(kernel: Kernel) -> tuple[list[Instruction], list[Instruction]]:
+    """The instructions before and behind the only barrier of a block."""
+    (place,) = (index for index, found in enumerate(kernel.instructions) if found.is_a("BAR"))
+    return kernel.instructions[:place], kernel.instructions[place + 1 :]
 
 
 LISTING = """

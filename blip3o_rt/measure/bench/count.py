@@ -47,7 +47,7 @@ PRODUCTS = "products"  # the row of a library's matrix products and convolutions
 CONVOLUTION_BIAS = "convolution bias"  # cuDNN has none: torch adds it in a pass, but to depthwise ones
 LAUNCHES = {"relu_linear_attention": 2}  # of a call; 1 of all other ops
 FEW_ROWS = ("norm_row_linear",)  # ops whose CUDA kernel takes few rows; more are computed by other ops
-PARTLY_READ = ("k_cache", "v_cache", "cos_sin_cache")  # of which a call touches a few rows
+PARTLY_READ = ("k_cache", "v_cache", "cos_sin_cache", "embedding", "kept")  # of which a call needs few rows
 ROWS_OF = ("index_select", "index_copy_")  # operators that touch some rows of a tensor
 UPDATED = ("rms_norm", "add_layer_norm_modulate")  # ops that write a residual beside their result
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "detach")
@@ -250,6 +250,10 @@ def _moved(op: str, given: Mapping[str, Any], result: Tensor, positions: int) ->
     moved = sum(inputs.values()) + result.nbytes
     if op in UPDATED and given.get("residual") is not None:  # which is written too
         moved += given["residual"].nbytes
+    if given.get("embedded") is not None:  # rows of an embedding
+        moved += given["embedded"].nbytes
+    if "kept" in given:  # rows that are written to a second place
+        moved += result.nbytes
     if "k_cache" in given:
         rows = len(given["q"] if "q" in given else given["qkv"])
         cells = rows * (positions if "context_lens" in given else 1)

@@ -24,7 +24,7 @@ from blip3o_rt.measure.cases.attention import (
 )
 from blip3o_rt.measure.cases.image import codebook, convolution_case, glu_case, shuffle_case, unshuffle_case
 from blip3o_rt.measure.cases.linear import add_case, norm_case, product_case
-from blip3o_rt.measure.cases.norm import add_norm_case, channel_case, residual_case
+from blip3o_rt.measure.cases.norm import add_norm_case, channel_case, keep_case, residual_case
 from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, quantized, scale_case
 from blip3o_rt.measure.cases.sampling import euler_case, sample_case
 from blip3o_rt.measure.validate.case import Case, int32, random
@@ -138,8 +138,11 @@ def decoding(config: ModelConfig, batch: int) -> Iterator[OpShape]:
     top_k = SamplingParams().top_k_for(codes, ar.vocab_size)
     what, sizes = f"{label}: {codes} logits", (batch, codes, top_k)
     yield OpShape("sample_tokens", what, _sampling, sizes, reads=True, dtypes=FP32)
-    what, sizes = f"{label}: {context} positions", (batch, context, images.tokens_per_image)
-    yield OpShape("advance_windows", what, _windows, sizes, dtypes=FP32)
+    what = f"{label}: {context} positions, embeddings of {ar.hidden_size}"
+    sizes = batch, context, images.tokens_per_image, ar.hidden_size
+    yield OpShape("advance_windows", what, _windows, sizes)
+    what, sizes = f"{label}: {ar.hidden_size} wide", (batch, ar.hidden_size, batch)
+    yield OpShape("rms_norm_keep", what, keep_case, sizes)
 
 
 def prompt(ar: ARConfig) -> Iterator[OpShape]:
@@ -323,17 +326,20 @@ def _sampling(label: str, dtype: torch.dtype, batch: int, codes: int, top_k: int
     return sample_case(label, random(1, batch, codes, scale=3.0), 1.0, top_k, SamplingParams().top_p)
 
 
-def _windows(label: str, dtype: torch.dtype, batch: int, context: int, tokens: int) -> Case:
-    """Windows of one row; an image whose tokens are all there stays at the last."""
+def _windows(label: str, dtype: torch.dtype, batch: int, context: int, tokens: int, width: int) -> Case:
+    """Windows of one row, each of another token; an image whose tokens are all there stays at the last."""
     max_blocks = -(-(context + tokens) // DEFAULT_PAGE_SIZE)
     first_slots = torch.arange(batch) * (tokens + 1)
     output_ids = torch.zeros((batch + 1) * (tokens + 1), dtype=torch.int64)
     page_table = int32(range(batch * max_blocks)).view(batch, max_blocks)
     counts = (int32([0] * batch), int32([context] * batch), first_slots, output_ids)
     sizes = (page_table, DEFAULT_PAGE_SIZE, tokens, 27)
-    arguments = (torch.arange(batch), int32(range(batch + 1)), torch.arange(batch), *sizes, *counts)
+    first_ids = torch.zeros(batch, dtype=torch.int64)
+    arguments = (torch.arange(batch), int32(range(batch + 1)), first_ids, *sizes, *counts)
     written = (int32([0] * batch), int32([0] * batch))
-    return Case(label, (*arguments, *written), written=(7, 8, 9, 10, 11, 12))
+    embedding, embedded = (random(seed, batch, width, dtype=dtype) for seed in (1, 2))
+    options = {"embedding": embedding, "embedded": embedded}
+    return Case(label, (*arguments, *written), options, (7, 8, 9, 10, 11, 12, "embedded"))
 
 
 def _modulated(label: str, dtype: torch.dtype, tokens: int, width: int, eps: float) -> Case:

@@ -55,6 +55,29 @@ def rms_norm_check(op: Op[Any, Any], case: Case, results: list[Tensor], exact: l
     ]
 
 
+def keep_case(label: str, dtype: torch.dtype, rows: int, width: int, slots: int, begin: int = 0) -> Case:
+    """Rows that go to slots in no order; rows with gaps unless begin is 0."""
+    kept = random(4, slots, width + 2 * begin, dtype=dtype)[:, begin : begin + width]
+    order = torch.randperm(slots, generator=torch.Generator().manual_seed(3))[:rows]
+    x, weight = random(1, rows, width, dtype=dtype), random(2, width, dtype=dtype)
+    return Case(label, (x, weight, EPS, order, kept), written=(4,))
+
+
+def rms_norm_keep_cases() -> Iterator[Case]:
+    """Widths around the vector lengths, one row and many, all slots and few of them, a norm in place."""
+    for dtype in DTYPES:
+        for width in (1, 7, 16, 33, 128, 2056):
+            yield keep_case(f"width {width}", dtype, 3, width, 5)
+        for rows in (0, 1, 64):
+            yield keep_case(f"{rows} rows", dtype, rows, 40, 64)
+        yield keep_case("slots with gaps", dtype, 3, 40, 5, 8)
+        yield keep_case("slots at odd places", dtype, 3, 40, 5, 3)
+        out = random(5, 3, 40, dtype=dtype)
+        yield replace(keep_case("given out", dtype, 3, 40, 5), options={"out": out}, written=(4, "out"))
+        apart = keep_case("rows with gaps", dtype, 3, 40, 5)
+        yield replace(apart, arguments=(random(6, 3, 2, 40, dtype=dtype)[:, 1], *apart.arguments[1:]))
+
+
 def layer_norm_modulate_cases() -> Iterator[Case]:
     """Widths around the vector lengths, fp32 modulation of bf16 rows, means far from zero, constant rows."""
     for dtype in DTYPES:

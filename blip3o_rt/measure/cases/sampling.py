@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from blip3o_rt.measure.validate.case import Case, int32, random
+from blip3o_rt.measure.validate.case import PRODUCTS, Case, int32, random
+from blip3o_rt.ops.dtypes import name_of
 
 GRID_WIDTH = 4
 
@@ -133,6 +134,19 @@ def repeats_late() -> Case:
     return found
 
 
+def embedded_case(label: str, weights: torch.dtype, dtype: torch.dtype, width: int, begin: int = 0) -> Case:
+    """Windows whose tokens are embedded, not all of ids that have one; rows with gaps unless begin is 0."""
+    windows = [Window(2, 9, 4, 4, 2), Window(0, 0), Window(5, 3), Window(6, 22, 6, 6, 6)]
+    found = window_case(label, windows, loose=2, no_token=(0,))
+    rows, wide = len(found.arguments[0]), width + 2 * begin
+    found.arguments[2][:] = torch.arange(rows) % 2 * 6
+    options = {
+        "embedding": random(1, 8, wide, dtype=weights)[:, begin : begin + width],
+        "embedded": random(2, rows, wide, dtype=dtype)[:, begin : begin + width],
+    }
+    return replace(found, options=options, written=(*found.written, "embedded"))
+
+
 def advance_windows_cases() -> Iterator[Case]:
     """Windows of one row and of many: draws that agree with guesses, guesses, ends of images and pages."""
     yield window_case("one row", [Window(1, 0)])
@@ -163,6 +177,12 @@ def advance_windows_cases() -> Iterator[Case]:
     yield window_case("guesses from the row above", [Window(2, 12, 9, 1), Window(2, 16, 3, 3, 1)])
     yield repeats_late()
     yield window_case("draws that are no token", [Window(3, 2), Window(5, 4, 4, 4, 4)], no_token=(0, 2))
+    for dtype, weights, beside in PRODUCTS:
+        what = f"{name_of(dtype)}{beside}"
+        for width in (1, 7, 16, 33, 128, 2072):
+            yield embedded_case(f"embeddings of {width}, {what}", weights, dtype, width)
+        yield embedded_case(f"embeddings with gaps, {what}", weights, dtype, 40, 8)
+        yield embedded_case(f"embeddings at odd places, {what}", weights, dtype, 40, 3)
     yield window_case("as many rows as a batch has", [Window(9, row % 20) for row in range(64)])
     yield window_case(
         "more windows than a block has threads", [Window(9, row % 7, 1 + row % 3, 2, 1) for row in range(300)]

@@ -23,7 +23,10 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 KEPT = HERE.parents[2] / "build" / "simt"  # what was compiled, by all that it depends on
 
-SEVERAL = {"row_linear": ("row_linear", "row_linear_w8", "norm_row_linear", "row_linear_add")}
+SEVERAL = {
+    "rms_norm": ("rms_norm", "rms_norm_keep"),
+    "row_linear": ("row_linear", "row_linear_w8", "norm_row_linear", "row_linear_add"),
+}
 """Ops of one .cu file and one function in it, by the name of the file."""
 
 

@@ -79,6 +79,7 @@ PYBIND11_MODULE(simt_kernels, module) {
     define<PagedPrefillAttention>(library, &PagedPrefillAttention::check);
     define<QkNormRopeAppend>(library, &QkNormRopeAppend::check);
     define<RmsNorm>(library, &RmsNorm::check);
+    define<RmsNormKeep>(library, &RmsNormKeep::check);
     define<RowLinear>(library, &RowLinear::check);
     define<RowLinearAdd>(library, &RowLinearAdd::check);
     define<RowLinearW8>(library, &RowLinearW8::check);

@@ -28,9 +28,10 @@ def test_a_token_is_that_of_the_layers(size: str, batch: int) -> None:
     calls = {name: of.calls for name, of in found.counts.items()}
     if batch == 1:
         assert calls["norm_row_linear"] == calls["row_linear_add"] == 2 * layers
-        assert calls["row_linear"] == calls["rms_norm"] == 1  # the head, the norm before it
+        assert calls["row_linear"] == calls["rms_norm_keep"] == 1  # the head, the norm before it
+        assert found.total.launches == 5 * layers + 4  # and a draw, and a move
     else:  # normed once, not by every block of a product
-        assert calls["row_linear_add"] == calls["rms_norm"] - 1 == calls["row_linear"] - 1 == 2 * layers
+        assert calls["row_linear_add"] == calls["rms_norm"] == calls["row_linear"] - 1 == 2 * layers
         assert calls["silu_mul"] == layers
     assert calls["decode_attention"] == layers
     assert found.counts["sample_tokens"] == Count(1, 1, found.counts["sample_tokens"].bytes)

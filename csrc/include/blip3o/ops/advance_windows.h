@@ -1,4 +1,5 @@
-// Draws that agree with their guesses are kept, and each image's window of rows moves on behind them.
+// Draws that agree with their guesses are kept, and each image's window of rows moves on behind them. The embeddings
+// of the tokens that its rows read may be written too.
 #pragma once
 
 #include "blip3o/host_device.h"
@@ -15,6 +16,9 @@ struct AdvanceWindowsArguments {
     int64_t *output_slots, *output_ids;
     int32_t *positions, *slot_mapping;
     int64_t* out;
+    Rows embedding, embedded;  // where `embeds`
+    DType embedding_dtype, embedded_dtype;
+    bool embeds;
     int64_t rows, windows, max_blocks, page_size, tokens_per_image, grid_width, num_output_slots;
 
     // Whether a window's image is there and fits its pages and its output slots.
@@ -81,18 +85,18 @@ struct AdvanceWindows {
     static constexpr char kName[] = "advance_windows";
     static constexpr char kParameters[] =
         "sampled_ids, cu_rows, first_ids, page_table, page_size, tokens_per_image, grid_width, "
-        "num_generated, context_lens, output_slots, output_ids, positions, slot_mapping, *, out";
+        "num_generated, context_lens, output_slots, output_ids, positions, slot_mapping, *, embedding=None, "
+        "embedded=None, out";
 
-    static AdvanceWindowsArguments check(Device device, const TensorView& sampled_ids,
-                                         const TensorView& cu_rows, const TensorView& first_ids,
-                                         const TensorView& page_table, int64_t page_size,
-                                         int64_t tokens_per_image, int64_t grid_width,
-                                         const TensorView& num_generated, const TensorView& context_lens,
-                                         const TensorView& output_slots, const TensorView& output_ids,
-                                         const TensorView& positions, const TensorView& slot_mapping,
-                                         const TensorView& out) {
+    static AdvanceWindowsArguments check(
+        Device device, const TensorView& sampled_ids, const TensorView& cu_rows, const TensorView& first_ids,
+        const TensorView& page_table, int64_t page_size, int64_t tokens_per_image, int64_t grid_width,
+        const TensorView& num_generated, const TensorView& context_lens, const TensorView& output_slots,
+        const TensorView& output_ids, const TensorView& positions, const TensorView& slot_mapping,
+        const OptionalView& embedding, const OptionalView& embedded, const TensorView& out) {
         Contract contract(kName, device);
         Dim rows("R"), bounds("B + 1"), max_blocks("max_blocks"), num_output_slots("N");
+        Dim vocabulary("V"), width("D");
         AdvanceWindowsArguments a;
         a.sampled_ids = contract(sampled_ids, "sampled_ids").array<int64_t>({&rows});
         a.cu_rows = contract(cu_rows, "cu_rows").array<int32_t>({&bounds});
@@ -105,6 +109,16 @@ struct AdvanceWindows {
         a.positions = contract(positions, "positions").array<int32_t>({&rows});
         a.slot_mapping = contract(slot_mapping, "slot_mapping").array<int32_t>({&rows});
         a.out = contract(out, "out").array<int64_t>({&rows});
+        contract.require(embedding.has_value() == embedded.has_value(),
+                         "embedding and embedded must be given together");
+        a.embeds = embedding.has_value();
+        a.embedding_dtype = a.embeds ? embedding->dtype : DType::f32;
+        a.embedded_dtype = a.embeds ? embedded->dtype : DType::f32;
+        a.embedding = contract(embedding, "embedding")
+                          .dtype({a.embedded_dtype, DType::bf16})
+                          .shape({&vocabulary, &width})
+                          .rows(vocabulary, width);
+        a.embedded = contract(embedded, "embedded").dtype(kFloats).shape({&rows, &width}).rows(rows, width);
         contract.require(bounds.value() > 0, "cu_rows must hold at least one number");
         contract.require(page_size > 0, "page_size must be at least 1");
         contract.require(tokens_per_image > 0, "tokens_per_image must be at least 1");

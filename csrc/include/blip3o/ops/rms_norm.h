@@ -10,6 +10,8 @@ struct RmsNormArguments {
     const void *weight, *bias;  // bias may be null
     DType dtype;
     float eps;
+    Rows kept = {};  // of rms_norm_keep
+    const int64_t* slots = nullptr;
 };
 
 struct RmsNorm {
