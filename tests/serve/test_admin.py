@@ -21,7 +21,7 @@ from blip3o_rt.serve.client import Limits
 from blip3o_rt.serve.messages import Control, Controlled, EngineOptions, Failed, Finished, Started, Submit
 from blip3o_rt.serve.scheduler import Scheduler
 from blip3o_rt.serve.server import ServerOptions
-from tests.serve.conftest import RunningServer
+from tests.serve.conftest import FAKES, RunningServer
 from tests.serve.fakes import FakeStages
 
 KEY = "an-admin-key-of-length"
@@ -39,11 +39,14 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
+@pytest.fixture(params=["real"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RunningServer]:
+    """One with the model, or with fakes in its place."""
     (tmp_path / "admin").write_text(KEY)
     (tmp_path / "users").write_text("a-key-of-one-of-the-users")
     engine = EngineOptions({"device": "cpu", "dtype": "fp32"})
+    if request.param == "fakes":
+        engine = EngineOptions({}, loader=FAKES)
     options = ServerOptions(
         engine, port=0, admin_keys=tmp_path / "admin", keys=tmp_path / "users", limits=Limits(queue=50)
     )
@@ -92,12 +95,13 @@ def test_weights_are_replaced_between_requests(server: RunningServer, new: Path)
     assert np.array_equal(drawn(server), after)
 
 
+@pytest.mark.parametrize("server", ["fakes"], indirect=True)
 def test_it_is_behind_a_key_of_its_own(server: RunningServer, tmp_path: Path) -> None:
     for headers in ({}, {"Authorization": "Bearer a-key-of-one-of-the-users"}):
         response = server.http.request("POST", "/admin/pause", json={}, headers=headers)
         assert response.status_code == 401
     admin(server, "pause", {"mode": "never"}, 400)
-    assert server.http.get("/admin/weights", headers=ADMIN).json()["version"] == 0
+    assert server.http.get("/admin/weights", headers=ADMIN).json() == {"version": 1, "checksum": "fake"}
     assert server.http.post("/v1/images/generations", json={}, headers=ADMIN).status_code == 401
 
 

@@ -24,7 +24,6 @@ from blip3o_rt.measure.cases import cases_of, check_of
 from blip3o_rt.measure.validate.case import Case, copies, outputs, random, run_exact
 from blip3o_rt.ops.registry import usable
 from blip3o_rt.precision import BF16
-from tests.dit import test_sharing
 
 ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)
@@ -118,6 +117,8 @@ def dependent_rows() -> list[str]:
 
 def dependent_images() -> list[str]:
     """Numbers of images whose step, on this product, is not that of each alone."""
+    from tests.dit import test_sharing  # which imports diffusers, for seconds
+
     dit, found = test_sharing.dit_of(BF16), []
     product = replace(ops.linear.named("triton"), device=None, available=usable)
     with torch.no_grad(), ops.linear.forcing(product):
