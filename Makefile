@@ -17,10 +17,10 @@ CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 .DELETE_ON_ERROR:
 .PHONY: help demo build test exhaustive test-all coverage gpu lint count docs format clean
 
-# Workers of the suite, each on one thread of its own.
+# Workers of the suite, each on one thread of its own. What Python compiles is kept, whatever the environment says.
 JOBS ?= 2
 COVERAGE ?=
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
 	$(if $(COVERAGE),--cov --cov-append --cov-report=)
 
 help: ## List the targets.
