@@ -24,6 +24,8 @@ from blip3o_rt.dit.step import StepKind, StepState, guided_step, model_input
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_STEPS
 
+SMALL_STEP_ROWS = 256  # from which a product of the CPU is as fast for each of its rows as one of many more
+
 Shape = tuple[int, ...]
 Tokens = Callable[[Tensor, Tensor | None], ConditionTokens]  # of hidden states and reference latents
 
@@ -68,13 +70,17 @@ class Geometry:
         keys_and_values = 2 * config.num_layers * config.cross_width * tokens * dtype.itemsize
         return keys_and_values + MAX_STEPS * 7 * config.width * torch.float32.itemsize  # six of the blocks
 
-    def step_bytes(self, config: DiTConfig, dtype: torch.dtype) -> int:
-        """The activations of both branches of an image in a step."""
+    def step_rows(self, config: DiTConfig) -> int:
+        """The latent tokens of both branches of an image in a step."""
         _, channels, height, width = self.noise
         if self.concat_latent is not None and config.in_channels == channels:
             width += self.concat_latent[3]
-        tokens = height * width // config.patch_size**2
-        return 2 * tokens * (sum(area_widths(config).values()) + config.width) * dtype.itemsize
+        return 2 * (height * width // config.patch_size**2)
+
+    def step_bytes(self, config: DiTConfig, dtype: torch.dtype) -> int:
+        """The activations of both branches of an image in a step."""
+        widths = sum(area_widths(config).values()) + config.width
+        return self.step_rows(config) * widths * dtype.itemsize
 
     def __str__(self) -> str:
         height, width = self.noise[2:]
@@ -194,6 +200,12 @@ class CapturedImages:
             image.compute_condition()
         for work in self._works.values():
             work()
+
+
+def images_of_a_small_step(dit: DiT, geometries: Sequence[Geometry]) -> int:
+    """How many images share a step on the CPU: as many as have SMALL_STEP_ROWS together, or one."""
+    rows = max(geometry.step_rows(dit.config) for geometry in geometries)
+    return max(1, SMALL_STEP_ROWS // rows) if dit.batch_invariant else 1
 
 
 def images_of_a_step(dit: DiT, geometries: Sequence[Geometry], free: int) -> int:

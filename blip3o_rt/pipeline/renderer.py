@@ -14,7 +14,7 @@ from torch import Tensor
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.dit.captured import CapturedImages, Geometry, images_of_a_step
+from blip3o_rt.dit.captured import CapturedImages, Geometry, images_of_a_small_step, images_of_a_step
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.model import DiT, ScheduleTables
@@ -103,7 +103,9 @@ class Renderer:
         self._shortcuts = Shortcuts.of(switches)
         self._schedules: dict[int, tuple[ScheduleTables, list[StepKind]]] = {}
         self._captured: dict[Geometry, CapturedImages] = {}
-        self.images_per_step = 1
+        self.images_per_step = 1  # on a GPU, until it captures
+        if self._device.type == "cpu":
+            self.images_per_step = images_of_a_small_step(self._dit, captured_geometries(config, edits=True))
 
     def refresh(self) -> None:
         """Forget what is kept of the weights, which have been updated in place."""

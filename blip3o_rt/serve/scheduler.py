@@ -7,8 +7,9 @@ two tokens and two steps.
 
 An image joins in the order of priority, then of what its client has had so far (start-time fair queueing),
 then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are
-denoised in the same order: as many share a step as the stages say, one where that is as fast. An image joins
-when its tokens are done and one has left, whatever steps the others are at.
+denoised in the same order: as many share a step as the stages say, one where that is as fast. Where a step of
+several costs little more than one alone, an image joins when its tokens are done and one has left, whatever
+steps the others are at. Elsewhere those that are ready go together, and the next when they are finished.
 """
 
 from __future__ import annotations
@@ -266,7 +267,9 @@ class Scheduler:
         )
 
     def _step_denoising(self) -> None:
-        while self._ready and len(self._drawing) < self._stages.images_per_step:
+        begun = any(image.drawing.done for image in self._drawing)
+        most = self._stages.images_per_step if self._stages.joins_underway or not begun else 0
+        while self._ready and len(self._drawing) < most:
             image = min(self._ready, key=self._urgency)
             self._ready.remove(image)
             self._drawing.append(image)

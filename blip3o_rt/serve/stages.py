@@ -153,6 +153,11 @@ class Stages:
         """How many images may be between `begin_denoising` and `close`: those that share a step."""
         return self._pipeline._renderer.images_per_step
 
+    @property
+    def joins_underway(self) -> bool:
+        """Whether images may join others between two steps, because a step of several costs little more."""
+        return self._pipeline.device.type == "cuda"
+
     @staticmethod
     def step_denoising(drawings: Sequence[Drawing]) -> None:
         """Make the next step of each image."""

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.config import SchedulerConfig
-from blip3o_rt.dit.captured import CapturedImage, CapturedImages, Geometry, images_of_a_step
+from blip3o_rt.dit.captured import (
+    SMALL_STEP_ROWS,
+    CapturedImage,
+    CapturedImages,
+    Geometry,
+    images_of_a_small_step,
+    images_of_a_step,
+)
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising, denoise, step_together
 from blip3o_rt.dit.model import DiT
@@ -186,6 +193,18 @@ def test_memory_decides_how_many_images_share_a_step(in_channels: int, beside: b
         with ops.all_ops()["linear"].forcing(product):
             found = [images_of_a_step(model.dit, [geometry], 2 * each * n) for n in (0, 1, 2, 3, 4, 8, 99)]
         assert found == expected
+
+
+@pytest.mark.parametrize(("side", "count"), [(4, 8), (8, 2), (11, 1), (32, 1)])
+def test_small_images_share_a_step_on_the_cpu(side: int, count: int) -> None:
+    model = Model(torch.bfloat16)
+    geometry = Geometry((1, 4, side, side), (7, 16))
+    assert geometry.step_rows(model.dit.config) == 2 * side * side
+    for batch_invariant in (True, False):
+        product = Implementation("stand-in", lambda call: call.out, batch_invariant=batch_invariant)
+        with ops.all_ops()["linear"].forcing(product):
+            assert images_of_a_small_step(model.dit, [geometry]) == (count if batch_invariant else 1)
+    assert count * 2 * side * side <= max(SMALL_STEP_ROWS, 2 * side * side)
 
 
 def test_a_step_that_reads_back_cannot_be_recorded() -> None:

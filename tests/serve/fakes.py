@@ -48,8 +48,8 @@ class Tokens:
 
 
 class FakeStages:
-    def __init__(self, max_batch: int = 4, images_per_step: int = 1) -> None:
-        self.images_per_step = images_per_step
+    def __init__(self, max_batch: int = 4, images_per_step: int = 1, joins_underway: bool = True) -> None:
+        self.images_per_step, self.joins_underway = images_per_step, joins_underway
         self.info = ModelInfo("fake", SIDE, SIDE, True, 1, TOKENS, max_batch, 64, "cpu", "fp32", "exact")
         self.batch: list[Tokens] = []
         self.log: list[str] = []  # what was done, in order

@@ -123,6 +123,7 @@ def test_32_requests_that_share_steps_have_the_bits_of_each_alone(
     stages = Stages(pipeline, "embedded")
     monkeypatch.setattr(stages, "step_denoising", counted)
     monkeypatch.setattr(pipeline._renderer, "images_per_step", 8)
+    monkeypatch.setattr(Stages, "joins_underway", True)
     scheduler = Scheduler(stages, events.append)
     with pipeline._isolation.turn():
         for id in sorted(expected, key=lambda id: id[::-1]):  # so that those of other numbers of steps meet

@@ -15,8 +15,9 @@ STEPS = 4
 class Run:
     """A scheduler on fakes with a clock of its own."""
 
-    def __init__(self, max_batch: int = 2, images_per_step: int = 1) -> None:
-        self.stages, self.events, self.now = FakeStages(max_batch, images_per_step), list[Event](), 0.0
+    def __init__(self, max_batch: int = 2, images_per_step: int = 1, joins_underway: bool = True) -> None:
+        self.stages = FakeStages(max_batch, images_per_step, joins_underway)
+        self.events, self.now = list[Event](), 0.0
         self.scheduler = Scheduler(self.stages, self.events.append, clock=lambda: self.now)
 
     def submit(self, id: str, prompt: str = "a circle", n: int = 1, **options: Any) -> None:
@@ -87,6 +88,17 @@ def test_images_share_steps_as_they_come_and_leave_as_they_finish() -> None:
     assert sum(run.stages.shared) == 2 + 5 + 3 + 4 + 1
     assert {event.id for event in run.of(Partial)} == {"r0", "r1", "r2", "r3"}
     assert not run.scheduler.running
+
+
+def test_images_that_join_none_underway_go_in_groups() -> None:
+    run = Run(max_batch=8, images_per_step=4, joins_underway=False)
+    run.submit("first", diffusion={"steps": 20})
+    while not run.stages.shared:
+        run.scheduler.turn()
+    run.submit("rest", n=6, diffusion={"steps": 3})
+    run.all()
+    assert run.finished == ["first", *6 * ["rest"]]
+    assert run.stages.shared == [1] * 20 + [4] * 3 + [2] * 3
 
 
 def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() -> None:
