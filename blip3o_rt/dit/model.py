@@ -130,7 +130,7 @@ class DiT:
     def batch_invariant(self) -> bool:
         """Whether the products in use take the rows of several images at once, each with its bits alone."""
         row = torch.empty(1, self.config.width, dtype=self.dtype, device=self.device)
-        return self.blocks[0].self_attention.to_out.batch_invariant(row, torch.empty_like(row))
+        return self.blocks[0].self_attention.to_qkv.batch_invariant(row, row.new_empty(1, 3 * row.shape[1]))
 
     @trace.spanned("dit.tables")
     def schedule_tables(self, schedule: Schedule) -> ScheduleTables:
@@ -321,9 +321,8 @@ class _Block:
         Returns:
             What the feed-forward found, which is still to be added to x.
         """
-        attended = self.self_attention(normed, workspace)
-        for image, added in zip(images, attended.images, strict=True):
-            ops.gated_add(image.x, added, image.modulation.blocks[layer, 2])
+        self.self_attention(images, layer, normed, workspace)
+        for image in images:
             image.part()
         attended = self.cross_attention(images, layer, workspace)
         xs = [image.x for image in images]
@@ -350,13 +349,19 @@ class _SelfAttention:
             weights.get(prefix + "norm_k.weight"),
         )
 
-    def __call__(self, x: Activations, workspace: Workspace) -> Activations:
-        width = x.rows.shape[1]
-        qkv = x.product(self.to_qkv, workspace.take(Area.WIDE, x.images, 3 * width))
-        attended = workspace.take(Area.MIDDLE, x.images, width)
-        for image, out in zip(qkv.images, attended.images, strict=True):
-            ops.relu_linear_attention(image, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=out)
-        return attended.product(self.to_out, workspace.take(Area.NARROW, x.images, width))
+    def __call__(
+        self, images: Sequence[_Image], layer: int, normed: Activations, workspace: Workspace
+    ) -> None:
+        """Add to every x, through its gate, what it attends to; that product is one call for each image."""
+        width = normed.rows.shape[1]
+        qkv = normed.product(self.to_qkv, workspace.take(Area.WIDE, normed.images, 3 * width))
+        attended = workspace.take(Area.MIDDLE, normed.images, width)
+        for q_k_v, out in zip(qkv.images, attended.images, strict=True):
+            ops.relu_linear_attention(q_k_v, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=out)
+        products = workspace.take(Area.NARROW, normed.images, width)
+        for image, found, product in zip(images, attended.images, products.images, strict=True):
+            gate = image.modulation.blocks[layer, 2]
+            self.to_out.gated_add(found, image.x, gate, product=product)
 
 
 class _CrossAttention:

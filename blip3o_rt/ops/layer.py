@@ -85,6 +85,12 @@ class Linear:
         product(x.reshape(-1, x.shape[-1]), self.scale, out.view(-1, len(self.weight)))
         return out
 
+    def gated_add(self, x: Tensor, residual: Tensor, gate: Tensor, *, product: Tensor) -> Tensor:
+        """residual [..., N] += gate [N] * the product with x [..., K], in place; `product` may be written."""
+        if self.scale is None:
+            return ops.linear_gated_add(x, self.weight, residual, gate, self.bias, product=product)
+        return ops.gated_add(residual, self(x, out=product), gate)
+
     def batch_invariant(self, x: Tensor, out: Tensor) -> bool:
         """Whether a row of x has the same product, bit for bit, whatever other rows x has."""
         if self.scale is None:

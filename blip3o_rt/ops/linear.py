@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import bf16_products
 from blip3o_rt.ops.dtypes import E4M3, FLOATS, WEIGHTS, cast_out, compute_dtype
-from blip3o_rt.ops.elementwise import silu_mul
+from blip3o_rt.ops.elementwise import gated_add, silu_mul
 from blip3o_rt.ops.norm import rms_norm
 from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
-from blip3o_rt.ops.triton_backend import takes_contiguous
+from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
-__all__ = ["linear", "norm_row_linear", "row_linear", "row_linear_add"]
+__all__ = ["linear", "linear_gated_add", "norm_row_linear", "row_linear", "row_linear_add"]
 
 CONVERTED_ROWS = 4096  # rows of a bfloat16 weight that exist in float32 at a time
 FUSED_ROWS = 8  # of x that one CUDA kernel norms and multiplies: those of one product of the tensor cores
@@ -82,6 +82,48 @@ linear.native(
     needs={torch.bfloat16: bf16_products.slower},
     batch_invariant=True,
 )
+
+
+@op(
+    "x [..., K], weight [N, K], residual [..., N], gate [N], bias [N], product [..., N] -> residual",
+    tolerance={torch.float32: 4e-6, torch.bfloat16: 2e-2},
+)
+def linear_gated_add(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    gate: Tensor,
+    bias: Tensor | None = None,
+    *,
+    product: Tensor | None = None,
+) -> Tensor:
+    """residual += gate * (x weight^T + bias) in place for x [..., K], residual [..., N]; returns residual.
+
+    weight [N, K] and bias [N] are as in linear, gate [N] as in gated_add. The product is rounded to the dtype
+    of x before it is scaled, so that the bits are those of the two; hence the tolerance of bfloat16. The
+    residual must not overlap x. product: memory of the product's shape that a call may use.
+    """
+    return gated_add.reference(residual, linear.reference(x, weight, bias), gate)
+
+
+_gated_dtype = same_dtype("x", "residual", "bias")
+
+
+def _matrices_and_residual(call: Any) -> str | None:
+    if call.weight.stride(-1) != 1 or call.weight.dtype not in (call.x.dtype, torch.bfloat16):
+        return "takes a weight with contiguous rows, of the dtype of x or of bfloat16"
+    rows = takes_rows(call, "x", "residual")
+    return _gated_dtype(call) or rows or takes_contiguous(call, "gate", "bias")
+
+
+linear_gated_add.triton(dtypes=(torch.bfloat16,), supports=_matrices_and_residual)
+
+
+@linear_gated_add.composed(dtypes=FLOATS)
+def _(call: Any) -> Tensor:
+    """The two ops, one after the other."""
+    product = linear(call.x, call.weight, call.bias, out=call.product)
+    return gated_add(call.residual, product, call.gate)
 
 
 @op(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.measure.cases import cases_of, check_of
+from blip3o_rt.measure.cases.linear import gated_case
 from blip3o_rt.measure.validate.case import Case, copies, outputs, random, run_exact
 from blip3o_rt.ops.registry import usable
 from blip3o_rt.precision import BF16
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 OPS = sorted(name for name, op in ops.all_ops().items() if "triton" in op.implementation_names)
 
 ROWS, IMAGES = "rows of a product, together and apart", "images of a step, together and apart"
+GATED = "a product that is added through a gate, and its two parts"
 
 # Cases that smaller ones stand for, since a tile takes the interpreter milliseconds.
 TOO_MANY_PROGRAMS = {
@@ -115,13 +117,30 @@ def dependent_rows() -> list[str]:
     return [str(rows) for rows, found in alone if not torch.equal(found, together[rows])]
 
 
+def other_gated_bits() -> list[str]:
+    """Rows whose product, added through a gate, has not the bits of the product and the addition."""
+    x, weight, residual, gate, bias = gated_case("", torch.bfloat16, 140, 150, 96).arguments
+    parts = ops.linear.named("triton").run(ops.linear.bind(x, weight, bias))
+    expected = ops.gated_add.named("triton").run(ops.gated_add.bind(residual.clone(), parts, gate))
+    fused = ops.linear_gated_add.named("triton").run
+    found = []
+    for rows in (slice(None), slice(1), slice(127, 129), slice(60, 140)):
+        bound = ops.linear_gated_add.bind(x[rows], weight, residual[rows].clone(), gate, bias)
+        if not torch.equal(fused(bound), expected[rows]):
+            found.append(str(rows))
+    return found
+
+
 def dependent_images() -> list[str]:
-    """Numbers of images whose step, on this product, is not that of each alone."""
+    """Numbers of images whose step, on these products, is not that of each alone."""
     from tests.dit import test_sharing  # which imports diffusers, for seconds
 
     dit, found = test_sharing.dit_of(BF16), []
-    product = replace(ops.linear.named("triton"), device=None, available=usable)
-    with torch.no_grad(), ops.linear.forcing(product):
+    products = [
+        op.forcing(replace(op.named("triton"), device=None, available=usable))
+        for op in (ops.linear, ops.linear_gated_add)
+    ]
+    with torch.no_grad(), products[0], products[1]:
         assert dit.batch_invariant
         alone = [test_sharing.shared(dit, [seed])[0] for seed in range(8)]
         for count in (2, 4, 8):
@@ -142,17 +161,17 @@ def run(*arguments: str) -> list[dict[str, Any]]:
 def main(*arguments: str) -> None:
     """OP: all its cases. OP:5: every fifth. OP:FILE=PATH: one line, with that file of kernels replaced.
 
-    ROWS and IMAGES: one line.
+    ROWS, IMAGES and GATED: one line.
     """
     from tests.triton_kernels import interpreter
 
     interpreter.install()
+    checks = {ROWS: dependent_rows, IMAGES: dependent_images, GATED: other_gated_bits}
     for argument in arguments:
         op_name, _, choice = argument.partition(":")
         file_name, replaced, path = choice.partition("=")
-        if argument in (ROWS, IMAGES):
-            found = dependent_rows() if argument == ROWS else dependent_images()
-            print(json.dumps({"case": argument, "errors": found}))
+        if argument in checks:
+            print(json.dumps({"case": argument, "errors": checks[argument]()}))
         elif replaced:
             print(json.dumps({"fault": argument, "errors": first_wrong(op_name, file_name, Path(path))}))
         else:

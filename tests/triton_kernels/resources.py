@@ -167,6 +167,9 @@ def transformer_calls(dtype: torch.dtype) -> Iterator[Call]:
     yield "dit", "depthwise_glu", glu(2, side, hidden, dtype), {}
     weight = empty(width, hidden, dtype=dtype)
     yield "dit", "linear", (empty(2 * tokens, hidden, dtype=dtype), weight, norm), {}
+    if dtype == torch.bfloat16:
+        square = empty(width, width, dtype=dtype)
+        yield "dit", "linear_gated_add", (x, square, x, vector, norm), {}
     yield "dit without bias", "linear", (empty(2 * tokens, hidden, dtype=dtype), weight), {}
     for inputs in (width, hidden):
         rows = empty(2 * tokens, inputs, dtype=dtype), empty(2 * tokens)

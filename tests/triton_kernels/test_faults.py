@@ -49,6 +49,17 @@ FAULTS = [
     ("linear", "linear", "down = min(row_tiles - first, group)", "down = group"),
     ("linear", "linear", "if bias is not None:", "if False:"),
     ("linear", "linear", "* x_column\n", "\n"),
+    ("linear_gated_add", "linear", "left = inputs - done", "left = inputs - done - 1"),
+    ("linear_gated_add", "linear", "if gate is None:", "if True:"),
+    ("linear_gated_add", "linear", "output + half, rows", "output, rows"),
+    ("linear_gated_add", "linear", "tl.load(gate + output, ", "tl.load(gate + output * 0, "),
+    (
+        "linear_gated_add",
+        "linear",
+        "mask=inside, other=0.0).to(tl.float32) + added",
+        "mask=inside) * 0 + added",
+    ),
+    ("linear_gated_add", "linear", "bias is not None", "bias is not None and gate is None"),
     ("guided_euler_step", "guided_euler_step", "tl.load(half + prediction_half", "tl.load(half"),
     ("guided_euler_step", "guided_euler_step", "(conditional - null)", "(null - conditional)"),
     (

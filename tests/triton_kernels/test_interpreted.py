@@ -30,7 +30,7 @@ def step(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def lines(step: int) -> list[dict[str, Any]]:
-    return interpreted.run(*(f"{op}:{step}" for op in interpreted.OPS), interpreted.ROWS)
+    return interpreted.run(*(f"{op}:{step}" for op in interpreted.OPS), interpreted.ROWS, interpreted.GATED)
 
 
 @pytest.mark.parametrize("op", interpreted.OPS)
@@ -45,6 +45,10 @@ def test_matches_reference(lines: list[dict[str, Any]], step: int, op: str, case
 def test_rows_of_a_product_are_independent(lines: list[dict[str, Any]]) -> None:
     """Whatever tile a row is in, and whichever others are there: the bits of the row alone."""
     assert [line["errors"] for line in lines if line["case"] == interpreted.ROWS] == [[]]
+
+
+def test_a_gated_product_has_the_bits_of_its_parts(lines: list[dict[str, Any]]) -> None:
+    assert [line["errors"] for line in lines if line["case"] == interpreted.GATED] == [[]]
 
 
 @pytest.mark.exhaustive

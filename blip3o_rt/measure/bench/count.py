@@ -46,7 +46,7 @@ PROMPT = 35  # tokens of a short prompt with its template
 PRODUCTS = "products"  # the row of a library's matrix products and convolutions
 CONVOLUTION_BIAS = "convolution bias"  # cuDNN has none: torch adds it in a pass, but to depthwise ones
 LAUNCHES = {"relu_linear_attention": 2}  # of a call; 1 of all other ops
-FEW_ROWS = ("norm_row_linear",)  # ops whose CUDA kernel takes few rows; more are computed by other ops
+SOME_CALLS = {"norm_row_linear": "cuda", "linear_gated_add": "triton"}  # ops whose kernel takes some calls
 PARTLY_READ = ("k_cache", "v_cache", "cos_sin_cache", "embedding", "kept")  # of which a call needs few rows
 ROWS_OF = ("index_select", "index_copy_")  # operators that touch some rows of a tensor
 UPDATED = ("rms_norm", "add_layer_norm_modulate")  # ops that write a residual beside their result
@@ -217,6 +217,8 @@ def _counted(op: Op[Any, Any], counter: Counter, positions: int) -> Implementati
             counter.flops += 2 * result.numel() * given["weight"][0].numel()
             counter.add(op.name, 1, 2 * result.nbytes)
             return result
+        if op.name == "linear_gated_add":
+            counter.flops += 2 * result.numel() * given["x"].shape[-1]
         ahead = _normed_ahead(op.name, given)
         moved = _moved(op.name, given, result, positions) + ahead
         counter.add(op.name, LAUNCHES.get(op.name, 1) + (ahead > 0), moved)
@@ -226,18 +228,18 @@ def _counted(op: Op[Any, Any], counter: Counter, positions: int) -> Implementati
 
 
 def _is_one_kernel(op: Op[Any, Any], bound: Any) -> bool:
-    """Whether a CUDA kernel takes a call that several ops could compute as well."""
-    if op.name not in FEW_ROWS:
+    """Whether a kernel takes a call that several ops could compute as well."""
+    if op.name not in SOME_CALLS:
         return True
-    cuda = op.named("cuda")
-    return not (cuda.takes("cuda", bound.x.dtype) or cuda.refusal(bound))
+    kernel = op.named(SOME_CALLS[op.name])
+    return not (kernel.takes("cuda", bound.x.dtype) or kernel.refusal(bound))
 
 
 def _result(op: Op[Any, Any], given: Mapping[str, Any]) -> Tensor:
     """What a call returns, unwritten where it was given the memory."""
     if given.get("out") is not None:
         return given["out"]
-    return given["residual"] if op.name == "row_linear_add" else op.reference(**given)
+    return given["residual"] if op.shapes.returned == "residual" else op.reference(**given)
 
 
 def _moved(op: str, given: Mapping[str, Any], result: Tensor, positions: int) -> int:
@@ -245,7 +247,7 @@ def _moved(op: str, given: Mapping[str, Any], result: Tensor, positions: int) ->
     inputs = {
         id(tensor): tensor.nbytes
         for name, tensor in given.items()
-        if isinstance(tensor, Tensor) and name not in ("out", *PARTLY_READ)
+        if isinstance(tensor, Tensor) and name not in ("out", "product", *PARTLY_READ)
     }
     moved = sum(inputs.values()) + result.nbytes
     if op in UPDATED and given.get("residual") is not None:  # which is written too

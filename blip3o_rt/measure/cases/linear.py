@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,6 +76,46 @@ def linear_cases() -> Iterator[Case]:
         yield Case(
             f"columns of a wider out{beside}", (x, weight, bias), {"out": wide[:, 5:95]}, written=("out",)
         )
+
+
+def gated_case(
+    label: str,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    weights: torch.dtype | None = None,
+    bias: bool = True,
+) -> Case:
+    """x [m, k] times a weight [n, k], added to a residual through a gate."""
+    product = product_case(label, dtype, m, n, k, weights)
+    others = (random(3, m, n, dtype=dtype), random(4, n), *([random(5, n, dtype=dtype)] if bias else []))
+    return Case(label, (*product.arguments, *others), written=(2,))
+
+
+def linear_gated_add_cases() -> Iterator[Case]:
+    """Rows, outputs and inputs around tiles, gates in both dtypes, parts of larger tensors."""
+    for dtype, weights, beside in PRODUCTS:
+        for m, n, k in (
+            *((m, 50, 38) for m in (1, 3, 9, 40)),
+            *((9, n, 64) for n in (1, 15, 33, 200)),
+            *((9, 20, k) for k in (2, 30, 66, 190)),
+            (140, 150, 96),
+            (0, 4, 8),
+        ):
+            yield gated_case(f"{m} x {k} x {n}{beside}", dtype, m, n, k, weights)
+        yield gated_case(f"without a bias{beside}", dtype, 12, 90, 150, weights, bias=False)
+        x, weight, residual, gate, bias = gated_case("", dtype, 12, 90, 150, weights).arguments
+        narrow = Case(
+            f"gate in the dtype of x{beside}", (x, weight, residual, gate.to(dtype), bias), {}, (2,)
+        )
+        yield narrow
+        yield replace(narrow, label=f"given memory{beside}", options={"product": torch.zeros_like(residual)})
+        rows = x.view(2, 6, 150), weight, residual.view(2, 6, 90), gate, bias
+        yield Case(f"leading dimensions{beside}", rows, {}, (2,))
+        gaps = random(6, 12, 2, 90, dtype=dtype)[:, 1]
+        yield Case(f"rows with gaps{beside}", (x, weight, gaps, gate, bias), {}, (2,))
+        yield Case(f"zero gate{beside}", (x, weight, residual, 0 * gate, bias), {}, (2,))
 
 
 def row_linear_cases() -> Iterator[Case]:

@@ -23,7 +23,7 @@ from blip3o_rt.measure.cases.attention import (
     relu_case,
 )
 from blip3o_rt.measure.cases.image import codebook, convolution_case, glu_case, shuffle_case, unshuffle_case
-from blip3o_rt.measure.cases.linear import add_case, norm_case, product_case
+from blip3o_rt.measure.cases.linear import add_case, gated_case, norm_case, product_case
 from blip3o_rt.measure.cases.norm import add_norm_case, channel_case, keep_case, residual_case
 from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, quantized, scale_case
 from blip3o_rt.measure.cases.sampling import euler_case, sample_case
@@ -216,6 +216,8 @@ def denoising_step(config: ModelConfig) -> Iterator[OpShape]:
     ):
         what = f"dit: 2 x {tokens} tokens, {name} {outputs} x {inputs}"
         yield product("linear", what, _biased, rows, outputs, inputs, limits=(64, 1200))
+    what = f"dit: 2 x {tokens} tokens, attention out {width} x {width}"
+    yield product("linear_gated_add", what, gated_case, rows, width, width, limits=(64, 1200))
     what = f"dit: 2 x {tokens} x {width} to {3 * width}"
     yield product("linear_fp8", what, _fp8, rows, 3 * width, width, limits=limits)
     what, sizes = f"dit: 2 x {tokens} tokens, {dit.num_heads} heads of {dit.head_dim}", (2, tokens)
