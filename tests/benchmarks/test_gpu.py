@@ -139,8 +139,10 @@ def test_the_fast_tier_is_measured_with_the_switches_of_its_target(site: Site) -
     (piece,) = (piece for piece in PIECES if piece.name == "fast")
     words = piece.command(site)
     given = {word for word, before in zip(words[1:], words, strict=False) if before == "--switch"}
-    (target,) = (found for found in targets() if found.tier == "fast" and found.device == "cuda")
-    assert given == {f"{name}={setting}" for name, setting in target.switches.items()}
+    fast = [target for target in targets() if target.tier == "fast" and target.device == "cuda"]
+    assert {target.batch for target in fast} == {1, 32}
+    for target in fast:
+        assert given == {f"{name}={setting}" for name, setting in target.switches.items()}
 
 
 def test_without_a_gpu_or_a_package_it_says_so(
