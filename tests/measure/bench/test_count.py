@@ -6,6 +6,8 @@ L = 2 layers of D = 64 channels (cross 64), 64 image tokens (128 of an edit), 65
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,6 +73,17 @@ def test_a_denoising_step(edit: bool, tokens: int, attended: int) -> None:
     moved = L * (attention + feed_forward) + 2 * rows * (FP32 - BF16)
     assert found.counts["add_layer_norm_modulate"].bytes == moved
     assert found.counts["repeat"].bytes == 3 * rows * BF16
+
+
+def test_the_documentation_says_the_launches_of_the_published_size() -> None:
+    config, dtype = preset("published"), torch.bfloat16
+    page = " ".join((Path(__file__).parents[3] / "docs" / "kernels.md").read_text(encoding="utf-8").split())
+    for words, counter in (
+        ("a token is {} launches", count.token(config, dtype, batch=1, positions=100)),
+        ("which makes {} launches", count.token(config, dtype, batch=32, positions=100)),
+        ("a step is {} launches", count.denoising_step(config, dtype)),
+    ):
+        assert words.format(counter.total.launches) in page
 
 
 def test_a_step_computes_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
