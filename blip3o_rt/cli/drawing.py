@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from blip3o_rt.pipeline import Pipeline
     from blip3o_rt.result import Report, Result
+
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # escaped in a path that is printed: a line for each
 
 
 def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
@@ -59,7 +63,7 @@ def draw(
 
     def save(index: int, image: Image.Image) -> None:
         paths[index] = files.save(index, image)
-        print(paths[index], flush=True)
+        print(CONTROL.sub(lambda found: repr(found[0])[1:-1], str(paths[index])), flush=True)
         changed = differences(arguments.liked, image.info)
         if changed:
             warn(f"{paths[index]} differs from {arguments.like} in its {' and '.join(changed)}")

@@ -490,6 +490,12 @@ def test_a_name_keeps_the_letters_of_every_script(command: Command, pipeline: ty
     assert outputs.file_name("\u0915\u093f" * 40) == "\u0915\u093f" * 24
 
 
+def test_a_path_is_printed_in_one_line(command: Command, pipeline: type[FakePipeline]) -> None:
+    assert command("generate", "x", "--quiet", "--out", "two\nlines\x1b[31m/\u0915\u200d.png") == 0
+    assert command.output == "two\\nlines\\x1b[31m/\u0915\u200d.png\n"
+    assert command.files() == ["two\nlines\x1b[31m/\u0915\u200d.png"]
+
+
 def test_another_request_gets_another_name(command: Command, pipeline: type[FakePipeline]) -> None:
     assert command("generate", "x", "--steps", "3") == 0
     assert command("generate", "x", "--steps", "4") == 0
