@@ -60,7 +60,10 @@ class Denoising:
 
 
 def step_together(images: Sequence[Denoising]) -> None:
-    """Make the next step of each image. Those whose steps are of one kind share it, bit for bit as alone."""
+    """Make the next step of each image. Those whose steps are of one kind share it, bit for bit as alone.
+
+    Where a step raises, `done` says which images have made theirs.
+    """
     alike: dict[tuple[Steps, StepKind], list[Denoising]] = {}
     for image in images:
         image._ahead.step()
@@ -69,8 +72,8 @@ def step_together(images: Sequence[Denoising]) -> None:
     for (steps, kind), sharing in alike.items():
         with trace.span("dit.step", sharing[0].done):
             steps(kind, [image._state for image in sharing])
-    for image in images:
-        image.done += 1
+        for image in sharing:
+            image.done += 1
 
 
 def denoise(

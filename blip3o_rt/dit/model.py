@@ -352,15 +352,20 @@ class _SelfAttention:
     def __call__(
         self, images: Sequence[_Image], layer: int, normed: Activations, workspace: Workspace
     ) -> None:
-        """Add to every x, through its gate, what it attends to; that product is one call for each image."""
+        """Add to every x, through its gate, what it attends to."""
         width = normed.rows.shape[1]
         qkv = normed.product(self.to_qkv, workspace.take(Area.WIDE, normed.images, 3 * width))
         attended = workspace.take(Area.MIDDLE, normed.images, width)
         for q_k_v, out in zip(qkv.images, attended.images, strict=True):
             ops.relu_linear_attention(q_k_v, self.q_norm, self.k_norm, self.num_heads, QK_NORM_EPS, out=out)
         products = workspace.take(Area.NARROW, normed.images, width)
-        for image, found, product in zip(images, attended.images, products.images, strict=True):
-            gate = image.modulation.blocks[layer, 2]
+        gates = [image.modulation.blocks[layer, 2] for image in images]
+        if len(images) > 1 and self.to_out.batch_invariant(attended.rows, products.rows):
+            attended.product(self.to_out, products)
+            for image, product, gate in zip(images, products.images, gates, strict=True):
+                ops.gated_add(image.x, product, gate)
+            return
+        for image, found, product, gate in zip(images, attended.images, products.images, gates, strict=True):
             self.to_out.gated_add(found, image.x, gate, product=product)
 
 

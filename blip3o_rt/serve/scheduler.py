@@ -267,9 +267,7 @@ class Scheduler:
         )
 
     def _step_denoising(self) -> None:
-        begun = any(image.drawing.done for image in self._drawing)
-        most = self._stages.images_per_step if self._stages.joins_underway or not begun else 0
-        while self._ready and len(self._drawing) < most:
+        while self._ready and self._may_join():
             image = min(self._ready, key=self._urgency)
             self._ready.remove(image)
             self._drawing.append(image)
@@ -280,23 +278,30 @@ class Scheduler:
         if self._drawing:
             self._denoise(list(self._drawing))
 
+    def _may_join(self) -> bool:
+        underway = any(image.drawing.done for image in self._drawing)
+        room = len(self._drawing) < self._stages.images_per_step
+        return room and (self._stages.joins_underway or not underway)
+
     def _denoise(self, images: list[_Image]) -> None:
         """Make the next step of images together; one by one where that fails, so that one fails alone."""
-        begin = self._clock()
+        begin, before = self._clock(), [image.drawing.done for image in images]
+        failure: Exception | None = None
         try:
             self._stages.step_denoising([image.drawing for image in images])
         except Exception as error:
-            for image in images:
-                if len(images) == 1:
-                    self._fail(image, error)
-                elif image in self._drawing:  # else an earlier one's failure took it along
-                    self._denoise([image])
-            return
+            failure = error
         seconds = self._clock() - begin
-        for image in images:
-            if image in self._drawing:
+        for image, done in zip(images, before, strict=True):
+            if image not in self._drawing:  # an earlier one's failure took it along
+                continue
+            if failure is None or image.drawing.done > done:
                 with self._guarded(image):
                     self._after_step(image, seconds)
+            elif len(images) == 1:
+                self._fail(image, failure)
+            else:
+                self._denoise([image])
 
     def _after_step(self, image: _Image, seconds: float) -> None:
         """Send what the step made of an image; after its last step, decode it."""

@@ -126,16 +126,19 @@ class FakeStages:
 
     def step_denoising(self, drawings: Sequence[FakeDrawing]) -> None:
         self.shared.append(len(drawings))
-        for drawing in drawings:
-            drawing.check(len(drawings))
-        for drawing in drawings:
-            drawing.step()
+        for kind in (False, True):  # those of a prompt with "second" after the others
+            group = [drawing for drawing in drawings if drawing.second is kind]
+            for drawing in group:
+                drawing.check(len(drawings))
+            for drawing in group:
+                drawing.step()
 
 
 class FakeDrawing:
     def __init__(self, stages: FakeStages, submit: Submit, tokens: Tokens) -> None:
         self._stages, self._submit, self._tokens = stages, submit, tokens
         self.done, self.total = 0, int(submit.diffusion.get("steps", 30))
+        self.second = "second" in submit.prompt
 
     def step(self) -> None:
         if "slow" in self._submit.prompt:

@@ -111,6 +111,17 @@ def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() 
     assert run.stages.log.count("close never 10") == 1
 
 
+def test_a_step_that_some_made_before_it_failed_is_not_made_twice() -> None:
+    run = Run(max_batch=4, images_per_step=4)
+    for prompt in ("a circle", "second alone", "a second never", "a square"):
+        run.submit(prompt, prompt)
+    run.all()
+    assert sorted(run.finished) == ["a circle", "a square", "second alone"]
+    for prompt in run.finished:
+        made = [line.split()[-1] for line in run.stages.log if line.startswith(f"step {prompt} ")]
+        assert made == [str(step + 1) for step in range(STEPS)]
+
+
 def test_clients_take_turns_whatever_one_of_them_asks_for() -> None:
     run = Run(max_batch=1)
     run.submit("many", n=6, client="greedy")
