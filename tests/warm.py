@@ -25,6 +25,7 @@ def run(program):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     for number, name in enumerate((os.devnull, program["output"], program["errors"])):
         os.dup2(os.open(name, os.O_RDWR), number)
+    os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])
     sys.argv = ["-c", *program["arguments"]]
@@ -59,8 +60,9 @@ def run_python(
         code: The program.
         *arguments: Its sys.argv[1:].
         folder: Where it runs.
-        **environment: Variables beside those of this process.
+        **environment: Variables beside those of this process; none of OpenMP, which PyTorch has read.
     """
+    assert not any(name.startswith("OMP_") for name in environment)
     with tempfile.TemporaryDirectory() as written:
         output, errors = Path(written, "output"), Path(written, "errors")
         output.touch()
@@ -74,8 +76,9 @@ def run_python(
         assert served.stdin is not None
         assert served.stdout is not None
         print(json.dumps(program), file=served.stdin, flush=True)
-        status = int(served.stdout.readline())
-        return subprocess.CompletedProcess([code], status, output.read_text(), errors.read_text())
+        line = served.stdout.readline()
+        assert line, f"the process that programs are forked from ended with {served.wait()}"
+        return subprocess.CompletedProcess([code], int(line), output.read_text(), errors.read_text())
 
 
 @functools.cache

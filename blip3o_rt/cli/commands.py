@@ -26,15 +26,15 @@ BROKEN_PIPE = (
 
 # What OpenMP takes. It answers anything else by lines of its own, an endless loop or the end of the process.
 OPENMP = {
-    "OMP_NUM_THREADS": r"\s*[1-9]\d{0,2}\s*(,\s*[1-9]\d{0,2}\s*)*",  # one for each level
-    "OMP_THREAD_LIMIT": r"\s*[1-9]\d{0,2}\s*",
+    "OMP_NUM_THREADS": r"[1-9]\d{0,2}(\s*,\s*[1-9]\d{0,2})*",  # one for each level
+    "OMP_THREAD_LIMIT": r"[1-9]\d{0,2}",
     "GOMP_CPU_AFFINITY": r"[\d\s,:-]+",
-    "OMP_PLACES": r"[a-z_]+(\(\d+\))?|[\d\s,:{}!-]+",
+    "OMP_PLACES": r"(threads|cores|sockets|ll_caches|numa_domains)(\s*\(\s*\d+\s*\))?|[\d\s,:{}!-]+",
     "OMP_PROC_BIND": r"(true|false|(master|primary|close|spread)(\s*,\s*(master|primary|close|spread))*)",
     "OMP_DYNAMIC": "true|false",
     "OMP_WAIT_POLICY": "active|passive",
-    "OMP_STACKSIZE": r"\s*\d+\s*[bkmg]?\s*",
-    "OMP_SCHEDULE": r"((non)?monotonic:)?(static|dynamic|guided|auto)(,\d+)?",
+    "OMP_STACKSIZE": r"\d+\s*[bkmg]?",
+    "OMP_SCHEDULE": r"((non)?monotonic\s*:\s*)?(static|dynamic|guided|auto)(\s*,\s*\d+)?",
 }
 
 # Where PyTorch reports memory that is not there by a plain RuntimeError: the CPU allocator, cuBLAS and CUDA.
@@ -93,9 +93,8 @@ def check_current_folder() -> None:
 def ignore_for_openmp() -> list[str]:
     """Drop variables that OpenMP does not take, before PyTorch is imported and it reads them; says which."""
     found = {name: text for name in OPENMP if (text := os.environ.get(name)) is not None}
-    wrong = {
-        n: text for n, text in found.items() if not re.fullmatch(OPENMP[n], text, re.ASCII | re.IGNORECASE)
-    }
+    flags = re.ASCII | re.IGNORECASE
+    wrong = {n: text for n, text in found.items() if not re.fullmatch(OPENMP[n], text.strip(), flags)}
     for name in wrong:
         del os.environ[name]
     return [
