@@ -95,13 +95,14 @@ def test_mixed_is_nearer_to_float32_than_bfloat16(checkpoint: Path, dtype: str) 
     assert all(error < 1e-5 for error in errors) == (dtype == "mixed")
 
 
-def test_mixed_has_the_same_bits_on_any_number_of_threads(checkpoint: Path) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "mixed"])
+def test_the_bits_are_the_same_on_any_number_of_threads(checkpoint: Path, dtype: str) -> None:
     threads = torch.get_num_threads()
     found = []
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            pipeline = Pipeline.load(checkpoint, device="cpu", dtype="mixed")
+            pipeline = Pipeline.load(checkpoint, device="cpu", dtype=dtype)
             plan = pipeline.plan(PROMPT, seed=1)
             found.append((plan.hidden_states, pipeline.render(plan, seed=2, steps=2, output="latent")))
     finally:
