@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.dit.conditioning import ConditionTokens
+from blip3o_rt.dit.denoise import step_together
 from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.model import DiT, StepInput
 from blip3o_rt.dit.scheduler import flow_schedule
@@ -129,3 +131,24 @@ def test_a_product_whose_bits_depend_on_the_rows_takes_one_image_at_a_time(batch
     same = [torch.equal(a.latent, b.latent) for a, b in zip(together, alone, strict=True)]
     products = PRODUCTS * CONFIG.num_layers
     assert (calls, same) == (products, [False] * 3) if batch_invariant else (3 * products, [True] * 3)
+
+
+def test_a_step_of_two_kinds_that_fails_says_who_made_it() -> None:
+    def steps(kind: str, states: list[SimpleNamespace]) -> None:
+        if kind == "fails":
+            raise MemoryError
+        for state in states:
+            state.latent += 1
+
+    def image(kind: str) -> SimpleNamespace:
+        state = SimpleNamespace(latent=torch.zeros(1))
+        ahead = SimpleNamespace(step=lambda: None)
+        return SimpleNamespace(
+            _steps=steps, _kinds=[kind], _state=state, _ahead=ahead, _before=torch.zeros(1), done=0
+        )
+
+    images = [image(kind) for kind in ("works", "fails", "works")]
+    with pytest.raises(MemoryError):
+        step_together(images)
+    assert [each.done for each in images] == [1, 0, 1]
+    assert [each._state.latent.item() for each in images] == [1, 0, 1]

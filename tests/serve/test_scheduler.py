@@ -92,13 +92,13 @@ def test_images_share_steps_as_they_come_and_leave_as_they_finish() -> None:
 
 def test_images_that_join_none_underway_go_in_groups() -> None:
     run = Run(max_batch=8, images_per_step=4, joins_underway=False)
-    run.submit("first", diffusion={"steps": 20})
+    run.submit("first", diffusion={"steps": 90})
     while not run.stages.shared:
         run.scheduler.turn()
     run.submit("rest", n=6, diffusion={"steps": 3})
     run.all()
     assert run.finished == ["first", *6 * ["rest"]]
-    assert run.stages.shared == [1] * 20 + [4] * 3 + [2] * 3
+    assert run.stages.shared == [1] * 90 + [4] * 3 + [2] * 3
 
 
 def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() -> None:
@@ -114,12 +114,13 @@ def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() 
 def test_a_step_that_some_made_before_it_failed_is_not_made_twice() -> None:
     run = Run(max_batch=4, images_per_step=4)
     for prompt in ("a circle", "second alone", "a second never", "a square"):
-        run.submit(prompt, prompt)
+        run.submit(prompt, prompt, diffusion={"steps": 3}, partial_images=2)
     run.all()
     assert sorted(run.finished) == ["a circle", "a square", "second alone"]
     for prompt in run.finished:
         made = [line.split()[-1] for line in run.stages.log if line.startswith(f"step {prompt} ")]
-        assert made == [str(step + 1) for step in range(STEPS)]
+        assert made == ["1", "2", "3"]
+        assert [event.id for event in run.of(Partial)].count(prompt) == 2
 
 
 def test_clients_take_turns_whatever_one_of_them_asks_for() -> None:
