@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 from blip3o_rt.errors import ImageError, ParameterError, PromptError, shown
@@ -204,3 +204,12 @@ class DiffusionParams:
         guidance = _number("guidance", self.guidance, 0.0, MAX_GUIDANCE, accepted)
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "guidance", guidance)
+
+
+SAMPLING_NAMES = tuple(field.name for field in fields(SamplingParams) if field.name != "seed")
+DIFFUSION_NAMES = tuple(field.name for field in fields(DiffusionParams))
+
+
+def named(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of the values that have one of the names."""
+    return {name: values[name] for name in names if name in values}

@@ -8,6 +8,7 @@ from typing import Any
 
 from blip3o_rt.cli import options
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import DIFFUSION_NAMES
 
 DESCRIPTION = (
     "Draw an image of every row of a file: of its prompt, or an edit of its image. Row i has seed + i. A run "
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from blip3o_rt.scale.shards import Batch, BatchFolder
 
     del sampling["draft_window"]  # it is time alone
-    diffusion = {name: sampling.pop(name) for name in ("steps", "guidance")}
+    diffusion = {name: sampling.pop(name) for name in DIFFUSION_NAMES}
     kept = ("path", "dtype", "tier", "switches", "variant", "allow_base_weights")
     batch = Batch(
         str(arguments.prompts.absolute()),

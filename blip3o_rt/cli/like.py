@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import DIFFUSION_NAMES, SAMPLING_NAMES, named
 
 EMBEDDED = "embedded"
 ORIGINS = ("checkpoint", "references", "dtype", "device")
@@ -43,15 +44,13 @@ def like_defaults(path: Path, task: str) -> dict[str, Any]:
         raise ParameterError(
             f"--like is {path}, whose tokens and noise have two seeds: draw it with Pipeline.plan and render"
         )
-    names = ("steps", "guidance", "temperature", "top_k", "top_p")
     return {
         "liked": fields,
         "seed": fields["seed"],
-        "whole_vocabulary": not drawn.get("image_tokens_only", True),
         "tier": drawn.get("tier", "exact"),
         "switch": [f"{name}={setting}" for name, setting in drawn.get("switches", {}).items()] or None,
         "dtype": fields.get("dtype", "auto"),
-        **{name: drawn[name] for name in names if name in drawn},
+        **named(drawn, (*DIFFUSION_NAMES, *SAMPLING_NAMES)),
     }
 
 

@@ -11,13 +11,16 @@ from blip3o_rt import trace
 from blip3o_rt.cli.like import check_model
 from blip3o_rt.params import (
     AUTO,
+    DIFFUSION_NAMES,
     MAX_DRAFT_WINDOW,
+    SAMPLING_NAMES,
     DiffusionParams,
     SamplingParams,
     check_draft_window,
     check_max_batch,
     check_max_prompt_tokens,
     image_seeds,
+    named,
 )
 from blip3o_rt.switches import EXACT, check_tier, parse_switches
 
@@ -111,7 +114,8 @@ SAMPLING = (
     ),
     option(
         "--whole-vocabulary",
-        action="store_true",
+        action="store_false",
+        dest="image_tokens_only",
         help="sample among all tokens as the published code does, not only image tokens",
     ),
 )
@@ -197,14 +201,9 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ParameterError: A value, or the seed, is out of range.
     """
-    sampling = SamplingParams(
-        seed=arguments.seed,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        image_tokens_only=not arguments.whole_vocabulary,
-    )
-    diffusion = DiffusionParams(steps=arguments.steps, guidance=arguments.guidance)
+    given = vars(arguments)
+    sampling = SamplingParams(arguments.seed, **named(given, SAMPLING_NAMES))
+    diffusion = DiffusionParams(**named(given, DIFFUSION_NAMES))
     options = dataclasses.asdict(diffusion) | dataclasses.asdict(sampling)
     del options["seed"]
     check_draft_window(arguments.draft_window)

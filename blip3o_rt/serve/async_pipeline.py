@@ -12,12 +12,16 @@ from PIL import Image
 
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.images import ReferenceImage, load_reference
-from blip3o_rt.params import AUTO, check_draft_window, image_seeds
+from blip3o_rt.params import (
+    AUTO,
+    DIFFUSION_NAMES,
+    SAMPLING_NAMES,
+    check_draft_window,
+    image_seeds,
+    named,
+)
 from blip3o_rt.serve.client import EngineClient, Handle, Limits
 from blip3o_rt.serve.messages import EngineOptions, Event, ModelInfo, RawImage, Submit
-
-SAMPLING = ("temperature", "top_k", "top_p", "image_tokens_only")
-DIFFUSION = ("steps", "guidance")
 
 
 class AsyncPipeline:
@@ -133,17 +137,17 @@ class AsyncPipeline:
         draft_window: int | str = AUTO,
         **options: Any,
     ) -> AsyncIterator[Handle]:
-        unknown = set(options) - {*SAMPLING, *DIFFUSION}
+        unknown = set(options) - {*SAMPLING_NAMES, *DIFFUSION_NAMES}
         if unknown:
-            accepted = ", ".join((*SAMPLING, *DIFFUSION))
+            accepted = ", ".join((*SAMPLING_NAMES, *DIFFUSION_NAMES))
             raise ParameterError(f"{', '.join(sorted(unknown))} is not an option: accepted are {accepted}")
         submit = Submit(
             "",
             prompt,
             references,
             tuple(enumerate(image_seeds(seed, n))),
-            {name: options[name] for name in SAMPLING if name in options},
-            {name: options[name] for name in DIFFUSION if name in options},
+            named(options, SAMPLING_NAMES),
+            named(options, DIFFUSION_NAMES),
             client,
             priority,
             partial_images,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from blip3o_rt.params import (
+    DIFFUSION_NAMES,
     MAX_DRAFT_WINDOW,
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -15,10 +16,12 @@ from blip3o_rt.params import (
     MAX_STEPS,
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
+    SAMPLING_NAMES,
     DiffusionParams,
     SamplingParams,
     check_draft_window,
     image_seeds,
+    named,
 )
 from blip3o_rt.serve.messages import RawImage, Submit
 
@@ -112,8 +115,8 @@ class ImageRequest(BaseModel):
             self.prompt,
             references,
             tuple(enumerate(image_seeds(seed, self.n))),
-            {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
-            {"steps": self.steps, "guidance": self.guidance},
+            named(vars(self), SAMPLING_NAMES),
+            named(vars(self), DIFFUSION_NAMES),
             client,
             self.priority,
             draft_window=check_draft_window(self.draft_window),

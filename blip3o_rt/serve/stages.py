@@ -84,7 +84,7 @@ class Stages:
         pipeline = self._pipeline
         DiffusionParams(**submit.diffusion)
         for _, seed in submit.seeds:
-            pipeline._planner.check([submit.prompt], SamplingParams(seed, **self._sampling_of(submit)))
+            pipeline._planner.check([submit.prompt], SamplingParams(seed, **submit.sampling))
         if len(submit.references) > self.info.max_references:
             if not self.info.edits:
                 raise ImageError("this checkpoint has no image tokenizer and only draws from text")
@@ -112,7 +112,7 @@ class Stages:
 
     def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
         """Put one image into the token batch."""
-        sampling = SamplingParams(seed, **self._sampling_of(prepared.submit))
+        sampling = SamplingParams(seed, **prepared.submit.sampling)
         window = prepared.submit.draft_window
         return self._engine.submit(
             dataclasses.replace(prepared.prompt, samples=[sampling], draft_window=window)
@@ -197,12 +197,6 @@ class Stages:
                 "the engine ran out of memory for this request: try a smaller one",
             )
         return "GenerationError", f"the image could not be drawn: {type(error).__name__}"
-
-    @staticmethod
-    def _sampling_of(submit: Submit) -> dict[str, Any]:
-        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
-        defaults = SamplingParams()
-        return {name: submit.sampling.get(name, getattr(defaults, name)) for name in names}
 
 
 class Drawing:

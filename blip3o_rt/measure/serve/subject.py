@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from blip3o_rt.errors import Blip3oError
+from blip3o_rt.params import DIFFUSION_NAMES, SAMPLING_NAMES, named
 
 LOAD_SECONDS = 1800.0
 
@@ -66,8 +67,7 @@ def one_call(
     """
     from blip3o_rt.pipeline import Pipeline
 
-    names = ("steps", "guidance", "temperature", "top_k", "top_p")
-    options = {name: body[name] for name in names if name in body}
+    options = named(body, (*DIFFUSION_NAMES, *SAMPLING_NAMES))
     pipeline = Pipeline.load(**model)
     pipeline.generate(prompts[0], seed=seed, **options)  # as the server has been warmed
     first: list[float] = []
