@@ -11,6 +11,7 @@ from blip3o_rt import trace
 from blip3o_rt.dit.captured import CapturedImages
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
+from blip3o_rt.dit.shortcuts import ShortStep
 from blip3o_rt.dit.step import EagerSteps, StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
@@ -50,6 +51,9 @@ class Denoising:
     @property
     def estimate(self) -> Tensor:
         """The estimate of the clean latent [1, C, h, w] that the last step was made on."""
+        kind = self._kinds[self.done - 1]
+        if isinstance(kind, ShortStep) and kind.second_order:  # whose line leads past the estimate
+            return self._state.history.denoised.clone()
         here, after = self._sigmas[self.done - 1], self._sigmas[self.done]
         return self._before + (self.latent - self._before) * (here / (here - after))
 

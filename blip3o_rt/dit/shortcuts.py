@@ -15,7 +15,7 @@ from torch import Tensor
 from blip3o_rt.dit.model import DiT, StepInput
 from blip3o_rt.dit.scheduler import Schedule, second_order_weight
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
-from blip3o_rt.switches import GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
+from blip3o_rt.switches import DPM, GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
 
 GUIDED, CONDITIONAL, EXTRAPOLATED = "guided", "conditional", "extrapolated"
 
@@ -40,7 +40,7 @@ class Shortcuts:
         return cls(
             setting(switches, GUIDANCE_INTERVAL) or cls.guidance_interval,
             setting(switches, STEP_CACHE) or cls.step_cache,
-            SOLVER in switches,
+            setting(switches, SOLVER) == DPM,
         )
 
     def steps(self, schedule: Schedule) -> list[StepKind]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.dit.captured import CapturedImages, Geometry
-from blip3o_rt.dit.denoise import denoise
+from blip3o_rt.dit.denoise import Denoising, denoise
 from blip3o_rt.dit.scheduler import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
-from blip3o_rt.dit.step import guided_step
+from blip3o_rt.dit.step import EagerSteps, StepState, guided_step
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.switches import check_switches
 from tests.dit.oracle import oracle, relative_l2, runtime, small_config
@@ -128,6 +128,22 @@ def test_order_of_convergence(switches: dict[str, str], order: int) -> None:
     errors = [error_of(shortcuts(**switches), schedule) for schedule in schedules]
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("switches", [{}, {"solver": "dpm++"}])
+def test_the_estimate_is_the_clean_latent_of_the_prediction(switches: dict[str, str]) -> None:
+    """Whatever the solver adds to the step, and whatever steps come after."""
+    dit, schedule = Flow(wavy), levels(6, 3.0)
+    tables = dit.tables(schedule)
+    state = StepState.begin(dit, noise(), tables, NO_CONDITION, 2.0)  # type: ignore[arg-type]
+    image = Denoising(EagerSteps(dit), state, tables, shortcuts(**switches).steps(schedule))  # type: ignore[arg-type]
+    found, expected = [], []
+    for sigma in schedule.sigmas[:-1].double():
+        expected.append(image.latent - sigma * wavy(image.latent, sigma))
+        image.step()
+        found.append(image.estimate)
+    for estimate, clean in zip(found, expected, strict=True):
+        assert relative_l2(estimate, clean) < SIGMA_BOUND
 
 
 def test_dpm_solver_needs_fewer_steps() -> None:
