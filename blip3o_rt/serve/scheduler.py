@@ -9,7 +9,8 @@ An image joins in the order of priority, then of what its client has had so far 
 then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are
 denoised in the same order: as many share a step as the stages say, one where that is as fast. Where a step of
 several costs little more than one alone, an image joins when its tokens are done and one has left, whatever
-steps the others are at. Elsewhere those that are ready go together, and the next when they are finished.
+steps the others are at. Elsewhere those that are ready go together, and the next when they are finished;
+after a lull the first image is drawn alone, from its tokens to its pixels, so that it need not wait for them.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Scheduler:
         self._batch: list[_Image] = []  # draw tokens
         self._ready: list[_Image] = []  # have their tokens
         self._drawing: list[_Image] = []  # share denoising steps
+        self._after_lull = True  # nothing was finished since there was nothing to do
         self._charged: dict[str, float] = {}  # by client: the work it has had
         self._virtual_time = 0.0  # what the client that was served last had had before
         self._order = 0
@@ -122,6 +124,7 @@ class Scheduler:
             self._send(Failed(submit.id, *self._stages.failure(error)))
             return
         self._order += 1
+        self._after_lull = self._after_lull or not self._requests
         request = _Request(submit, self._clock(), self._order, len(submit.seeds))
         self._requests[submit.id] = request
         self._waiting += [_Image(request, index, seed) for index, seed in submit.seeds]
@@ -215,11 +218,17 @@ class Scheduler:
     def _join(self) -> None:
         """Fill the token batch, unless tokens are far ahead of denoising already."""
         most = self._stages.info.max_batch
-        while self._waiting and len(self._batch) < most and self.running < 2 * most:
+        while self._waiting and len(self._batch) < most and self.running < 2 * most and not self._alone:
             image = min(self._waiting, key=self._urgency)
             self._waiting.remove(image)
             with self._guarded(image):
                 self._begin_tokens(image)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether what runs is the first image after a lull, which others would hold up."""
+        groups = self._stages.images_per_step > 1 and not self._stages.joins_underway
+        return self._after_lull and groups and self.running > 0
 
     def _begin_tokens(self, image: _Image) -> None:
         request, submit = image.request, image.request.submit
@@ -322,6 +331,7 @@ class Scheduler:
         request = image.request
         tokens_per_pass = self._stages.info.tokens_per_image / max(1, image.passes)
         request.left -= 1
+        self._after_lull = False
         if request.left == 0:
             self._requests.pop(request.submit.id, None)
         self._send(Finished(request.submit.id, image.index, pixels, image.seconds, tokens_per_pass))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from blip3o_rt.serve.messages import Accepted, Event, Failed, Finished, Partial, Progress, Started, Submit
 from blip3o_rt.serve.scheduler import AGING_SECONDS, STEPS_PER_PASS, Scheduler
 from tests.serve.fakes import TOKENS, FakeStages, fake_image
@@ -99,6 +101,35 @@ def test_images_that_join_none_underway_go_in_groups() -> None:
     run.all()
     assert run.finished == ["first", *6 * ["rest"]]
     assert run.stages.shared == [1] * 90 + [4] * 3 + [2] * 3
+
+
+def test_the_first_image_after_a_lull_waits_for_no_group() -> None:
+    run = Run(max_batch=8, images_per_step=4, joins_underway=False)
+    for lull in ("one", "two"):
+        run.submit(f"never {lull}", "never")
+        run.submit(lull, n=5)
+        before = dict(run.scheduler.batch_sizes)
+        while lull not in run.finished:
+            run.scheduler.turn()
+            drawn = run.scheduler.batch_sizes - Counter(before)
+            assert set(drawn) <= {1}  # no token of another before the first image is finished
+        run.all()
+        assert run.finished.count(lull) == 5
+        assert [event.id for event in run.of(Failed)].count(f"never {lull}") == 1
+        assert (
+            run.stages.shared == [1] + [1] * STEPS + [4] * STEPS
+        )  # the one that failed, the first, the rest
+        run.stages.shared.clear()
+
+
+@pytest.mark.parametrize(("images_per_step", "joins_underway"), [(1, False), (4, True)])
+def test_where_no_group_holds_the_first_image_up_the_others_are_drawn_beside_it(
+    images_per_step: int, joins_underway: bool
+) -> None:
+    run = Run(max_batch=4, images_per_step=images_per_step, joins_underway=joins_underway)
+    run.submit("a", n=4)
+    run.all()
+    assert run.scheduler.batch_sizes[4] == TOKENS
 
 
 def test_a_step_that_fails_is_made_one_by_one_and_fails_those_that_fail_alone() -> None:
