@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "PIL", "tqdm", "psutil", "tabulate")
 BUILD_PACKAGES = ("pytest", "pybind11")
 SIZE = ("--size", "published", "--dtype", "bf16", "--device", "cuda", "--quiet")
+DEPENDENT = "BLIP3O_DEPENDENT_LAUNCHES"  # off, unless it is on
 FAST = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
 SANITIZED = "cuda and (row_linear or decode_attention or sample_tokens or rms_norm)"
 GPU_TESTS = ("tests/ops/test_attention_on_gpu.py", "tests/ops/test_fused_on_gpu.py", "tests/test_graphs.py")
@@ -97,6 +98,12 @@ def sanitized(tool: str) -> Callable[[Site], list[str]]:
     return command
 
 
+def dependent(site: Site) -> list[str]:
+    """The headline's token, where a kernel begins while the one before it ends."""
+    token = bench("dependent", "--lines", "ar.token", "--baselines", "none", "--runs", "5")
+    return ["env", f"{DEPENDENT}=on", *token(site)]
+
+
 def compiled(line: str) -> Piece:
     options = ("--lines", line, "--baselines", "compiled,graphed", "--runs", "3")
     what = f"{line} beside compiled and graphed baselines"
@@ -115,13 +122,14 @@ PIECES = (
         50,
         tests("tests/ops", *GPU_TESTS, "-k", "cuda or triton or gpu"),
     ),
-    Piece("embedded", "the embedded model: eager against replay, twice in a row", 35, python("embedded")),
+    Piece("embedded", "the embedded model: eager, replayed and launched early", 40, python("embedded")),
     Piece("products", "the transformer's matrix products alone", 30, python("products")),
     Piece("headline", "a token, a step, decoding and whole images", 65, bench("headline", *HEADLINE), True),
     Piece("kernels", "the kernels of a token, a step and decoding, one by one", 15, python("kernels")),
+    Piece("dependent", "a token with dependent launches, beside that of the headline", 20, dependent),
     Piece("eager", "the same beside eager baselines", 60, bench("eager", *EAGER), True),
-    Piece("memcheck", "no access out of bounds", 45, sanitized("memcheck")),
-    Piece("racecheck", "no race in shared memory", 45, sanitized("racecheck")),
+    Piece("memcheck", "no access out of bounds", 35, sanitized("memcheck")),
+    Piece("racecheck", "no race in shared memory", 35, sanitized("racecheck")),
     Piece(
         "batch",
         "tokens and images of 8 and 32 at a time",
@@ -177,15 +185,15 @@ def build(results: Path) -> None:
 
 
 def embedded(results: Path) -> None:
-    """Tokens and latents of the embedded model: eager, replayed, and replayed with other work between."""
+    """Tokens and latents of the embedded model: eager, replayed with other work between, launched early."""
     import torch
 
     from blip3o_rt import Pipeline
     from blip3o_rt.graphs import ENVIRONMENT_VARIABLE
 
     prompt, found = "a large red circle on a blue background", []
-    for graphs in ("off", "on", "on"):
-        os.environ[ENVIRONMENT_VARIABLE] = graphs
+    for graphs, early in (("off", "off"), ("on", "off"), ("on", "off"), ("off", "on"), ("on", "on")):
+        os.environ |= {ENVIRONMENT_VARIABLE: graphs, DEPENDENT: early}
         pipeline = Pipeline.load(device="cuda", dtype="bf16")
         for seed in (7, 8, 7):
             plan = pipeline.plan(prompt, seed=seed)
@@ -200,7 +208,12 @@ def embedded(results: Path) -> None:
     same = {
         f"{name}: {what}": all(torch.equal(found[0][i], found[other][i]) for other in others)
         for i, name in enumerate(names)
-        for what, others in (("eager twice", (2,)), ("replay twice", (5, 6)), ("eager and replay", (3, 8)))
+        for what, others in (
+            ("eager twice", (2,)),
+            ("replay twice", (5, 6)),
+            ("eager and replay", (3, 8)),
+            ("launched early", (9, 11, 12, 14)),
+        )
     }
     save(results / "embedded.json", same)
     if not all(same.values()):

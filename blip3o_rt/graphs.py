@@ -11,6 +11,7 @@ capture: the next replay of anything that the runner has captured may overwrite 
 take their memory from one pool. Capture the largest first, so that the smaller ones fit in its memory.
 
 BLIP3O_GRAPHS=off turns graphs off, to measure what they gain or to do without them.
+BLIP3O_DEPENDENT_LAUNCHES=on lets a kernel of a token step begin while the one before it ends.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from torch.utils._pytree import tree_map
 
 from blip3o_rt import trace
 from blip3o_rt.errors import DeviceError, OpError, ParameterError
-from blip3o_rt.ops import registry
+from blip3o_rt.ops import native, registry
 
 R = TypeVar("R")
 Shapes = tuple[tuple[int, ...], ...]
 
 ENVIRONMENT_VARIABLE = "BLIP3O_GRAPHS"
+DEPENDENT_VARIABLE = "BLIP3O_DEPENDENT_LAUNCHES"
 _capturing = threading.Lock()  # torch captures one graph of a device at a time
 WARM_UPS = 2  # runs before a capture: libraries allocate, kernels are loaded and compiled
 
@@ -196,10 +198,35 @@ def _described(name: str, tensors: list[Tensor] | tuple[Tensor, ...]) -> str:
 
 def graphs_wanted() -> bool:
     """What BLIP3O_GRAPHS says: on (the default) or off. Raises ParameterError for anything else."""
-    value = os.environ.get(ENVIRONMENT_VARIABLE) or "on"
+    return _is_on(ENVIRONMENT_VARIABLE, "on")
+
+
+def _is_on(variable: str, default: str) -> bool:
+    value = os.environ.get(variable) or default
     if value not in ("on", "off"):
-        raise ParameterError(f"{ENVIRONMENT_VARIABLE} is {value!r}: accepted are on and off")
+        raise ParameterError(f"{variable} is {value!r}: accepted are on and off")
     return value == "on"
+
+
+@contextmanager
+def dependent_launches(device: torch.device) -> Iterator[None]:
+    """Let a CUDA kernel of ours begin, within the block, while the one before it on the stream ends.
+
+    The first of the block is launched in order. Nothing within the block may write a weight. This does
+    nothing on other devices, and unless BLIP3O_DEPENDENT_LAUNCHES=on.
+
+    Raises:
+        ParameterError: the variable is neither on nor off.
+    """
+    module = native.cuda_module() if _is_on(DEPENDENT_VARIABLE, "off") and device.type == "cuda" else None
+    if module is None:
+        yield
+        return
+    module.set_dependent_launches(True)
+    try:
+        yield
+    finally:
+        module.set_dependent_launches(False)
 
 
 class RunAhead:

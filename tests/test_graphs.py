@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from blip3o_rt import ops, trace
 from blip3o_rt.errors import DeviceError, OpError, ParameterError
-from blip3o_rt.graphs import CudaGraphs, GraphRunner, Graphs, RunAhead, graphs_wanted
+from blip3o_rt.graphs import (
+    CudaGraphs,
+    GraphRunner,
+    Graphs,
+    RunAhead,
+    dependent_launches,
+    graphs_wanted,
+)
+from blip3o_rt.ops import native
 from tests.recorded_graph import RecordedGraphs
 
 needs_gpu = pytest.mark.gpu
@@ -175,6 +184,26 @@ def test_the_environment_turns_graphs_off(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("BLIP3O_GRAPHS", "maybe")
     with pytest.raises(ParameterError, match="BLIP3O_GRAPHS is 'maybe': accepted are on and off"):
         graphs_wanted()
+
+
+def test_the_environment_turns_dependent_launches_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the block, also where it fails; and for CUDA devices alone."""
+    seen: list[bool] = []
+    module = SimpleNamespace(set_dependent_launches=seen.append)
+    monkeypatch.setattr(native, "cuda_module", lambda: module)
+    cuda = torch.device("cuda")
+    with dependent_launches(cuda):
+        assert not seen
+    monkeypatch.setenv("BLIP3O_DEPENDENT_LAUNCHES", "on")
+    with dependent_launches(torch.device("cpu")):
+        assert not seen
+    with pytest.raises(RuntimeError, match="it failed"), dependent_launches(cuda):
+        raise RuntimeError("it failed")
+    assert seen == [True, False]
+    monkeypatch.setenv("BLIP3O_DEPENDENT_LAUNCHES", "1")
+    message = "BLIP3O_DEPENDENT_LAUNCHES is '1': accepted are on and off"
+    with pytest.raises(ParameterError, match=message), dependent_launches(cuda):
+        pass
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 16])

@@ -34,7 +34,7 @@ from blip3o_rt.ar.kv_cache import Sequence
 from blip3o_rt.ar.model import Decoder, DecodeStep
 from blip3o_rt.ar.upload import upload
 from blip3o_rt.config import ImageTokenConfig
-from blip3o_rt.graphs import GraphRunner, RunAhead
+from blip3o_rt.graphs import GraphRunner, RunAhead, dependent_launches
 from blip3o_rt.params import SamplingParams
 
 PASSES_AHEAD = 16  # replays that the host may queue ahead of the device: what cancelling has to wait for
@@ -274,7 +274,11 @@ class TokenBatch:
             for image_only, rows in spans.items()
             if rows.start < rows.stop
         ]
-        return partial(self._draw, groups, windowed)
+        return partial(self._pass, groups, windowed)
+
+    def _pass(self, groups: list[_Group], windowed: bool) -> Tensor:
+        with dependent_launches(self._decoder.device):
+            return self._draw(groups, windowed)
 
     def _draw(self, groups: list[_Group], windowed: bool) -> Tensor:
         for group in groups:

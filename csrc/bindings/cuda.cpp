@@ -152,6 +152,11 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("device_info", &device_info,
                "devices [{name, compute_capability, total_memory (bytes), multiprocessors}], driver_version "
                "and runtime_version (1000 * major + 10 * minor), and the reason if there is no device.");
+    module.def(
+        "set_dependent_launches",
+        [](bool on) { cuda::launches = on ? cuda::Launches::first_of_chain : cuda::Launches::ordinary; },
+        "on"_a,
+        "Whether this thread's next launches but the first may begin while the kernel before them runs.");
     module.attr("architectures") = BLIP3O_CUDA_ARCHITECTURES;
 }
 

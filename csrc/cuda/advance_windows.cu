@@ -13,6 +13,7 @@
 
 #include "blip3o/ops/advance_windows.h"
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/warp.h"
@@ -64,6 +65,7 @@ __device__ void embed(const AdvanceWindowsArguments& a, int64_t first, int64_t l
 // kWidens: the embedding is bfloat16 beside float32.
 template <class T, int kPack, bool kWidens>
 __global__ void __launch_bounds__(kThreads) advance_windows_kernel(AdvanceWindowsArguments a) {
+    wait_for_previous_kernel();
     const int64_t window = blockIdx.x, first = a.cu_rows[window];
     const int64_t last = window == a.windows ? a.rows : a.cu_rows[window + 1];
     if (threadIdx.x < kWarp) advance(a, window, first, last);

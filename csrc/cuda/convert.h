@@ -79,8 +79,8 @@ __device__ inline uint32_t int8_to_bf16x2(uint32_t bytes) {
 // Whether memory that is loaded stays in the first-level cache.
 enum class Reuse { no, yes };
 
-// 16 bytes that no kernel writes meanwhile; zeros, and no access, unless `condition`. There is no branch, so
-// that many loads are on the way at once.
+// 16 bytes; zeros, and no access, unless `condition`. There is no branch, so that many loads are on the way at
+// once. The loads are coherent: the kernel before may have written what they read (dependent_launch.h).
 template <Reuse kReuse, class T>
 __device__ inline Pack<T, kWidestPack<T>> load_if(bool condition, const T* from) {
 #if defined(__CUDA_ARCH__)
@@ -91,13 +91,13 @@ __device__ inline Pack<T, kWidestPack<T>> load_if(bool condition, const T* from)
     if (kReuse == Reuse::yes) {
         asm volatile(
             "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
-            "mov.u32 %3, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+            "mov.u32 %3, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
             : "=r"(loaded.word[0]), "=r"(loaded.word[1]), "=r"(loaded.word[2]), "=r"(loaded.word[3])
             : "l"(from), "r"(static_cast<uint32_t>(condition)));
     } else {
         asm volatile(
             "{ .reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; "
-            "mov.u32 %3, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+            "mov.u32 %3, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
             : "=r"(loaded.word[0]), "=r"(loaded.word[1]), "=r"(loaded.word[2]), "=r"(loaded.word[3])
             : "l"(from), "r"(static_cast<uint32_t>(condition)));
     }
@@ -107,10 +107,10 @@ __device__ inline Pack<T, kWidestPack<T>> load_if(bool condition, const T* from)
 #endif
 }
 
-// An element that no kernel writes meanwhile, or `otherwise` without an access; no branch here either.
+// An element, or `otherwise` without an access; no branch here either.
 __device__ inline int32_t load_if(bool condition, const int32_t* from, int32_t otherwise) {
 #if defined(__CUDA_ARCH__)
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.b32 %0, [%1]; }"
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.b32 %0, [%1]; }"
                  : "+r"(otherwise)
                  : "l"(from), "r"(static_cast<uint32_t>(condition)));
     return otherwise;

@@ -19,6 +19,20 @@ struct DynamicSharedMemory {
     size_t bytes;
 };
 
+// How this thread launches kernels: each when the one before it on its stream is over, or as early as that kernel
+// lets it begin (dependent_launch.h), but for the first of a chain.
+enum class Launches { ordinary, first_of_chain, dependent };
+inline thread_local Launches launches = Launches::ordinary;
+
+constexpr int kWaitingArchitecture = 90;  // code for older ones does not wait for the kernel before it
+
+template <class... Parameters>
+bool waits_itself(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    return attributes.ptxVersion >= kWaitingArchitecture;
+}
+
 // One launch of `kernel` on `stream`; returns before it has run.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, DynamicSharedMemory memory,
@@ -33,6 +47,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, DynamicSharedM
     config.blockDim = block;
     config.dynamicSmemBytes = memory.bytes;
     config.stream = stream;
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = launches == Launches::dependent && waits_itself(kernel) ? 1 : 0;
+    if (launches == Launches::first_of_chain) launches = Launches::dependent;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "kernel launch");
 }
 

@@ -14,6 +14,7 @@
 // split_attention.h.
 #include "cuda/split_attention.h"
 
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 
@@ -26,6 +27,7 @@ constexpr int kAnyThreads = 128, kAnyWarps = kAnyThreads / kWarp;
 template <class T>
 __global__ void __launch_bounds__(kAnyThreads)
     attend_split_any_kernel(PagedDecodeAttentionArguments a, Partials partials) {
+    wait_for_previous_kernel();
     const int64_t sequence = blockIdx.z, kv_head = blockIdx.y, size = a.cache.head_dim;
     const int first_key = static_cast<int>(blockIdx.x) * kSplit, length = context_length(a, sequence);
     if (length <= 0) {

@@ -18,6 +18,7 @@
 // page that does not exist, give NaN. Tokens of no sequence are not written, nor those of one whose places in
 // q are wrong.
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 #include "cuda/ops.h"
@@ -186,6 +187,7 @@ __device__ void add_values(Carried<kHeadDim>& carried, const float (&weights)[kK
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) attend_prompt_kernel(PagedPrefillAttentionArguments a) {
+    wait_for_previous_kernel();
     __shared__ Tile<kHeadDim> tile;
     const int kv_head = static_cast<int>(blockIdx.y), group = heads_per_kv_head(a);
     const BlockPlace place = place_of(a, static_cast<int>(blockIdx.x));
@@ -246,6 +248,7 @@ constexpr int kMostLaneChannels = kMostPromptHeadDim / kWarp;
 // One warp per query and head, 32 keys at a time.
 template <class T>
 __global__ void __launch_bounds__(kThreads) attend_prompt_any_kernel(PagedPrefillAttentionArguments a) {
+    wait_for_previous_kernel();
     const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, size = a.cache.head_dim;
     const int token = static_cast<int>(warp / a.q_heads), head = static_cast<int>(warp % a.q_heads);
     const int kv_head = head / heads_per_kv_head(a), lane = threadIdx.x % kWarp;

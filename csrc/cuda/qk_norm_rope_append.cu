@@ -11,6 +11,7 @@
 // Positions and slot_mapping are on the device, so a wrong one cannot be reported: a token whose position or slot
 // is out of range gets a query of NaN and is not written.
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/norm_and_rotate.h"
 #include "cuda/ops.h"
@@ -23,6 +24,7 @@ constexpr int kHeadsPerBlock = 4, kThreads = kHeadsPerBlock * kWarp;
 
 template <class T, int kPack>
 __global__ void __launch_bounds__(kThreads) qk_norm_rope_append_kernel(QkNormRopeAppendArguments a) {
+    wait_for_previous_kernel();
     const int size = static_cast<int>(a.cache.head_dim), lane = threadIdx.x % kWarp;
     const int64_t token = blockIdx.x, q_heads = a.q_heads, kv_heads = a.cache.kv_heads;
     const int64_t head = int64_t{blockIdx.y} * kHeadsPerBlock + threadIdx.x / kWarp;

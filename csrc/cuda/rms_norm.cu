@@ -9,6 +9,7 @@
 // FLOPs    5 per element.
 // Bound    memory at every width; a decoding step's few rows are bound by launch latency.
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/rms.h"
@@ -18,6 +19,7 @@ namespace {
 
 template <class T, int kPack>
 __global__ void __launch_bounds__(kNormThreads, 4) rms_norm_kernel(RmsNormArguments a) {
+    wait_for_previous_kernel();
     using Packed = Pack<T, kPack>;
     const int64_t row = blockIdx.x, packs = a.x.width / kPack;
     const auto* x = reinterpret_cast<const Packed*>(static_cast<const T*>(a.x.data) + row * a.x.stride);

@@ -23,10 +23,13 @@
 // FLOPs    2 M N K; the tensor cores do them for 8 rows of x at least.
 // Bound    memory.
 //
+// The first slices of the weight are on their way before the block waits for the kernel that makes x.
+//
 // Which warp sums which channels in which order depends on K alone, and a column of the tensor cores' product
 // on that column alone: the bits of a row are the same whatever the other rows are and however many.
 #include "cuda/async_copy.h"
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/e4m3.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
@@ -406,7 +409,8 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     SlicePlace<Weight> place = {
         second_half, static_cast<int>(blockIdx.x / panels), tile_width, step, 0, slices, warp, warps};
 
-    Weights<Weight, kLoads, kStages<kGroups>> weights(a, place, lane);
+    Weights<Weight, kLoads, kStages<kGroups>> weights(a, place, lane);  // its first slices
+    wait_for_previous_kernel();
     float scale = 0.0f;
     if (kNorms) {
         scale = norm_packs ? row_inverse_rms<kWidestPack<__nv_bfloat16>>(a, lane.row)
@@ -444,6 +448,7 @@ constexpr int kFloatWarps = 8;
 
 template <class Weight, int kPack>
 __global__ void __launch_bounds__(kFloatWarps* kWarp, 4) row_linear_f32_kernel(RowProductArguments a) {
+    wait_for_previous_kernel();
     const int64_t column = int64_t{blockIdx.x} * kFloatWarps + threadIdx.x / kWarp;
     if (column >= a.weight.count) return;
     const int64_t first_row = int64_t{blockIdx.y} * kGroupRows;

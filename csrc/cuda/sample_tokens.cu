@@ -16,6 +16,7 @@
 // of whole numbers have the same bits in any order.
 #include "blip3o/philox.h"
 #include "cuda/arrival.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/warp.h"
@@ -391,6 +392,7 @@ __device__ void draw_row(const SampleTokensArguments& a, const Sampler& sampler,
 __global__ void __launch_bounds__(kThreads, 1)
     sample_tokens_kernel(SampleTokensArguments a, LaunchScratch scratch, int64_t chunks_per_row,
                          int index_bits) {
+    wait_for_previous_kernel();
     __shared__ Shared shared;
     __shared__ Rank kept[kKeptInShared];
     const int64_t row = blockIdx.y;

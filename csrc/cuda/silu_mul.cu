@@ -6,6 +6,7 @@
 // FLOPs    about 12 per element, most of them the exponential.
 // Bound    memory; a decoding step's few rows are bound by launch latency.
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/launch.h"
 #include "cuda/ops.h"
 #include "cuda/silu.h"
@@ -17,6 +18,7 @@ constexpr int kThreads = 256;
 
 template <class T, int kPack>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulArguments a) {
+    wait_for_previous_kernel();
     const int64_t row = blockIdx.x, column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kPack;
     if (column >= a.out.width) return;
     const T* from = static_cast<const T*>(a.gate_up.data) + row * a.gate_up.stride + column;

@@ -10,6 +10,7 @@
 #include "blip3o/ops/decode_attention.h"
 #include "cuda/arrival.h"
 #include "cuda/convert.h"
+#include "cuda/dependent_launch.h"
 #include "cuda/norm_and_rotate.h"
 #include "cuda/paged_context.h"
 #include "cuda/warp.h"
@@ -255,6 +256,7 @@ __device__ void attend(HeadParts<D::kWarps, kHeadDim> (&parts)[kHeadsAtOnce],
 template <class T, int kHeadDim, bool kMakesHeads>
 __global__ void __launch_bounds__(Division<T, kHeadDim>::kThreads, Division<T, kHeadDim>::blocks(kMakesHeads))
     attend_split_kernel(PagedDecodeAttentionArguments a, QkNormRopeAppendArguments token, Partials partials) {
+    wait_for_previous_kernel();
     using D = Division<T, kHeadDim>;
     const int sequence = static_cast<int>(blockIdx.z), kv_head = static_cast<int>(blockIdx.y);
     const int first_key = static_cast<int>(blockIdx.x) * kSplit, group = heads_per_kv_head(a);

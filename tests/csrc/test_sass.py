@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.csrc.resources import OPS
 from tests.csrc.sass import Instruction, Kernel, kernels_of, needs_tools, parse, select
+
+USUAL, EXHAUSTIVE = ("row_linear", "silu_mul"), pytest.mark.exhaustive
 
 
 @needs_tools
@@ -35,6 +38,27 @@ def test_the_weights_of_a_product_stay_on_their_way() -> None:
         assert len(select(loop, "LDG")) <= groups * pieces * (1 + normed), name  # x, and the norm's weight
     assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, false>"].resources.registers <= 64
     assert found["row_linear_bf16_kernel<Bfloat16, 1, Loads 2, true>"].resources.registers <= 80
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    "op", [*USUAL, *(pytest.param(op, marks=EXHAUSTIVE) for op in OPS if op not in USUAL)]
+)
+def test_kernels_wait_for_the_one_before_them(op: str) -> None:
+    """Only weights are read before; the next kernel begins behind the wait, and loads are coherent there."""
+    for name, kernel in kernels_of(op).items():
+        places = [i for i, found in enumerate(kernel.instructions) if found.is_a("ACQBULK", "PREEXIT")]
+        wait, let_in = (kernel.instructions[place] for place in places)
+        assert wait.is_a("ACQBULK"), name
+        assert let_in.is_a("PREEXIT"), name
+        before, after = kernel.instructions[: places[0]], kernel.instructions[places[0] :]
+        assert not select(before, "ST", "STG", "ATOM", "ATOMG", "RED"), name
+        assert not [load for load in after if load.is_a("LDG") and "CONSTANT" in load.opcode], name
+        copies, loads = (len(select(before, opcode)) for opcode in ("LDGSTS", "LDG"))
+        if "Loads 2" in name:
+            assert copies == 8 * (3 - int(name.split(", ")[1])), name  # all stages of the ring but one
+        if "Loads" not in name or "Loads 2" in name:
+            assert not loads, name
 
 
 @needs_tools

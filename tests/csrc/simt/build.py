@@ -78,7 +78,8 @@ class SimtCompiler:
         sizes = [name for name in dir(self._module) if name.endswith("_workspace")]
         found = {name: getattr(opened, name) for name in ops_of(file)}
         found |= {name: getattr(self._module, name) for name in sizes}
-        found |= {name: getattr(opened, name) for name in dir(opened) if name.startswith("set_")}
+        own = (name for name in dir(opened) if name.startswith("set_") or name == "dependent_launches")
+        found |= {name: getattr(opened, name) for name in own}
         return SimpleNamespace(**found)
 
     def _compile(self, source: Path, target: Path, *flags: str) -> None:

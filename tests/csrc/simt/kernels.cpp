@@ -1,6 +1,7 @@
 // Python module simt_kernels: opens a library made of entry.cpp and calls its op on CPU tensors, with the
 // arguments of blip3o_rt._cuda.
 #include <dlfcn.h>
+#include <pybind11/stl.h>
 
 #include <cuda_runtime.h>
 
@@ -24,6 +25,18 @@ class Library {
     void set_multiprocessors(int count) const { find<void(int)>("simt_set_multiprocessors")(count); }
 
     void set_shared_memory(int bytes) const { find<void(int)>("simt_set_shared_memory")(bytes); }
+
+    void set_ptx_version(int version) const { find<void(int)>("simt_set_ptx_version")(version); }
+
+    void set_dependent_launches(bool on) const { find<void(bool)>("simt_set_dependent_launches")(on); }
+
+    int dependent_launches() const { return find<int()>("simt_dependent_launches")(); }
+
+    // memory: addresses and bytes.
+    void set_produced(const std::vector<std::pair<uintptr_t, size_t>>& memory) const {
+        find<void(const std::pair<uintptr_t, size_t>*, size_t)>("simt_set_produced")(memory.data(),
+                                                                                     memory.size());
+    }
 
     template <class Arguments>
     void call(const Arguments& arguments, const Scratch& scratch) const {
@@ -71,7 +84,11 @@ PYBIND11_MODULE(simt_kernels, module) {
     library.def(py::init<const std::string&>())
         .def("set_descending", &Library::set_descending)
         .def("set_multiprocessors", &Library::set_multiprocessors)
-        .def("set_shared_memory", &Library::set_shared_memory);
+        .def("set_shared_memory", &Library::set_shared_memory)
+        .def("set_ptx_version", &Library::set_ptx_version)
+        .def("set_dependent_launches", &Library::set_dependent_launches)
+        .def("set_produced", &Library::set_produced)
+        .def("dependent_launches", &Library::dependent_launches);
     define<AdvanceWindows>(library, &AdvanceWindows::check);
     define<DecodeAttention>(library, &DecodeAttention::check);
     define<NormRowLinear>(library, &NormRowLinear::check);

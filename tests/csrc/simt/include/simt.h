@@ -7,6 +7,9 @@
 // barrier lets a thread read what others have not written yet, or overwrite what they have not read. A barrier
 // that some thread never reaches, and a shuffle that names a lane which is not there, are errors. Stands in for
 // the toolkit's headers (cuda_runtime.h and cuda_bf16.h beside this file), so that no toolkit is needed.
+//
+// A block of a dependent launch runs up to its wait for the kernel before as if that had not run yet: what that
+// kernel may touch (`produced`) is poison until then. A thread that never waits is an error, in any launch.
 #pragma once
 
 #include <cmath>
@@ -17,6 +20,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fibre.h"
@@ -51,7 +55,7 @@ struct Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-enum class State { ready, at_barrier, at_exchange, done };
+enum class State { ready, at_barrier, at_exchange, at_wait, done };
 
 // What a lane shows to its warp in one exchange.
 struct Letter {
@@ -61,14 +65,43 @@ struct Letter {
 // 16 bytes on their way from global to shared memory; zeros unless `reads`.
 struct Copy {
     void* to;
-    const void* from;
+    const void* from;  // null: `early` has been read
     bool reads;
+    unsigned char early[16];
 };
+
+// Memory that the kernel before a dependent launch may touch.
+struct Produced {
+    unsigned char* begin;
+    size_t bytes;
+    std::vector<unsigned char> kept;
+};
+
+inline std::vector<Produced> produced;
+
+inline void hide_produced() {
+    for (Produced& memory : produced) memory.kept.assign(memory.begin, memory.begin + memory.bytes);
+    for (Produced& memory : produced) std::memset(memory.begin, kPoison, memory.bytes);
+}
+
+// Whether nothing was written to it meanwhile.
+inline bool reveal_produced() {
+    bool untouched = true;
+    for (Produced& memory : produced) {
+        for (size_t i = 0; i < memory.kept.size(); ++i) untouched &= memory.begin[i] == kPoison;
+    }
+    for (Produced& memory : produced) {
+        std::memcpy(memory.begin, memory.kept.data(), memory.kept.size());
+        memory.kept.clear();
+    }
+    return untouched;
+}
 
 struct Thread {
     Fibre fibre;
     State state = State::done;
     int exchanges = 0;
+    bool waited = false;                    // for the kernel before
     std::vector<std::vector<Copy>> copies;  // groups, the last one not yet committed
 };
 
@@ -82,14 +115,17 @@ class Block {
 
     size_t size() const { return threads_.size(); }
 
-    // Dynamic shared memory begins as what is no number.
-    void run(const std::function<void()>& body, size_t dynamic_bytes) {
+    // Dynamic shared memory begins as what is no number. early: the kernel before is not over yet.
+    void run(const std::function<void()>& body, size_t dynamic_bytes, bool early) {
         body_ = &body;
+        early_ = early;
+        if (early) hide_produced();
         dynamic_.assign(dynamic_bytes, kPoison);
         dynamic_.shrink_to_fit();
         for (Thread& thread : threads_) {
             thread.state = State::ready;
             thread.exchanges = 0;
+            thread.waited = false;
             thread.copies.assign(1, {});
         }
         for (int barriers = 0; !finished(); ++barriers) {
@@ -98,9 +134,29 @@ class Block {
                 progressed |= run_warp(descending ? size() - kWarp - i : i);
             }
             progressed |= release(0, size(), State::at_barrier);
+            if (release(0, size(), State::at_wait)) {
+                progressed = true;
+                if (!reveal_produced())
+                    throw Failure("a block writes before it has waited for the kernel before");
+            }
             if (!progressed) throw Failure("threads wait for others that never come (barrier or shuffle)");
             if (barriers == kMostBarriers) throw Failure("a block does not end");
         }
+        for (const Thread& thread : threads_) {
+            if (!thread.waited) throw Failure("a thread ends that has not waited for the kernel before");
+        }
+    }
+
+    // Copies that are on their way have read what they copy by now.
+    void wait_for_previous_kernel() {
+        threads_[active_].waited = true;
+        if (!early_) return;
+        for (auto& group : threads_[active_].copies) {
+            for (Copy& copy : group) {
+                if (copy.reads && copy.from) std::memcpy(copy.early, std::exchange(copy.from, nullptr), 16);
+            }
+        }
+        wait(State::at_wait);
     }
 
     void barrier() { wait(State::at_barrier); }
@@ -131,7 +187,8 @@ class Block {
         auto& groups = threads_[active_].copies;
         while (groups.size() > pending + 1) {
             for (const Copy& copy : groups.front()) {
-                copy.reads ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+                if (!copy.reads) std::memset(copy.to, 0, 16);
+                if (copy.reads) std::memcpy(copy.to, copy.from ? copy.from : copy.early, 16);
             }
             groups.erase(groups.begin());
         }
@@ -145,7 +202,7 @@ class Block {
         }
     }
 
-    // Runs the warp that begins at thread `first` until all its lanes are at a barrier or done; whether any ran.
+    // Runs the warp that begins at thread `first` until all its lanes are at a barrier or a wait, or done; whether any ran.
     bool run_warp(size_t first) {
         bool progressed = false;
         do {
@@ -192,9 +249,11 @@ class Block {
     std::vector<unsigned char> dynamic_;
     const std::function<void()>* body_ = nullptr;
     size_t active_ = 0;
+    bool early_ = false;
 };
 
-inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()>& body) {
+inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, bool early,
+                     const std::function<void()>& body) {
     gridDim = grid;
     blockDim = block;
     const size_t threads = size_t{block.x} * block.y * block.z;
@@ -205,8 +264,9 @@ inline void run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const std::fun
         const unsigned i = Block::descending ? blocks - 1 - turn : turn;
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         try {
-            Block::current->run(body, dynamic_bytes);
+            Block::current->run(body, dynamic_bytes, early);
         } catch (const Failure&) {
+            reveal_produced();
             Block::current.reset();  // its threads are stuck
             throw;
         }
@@ -228,7 +288,7 @@ T exchange(uint32_t mask, T value, size_t source) {
 inline void* dynamic_shared_memory() { return simt::Block::current->dynamic_memory(); }
 
 inline void copy_async(void* to, const void* from, bool condition) {
-    simt::Block::current->copy({to, from, condition});
+    simt::Block::current->copy({to, from, condition, {}});
 }
 
 inline void commit_copies() { simt::Block::current->commit(); }
@@ -237,6 +297,9 @@ template <int kPending>
 void wait_for_copies() {
     simt::Block::current->wait_for_copies(kPending);
 }
+
+// The function of csrc/cuda/dependent_launch.h.
+inline void wait_for_previous_kernel() { simt::Block::current->wait_for_previous_kernel(); }
 
 inline void __syncthreads() { simt::Block::current->barrier(); }
 
