@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/runtime.installed
 DEVELOPMENT := $(VENV)/development.installed
+EXHAUSTIVE := $(VENV)/exhaustive.installed
 BUILT := $(VENV)/built-$(BLIP3O_CUDA)
 NATIVE := $(shell find csrc -type f)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
@@ -36,7 +37,7 @@ build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with 
 test: $(BUILT) $(DEVELOPMENT) ## Run every test but the exhaustive ones, on 2 cores.
 	$(PYTEST) -m "not exhaustive"
 
-exhaustive: $(BUILT) $(DEVELOPMENT) ## Run the tests that `make test` leaves out.
+exhaustive: $(BUILT) $(EXHAUSTIVE) ## Run the tests that `make test` leaves out.
 	$(PYTEST) -m exhaustive
 
 test-all: test exhaustive ## Run every test.
@@ -84,6 +85,10 @@ $(RUNTIME): requirements.txt | $(BIN)/python
 
 $(DEVELOPMENT): requirements-dev.txt $(RUNTIME)
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+$(EXHAUSTIVE): requirements-exhaustive.txt $(DEVELOPMENT)
+	$(BIN)/python -m pip install -r requirements-exhaustive.txt
 	touch $@
 
 # The pinned build tools are used as they are (no isolated second copy of them), and dependencies are not looked up

@@ -58,6 +58,8 @@ class Scale:
         requests: In flight for a replica, above which another one is started.
         gpus: Of a replica; a fraction shares a GPU.
         cpus: Of a replica.
+        grow_seconds: How long there must be too many requests before a replica is started.
+        shrink_seconds: How long there must be too few before one is ended.
     """
 
     least: int = 1
@@ -65,6 +67,8 @@ class Scale:
     requests: float = 4.0
     gpus: float = 0.0
     cpus: float = 1.0
+    grow_seconds: float = 30.0
+    shrink_seconds: float = 600.0
 
     def options(self, in_flight: int) -> dict[str, Any]:
         """Options of a deployment that takes so many requests a replica at once."""
@@ -78,6 +82,8 @@ class Scale:
                 "max_replicas": self.most,
                 "initial_replicas": self.least,
                 "target_ongoing_requests": self.requests,
+                "upscale_delay_s": self.grow_seconds,
+                "downscale_delay_s": self.shrink_seconds,
             },
         }
 
@@ -334,7 +340,8 @@ def app(arguments: dict[str, str]) -> Any:
 
     Args:
         arguments: Those of Pipeline.load by name; and of both kinds of replicas min_planners, max_planners,
-            planner_requests, planner_gpus, planner_cpus, and the same of renderers.
+            planner_requests, planner_gpus, planner_cpus, planner_grow_seconds, planner_shrink_seconds, and
+            the same of renderers.
     """
     left = dict(arguments)
 
@@ -345,6 +352,8 @@ def app(arguments: dict[str, str]) -> Any:
             float(left.pop(f"{kind}_requests", 4 if kind == "planner" else 2)),
             float(left.pop(f"{kind}_gpus", 0)),
             float(left.pop(f"{kind}_cpus", 1)),
+            float(left.pop(f"{kind}_grow_seconds", 30)),
+            float(left.pop(f"{kind}_shrink_seconds", 600)),
         )
 
     planners, renderers = scale("planner"), scale("renderer")
