@@ -11,6 +11,7 @@ import argparse
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tabulate import tabulate
 
@@ -61,7 +62,7 @@ def measure(pipeline: Pipeline, runs: int = 3, steps: int | None = None) -> list
         runs: Of each batch; the median counts.
         steps: Denoising steps; None is the model's own number.
     """
-    options = {} if steps is None else {"steps": steps}
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
     pipeline.generate(PROMPT, **options)  # what is made on first use is not measured
     found = []
     for batch in batches(pipeline.max_batch):

@@ -12,10 +12,12 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -255,30 +257,118 @@ def test_requests_of_all_kinds_share_a_call(pipeline: Pipeline, tmp_path: Path) 
     assert pipeline.generate_each([]) == []
 
 
+ROWS = int(os.environ.get("BLIP3O_BATCH_ROWS", "2000"))
+KILLS, SHARD_ROWS = 20, 64
+CUT, EDITED = ROWS // 2, range(5, ROWS, 40)  # a row that cannot be read, and rows that are edits
+MIB = 2**20
+
+
+class BatchProcess:
+    """`blip3o-rt batch` in a process of its own, over the rows of the file that `table` made."""
+
+    def __init__(self, table: Path, out: Path, *options: str) -> None:
+        self.out = out
+        command = [sys.executable, "-m", "blip3o_rt", "batch", str(table), "--out", str(out), *STEPS]
+        sizes = ["--shard-rows", str(SHARD_ROWS), "--max-batch", "16", "--format", "tar"]
+        self.process = subprocess.Popen(
+            [*command, *sizes, *options],
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # the order of sums may depend on threads
+        )
+
+    def rows(self) -> int:
+        """How many rows are done."""
+        work = self.out / ".work"
+        waiting = {path.stem for path in (work / "rows").glob("*.jsonl")}
+        begun = sum(len(list((work / shard).glob("*.png"))) for shard in waiting)
+        return SHARD_ROWS * len(list(self.out.glob("*.tar"))) + begun
+
+    def kill(self) -> bool:
+        """Kill it; whether it was still at work."""
+        working = self.process.poll() is None
+        if working:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return working
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory, pipeline: Pipeline) -> Path:
+    """Prompts, an edit now and then, and a line that is cut."""
+    folder = tmp_path_factory.mktemp("table")
+    pipeline.generate("a red circle", steps=1)[0].save(folder / "reference.png")
+    rows: list[dict[str, str]] = [{"prompt": text} for text in prompts(ROWS)]
+    for row in EDITED:
+        rows[row] = {"prompt": "make it green", "image": "reference.png"}
+    lines = [json.dumps(row) for row in rows]
+    lines[CUT] = '{"prompt": "cut'
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(table: Path) -> tuple[Path, list[tuple[int, int]]]:
+    """The folder of a run that nobody killed, and its memory in bytes by rows done."""
+    run = BatchProcess(table, table.parent / "whole")
+    process, samples = psutil.Process(run.process.pid), []
+    while run.process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            samples.append((run.rows(), process.memory_info().rss))
+        time.sleep(0.5)
+    assert run.process.wait() == 1  # for the row that failed
+    return run.out, samples
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    """What finished shards and failures are, byte for byte."""
+    paths = [*folder.glob("*.tar"), *folder.glob("failures/*")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
 @pytest.mark.exhaustive
-def test_killed_20_times(tmp_path: Path) -> None:
-    """2,000 rows, killed at random: each once, with the bits of a run that nobody killed."""
-    rows, kills = int(os.environ.get("BLIP3O_BATCH_ROWS", "2000")), 20
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"prompt": text}) for text in prompts(rows)]
-    lines[rows // 2] = '{"prompt": "cut'
-    path.write_text("\n".join(lines))
+def test_thousands_of_rows(whole: tuple[Path, list[tuple[int, int]]], pipeline: Pipeline) -> None:
+    """Each once, a corrupt one costs only itself, and an image is that of a single call."""
+    found = images_of(whole[0])
+    assert sorted(found) == [row for row in range(ROWS) if row != CUT]
+    assert [failure["row"] for failure in failures_of(whole[0])] == [CUT]
+    for row in (0, CUT + 1, ROWS - 1):
+        expected = pipeline.generate(prompts(ROWS)[row], seed=row, steps=1)[0]
+        assert np.array_equal(pixels(found[row]), np.asarray(expected)), row
 
-    def run(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "blip3o_rt", "batch", str(path), "--out", str(out), *STEPS]
-        options = ["--shard-rows", "64", "--max-batch", "16", "--format", "tar"]
-        return subprocess.Popen([*command, *options], start_new_session=True)
 
-    dice, killed = random.Random(0), tmp_path / "killed"
-    for _ in range(kills):
-        process = run(killed)
-        time.sleep(dice.uniform(4, 20))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert run(killed).wait() == 1
-    assert run(tmp_path / "whole").wait() == 1
-    found, expected = images_of(killed), images_of(tmp_path / "whole")
-    assert sorted(found) == [row for row in range(rows) if row != rows // 2]
-    assert found == expected
-    assert [failure["row"] for failure in failures_of(killed)] == [rows // 2]
+@pytest.mark.exhaustive
+def test_memory_does_not_grow_with_the_rows(whole: tuple[Path, list[tuple[int, int]]]) -> None:
+    """The last half of the rows takes no more than the first, after a start of three shards."""
+    _, samples = whole
+    first = [used for rows, used in samples if 3 * SHARD_ROWS <= rows < ROWS // 2]
+    last = [used for rows, used in samples if rows >= ROWS // 2]
+    print(f"{max(first) / MIB:.1f} MiB, then {max(last) / MIB:.1f} MiB")
+    assert max(last) < max(first) + 8 * MIB  # the images alone of half of the rows would be twice that
+
+
+@pytest.mark.exhaustive
+def test_killed_20_times(table: Path, whole: tuple[Path, list[tuple[int, int]]], tmp_path: Path) -> None:
+    """At random, also while it loads and packs: the files are those of a run that nobody killed."""
+    dice, out, killed = random.Random(0), tmp_path / "killed", 0
+    for _ in range(KILLS):
+        run = BatchProcess(table, out)
+        aim = run.rows() + dice.randrange(2 * ROWS // (KILLS + 2))
+        while run.rows() < aim and run.process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(dice.uniform(0, 0.5))
+        killed += run.kill()
+    assert killed == KILLS
+    assert BatchProcess(table, out).process.wait() == 1
+    assert shards_of(out) == shards_of(whole[0])
+
+
+@pytest.mark.exhaustive
+def test_thousands_of_rows_on_ray(
+    table: Path, whole: tuple[Path, list[tuple[int, int]]], tmp_path: Path
+) -> None:
+    """The files are those of one machine, byte for byte."""
+    pytest.importorskip("ray.data")
+    options = ("--ray", "local", "--workers", "2", "--cpus-per-worker", "0.5")
+    run = BatchProcess(table, tmp_path / "ray", *options)
+    assert run.process.wait() == 1
+    assert shards_of(run.out) == shards_of(whole[0])
