@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "PIL", "tqdm", "psutil", "tabulate")
 BUILD_PACKAGES = ("pytest", "pybind11")
-SIZE = ("--size", "published", "--dtype", "bf16", "--device", "cuda", "--quiet")
+SIZE = ("--model", "published", "--dtype", "bf16", "--device", "cuda", "--quiet")
 DEPENDENT = "BLIP3O_DEPENDENT_LAUNCHES"  # off, unless it is on
 FAST = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
 SANITIZED = "cuda and (row_linear or decode_attention or sample_tokens or rms_norm)"

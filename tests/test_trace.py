@@ -244,7 +244,7 @@ def test_the_command_writes_a_trace(
 
 def test_bench_traces_a_call_of_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "stages.json"
-    options = ["--size", "tiny", "--device", "cpu", "--dtype", "fp32", "--work", str(tmp_path), "--quick"]
+    options = ["--model", "tiny", "--device", "cpu", "--dtype", "fp32", "--work", str(tmp_path), "--quick"]
     options += [
         "--stages",
         "connector,dit.step,ar.token",

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from blip3o_rt.cli import bench_serve, bench_windows
-from blip3o_rt.cli.options import DEVICE, DIFFUSION, DTYPE, SWITCH, TA_TOK, TIER, add_options
+from blip3o_rt.cli.options import (
+    DEVICE,
+    DIFFUSION,
+    DTYPE,
+    MEASURED,
+    SWITCH,
+    TA_TOK,
+    TIER,
+    Renamed,
+    add_options,
+)
 
 DESCRIPTION = (
     "Time every stage of the model beside its baselines: on the same weights and inputs, in turns, in one "
     "process, with the machine's rooflines measured first. Writes bench.json (and bench.html) into --out."
 )
-RENAMED = {"--stages": "--lines", "--peers": "--baselines"}
-
-
-class Renamed(argparse.Action):
-    """An option under its old name, which still works."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        if option in RENAMED:
-            print(f"blip3o-rt: {option} is deprecated: its name is {RENAMED[option]}", file=sys.stderr)
-        setattr(namespace, self.dest, values)
 
 
 class Retired(argparse.Action):
@@ -39,14 +39,7 @@ def add_parser(subparsers: Any) -> None:
     summary = "time every stage, op and switch beside baselines and rooflines"
     parser: argparse.ArgumentParser = subparsers.add_parser("bench", help=summary, description=DESCRIPTION)
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--size",
-        default="shapes",
-        metavar="SIZE",
-        help="published or tiny (random weights), shapes (the embedded model), or a checkpoint's folder "
-        "(%(default)s)",
-    )
-    add_options(model, DIFFUSION, TA_TOK, DTYPE, DEVICE, TIER, SWITCH)
+    add_options(model, MEASURED, DIFFUSION, TA_TOK, DTYPE, DEVICE, TIER, SWITCH)
     model.add_argument(
         "--work", type=Path, metavar="DIR", help="keep converted checkpoints here (user's cache)"
     )

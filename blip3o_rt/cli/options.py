@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +29,16 @@ Option: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
 
 DEFAULT_OUT = Path("out")
 _PARAMETERS = dataclasses.asdict(SamplingParams()) | dataclasses.asdict(DiffusionParams())
+
+
+class Renamed(argparse.Action):
+    """An option whose first name is today's; the others still work, and say so."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        name, *earlier = self.option_strings
+        if option in earlier:
+            print(f"blip3o-rt: {option} is deprecated: its name is {name}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def option(*flags: str, **keywords: Any) -> Option:
@@ -55,6 +66,16 @@ def parameter(name: str, meaning: str) -> Option:
     return option(flag, type=type(default), default=default, help=f"{meaning} (%(default)s)")
 
 
+MEASURED = option(
+    "--model",
+    "--size",
+    "--checkpoint",
+    dest="model",
+    action=Renamed,
+    default="shapes",
+    metavar="NAME|DIR",
+    help="published or tiny (random weights), shapes (the embedded model), or a folder (%(default)s)",
+)
 DIFFUSION = option(
     "--diffusion", type=user_path, metavar="DIR", help="the published checkpoint's diffusers folder"
 )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import DEVICE, DIFFUSION, TA_TOK, add_options
+from blip3o_rt.cli.options import DEVICE, DIFFUSION, MEASURED, TA_TOK, add_options
 from blip3o_rt.errors import ParameterError
 
 DEFAULT_OUT = Path("out/validate")
@@ -28,13 +28,7 @@ def add_parser(subparsers: Any) -> None:
     )
     model = parser.add_argument_group("model")
     which = model.add_mutually_exclusive_group()
-    which.add_argument(
-        "--size",
-        choices=("shapes", "published", "tiny"),
-        default="shapes",
-        help="the embedded model, or random weights of the published or a tiny geometry (%(default)s)",
-    )
-    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint in the published layout")
+    add_options(which, MEASURED)
     which.add_argument(
         "--against",
         type=Path,
@@ -90,8 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     logging.set_verbosity_error()
     options = Options(
-        size=arguments.size,
-        checkpoint=arguments.checkpoint,
+        model=arguments.model,
         against=arguments.against,
         diffusion=arguments.diffusion,
         ta_tok=arguments.ta_tok,
@@ -116,6 +109,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ParameterError for names and numbers that are not accepted."""
+    from blip3o_rt.measure import EMBEDDED_MODEL, RANDOM_MODELS
     from blip3o_rt.measure.validate.line import GROUPS
 
     for option, names, known in (("--only", arguments.only, GROUPS), ("--dtype", arguments.dtype, DTYPES)):
@@ -126,10 +120,8 @@ def _check(arguments: argparse.Namespace) -> None:
             )
     if "golden" in (arguments.only or ()) and arguments.against is None:
         raise ParameterError("--only golden needs --against DIR, the folder of the recorded results")
-    if (arguments.diffusion or arguments.ta_tok) and arguments.checkpoint is None:
-        raise ParameterError(
-            "--diffusion and --ta-tok are of a published checkpoint: give --checkpoint DIR too"
-        )
+    if (arguments.diffusion or arguments.ta_tok) and arguments.model in (EMBEDDED_MODEL, *RANDOM_MODELS):
+        raise ParameterError("--diffusion and --ta-tok are of a published checkpoint: give --model DIR too")
     for option in ("tokens", "latent", "steps"):
         value = getattr(arguments, option)
         if value is not None and value < 1:

@@ -2,3 +2,6 @@
 
 The runtime never imports it.
 """
+
+RANDOM_MODELS = ("published", "tiny")  # the geometries whose weights are random, as --model names them
+EMBEDDED_MODEL = "shapes"

@@ -119,6 +119,11 @@ class Timed(Entry):
     p90: float | None = None
     fastest: float | None = None
     count: int = 0
+    bytes: int | None = None
+    flops: int | None = None
+    roofline: str | None = None
+    utilization: float | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         self.samples = tuple(self.samples)
@@ -171,14 +176,9 @@ class Line(Timed):
     per: float = 1.0
     cold: float | None = None
     host: float | None = None
-    bytes: int | None = None
-    flops: int | None = None
-    roofline: str | None = None
-    utilization: float | None = None
     peak_memory: int | None = None
     launches: int | None = None
     operator_calls: int | None = None
-    note: str | None = None
 
     @property
     def composed(self) -> bool:
@@ -203,14 +203,9 @@ class OpTime(Timed):
     implementation: str = ""
     dtype: str = ""
     shape: Any = ""
-    bytes: int | None = None
-    flops: int | None = None
-    roofline: str | None = None
-    utilization: float | None = None
     error: float | None = None
     bound: float | None = None
     ok: bool | None = None
-    note: str | None = None
 
     @property
     def label(self) -> str:

@@ -167,12 +167,16 @@ def fold_nearest_taps(weight: Tensor) -> Tensor:
     return folded.contiguous(memory_format=torch.channels_last)
 
 
-class ShuffleUpsampling:
-    """Pixel shuffle of conv3x3, plus the pixel-shuffled shortcut."""
+class WithShortcut:
+    """A convolution, and whether a shortcut is added to its result."""
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
         self.convolution = Convolution(weights, name)
         self.shortcut = shortcut
+
+
+class ShuffleUpsampling(WithShortcut):
+    """Pixel shuffle of conv3x3, plus the pixel-shuffled shortcut."""
 
     def __call__(self, x: Tensor) -> Tensor:
         result = channels_last(F.pixel_shuffle(channels_first(self.convolution(x)), 2))
@@ -196,12 +200,8 @@ class Downsampling:
         return add_pixel_unshuffle(result, x, bias=self.bias) if self.shortcut else result
 
 
-class LatentIn:
+class LatentIn(WithShortcut):
     """The decoder's first convolution, plus the latent with every channel repeated."""
-
-    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
-        self.convolution = Convolution(weights, name)
-        self.shortcut = shortcut
 
     def __call__(self, x: Tensor) -> Tensor:
         result = self.convolution(x)
@@ -210,12 +210,8 @@ class LatentIn:
         return result
 
 
-class LatentOut:
+class LatentOut(WithShortcut):
     """The encoder's last convolution, plus the averages of its input's groups of channels."""
-
-    def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
-        self.convolution = Convolution(weights, name)
-        self.shortcut = shortcut
 
     def __call__(self, x: Tensor) -> Tensor:
         result = self.convolution(x)

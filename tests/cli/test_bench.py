@@ -31,7 +31,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quick(work: Path, *options: str) -> tuple[str, ...]:
-    return ("bench", "--size", "tiny", "--quick", "--out", "r", "--work", str(work), *options)
+    return ("bench", "--model", "tiny", "--quick", "--out", "r", "--work", str(work), *options)
 
 
 def record() -> dict[str, Any]:
@@ -58,9 +58,10 @@ def test_lines_with_units_and_files(command: Command, work: Path) -> None:
 
 
 def test_old_names_of_options_still_work(command: Command, work: Path) -> None:
-    options = ("--stages", "connector", "--peers", "none", "--budget", "5", "--quiet")
+    options = ("--size", "tiny", "--stages", "connector", "--peers", "none", "--budget", "5", "--quiet")
     assert command(*quick(work, *options)) == 0
     assert [line["who"] for line in record()["lines"]] == ["ours"]
+    assert "--size is deprecated: its name is --model" in command.errors
     assert "--stages is deprecated: its name is --lines" in command.errors
     assert "--peers is deprecated: its name is --baselines" in command.errors
     assert "--budget is deprecated and ignored" in command.errors
@@ -167,7 +168,7 @@ def test_compare(command: Command) -> None:
         (("--baselines", "vllm"), "baselines has 'vllm': accepted are transformers, "),
         (("--batch", "0"), "batch is '0': accepted are numbers from 1 to 256"),
         (("--batch", "1,x"), "batch is '1,x'"),
-        (("--size", "nowhere"), "size is 'nowhere': accepted are published, shapes, tiny or"),
+        (("--model", "nowhere"), "--model is 'nowhere': accepted are published, tiny, shapes or"),
         (("--ops", "nosuch"), "there is no op 'nosuch'; the ops are: "),
         (("--runs", "0"), "runs is 0: accepted is 1 to"),
         (("--kernel", "no.py"), "no.py: there is no such file"),

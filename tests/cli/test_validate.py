@@ -85,7 +85,7 @@ def check_record(found: dict[str, Any]) -> None:
 def test_stages_of_a_tiny_model(command: Command) -> None:
     """A random checkpoint is written, compared and kept for the next run."""
     options = ("--only", "ar,dit,vae,tatok,pipeline,determinism", "--work", "kept", "--steps", "2")
-    assert command("validate", "--size", "tiny", *options) == 0
+    assert command("validate", "--model", "tiny", *options) == 0
     found = record()
     check_record(found)
     assert found["complete"] is True
@@ -111,7 +111,7 @@ def test_stages_of_a_tiny_model(command: Command) -> None:
     assert "writing a random checkpoint" in command.output
     assert "note: stages: 64 of 64 tokens" in command.output
     kept = [file for file in files if file.startswith("kept/")]
-    assert command("validate", "--size", "tiny", "--only", "tatok", "--work", "kept") == 0
+    assert command("validate", "--model", "tiny", "--only", "tatok", "--work", "kept") == 0
     assert "writing" not in command.output
     assert [file for file in command.files() if file.startswith("kept/")] == kept
 
@@ -180,15 +180,17 @@ def test_a_checkpoint_that_names_repositories(command: Command, tiny: Path) -> N
     shutil.move("other/ta_tok.pth", ta_tok)
     options = ("--only", "dit,vae,tatok,pipeline", "--dtype", "fp32", "--steps", "2")
     given = ("--diffusion", "diffusers", "--ta-tok", ta_tok)
-    assert command("validate", "--checkpoint", "published", *given, *options) == 0
+    assert command("validate", "--checkpoint", "./published", *given, *options) == 0
+    assert "--checkpoint is deprecated: its name is --model" in command.errors
     assert {line["group"] for line in record()["lines"]} == set(options[1].split(","))
     assert command("validate", "--size", "tiny", *given, *options) == 2
+    assert "--size is deprecated: its name is --model" in command.errors
     assert "--diffusion and --ta-tok are of a published checkpoint" in command.errors
 
 
 def test_a_kernel_in_the_stages(command: Command, tiny: Path) -> None:
     Path("mine.py").write_text(WRONG)
-    options = ("--checkpoint", tiny, "--only", "ar,tatok", "--dtype", "fp32", "--tokens", "8")
+    options = ("--model", tiny, "--only", "ar,tatok", "--dtype", "fp32", "--tokens", "8")
     assert command("validate", "--kernel", "mine.py", *options) == 1
     found = record()
     failed = {(line["group"], line["name"]) for line in found["lines"] if not line["passed"]}
@@ -206,7 +208,7 @@ def test_an_error_in_a_group_is_a_line_that_failed(
         yield
 
     monkeypatch.setattr("blip3o_rt.measure.validate.ar.ar_lines", broken)
-    assert command("validate", "--checkpoint", tiny, "--only", "ar,tatok", "--dtype", "fp32") == 1
+    assert command("validate", "--model", tiny, "--only", "ar,tatok", "--dtype", "fp32") == 1
     found = record()
     check_record(found)
     first, *others = found["lines"]
@@ -226,7 +228,7 @@ def test_interrupted_between_two_lines(command: Command, tiny: Path, monkeypatch
 
     monkeypatch.setattr("blip3o_rt.measure.validate.vae.vae_lines", interrupted)
     options = ("--only", "vae,tatok", "--dtype", "fp32")
-    assert command("validate", "--checkpoint", tiny, *options) == 130
+    assert command("validate", "--model", tiny, *options) == 130
     assert command.errors == "blip3o-rt: interrupted\n"
     assert "1 lines, all passed" in command.output
     found = record()
@@ -258,11 +260,11 @@ def test_golden(command: Command, reference_dir: Path) -> None:
         (("--op", "rmsnorm"), "there is no op 'rmsnorm' to validate; the ops are: "),
         (("--only", "golden"), "--only golden needs --against DIR"),
         (("--steps", "0"), "--steps is 0: accepted is a whole number from 1"),
-        (("--checkpoint", "nowhere"), "nowhere is not a folder"),
+        (("--model", "nowhere"), "--model is 'nowhere': accepted are"),
         (("--against", "nowhere"), "nowhere/checkpoint does not exist: a recording has"),
         (("--kernel", "nowhere.py"), "nowhere.py: there is no such file"),
-        (("--size", "huge"), "invalid choice: 'huge'"),
-        (("--size", "tiny", "--checkpoint", "x"), "not allowed with argument"),
+        (("--model", "huge"), "--model is 'huge': accepted are published, tiny, shapes or"),
+        (("--model", "tiny", "--against", "x"), "not allowed with argument"),
     ],
 )
 def test_refusals(options: tuple[str, ...], message: str, command: Command) -> None:
@@ -272,7 +274,7 @@ def test_refusals(options: tuple[str, ...], message: str, command: Command) -> N
 
 def test_a_converted_checkpoint_is_refused(command: Command, tiny: Path) -> None:
     convert(tiny, Path("converted"), progress=False)
-    message = command.refused("validate", "--checkpoint", "converted", "--only", "ar")
+    message = command.refused("validate", "--model", "converted", "--only", "ar")
     assert "the published code cannot read it" in message
     assert str(tiny) in message
 
@@ -285,7 +287,7 @@ def test_without_the_published_packages(command: Command, monkeypatch: pytest.Mo
         "find_spec",
         lambda name, *rest: None if name == "diffusers" else real(name, *rest),
     )
-    message = command.refused("validate", "--size", "tiny")
+    message = command.refused("validate", "--model", "tiny")
     assert "needs diffusers: pip install 'blip3o_rt[bench]'" in message
     assert command("validate", "--op", "silu_mul") == 0
 

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     log: Callable[[str], None] = (lambda text: None) if arguments.quiet else _log
     with load_kernels(arguments.kernel) as kernels:
         subject = prepare(
-            arguments.size,
+            arguments.model,
             resolve_precision(arguments.dtype, device),
             device,
             arguments.work or default_work_folder(),

@@ -1,6 +1,6 @@
 """How many kernels a call launches and how many bytes they move.
 
-    python -m blip3o_rt.measure.bench.count --size published --batch 1,32
+    python -m blip3o_rt.measure.bench.count --model published --batch 1,32
 
 Without a GPU the stages run on tensors that have no memory: every op of the runtime counts what its kernels
 launch, and every operator of torch counts as one kernel, views as none. Bytes are what each launch reads and
@@ -30,8 +30,10 @@ from blip3o_rt.ar.model import Decoder
 from blip3o_rt.ar.token_step import Member, TokenSteps
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.parts import DTYPES, layouts
+from blip3o_rt.cli.options import Renamed
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.measure import RANDOM_MODELS
 from blip3o_rt.measure.bench import work
 from blip3o_rt.measure.bench.stages import DitStage, VaeStage
 from blip3o_rt.measure.random_checkpoint import preset
@@ -41,7 +43,6 @@ from blip3o_rt.ops.registry import Implementation, Op
 from blip3o_rt.params import MAX_BATCH, SamplingParams
 from blip3o_rt.precision import precision_of
 
-SIZES = ("published", "tiny")
 PROMPT = 35  # tokens of a short prompt with its template
 PRODUCTS = "products"  # the row of a library's matrix products and convolutions
 CONVOLUTION_BIAS = "convolution bias"  # cuDNN has none: torch adds it in a pass, but to depthwise ones
@@ -352,12 +353,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m blip3o_rt.measure.bench.count", description=str(__doc__).partition("\n")[0]
     )
-    parser.add_argument("--size", choices=SIZES, default="published", help="geometry (%(default)s)")
+    parser.add_argument(
+        "--model", "--size", action=Renamed, choices=RANDOM_MODELS, default="published", help="(%(default)s)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
     parser.add_argument("--batch", default="1", metavar="N,N", help="tokens of so many images (%(default)s)")
     parser.add_argument("--positions", type=int, metavar="N", help="of a token (half-way into an image)")
     parsed = parser.parse_args(arguments)
-    config, dtype = preset(parsed.size, EDITING), DTYPES[parsed.dtype]
+    config, dtype = preset(parsed.model, EDITING), DTYPES[parsed.dtype]
     longest = config.ar.max_position_embeddings
     positions = parsed.positions
     if positions is None:

@@ -15,18 +15,15 @@ from blip3o_rt.checkpoint.load import QUANTIZERS, Checkpoint, load_checkpoint
 from blip3o_rt.checkpoint.parts import layouts
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import CheckpointError
+from blip3o_rt.measure import RANDOM_MODELS
 from blip3o_rt.measure.random_checkpoint import folder_name, preset
 from blip3o_rt.measure.random_tokenizer import write_tokenizer
-from blip3o_rt.measure.validate.checkpoint import EDITING
+from blip3o_rt.measure.validate.checkpoint import EDITING, named_checkpoint
 from blip3o_rt.precision import Precision, precision_of
 from blip3o_rt.switches import check_device, weight_switches
 from blip3o_rt.weights import Source as TensorSource
 from blip3o_rt.weights import TensorSpec
 
-RANDOM_SIZES = ("published", "tiny")
-SHAPES = "shapes"
 SEED = 0
 NOISE = 2**24 + 43  # normal numbers that all random weights are taken from
 
@@ -55,7 +52,7 @@ class Subject:
 
     def load(self, parts: Collection[str] | None = None) -> Checkpoint:
         """The named parts, all without names."""
-        if self.size in RANDOM_SIZES:
+        if self.size in RANDOM_MODELS:
             return self._random(parts)
         return load_checkpoint(
             Source(self.folder, self.diffusion, self.ta_tok),
@@ -82,7 +79,7 @@ class Subject:
 
     def config(self) -> ModelConfig:
         """The model's geometry."""
-        return preset(self.size, EDITING) if self.size in RANDOM_SIZES else self.load(()).config
+        return preset(self.size, EDITING) if self.size in RANDOM_MODELS else self.load(()).config
 
 
 def random_weights(
@@ -122,21 +119,16 @@ def prepare(
     diffusion: Path | None = None,
     ta_tok: Path | None = None,
 ) -> Subject:
-    """The subject that `--size` names; the tokenizer of a random one is kept in the work folder.
+    """The subject that `--model` names; the tokenizer of a random one is kept in the work folder.
 
     Raises CheckpointError where there is no such checkpoint.
     """
-    folder = Path(size)
-    if size in RANDOM_SIZES:
+    if size in RANDOM_MODELS:
         folder = work / f"{folder_name(preset(size, EDITING))}-tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             write_tokenizer(folder, preset(size, EDITING))
-    elif size == SHAPES:
-        folder = embedded_checkpoint()
-    elif not folder.is_dir():
-        raise CheckpointError(
-            f"size is {size!r}: accepted are published, shapes, tiny or a checkpoint's folder"
-        )
+    else:
+        folder = named_checkpoint(size)
     cache = work / "converted-checkpoints"
     return Subject(size, folder, precision_of(dtype), device, cache, dict(switches or {}), diffusion, ta_tok)

@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 
 from blip3o_rt.measure.shapes.foreign import RING_HOLE, ForeignEdit, Mark, Sketch
-from blip3o_rt.measure.shapes.judge import Verdict, components, core, grown, split_by_colour
+from blip3o_rt.measure.shapes.judge import Verdict, core, grown, parts_of
 from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, KINDS
 
 FOREGROUND_DISTANCE = 0.2  # RGB distance (channels 0 to 1) from the background
-SMALLEST_AREA = 14  # pixels
 HUE_ENDS = (
     (14, "red"),
     (43, "orange"),
@@ -119,13 +118,7 @@ def read_outlines(image: Image.Image) -> tuple[str, list[Outline]]:
     names = sorted({name for _, name in HUE_ENDS} | {"white", "gray", "black"})
     labels = np.array([[names.index(hue_name(pixel)) for pixel in row] for row in pixels])
     foreground = np.linalg.norm(pixels - behind, axis=-1) > FOREGROUND_DISTANCE
-    parts = [
-        part
-        for component in components(foreground)
-        if component.sum() >= SMALLEST_AREA
-        for part in split_by_colour(component, labels)
-    ]
-    return hue_name(behind), [_describe(part, pixels, behind) for part in parts]
+    return hue_name(behind), [_describe(part, pixels, behind) for part in parts_of(foreground, labels)]
 
 
 def mark_size(mark: Mark) -> float:

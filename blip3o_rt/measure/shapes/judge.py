@@ -122,6 +122,12 @@ def split_by_colour(component: np.ndarray, labels: np.ndarray) -> list[np.ndarra
     return solid if len(solid) > 1 else [component]
 
 
+def parts_of(foreground: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """What stands before the background, as masks of one colour each; specks are left out."""
+    large = [mask for mask in components(foreground) if mask.sum() >= SMALLEST_AREA]
+    return [part for mask in large for part in split_by_colour(mask, labels)]
+
+
 @functools.cache
 def _templates() -> list[tuple[str, str, tuple[float, float], np.ndarray]]:
     """(kind, size, sub-pixel offset, coverage [WINDOW, WINDOW]) of every shape around the window's middle."""
@@ -184,13 +190,7 @@ def read_image(image: Image.Image) -> Seen:
     label = int(np.bincount(labels.ravel()).argmax())
     behind = np.median(pixels[labels == label], axis=0)
     foreground = np.linalg.norm(pixels - behind, axis=-1) > FOREGROUND_DISTANCE
-    parts = [
-        part
-        for component in components(foreground)
-        if component.sum() >= SMALLEST_AREA
-        for part in split_by_colour(component, labels)
-    ]
-    regions = (_describe(part, pixels, labels, behind) for part in parts)
+    regions = (_describe(part, pixels, labels, behind) for part in parts_of(foreground, labels))
     return Seen(list(PALETTE)[label], tuple(regions))
 
 

@@ -1,4 +1,4 @@
-"""The checkpoint that a size names: the embedded one, or seeded random weights, written when asked for."""
+"""The checkpoint that --model names: the embedded one, or seeded random weights, written when asked for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from blip3o_rt.config import EditConfig, ModelConfig
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.machine import format_bytes
+from blip3o_rt.measure import EMBEDDED_MODEL, RANDOM_MODELS
 from blip3o_rt.measure.random_checkpoint import folder_name, preset, write_random_checkpoint
 
 SEED, SHARDS = 0, 3
@@ -23,21 +24,30 @@ EDITING = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
 
 
 @contextmanager
-def sized_checkpoint(size: str, work: Path | None, show: Callable[[str], None]) -> Iterator[Path]:
+def model_checkpoint(model: str, work: Path | None, show: Callable[[str], None]) -> Iterator[Path]:
     """The folder of a checkpoint in the published layout; a random one is kept where a work folder is given.
 
     Without one it is what bench keeps, where that is there, or else written for as long as it is used.
-    Raises CheckpointError where there is no room for it.
+    Raises CheckpointError where there is no such checkpoint, or no room for it.
     """
-    if size == "shapes":
-        yield embedded_checkpoint()
+    if model not in RANDOM_MODELS:
+        yield named_checkpoint(model)
         return
     with ExitStack() as stack:
-        if work is None and random_folder(size, default_work_folder()).exists():
+        if work is None and random_folder(model, default_work_folder()).exists():
             work = default_work_folder()
         elif work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip3o-rt-")))
-        yield _random_checkpoint(preset(size, EDITING), random_folder(size, work), show)
+        yield _random_checkpoint(preset(model, EDITING), random_folder(model, work), show)
+
+
+def named_checkpoint(model: str) -> Path:
+    """The folder of the embedded model, or the one named. Raises CheckpointError where there is none."""
+    folder = embedded_checkpoint() if model == EMBEDDED_MODEL else Path(model)
+    if not folder.is_dir():
+        names = ", ".join((*RANDOM_MODELS, EMBEDDED_MODEL))
+        raise CheckpointError(f"--model is {model!r}: accepted are {names} or a checkpoint's folder")
+    return folder
 
 
 def default_work_folder() -> Path:

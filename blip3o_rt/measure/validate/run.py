@@ -16,9 +16,10 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.errors import CheckpointError, DeviceError
 from blip3o_rt.machine import resolve_device
+from blip3o_rt.measure import EMBEDDED_MODEL
 from blip3o_rt.measure.cases import ops_with_cases
 from blip3o_rt.measure.records import describe
-from blip3o_rt.measure.validate.checkpoint import sized_checkpoint
+from blip3o_rt.measure.validate.checkpoint import model_checkpoint
 from blip3o_rt.measure.validate.line import GROUPS, Line, at_most
 from blip3o_rt.measure.validate.record import FILE, ValidateRecord
 from blip3o_rt.measure.validate.sweep import check_op_names, sweep
@@ -37,13 +38,12 @@ Show = Callable[[str], None]
 class Options:
     """What to validate.
 
-    only: groups, None for what fits the other options. diffusion and ta_tok: of `checkpoint`, as in
-    `load_checkpoint`. tokens, latent and steps: how much of the model to run, None for what fits its size.
+    only: groups, None for what fits the other options. diffusion and ta_tok: of the model's folder, as
+    in `load_checkpoint`. tokens, latent and steps: how much of the model to run, None for what fits its size.
     work: folder that random checkpoints are kept in.
     """
 
-    size: str = "shapes"
-    checkpoint: Path | None = None
+    model: str = EMBEDDED_MODEL
     diffusion: Path | None = None
     ta_tok: Path | None = None
     against: Path | None = None
@@ -69,9 +69,8 @@ class Options:
 
     @property
     def model_name(self) -> str:
-        """The size or the folder that the record names."""
-        folder = self.against or self.checkpoint
-        return self.size if folder is None else str(folder)
+        """The name or the folder that the record names."""
+        return self.model if self.against is None else str(self.against)
 
 
 def validate(options: Options, out: Path, show: Show = print) -> list[Line]:
@@ -246,10 +245,6 @@ def _model_folder(options: Options, show: Show) -> Iterator[Path]:
         from blip3o_rt.measure.validate.golden import Recording
 
         yield Recording(options.against).checkpoint
-    elif options.checkpoint is not None:
-        if not options.checkpoint.is_dir():
-            raise CheckpointError(f"{options.checkpoint} is not a folder: accepted is a checkpoint's")
-        yield options.checkpoint
     else:
-        with sized_checkpoint(options.size, options.work, show) as folder:
+        with model_checkpoint(options.model, options.work, show) as folder:
             yield folder

@@ -123,10 +123,10 @@ def test_operator_calls_are_operators_and_native_kernels() -> None:
 
 
 def test_the_command_prints_a_table_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    count.main(["--size", "tiny", "--batch", "1,2", "--positions", "50"])
+    count.main(["--model", "tiny", "--batch", "1,2", "--positions", "50"])
     printed = capsys.readouterr().out
     for title in ("ar.token x1\n", "ar.token x2\n", "dit.step\n", "dit.step.edit\n", "vae.decode\n"):
         assert title in printed
     for wrong in (["--batch", "0"], ["--batch", "1,a"], ["--positions", "0"]):
         with pytest.raises(SystemExit):
-            count.main(["--size", "tiny", *wrong])
+            count.main(["--model", "tiny", *wrong])

@@ -507,7 +507,7 @@ def test_a_random_model_keeps_nothing_but_its_tokenizer(tmp_path: Path) -> None:
     assert prepare("tiny", torch.bfloat16, cpu, tmp_path) == first
     assert first.load(["dit"]).weights.keys() == {"dit"}
     with pytest.raises(
-        CheckpointError, match="accepted are published, shapes, tiny or a checkpoint's folder"
+        CheckpointError, match="accepted are published, tiny, shapes or a checkpoint's folder"
     ):
         prepare(str(tmp_path / "none"), torch.bfloat16, cpu, tmp_path)
 
