@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,8 +19,14 @@ ABOVE = (
     f"{PACKAGE}.serve",
     f"{PACKAGE}.scale",
 )  # what stands on the runtime and is not counted as it
+# Rooms that came after the aims below were set, and the commands of every room beside the core.
+LATER = tuple(f"{PACKAGE}.{name}" for name in ("serve", "scale", "rl"))
+COMMANDS = tuple(
+    f"{PACKAGE}.cli.{name}"
+    for name in ("serve", "batch", "bench", "bench_serve", "bench_windows", "score", "validate")
+)
 STAGES = ("ar", "connector", "dit", "vae", "tatok")
-# Ratchets: lowered as the code shrinks. The aims are 11,000 lines, 10,000 lines and 16 files.
+# Ratchets: lowered as the code shrinks. The aims are 11,000 lines of the core, 10,000 lines and 16 files.
 RUNTIME_LINES, MEASURE_LINES, ROOT_FILES = 17_060, 12_969, 16
 
 Imports = dict[str, set[str]]  # a module -> the modules of the package that it imports
@@ -121,6 +128,16 @@ def knows_the_runtime(name: str, other: str) -> bool:
     return is_below(name, baselines) and not is_below(other, baselines, f"{PACKAGE}.checkpoint.source")
 
 
+def rooms(names: dict[str, Path], lines: dict[str, int]) -> list[tuple[str, int]]:
+    """The lines of the core of the runtime, without later rooms and their commands, then of every room."""
+    core = sum(n for name, n in lines.items() if not is_below(name, MEASURE, *LATER, *COMMANDS))
+    found: Counter[str] = Counter()
+    for name, path in names.items():
+        first, *below = path.relative_to(ROOT / PACKAGE).parts
+        found[first if below else "the root"] += lines[name]
+    return [("core of the runtime", core), *found.most_common()]
+
+
 def main() -> int:
     """Print every count and wall; 1 where one is over its limit, else 0."""
     files = sorted((ROOT / PACKAGE).rglob("*.py"))
@@ -152,6 +169,8 @@ def main() -> int:
     }
     for title, count, limit in counts:
         print(f"{title:52} {count:6} of {limit}{'' if count <= limit else '  OVER'}")
+    for room, count in rooms(names, lines):
+        print(f"    {room:48} {count:6}")
     for title, found in walls.items():
         print(f"{title:52} {'BROKEN' if found else 'none' if 'cycles' in title else 'holds':>6}")
         for line in found:
