@@ -223,12 +223,10 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         ParameterError: A value, or the seed, is out of range.
     """
     given = vars(arguments)
-    sampling = SamplingParams(arguments.seed, **named(given, SAMPLING_NAMES))
-    diffusion = DiffusionParams(**named(given, DIFFUSION_NAMES))
-    options = dataclasses.asdict(diffusion) | dataclasses.asdict(sampling)
-    del options["seed"]
+    SamplingParams(arguments.seed, **named(given, SAMPLING_NAMES))
+    DiffusionParams(**named(given, DIFFUSION_NAMES))
     check_draft_window(arguments.draft_window)
-    return options | {"draft_window": arguments.draft_window}
+    return named(given, (*SAMPLING_NAMES, *DIFFUSION_NAMES, "draft_window"))
 
 
 def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
