@@ -21,7 +21,7 @@ CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Workers of the suite, each on one thread of its own. What Python compiles is kept, whatever the environment says.
 JOBS ?= 2
 COVERAGE ?=
-PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	$(if $(COVERAGE),--cov --cov-append --cov-report=)
 
 help: ## List the targets.
@@ -60,7 +60,7 @@ lint: $(DEVELOPMENT) ## Check style, types, the format of Python and C++, and th
 	$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
 	$(BIN)/hadolint deploy/Dockerfile
 
-count: ## Print the size of the code, its import cycles and its walls; fails over a limit.
+count: ## Print the size of the code, its import cycles and forbidden imports; fails over a limit.
 	$(PYTHON) scripts/count.py
 
 docs: $(DEVELOPMENT) ## Build the site of docs/ and the docstrings into out/site; fails at a broken link.

@@ -1,4 +1,4 @@
-"""Prints the size of the package, its import cycles and the walls in it; exits with 1 where one is broken.
+"""Prints the size of the package, its import cycles and forbidden imports; exits with 1 where one is found.
 
 Run from anywhere: `python scripts/count.py`.
 """
@@ -100,7 +100,7 @@ def cycles(imports: Imports) -> list[list[str]]:
 
 
 def crossings(imports: Imports, fenced: Callable[[str, str], bool]) -> list[str]:
-    """The imports that a wall forbids, as "module imports module"."""
+    """The imports that a rule forbids, as "module imports module"."""
     pairs = [(name, other) for name in sorted(imports) for other in sorted(imports[name])]
     return [f"{name} imports {other}" for name, other in pairs if fenced(name, other)]
 
@@ -139,7 +139,7 @@ def rooms(names: dict[str, Path], lines: dict[str, int]) -> list[tuple[str, int]
 
 
 def main() -> int:
-    """Print every count and wall; 1 where one is over its limit, else 0."""
+    """Print every count and rule; 1 where one is over its limit, else 0."""
     files = sorted((ROOT / PACKAGE).rglob("*.py"))
     names = {name_of(path): path for path in files}
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in names.items()}
@@ -160,7 +160,7 @@ def main() -> int:
         ),
         ("files at the root", len(list((ROOT / PACKAGE).glob("*.py"))), ROOT_FILES),
     ]
-    walls = {
+    rules = {
         "import cycles": [", ".join(group) for group in cycles(imports)],
         "stages import no other stage": crossings(imports, leaves_its_stage),
         "the runtime imports no measuring code": crossings(at_import, enters_measure),
@@ -171,11 +171,11 @@ def main() -> int:
         print(f"{title:52} {count:6} of {limit}{'' if count <= limit else '  OVER'}")
     for room, count in rooms(names, lines):
         print(f"    {room:48} {count:6}")
-    for title, found in walls.items():
+    for title, found in rules.items():
         print(f"{title:52} {'BROKEN' if found else 'none' if 'cycles' in title else 'holds':>6}")
         for line in found:
             print(f"    {line}")
-    return int(any(count > limit for _, count, limit in counts) or any(walls.values()))
+    return int(any(count > limit for _, count, limit in counts) or any(rules.values()))
 
 
 if __name__ == "__main__":

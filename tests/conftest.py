@@ -52,8 +52,33 @@ def reference_dir() -> Path:
     return folder
 
 
+LONG_FILES = (
+    "csrc/test_cuda_logic.py",
+    "test_golden.py",
+    "csrc/test_cuda_memory.py",
+    "ops/test_memory_bounds.py",
+    "test_bfloat16.py",
+    "serve/test_model.py",
+    "serve/test_admin.py",
+    "test_pipeline.py",
+    "test_isolation.py",
+    "measure/bench/test_run.py",
+    "cli/test_validate.py",
+    "cli/test_bench.py",
+    "cli/test_end_to_end.py",
+    "test_against_published.py",
+    "measure/reports/test_pages.py",
+    "triton_kernels/test_interpreted.py",
+    "checkpoint/test_convert.py",
+    "examples/test_training.py",
+)
+"""Begun first, the longest before the others: a worker that begins one last works alone at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what reads recordings, and skip what needs a GPU where there is none."""
+    """Put long files first, mark what reads recordings, and skip what needs a GPU where there is none."""
+    place = {ROOT / "tests" / name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     for item in items:
         if "reference_dir" in getattr(item, "fixturenames", ()):
             item.add_marker("golden")

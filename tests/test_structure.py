@@ -1,4 +1,4 @@
-"""The walls between the package's parts and its lack of import cycles, as scripts/count.py finds them."""
+"""Who may import whom in the package, and that no import is circular, as scripts/count.py finds it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import count
+from tests.conftest import LONG_FILES, ROOT
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_the_package_has_no_cycle_and_holds_its_walls(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("wall", "module", "text"),
+    ("rule", "module", "text"),
     [
         ("stages import no other stage", "ar__model", "from blip3o_rt.dit import model"),
         ("stages import no other stage", "ar__model", "def f():\n    import blip3o_rt.dit.model"),
@@ -49,8 +50,8 @@ def test_the_package_has_no_cycle_and_holds_its_walls(capsys: pytest.CaptureFixt
         ),
     ],
 )
-def test_what_breaks_a_wall_is_named(
-    wall: str, module: str, text: str, tree: Path, capsys: pytest.CaptureFixture[str]
+def test_what_breaks_a_rule_is_named(
+    rule: str, module: str, text: str, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tree, dit__model="", pipeline="", measure__bench__run="import blip3o_rt.dit.model")
     write(tree, cli__score="def run():\n    from blip3o_rt.measure.bench import run")
@@ -59,10 +60,14 @@ def test_what_breaks_a_wall_is_named(
     write(tree, **{module: text})
     assert count.main() == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if "BROKEN" in line]
-    assert [line.startswith(wall) for line in lines].count(True) == 1
+    assert [line.startswith(rule) for line in lines].count(True) == 1
 
 
 def test_a_count_over_its_limit_fails(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tree, **{f"file_{number}": "" for number in range(count.ROOT_FILES + 1)})
     assert count.main() == 1
     assert f"{count.ROOT_FILES + 1} of {count.ROOT_FILES}  OVER" in capsys.readouterr().out
+
+
+def test_the_long_files_that_the_suite_begins_with_exist() -> None:
+    assert [name for name in LONG_FILES if not (ROOT / "tests" / name).is_file()] == []
