@@ -1,4 +1,4 @@
-"""A kernel that begins while another still runs touches nothing too early: table, shim and token step."""
+"""A kernel that begins while another still runs touches nothing too early: table, simulation, token step."""
 
 from __future__ import annotations
 
