@@ -167,8 +167,11 @@ FAULTS = {
         ("__syncthreads();", ""),  # embeddings of ids that are not there yet
         ("id < a.embedding.count", "id + 1 < a.embedding.count"),
         ("id * a.embedding.stride", "id * a.embedding.width"),
-        ("i < a.embedded.width;", "i + kPack < a.embedded.width;"),  # a lost tail
-        ("i += kThreads * kPack", "i += kThreads * kPack * 2"),
+        ("begin < packs;", "begin + kPack < packs;"),  # a lost tail
+        ("begin += kThreads * kPacksAtOnce", "begin += kThreads * kPacksAtOnce * 2"),
+        ("loose < a.cu_rows[a.windows]", "loose <= a.cu_rows[a.windows]"),
+        ("first + i / width;\n", "first;\n"),  # every row over the first one
+        ("a.out[first + i / width]", "a.out[first]"),
     ],
     "sample_tokens": [
         ("__syncthreads();\n    if (threadIdx.x == 0) shared.search", "if (threadIdx.x == 0) shared.search"),

@@ -67,7 +67,8 @@ def test_embeddings_are_read_in_wide_loads_once_their_ids_are_there() -> None:
     kernel = kernels_of("advance_windows")["advance_windows_kernel<bf16, 8, false>"]
     before, after = around_the_barrier(kernel)
     assert not select(before, "LDG.E.128")
-    assert select(after, "LDG.E.128")
+    opcodes = [found.opcode for found in select(after, "LDG.E.128", "STG.E.128")]
+    assert [opcode[:3] for opcode in opcodes[:5]] == ["LDG"] * 4 + ["STG"]  # four are on the way at once
     assert not select(after, "LDG.E.U16")
     assert select(after, "STG.E.128")
     assert kernel.resources.registers <= 64
