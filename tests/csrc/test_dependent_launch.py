@@ -199,6 +199,7 @@ NORM = """        scale = norm_packs ? row_inverse_rms<kWidestPack<__nv_bfloat16
 LENGTH = "    const int length = context_length(a, sequence);\n    TokenPlace"
 SAMPLER = "    const Sampler sampler(a, row, index_bits);\n"
 RETURN = "    if (column >= a.out.width) return;\n"
+EARLY_STORE = "    if (threadIdx.x == 0) static_cast<T*>(a.out.data)[0] = from_float<T>(1.0f);\n"
 FAULTS = [
     ("row_linear", [(WAIT, "")]),
     ("norm_row_linear", [(WAIT, ""), (NORM, NORM + WAIT)]),  # the rows' sizes are read too early
@@ -206,7 +207,7 @@ FAULTS = [
     ("decode_attention", [(WAIT, ""), (LENGTH, LENGTH.replace("\n", "\n" + WAIT, 1))]),
     ("sample_tokens", [(WAIT, ""), (SAMPLER, SAMPLER + WAIT)]),
     ("silu_mul", [(WAIT, ""), (RETURN, RETURN + WAIT)]),  # some threads end without it
-    ("rms_norm", [(WAIT, "    static_cast<T*>(a.out.data)[threadIdx.x] = from_float<T>(1.0f);\n" + WAIT)]),
+    ("rms_norm", [(WAIT, EARLY_STORE + WAIT)]),
     ("qk_norm_rope_append", [(WAIT, ""), ("    const bool valid =", WAIT + "    const bool valid =")]),
 ]
 
