@@ -6,6 +6,10 @@ recorded addresses, and fails where memory that the graph did not allocate itsel
 captures allocated is lost at the next replay of any of these graphs, as it may be in one memory pool: it is
 filled with NaN (-1 where it is read as integers).
 
+Every capture is checked: on the same memory a replay leaves the bits that the work itself leaves, and so does
+another one, behind a replay of the graph before it. That catches work whose launches depend on Python's
+state, and what a replay leaves behind for the next one.
+
 What is recorded is PyTorch's operators and, as one call each, what native and other kernels of ours compute.
 """
 
@@ -87,6 +91,7 @@ class RecordedGraphs:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self._last: _Capture | None = None
         self._written: list[_Capture] = []  # whose memory holds numbers since it was last filled
 
     def capture(self, work: Callable[[], R]) -> tuple[Callable[[], None], R]:
@@ -96,17 +101,47 @@ class RecordedGraphs:
         with capture.recording():
             result = work()
         self._written.append(capture)
+        self._check(work, capture, result)
+        self._last = capture
         self.captured += 1
 
         def replay() -> None:
             self.replayed += 1
-            for written in self._written:
-                written.forget()
-            self._written = [capture]
-            for call in capture.calls:
-                call.replay()
+            self._replay(capture)
 
         return replay, result
+
+    def _replay(self, capture: _Capture) -> None:
+        for written in self._written:
+            written.forget()
+        self._written = [capture]
+        for call in capture.calls:
+            call.replay()
+
+    def _check(self, work: Callable[[], Any], capture: _Capture, result: Any) -> None:
+        """Fail where replays of a capture and its work leave different bits."""
+        before = self._last if self._last is not None and self._last.is_alive() else None
+        memory = {**capture.used(), **(before.used() if before is not None else {})}
+        begin = {place: bytes_of(storage).clone() for place, storage in memory.items()}
+
+        def outcome(run: Callable[[], Any]) -> list[Tensor]:
+            found = run()
+            left = [bytes_of(capture.used()[place]).clone() for place in sorted(capture.used())]
+            for place, storage in memory.items():
+                bytes_of(storage).copy_(begin[place])
+            return left + [_bits(tensor) for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
+
+        def replay() -> Any:
+            self._replay(capture)
+            return result
+
+        runs = {"the work": outcome(work), "a replay": outcome(replay)}
+        if before is not None:
+            outcome(lambda: self._replay(before))
+        runs["another replay"] = outcome(replay)
+        for name, left in runs.items():
+            same = all(torch.equal(a, b) for a, b in zip(left, runs["a replay"], strict=True))
+            assert same, f"{name} and a replay leave different bits"
 
 
 class _Capture(TorchDispatchMode):
@@ -140,10 +175,25 @@ class _Capture(TorchDispatchMode):
         finally:
             _forget_candidates()
 
+    def used(self) -> dict[int, torch.UntypedStorage]:
+        """The memory that the calls touch, without what the capture allocated, which is lost anyway."""
+        leaves = (leaf for call in self.calls for leaf in tree_leaves((call.args, call.kwargs)))
+        found = {leaf.storage.cdata: leaf for leaf in leaves if isinstance(leaf, Address)}
+        return {
+            place: address.tensor().untyped_storage()
+            for place, address in found.items()
+            if place not in self.allocated
+        }
+
+    def is_alive(self) -> bool:
+        """Whether nobody has let go of memory that the calls touch."""
+        leaves = (leaf for call in self.calls for leaf in tree_leaves((call.args, call.kwargs)))
+        return not any(leaf.storage.expired() for leaf in leaves if isinstance(leaf, Address))
+
     def forget(self) -> None:
         """Fill all that the capture allocated."""
         for storage in self.allocated.values():
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
+            bytes_of(storage).fill_(0xFF)
 
     def _recorded(self, implementation: Implementation) -> Implementation:
         """The implementation, its runs recorded; a torch reference is recorded by the operators it calls."""
@@ -223,6 +273,14 @@ def _forget_candidates() -> None:
 
     for op in ops.all_ops().values():
         op.choose_again()
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8).clone()
 
 
 def _storage(tensor: Tensor) -> int:

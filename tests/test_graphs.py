@@ -177,6 +177,39 @@ def test_a_replay_is_one_range_of_a_trace() -> None:
     assert seen == ["step [graph]"]
 
 
+def test_a_replay_that_leaves_other_bits_than_the_work_is_refused() -> None:
+    """Its launches depend on what Python counts, so the capture holds what only one run did."""
+    total, runs = torch.zeros(3), 0
+
+    def work() -> Tensor:
+        nonlocal runs
+        runs += 1
+        return total.add_(runs)
+
+    with pytest.raises(AssertionError, match="the work and a replay leave different bits"):
+        GraphRunner(RecordedGraphs()).capture("work", work)
+
+
+def test_a_replay_that_depends_on_the_graph_before_it_is_refused() -> None:
+    """A kernel returns the rows of the call before, which it keeps where no argument shows it."""
+    rms_norm, rows = ops.all_ops()["rms_norm"], [0]
+
+    def forgetful(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        before, rows[0] = rows[0], len(x)
+        return torch.full_like(x, float(before))
+
+    rms_norm.implementation("forgetful")(forgetful)
+    runner, weight = GraphRunner(RecordedGraphs()), torch.ones(8)
+    three, two = torch.ones(3, 8), torch.ones(2, 8)
+    try:
+        with ops.force("rms_norm", "forgetful"):
+            runner.capture("three rows", lambda: ops.rms_norm(three, weight, 0.0))
+            with pytest.raises(AssertionError, match="another replay and a replay leave different bits"):
+                runner.capture("two rows", lambda: ops.rms_norm(two, weight, 0.0))
+    finally:
+        rms_norm.withdraw("forgetful")
+
+
 def test_the_environment_turns_graphs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs_wanted()
     monkeypatch.setenv("BLIP3O_GRAPHS", "off")
