@@ -28,6 +28,7 @@ from .train_autoencoder import build_autoencoder
 from .training import add_gate_option, enforce, finished_module
 
 BARS = {"held out": 0.9, "single": 0.95, "two": 0.85, "edit": 0.85, "foreign edit": 0.7}
+SINGLE_KINDS = ("recolour", "background")  # the edits of foreign-singles
 
 
 def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -73,13 +74,22 @@ def score_tasks(pipeline: ReferencePipeline, tasks: list[Task], seed: int) -> li
     ]
 
 
+def foreign_singles(count: int, seed: int) -> list[Task]:
+    """Edits of single shapes that somebody else drew: another color, another background."""
+    edits = draw_foreign_tasks(12 * count, seed)  # of which about two in twelve are such
+    wanted = [t for t in edits if t.edit and t.edit.kind in SINGLE_KINDS and len(t.edit.before.shapes) == 1]
+    return wanted[:count]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of training states")
     parser.add_argument("--count", type=int, default=48, help="images per category")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument(
-        "--only", choices=("autoencoder", "captions", "edits", "foreign"), help="one part of it"
+        "--only",
+        choices=("autoencoder", "captions", "edits", "foreign", "foreign-singles"),
+        help="one part of it; foreign-singles are single shapes recolored or on a new background",
     )
     add_gate_option(parser)
     arguments = parser.parse_args()
@@ -89,8 +99,10 @@ def main() -> None:
     if arguments.only == "autoencoder":
         return
     captions = [name for name in CATEGORIES if name != "edit"]
-    chosen = {"captions": captions, "edits": ["edit"], "foreign": [FOREIGN_EDIT]}
-    tasks = draw_tasks(count, seed) + draw_foreign_tasks(count, seed)
+    chosen = {"captions": captions, "edits": ["edit"]}
+    chosen |= {name: [FOREIGN_EDIT] for name in ("foreign", "foreign-singles")}
+    draw_foreign = foreign_singles if arguments.only == "foreign-singles" else draw_foreign_tasks
+    tasks = draw_tasks(count, seed) + draw_foreign(count, seed)
     pipeline, drawn = ReferencePipeline(run), []
     for category in chosen.get(arguments.only, [*CATEGORIES, FOREIGN_EDIT]):
         drawn += score_tasks(pipeline, [task for task in tasks if task.category == category], seed)

@@ -141,8 +141,10 @@ def train(
     if (state := load_state(path)) is not None:
         first = state["step"]
         model.load_state_dict(state["weights"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.average = state["average"]
+        if first:  # an imported state has the weights alone
+            optimiser.load_state_dict(state["optimiser"])
+        average.average = state["average"] if first else [p.detach().clone() for p in model.parameters()]
+    kept = {key: value for key, value in (state or {}).items() if key == "scaling_factor"}  # if imported
     log = Log(run / "autoencoder.jsonl", every=50)
 
     def save(step: int) -> None:
@@ -157,6 +159,7 @@ def train(
                 "optimiser": optimiser.state_dict(),
                 "average": average.average,
                 "encoder_final": not next(model.encoder.parameters()).requires_grad,
+                **kept,
             },
             path,
         )

@@ -21,7 +21,7 @@ from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.measure.shapes.render import render
 from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
-from examples.shapes import train_autoencoder, train_image_tokenizer, train_joint, training
+from examples.shapes import evaluate, train_autoencoder, train_image_tokenizer, train_joint, training
 from examples.shapes.export import checkpoint_tensors, export
 from examples.shapes.import_checkpoint import import_checkpoint
 from examples.shapes.tokenizer import PromptTokenizer
@@ -224,13 +224,28 @@ def test_an_imported_checkpoint_is_exported_unchanged(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_a_stage_goes_on_from_an_imported_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["autoencoder", "image_tokenizer"])
+def test_a_stage_goes_on_from_an_imported_checkpoint(stage: str, tmp_path: Path) -> None:
     """One step with a rate of nothing leaves the weights as they are: they were not begun anew."""
     import_checkpoint(embedded_checkpoint(), tmp_path)
-    before = state(tmp_path, "image_tokenizer")["model"]
-    train_image_tokenizer.train(tmp_path, steps=1, batch=2, peak=0.0, seed=2, foreign=0.5)
-    after = state(tmp_path, "image_tokenizer")["weights"]
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = state(tmp_path, stage)
+    if stage == "autoencoder":
+        train_autoencoder.train(tmp_path, steps=1, encoder_steps=0, batch=2, peak=0.0, seed=1)
+    else:
+        train_image_tokenizer.train(tmp_path, steps=1, batch=2, peak=0.0, seed=2, foreign=0.5)
+    after = state(tmp_path, stage)
+    assert after["step"] == 1
+    assert all(torch.equal(before["model"][name], after["weights"][name]) for name in before["model"])
+    assert after.get("scaling_factor") == before.get("scaling_factor")
+
+
+def test_foreign_singles_are_single_shapes_recolored_or_on_a_new_background() -> None:
+    tasks = evaluate.foreign_singles(20, seed=5)
+    edits = [task.edit for task in tasks if task.edit is not None and task.foreign is not None]
+    assert len(edits) == 20
+    assert {edit.kind for edit in edits} == {"recolour", "background"}
+    assert all(len(edit.before.shapes) == len(edit.after.shapes) == 1 for edit in edits)
+    assert evaluate.foreign_singles(5, seed=5) == tasks[:5]
 
 
 def test_a_stage_under_its_bar_is_an_error() -> None:
