@@ -1,6 +1,6 @@
 """The pieces of a run on a GPU in order of worth: what each does, its command and its seconds.
 
-    python -m benchmarks.pieces build|embedded|products|kernels FOLDER    run one of those that are Python
+    python -m benchmarks.pieces build|embedded|products|kernels|dependent FOLDER    run one in Python
 
 Nothing is needed but a checkout, PyTorch with Triton and transformers, the packages the runtime depends on,
 pytest, cmake, nvcc and pybind11's headers: no network, no pip, no installed package, no checkpoint.
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "PIL", "tqdm", "psutil", "tabulate")
 BUILD_PACKAGES = ("pytest", "pybind11")
 SIZE = ("--model", "published", "--dtype", "bf16", "--device", "cuda", "--quiet")
-DEPENDENT = "BLIP3O_DEPENDENT_LAUNCHES"  # off, unless it is on
 FAST = ("--switch", "ar_weights=int8", "--switch", "dit_weights=fp8", "--switch", "step_cache=2")
 SANITIZED = "cuda and (row_linear or decode_attention or sample_tokens or rms_norm)"
 GPU_TESTS = ("tests/ops/test_attention_on_gpu.py", "tests/ops/test_fused_on_gpu.py", "tests/test_graphs.py")
@@ -98,12 +97,6 @@ def sanitized(tool: str) -> Callable[[Site], list[str]]:
     return command
 
 
-def dependent(site: Site) -> list[str]:
-    """The headline's token, where a kernel begins while the one before it ends."""
-    token = bench("dependent", "--lines", "ar.token", "--baselines", "none", "--runs", "5")
-    return ["env", f"{DEPENDENT}=on", *token(site)]
-
-
 def compiled(line: str) -> Piece:
     options = ("--lines", line, "--baselines", "compiled,graphed", "--runs", "3")
     what = f"{line} beside compiled and graphed baselines"
@@ -126,7 +119,7 @@ PIECES = (
     Piece("products", "the transformer's matrix products alone", 30, python("products")),
     Piece("headline", "a token, a step, decoding and whole images", 65, bench("headline", *HEADLINE), True),
     Piece("kernels", "the kernels of a token, a step and decoding, one by one", 15, python("kernels")),
-    Piece("dependent", "a token with dependent launches, beside that of the headline", 20, dependent),
+    Piece("dependent", "a token with dependent launches and without", 20, python("dependent")),
     Piece("eager", "the same beside eager baselines", 60, bench("eager", *EAGER), True),
     Piece("memcheck", "no access out of bounds", 35, sanitized("memcheck")),
     Piece("racecheck", "no race in shared memory", 35, sanitized("racecheck")),
@@ -189,11 +182,11 @@ def embedded(results: Path) -> None:
     import torch
 
     from blip3o_rt import Pipeline
-    from blip3o_rt.graphs import ENVIRONMENT_VARIABLE
+    from blip3o_rt.graphs import DEPENDENT_VARIABLE, ENVIRONMENT_VARIABLE
 
     prompt, found = "a large red circle on a blue background", []
     for graphs, early in (("off", "off"), ("on", "off"), ("on", "off"), ("off", "on"), ("on", "on")):
-        os.environ |= {ENVIRONMENT_VARIABLE: graphs, DEPENDENT: early}
+        os.environ |= {ENVIRONMENT_VARIABLE: graphs, DEPENDENT_VARIABLE: early}
         pipeline = Pipeline.load(device="cuda", dtype="bf16")
         for seed in (7, 8, 7):
             plan = pipeline.plan(prompt, seed=seed)
@@ -262,11 +255,23 @@ def kernels(results: Path) -> None:
         save(results / "kernels.json", found)
 
 
+def dependent(results: Path) -> None:
+    """Seconds of a token whose kernels are launched in order, and of one with dependent launches, in turn."""
+    import torch
+
+    from blip3o_rt.measure.bench import ablation
+    from blip3o_rt.measure.bench.subject import prepare
+
+    subject = prepare("published", torch.bfloat16, torch.device("cuda", 0), results.parent)
+    (switch,) = (switch for switch in ablation.SWITCHES if switch.name == ablation.DEPENDENT)
+    found = ablation.time_switch(switch, ablation.TOKEN, subject, subject.load(["ar"]), runs=5)
+    save(results / "dependent.json", asdict(found))
+
+
 def save(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    {"build": build, "embedded": embedded, "products": products, "kernels": kernels}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    pieces = {f.__name__: f for f in (build, embedded, products, kernels, dependent)}
+    pieces[sys.argv[1]](Path(sys.argv[2]))

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.graphs import DEPENDENT_VARIABLE
 from blip3o_rt.measure.provenance import RECORD_VERSION, record_head, write_record
 from blip3o_rt.switches import SWITCHES
 
@@ -294,7 +295,8 @@ class Record(Entry):
         """What sets the model apart from others: switches of the fast tier, and graphs left out."""
         chosen = self.model.get("switches") or {}
         found = {name: str(chosen[name]) for name in SWITCHES if chosen.get(name)}
-        return found | ({"graphs": "off"} if chosen.get("graphs") == "off" else {})
+        found |= {"graphs": "off"} if chosen.get("graphs") == "off" else {}
+        return found | ({"dependent launches": "on"} if chosen.get(DEPENDENT_VARIABLE) == "on" else {})
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import REFERENCE
 
 IMAGES = 4  # of the switch of batching
-ALL_OPS = "all ops"
+ALL_OPS, DEPENDENT = "all ops", "dependent launches"
 PREFILL, TOKEN, STEP, EDIT, DECODE = "ar.prefill", "ar.token", "dit.step", "dit.step.edit", "vae.decode"
 STEPS = (STEP, EDIT)
 WITH_OPS = (TOKEN, "tatok.encode", STEP, DECODE)  # lines whose ops are switched
@@ -113,6 +113,13 @@ SWITCHES = (
         (TOKEN, *STEPS, DECODE),
         Variant("a launch per kernel", environment={graphs.ENVIRONMENT_VARIABLE: "off"}),
         Variant("captured, replayed"),
+        available=lambda device: device.type == "cuda",
+    ),
+    Switch(
+        DEPENDENT,
+        (TOKEN,),
+        Variant("each behind the last", environment={graphs.DEPENDENT_VARIABLE: "off"}),
+        Variant("each as the last ends", environment={graphs.DEPENDENT_VARIABLE: "on"}),
         available=lambda device: device.type == "cuda",
     ),
 )

@@ -16,7 +16,7 @@ from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
-from blip3o_rt.graphs import graphs_wanted
+from blip3o_rt.graphs import DEPENDENT_VARIABLE, graphs_wanted
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.bench import baselines, compose, rooflines
 from blip3o_rt.measure.bench.ablation import ablate
@@ -57,6 +57,7 @@ def model_entry(subject: Subject, tier: str, kernels: Sequence[UserKernel]) -> d
             "ops": chosen,
             ENVIRONMENT_VARIABLE: os.environ.get(ENVIRONMENT_VARIABLE),
             "graphs": "on" if graphs_wanted() else "off",
+            DEPENDENT_VARIABLE: os.environ.get(DEPENDENT_VARIABLE),
             native.ISA_VARIABLE: os.environ.get(native.ISA_VARIABLE),
             "kernels": [f"{kernel.op}={kernel.implementation}" for kernel in kernels],
             "image_tokens_only": True,

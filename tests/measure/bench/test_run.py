@@ -242,7 +242,7 @@ def test_switches_are_recorded_and_leave_no_trace(
 def test_a_switch_is_listed_for_the_device_that_takes_it() -> None:
     cpu, gpu = ({s.name for s in ablation.listed("ar.token", torch.device(d))} for d in ("cpu", "cuda"))
     assert "batching" in gpu
-    assert gpu - cpu == {"graphs"}
+    assert gpu - cpu == {"graphs", "dependent launches"}
     assert cpu - gpu == {"AVX-512 kernels"} & cpu
 
 
@@ -273,6 +273,8 @@ def test_a_record_says_its_switches_and_whether_there_were_graphs(
     assert switches_of(given, "fast") == {"step_cache": "3"}
     monkeypatch.setenv("BLIP3O_GRAPHS", "off")
     assert switches_of(given, "fast") == {"step_cache": "3", "graphs": "off"}
+    monkeypatch.setenv("BLIP3O_DEPENDENT_LAUNCHES", "on")
+    assert switches_of(subject, "exact") == {"graphs": "off", "dependent launches": "on"}
 
 
 def test_a_step_of_8_bit_products_has_no_utilization_of_another_roofline(
