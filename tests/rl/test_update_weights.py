@@ -222,12 +222,12 @@ def test_from_within_a_request_it_is_refused(new: dict[str, Tensor]) -> None:
     assert pipeline.weights_version == 0
 
 
-def test_under_load_every_image_is_of_one_version(new: dict[str, Tensor]) -> None:
-    """Threads draw while the weights change to and fro: what they get is old or new, and says which."""
+def test_under_load_every_image_is_of_one_version(new: dict[str, Tensor], folder: Path) -> None:
+    """Threads draw while the weights change to and fro: what they get is of a fresh load of old or new."""
     pipeline, old = Pipeline.load(device="cpu", dtype="fp32"), published()
     versions = {0: pipeline.rollout(PROMPT, seed=3, steps=STEPS)[0]}
     pipeline.update_weights(new)
-    versions[1] = pipeline.rollout(PROMPT, seed=3, steps=STEPS)[0]
+    versions[1] = Pipeline.load(folder, device="cpu", dtype="fp32").rollout(PROMPT, seed=3, steps=STEPS)[0]
     wrong: list[int] = []
     done = threading.Event()
 
@@ -253,6 +253,7 @@ def test_under_load_every_image_is_of_one_version(new: dict[str, Tensor]) -> Non
         thread.join()
     assert pipeline.weights_version == 7
     assert not wrong
+    assert not torch.equal(versions[0].token_ids, versions[1].token_ids)
 
 
 def test_an_image_says_which_weights_drew_it(new: dict[str, Tensor]) -> None:

@@ -69,14 +69,28 @@ def wait_until(holds: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(0.2)
 
 
+def started() -> bool:
+    """Whether the HTTP proxy came up in the time that Ray gives it."""
+    from ray import serve
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    except (TimeoutError, GetTimeoutError):
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
 def service() -> Iterator[Any]:
     """Two planners and two renderers behind the HTTP surface."""
+    patient = {f"RAY_SERVE_PROXY_{name}_TIMEOUT_S": "300" for name in ("READY_CHECK", "HEALTH_CHECK")}
+    os.environ.update(patient, RAY_worker_niceness="0")  # of Ray's processes, however busy the machine is
     ray = pytest.importorskip("ray")
     serve = pytest.importorskip("ray.serve")
     httpx = pytest.importorskip("httpx")
     ray.init("local", num_cpus=2, object_store_memory=100 * MIB, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    wait_until(started)
     deploy(TWO, TWO)
     with httpx.Client(base_url=URL, timeout=600) as client:
         wait_until(lambda: client.get("/ready").status_code == 200)
