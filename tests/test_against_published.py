@@ -110,7 +110,6 @@ CASES = {
 QUICK = {
     "text, whole vocabulary",
     "edit, cross-attention, two images",
-    "edit, features",
     "edit, everything",
     "edit, channels and cross-attention",
     "edit, quiet",

@@ -171,7 +171,7 @@ def test_triton_kernels_of_another_project_are_left_alone(library: Path) -> None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("installed", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_triton_kernels_are_found(tmp_path: Path, library: Path, installed: bool) -> None:
     if not installed:  # the tree as it is checked out, with the folder at the top
         (library / "blip3o_rt" / "triton_kernels").rename(library / "triton_kernels")

@@ -54,7 +54,13 @@ def test_the_older_tokenizer_files_are_not_enough(checkpoint: Path, tmp_path: Pa
     refused(checkpoint, tmp_path / "converted", r"no tokenizer; accepted: tokenizer\.json")
 
 
-@pytest.mark.parametrize("config", [{}, {"transformers_version": "4.51.3", "model_type": "mistral"}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        {"transformers_version": "4.51.3", "model_type": "mistral"},
+    ],
+)
 def test_a_large_vocabulary_is_read_as_it_is_and_in_silence(checkpoint: Path, config: dict[str, str]) -> None:
     """Above 100,000 entries the library warns of another model's regular expression."""
     path = checkpoint / "tokenizer.json"

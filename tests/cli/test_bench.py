@@ -124,15 +124,22 @@ def test_without_the_baselines_packages(
     assert [line["who"] for line in record()["lines"]] == ["ours"]
 
 
-def test_float32_beside_mixed(command: Command, work: Path) -> None:
-    """The same weights in float32 are a baseline of our own, unless they are what is measured."""
-    options = ("--lines", "ar.token,dit.step,vae.decode,connector", "--baselines", "fp32")
+@pytest.mark.parametrize(
+    "lines",
+    [["dit.step"], pytest.param(["ar.token", "vae.decode"], marks=pytest.mark.exhaustive)],
+    ids=",".join,
+)
+def test_float32_beside_mixed(lines: list[str], command: Command, work: Path) -> None:
+    """The same weights in float32 are a baseline of our own."""
+    options = ("--lines", ",".join([*lines, "connector"]), "--baselines", "fp32")
     assert command(*quick(work, *options, "--dtype", "mixed")) == 0
     found = {(line["name"], line["who"]) for line in record()["lines"]}
-    both = {(name, who) for name in ("ar.token", "dit.step", "vae.decode") for who in ("ours", "fp32")}
-    assert found == both | {("connector", "ours")}
-    fewer = ("--lines", "ar.token,connector", "--baselines", "fp32", "--dtype", "fp32")
-    assert command(*quick(work, *fewer)) == 0
+    assert found == {(name, who) for name in lines for who in ("ours", "fp32")} | {("connector", "ours")}
+
+
+def test_float32_is_no_baseline_of_itself(command: Command, work: Path) -> None:
+    options = ("--lines", "dit.step,connector", "--baselines", "fp32", "--dtype", "fp32")
+    assert command(*quick(work, *options)) == 0
     assert {line["who"] for line in record()["lines"]} == {"ours"}
 
 

@@ -238,6 +238,7 @@ def test_interrupted_between_two_lines(command: Command, tiny: Path, monkeypatch
     assert Path("out/validate/validate.html").is_file()
 
 
+@pytest.mark.exhaustive
 def test_golden(command: Command, reference_dir: Path) -> None:
     """Thirty steps and the decoder at 1024 x 1024 of a small checkpoint: the longest test of this file."""
     folder = reference_dir / "t2i"
