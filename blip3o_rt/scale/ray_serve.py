@@ -115,14 +115,15 @@ class Planner:
     """A replica of the first stage."""
 
     def __init__(self, model: Mapping[str, Any], max_batch: int) -> None:
+        self._model = dict(model)
         self._pipeline = Pipeline.load(**model)
         self._stages = Stages(self._pipeline, _name(model))
         self._weights = self._pipeline.weights_checksum()
         self.plan.set_max_batch_size(max_batch)
 
-    async def info(self) -> ModelInfo:
-        """What the model is and takes."""
-        return self._stages.info
+    async def info(self) -> tuple[ModelInfo, dict[str, Any]]:
+        """What the model is and takes, and the arguments that it was loaded with."""
+        return self._stages.info, self._model
 
     async def check(self, submit: Submit) -> int | tuple[str, str]:
         """Tokens of a request's prompt, or the kind and the line of why it cannot be drawn."""
@@ -206,13 +207,19 @@ class ClusterClient(EngineClient):
         return "ok" if self._ready.is_set() else "loading"
 
     async def _greet(self) -> None:
-        while True:
+        """Learn what the model is; while it is replaced that of any planner, at last of a new one."""
+        model = None
+        while model != dict(self.options.model):
             try:
-                self._became_ready(await self._planners.info.remote())
+                info, model = await self._planners.info.remote()
             except LOST:
                 await asyncio.sleep(PAUSE_SECONDS)
+                continue
+            if self._ready.is_set():
+                self.info = info
             else:
-                return
+                self._became_ready(info)
+            await asyncio.sleep(PAUSE_SECONDS)
 
     def _give(self, handle: Handle) -> None:
         task = self._loop.create_task(self._serve(handle))

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from blip3o_rt.scale import ray_serve
 from blip3o_rt.scale.ray_serve import ClusterClient, Drawn, Planned, Scale
 
-INFO = ModelInfo("fake", 8, 8, True, 1, 4, 4, 64, "cpu", "fp32", "exact")
+OLD, INFO = (ModelInfo(name, 8, 8, True, 1, 4, 4, 64, "cpu", "fp32", "exact") for name in ("old", "fake"))
 
 
 class Lost(RayError):
@@ -32,7 +32,7 @@ class Replicas:
 
     def __init__(self, losses: int) -> None:
         self.losses = {"check": losses, "plan": losses, "render": losses}
-        self.drawn = 0
+        self.drawn = self.asked = 0
 
     def __getattr__(self, method: str) -> Any:
         async def remote(*arguments: Any) -> Any:
@@ -40,7 +40,8 @@ class Replicas:
                 self.losses[method] -= 1
                 raise Lost("gone")
             if method == "info":
-                return INFO
+                self.asked += 1
+                return (OLD, {"path": "old"}) if self.asked == 1 else (INFO, {})
             if method == "check":
                 return ("PromptError", "no") if arguments[0].prompt == "wrong" else 3
             if method == "plan":
@@ -63,8 +64,10 @@ def served(submit: Submit, losses: int) -> list[Any]:
         handles = Replicas(losses)
         client = ClusterClient(handles, handles, EngineOptions())
         client.start()
-        assert (await client.wait_ready()).name == "fake"
+        assert (await client.wait_ready()).name == "old"  # a planner that is not replaced yet
         assert client.ready
+        while client.info.name == "old":
+            await asyncio.sleep(0)
         events = [event async for event in client.submit(submit)]
         await client.close()
         return events

@@ -231,7 +231,7 @@ def test_a_rolling_update_of_weights_loses_no_request(
     assert np.array_equal(image_of(service.post("/v1/images/generations", json=ASKED)), new)
     kinds = [(np.array_equal(image, old), np.array_equal(image, new)) for image in clients.images]
     assert set(kinds) == {(True, False), (False, True)}
-    assert service.get("/v1/models").json()["data"][0]["id"] == "new"
+    wait_until(lambda: service.get("/v1/models").json()["data"][0]["id"] == "new")
 
 
 def test_it_grows_under_load_and_shrinks_after(service: Any, pipeline: Pipeline) -> None:
