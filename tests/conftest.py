@@ -46,7 +46,7 @@ def reference_dir() -> Path:
     BLIP3O_REFERENCE names it; otherwise it is looked for beside the repository.
     """
     beside = ROOT.parent / "shared" / "reference"
-    folder = Path(os.environ.get("BLIP3O_REFERENCE", beside))
+    folder = Path(os.environ.get("BLIP3O_REFERENCE") or beside)
     if not folder.is_dir():
         pytest.skip("needs the reference checkpoints: set BLIP3O_REFERENCE to their folder")
     return folder
