@@ -21,14 +21,7 @@ from blip3o_rt.measure.records import (
     median,
     shape_text,
 )
-from blip3o_rt.measure.units import (
-    memory_text,
-    number_text,
-    ratio_text,
-    share_text,
-    significant,
-    time_text,
-)
+from blip3o_rt.measure.units import memory_text, number_text, ratio_text, share_text, significant, time_text
 
 Table = tuple[Sequence[str], list[list[str]]]
 ABOVE = (

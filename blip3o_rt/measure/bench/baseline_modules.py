@@ -20,12 +20,7 @@ from blip3o_rt.config import ARConfig, DiTConfig, ModelConfig, SchedulerConfig, 
 from blip3o_rt.connector.layout import layout as connector_layout
 from blip3o_rt.connector.model import NORM_EPS
 from blip3o_rt.dit.layout import layout as dit_layout
-from blip3o_rt.measure.random_checkpoint import (
-    language_config,
-    transformer_config,
-    vae_config,
-    vision_config,
-)
+from blip3o_rt.measure.random_checkpoint import language_config, transformer_config, vae_config, vision_config
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
 from blip3o_rt.weights import TensorSpec, concatenate_rows, dequantized

@@ -55,12 +55,7 @@ def time_ops(subject: Subject, settings: Settings, record: BenchRecord, log: Cal
 
 
 def time_shape(
-    op: Op[Any, Any],
-    shape: OpShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    runs: int,
-    limit: float,
+    op: Op[Any, Any], shape: OpShape, dtype: torch.dtype, device: torch.device, runs: int, limit: float
 ) -> Iterator[OpTime]:
     """An entry for each implementation that takes the shape in the dtype; they are timed in turns.
 
@@ -131,12 +126,7 @@ class Rotation:
 
 
 def rotate(
-    op: Op[Any, Any],
-    rotation: Rotation,
-    names: Sequence[str],
-    device: torch.device,
-    runs: int,
-    limit: float,
+    op: Op[Any, Any], rotation: Rotation, names: Sequence[str], device: torch.device, runs: int, limit: float
 ) -> dict[str, list[float]]:
     """Samples of each implementation, in turns; at least one, then no more than `limit` seconds allow.
 

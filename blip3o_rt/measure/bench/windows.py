@@ -106,10 +106,7 @@ def pass_times(pipeline: Pipeline, prompt: str, rounds: int) -> list[PassTime]:
 
 def as_dict(windows: Sequence[WindowTime], passes: Sequence[PassTime]) -> dict[str, object]:
     """Both tables, ready for JSON; times are seconds."""
-    return {
-        "windows": [asdict(window) for window in windows],
-        "passes": [asdict(found) for found in passes],
-    }
+    return {"windows": [asdict(window) for window in windows], "passes": [asdict(found) for found in passes]}
 
 
 def as_text(record: Mapping[str, Any]) -> str:

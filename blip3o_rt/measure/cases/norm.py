@@ -49,10 +49,7 @@ def rms_norm_check(op: Op[Any, Any], case: Case, results: list[Tensor], exact: l
         return compare(op, case, results, exact)
     (_, weight, eps), options = copies(case, widen=True)
     normed = op.reference(results[1].double(), weight, eps, bias=options.get("bias"))
-    return [
-        compare_output(op, results[0], normed),
-        compare_output(op, results[1], exact[1], "residual"),
-    ]
+    return [compare_output(op, results[0], normed), compare_output(op, results[1], exact[1], "residual")]
 
 
 def keep_case(label: str, dtype: torch.dtype, rows: int, width: int, slots: int, begin: int = 0) -> Case:
@@ -138,10 +135,7 @@ def add_layer_norm_modulate_check(
         return compare(op, case, results, exact)
     (*_, shift, scale, eps), _ = copies(case, widen=True)
     normed = layer_norm_modulate.reference(results[1].double(), shift, scale, eps)
-    return [
-        compare_output(op, results[0], normed),
-        compare_output(op, results[1], exact[1], "residual"),
-    ]
+    return [compare_output(op, results[0], normed), compare_output(op, results[1], exact[1], "residual")]
 
 
 def channel_case(label: str, dtype: torch.dtype, *shape: int) -> Case:

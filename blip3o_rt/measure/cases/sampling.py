@@ -117,9 +117,7 @@ def window_case(
     arguments = (sampled, int32(bounds), first_ids, pages, page_size, tokens, GRID_WIDTH)
     counts = (num_generated, context_lens, output_slots, ids)
     return Case(
-        label,
-        (*arguments, *counts, int32([-5] * rows), int32([-5] * rows)),
-        written=(7, 8, 9, 10, 11, 12),
+        label, (*arguments, *counts, int32([-5] * rows), int32([-5] * rows)), written=(7, 8, 9, 10, 11, 12)
     )
 
 

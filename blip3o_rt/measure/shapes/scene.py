@@ -20,17 +20,7 @@ BACKGROUNDS = tuple(PALETTE)
 COLOURS = tuple(name for name in PALETTE if name != "gray")
 KINDS = ("circle", "square", "triangle", "star", "ring", "cross")
 SIZES = ("small", "large")
-PLACES = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "centre",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 
 IMAGE_SIZE = 64  # pixels per side
 HALF_EXTENT = {"small": 7.0, "large": 11.0}  # pixels
