@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,10 @@ def add_parser(commands: Any) -> None:
     load.add_argument("--size", help="size of the images, for servers that need it")
     load.add_argument("--previews", type=int, default=1, help="partial images, 0: no stream (%(default)s)")
     load.add_argument("--no-seed", action="store_true", help="send no seed, for servers that know none")
-    load.add_argument("--warm-up", type=int, default=1, metavar="N", help="requests before (%(default)s)")
+    load.add_argument("--warm-up", type=int, default=8, metavar="N", help="requests before (%(default)s)")
+    load.add_argument(
+        "--rounds", type=int, metavar="N", help="how often the load is sent (3 with --one-call, else 1)"
+    )
     load.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (%(default)g)"
     )
@@ -58,7 +61,7 @@ def add_parser(commands: Any) -> None:
         "--deadline", type=float, metavar="SECONDS", help="say which share was done within it"
     )
     result.add_argument(
-        "--one-call", action="store_true", help="then time `generate` with the same prompts in one call"
+        "--one-call", action="store_true", help="in turns, draw the same images in one call of `generate`"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the record (out/serve-DATE-TIME)")
     parser.set_defaults(run=run)
@@ -66,23 +69,27 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the record; 0 done, 1 where a request failed."""
-    if arguments.requests < 1 or arguments.concurrency < 1 or (arguments.rate or 1.0) <= 0:
-        raise ParameterError("requests, concurrency and rate: accepted is a number above 0")
-    if arguments.one_call and arguments.url is not None:
-        raise ParameterError("--one-call needs a server that is started here: leave --url out")
+    numbers = (arguments.requests, arguments.concurrency, arguments.rate, arguments.rounds)
+    if any(number is not None and number <= 0 for number in numbers):
+        raise ParameterError("requests, concurrency, rate and rounds: accepted is a number above 0")
+    prompts: tuple[str, ...] = PROMPTS
+    if arguments.prompts is not None:
+        prompts = tuple(filter(None, arguments.prompts.read_text(encoding="utf-8").splitlines()))
+    prompts = prompts[: arguments.requests]
+    if arguments.one_call and (arguments.url is not None or arguments.no_seed):
+        raise ParameterError("--one-call needs seeds, and a server of ours: leave --url and --no-seed out")
+    if arguments.one_call and arguments.requests % len(prompts):
+        message = f"{arguments.requests} requests of {len(prompts)} prompts: with --one-call accepted is"
+        raise ParameterError(f"{message} a multiple of them, for as many images of each")
     try:
         from blip3o_rt.measure.serve import record
         from blip3o_rt.measure.serve.load import Load
-        from blip3o_rt.measure.serve.subject import local_server, one_call
+        from blip3o_rt.measure.serve.subject import local_server, measure, one_call
     except ModuleNotFoundError as error:
         raise ParameterError(f"bench serve needs {error.name}: pip install 'blip3o_rt[bench]'") from None
 
-    prompts = PROMPTS
-    if arguments.prompts is not None:
-        prompts = tuple(filter(None, arguments.prompts.read_text(encoding="utf-8").splitlines()))
-    body = {
-        name: getattr(arguments, name) for name in ("steps", "size") if getattr(arguments, name) is not None
-    }
+    names = ("steps", "size")
+    body = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
     def load_on(url: str) -> Load:
         return Load(
@@ -100,38 +107,26 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or Path("out") / f"serve-{datetime.now():%Y%m%d-%H%M%S}"
     make_folder("--out", out)
-    if arguments.url is not None:
-        found, samples = _measure(load_on(arguments.url.rstrip("/")), arguments)
-    else:
-        queue = str(max(64, arguments.requests))
-        options = [
-            "--max-batch",
-            str(arguments.max_batch),
-            "--max-queue",
-            queue,
-            "--max-queue-per-client",
-            queue,
-        ]
-        model = {} if arguments.model is None else {"path": str(arguments.model)}
-        with local_server([*options, *(["--model", str(arguments.model)] if arguments.model else [])]) as url:
-            found, samples = _measure(load_on(url), arguments)
-        if arguments.one_call:
-            repeated = [prompts[number % len(prompts)] for number in range(arguments.requests)]
-            found["one_call"] = one_call({**model, "max_batch": arguments.max_batch}, repeated, 0, body)
+    with ExitStack() as stack:
+        call = None
+        if arguments.url is not None:
+            url = arguments.url.rstrip("/")
+        else:
+            model = {} if arguments.model is None else {"path": str(arguments.model)}
+            options = {
+                "--max-batch": arguments.max_batch,
+                "--max-queue": max(64, arguments.requests),
+                "--max-queue-per-client": max(64, arguments.requests),
+                **({"--model": arguments.model} if model else {}),
+            }
+            url = stack.enter_context(local_server([str(word) for pair in options.items() for word in pair]))
+            if arguments.one_call:
+                n = arguments.requests // len(prompts)
+                call = one_call({**model, "max_batch": arguments.max_batch}, prompts, n, 0, body)
+        load = load_on(url)
+        samples, calls = measure(load, arguments.warm_up, arguments.rounds or (3 if call else 1), call)
+    found = record.summary(load, samples, arguments.deadline, calls)
     print(record.table(found))
     for path in record.write(out, found, samples):
         print(path)
     return 1 if found["failed"] else 0
-
-
-def _measure(load: Any, arguments: argparse.Namespace) -> Any:
-    """Warm up, send the load, and sum it up."""
-    import dataclasses
-
-    from blip3o_rt.measure.serve import record
-    from blip3o_rt.measure.serve.load import run as send
-
-    if arguments.warm_up:
-        asyncio.run(send(dataclasses.replace(load, requests=arguments.warm_up)))
-    samples = asyncio.run(send(load))
-    return record.summary(load, samples, arguments.deadline), samples

@@ -26,7 +26,8 @@ class Load:
         concurrency: Requests in flight of the closed loop; None is the open loop.
         rate: Requests a second of the open loop, at random (Poisson) moments; infinite sends all at once.
         body: Further fields of every request, for instance steps.
-        seed: Of the first request; None leaves seeds out, for servers that know none.
+        seed: Of every prompt's first request, one more at its next; None leaves seeds out, for servers that
+            know none.
         previews: Partial images to ask for; 0 does not stream.
         timeout: Seconds after which a request counts as failed.
         key: Bearer key.
@@ -61,6 +62,7 @@ class Sample:
     images: int = 0
     status: int = 0
     error: str = ""
+    round: int = 0
 
     @property
     def latency(self) -> float:
@@ -122,7 +124,7 @@ async def _open_loop(load: Load, one: Any) -> None:
 async def _send(http: httpx.AsyncClient, load: Load, sample: Sample, begin: float) -> None:
     body = {"prompt": load.prompts[sample.number % len(load.prompts)], **load.body}
     if load.seed is not None:
-        body["seed"] = load.seed + sample.number
+        body["seed"] = load.seed + sample.number // len(load.prompts)
     if load.previews:
         body |= {"stream": True, "partial_images": load.previews}
     async with http.stream("POST", "/v1/images/generations", json=body) as answer:

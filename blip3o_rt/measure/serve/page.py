@@ -36,10 +36,7 @@ def page(record: dict[str, Any], samples: Sequence[Sample], table: str) -> str:
         for title, figure in (("Latency", _latency(samples)), ("Requests over time", _timeline(samples)))
     )
     return PAGE.format(
-        url=html.escape(load["url"]),
-        what=html.escape(what),
-        table=html.escape(table),
-        figures=figures,
+        url=html.escape(load["url"]), what=html.escape(what), table=html.escape(table), figures=figures
     )
 
 
@@ -65,12 +62,12 @@ def _latency(samples: Sequence[Sample]) -> Figure:
 def _timeline(samples: Sequence[Sample]) -> Figure:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    for sample in samples:
+    for place, sample in enumerate(samples):
         color = RED if sample.error else BLUE
-        axes.plot([sample.sent, sample.ended], [sample.number] * 2, color=color, linewidth=1.5)
+        axes.plot([sample.sent, sample.ended], [place] * 2, color=color, linewidth=1.5)
         if sample.preview is not None:
-            axes.plot(sample.preview, sample.number, ".", color=ORANGE)
-    axes.set(xlabel="seconds since the load began", ylabel="request")
+            axes.plot(sample.preview, place, ".", color=ORANGE)
+    axes.set(xlabel="seconds since the round began", ylabel="request")
     axes.grid(visible=True, axis="x", color="#dddddd")
     return figure
 

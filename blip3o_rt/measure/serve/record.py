@@ -18,33 +18,35 @@ from blip3o_rt.files import replacing
 from blip3o_rt.measure.provenance import commit, machine
 from blip3o_rt.measure.serve.load import Load, Sample
 
+LOAD = ("url", "loop", "requests", "concurrency", "body", "previews")
 PERCENTILES = (50, 90, 95, 99)
+COMPARED = ("images_per_second", "first_image")  # between a load and one call, by medians over the rounds
 
 
-def summary(load: Load, samples: Sequence[Sample], deadline: float | None) -> dict[str, Any]:
-    """The record of a load, ready for JSON; times are seconds."""
+def summary(
+    load: Load, samples: Sequence[Sample], deadline: float | None, calls: Sequence[dict[str, float]] = ()
+) -> dict[str, Any]:
+    """The record of a load, ready for JSON; times are seconds.
+
+    Images a second and the first image's time are medians over the rounds, each of which is kept. `calls`: of
+    `generate`, one a round.
+    """
     done = [sample for sample in samples if not sample.error]
-    seconds = max((sample.ended for sample in samples), default=0.0)
-    images = sum(sample.images for sample in done)
+    rounds = [
+        _round([sample for sample in samples if sample.round == number])
+        for number in sorted({sample.round for sample in samples})
+    ]
     previews = [sample.preview - sample.sent for sample in done if sample.preview is not None]
     found = {
         "kind": "serve",
         "version": __version__,
         "machine": machine(),
         "commit": commit(),
-        "load": {
-            "url": load.url,
-            "loop": load.loop,
-            "requests": load.requests,
-            "concurrency": load.concurrency,
-            "rate": load.rate if load.concurrency is None else None,
-            "body": load.body,
-            "previews": load.previews,
-        },
-        "seconds": seconds,
-        "images": images,
-        "images_per_second": images / seconds if seconds else 0.0,
-        "first_image": min((sample.ended for sample in done), default=None),
+        "load": {name: getattr(load, name) for name in LOAD + (() if load.concurrency else ("rate",))},
+        "seconds": sum(found["seconds"] for found in rounds),
+        "images": sum(found["images"] for found in rounds),
+        **_medians(rounds),
+        "rounds": rounds,
         "completed": len(done),
         "failed": dict(Counter(sample.error for sample in samples if sample.error)),
         "latency": percentiles([sample.latency for sample in done]),
@@ -54,7 +56,23 @@ def summary(load: Load, samples: Sequence[Sample], deadline: float | None) -> di
     if deadline is not None:
         in_time = sum(sample.latency <= deadline for sample in done)
         found |= {"deadline": deadline, "share_within_deadline": in_time / len(samples) if samples else 0.0}
+    if calls:
+        found["one_call"] = {**_medians(calls), "rounds": list(calls)}
     return found
+
+
+def _round(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What one round of the load came to."""
+    done = [sample for sample in samples if not sample.error]
+    seconds, images = max(sample.ended for sample in samples), sum(sample.images for sample in done)
+    first = min((sample.ended for sample in done), default=None)
+    return {"seconds": seconds, "images": images, "images_per_second": images / seconds, "first_image": first}
+
+
+def _medians(rounds: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The medians over rounds of what is compared; None of what no round has."""
+    values = {name: [one[name] for one in rounds if one[name] is not None] for name in COMPARED}
+    return {name: float(np.median(found)) if found else None for name, found in values.items()}
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -74,27 +92,34 @@ def table(record: dict[str, Any]) -> str:
     ]
     lines = [
         tabulate(rows, ["seconds", "mean", *[f"p{p}" for p in PERCENTILES]], disable_numparse=True),
-        f"{record['images']} images in {record['seconds']:.2f} s: {record['images_per_second']:.3f} images/s",
-        f"the first image after {record['first_image'] or float('nan'):.2f} s",
+        f"{record['images']} images in {record['seconds']:.2f} s",
+        "",
+        _compared(record),
     ]
     if record["failed"]:
         lines.append("failed: " + ", ".join(f"{count} {error}" for error, count in record["failed"].items()))
     if "deadline" in record:
         lines.append(f"within {record['deadline']:g} s: {record['share_within_deadline']:.1%}")
-    if "one_call" in record:
-        call = record["one_call"]
-        lines.append(
-            f"one call of generate: {call['images_per_second']:.3f} images/s; "
-            f"the first after {call['first_image']:.2f} s"
-        )
     return "\n".join(lines)
+
+
+def _compared(record: dict[str, Any]) -> str:
+    """Images a second and the first image of every round, of the load and of one call beside it."""
+    sides = {"served": record} | ({"one call": record["one_call"]} if "one_call" in record else {})
+    rounds = zip(*(side["rounds"] for side in sides.values()), strict=True)
+    rows = [
+        [name, *(side[value] for side in found for value in COMPARED)]
+        for name, found in [*enumerate(rounds, 1), ("median", sides.values())]
+    ]
+    heads = [f"{side}: {what}" for side in sides for what in ("images/s", "first image, s")]
+    return tabulate(rows, ["round", *heads], floatfmt=".3f")
 
 
 def write(folder: Path, record: dict[str, Any], samples: Sequence[Sample]) -> list[Path]:
     """Write serve.json, serve.csv and, where matplotlib is there, serve.html; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    rows = [sample.row() for sample in sorted(samples, key=lambda sample: sample.number)]
+    rows = [sample.row() for sample in sorted(samples, key=lambda sample: (sample.round, sample.number))]
     writer = csv.DictWriter(text, list(rows[0]) if rows else ["number"])
     writer.writeheader()
     writer.writerows(rows)
