@@ -38,7 +38,6 @@ T read_value() {
     return value;
 }
 
-
 struct Reader {
     template <class T>
     T read() {
