@@ -32,12 +32,7 @@ from blip3o_rt.precision import IN_WORDS
 
 # What one unit of a stage is called; one not named here has no unit. "tokens" includes reading the prompt.
 BARS = ("tokens", "denoise", "decode")  # stages that callbacks and progress bars are told of
-STAGE_UNITS = {
-    "reference": "image",
-    "tokens": "token",
-    "denoise": "step",
-    "decode": "image",
-}
+STAGE_UNITS = {"reference": "image", "tokens": "token", "denoise": "step", "decode": "image"}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,7 @@ from tqdm import tqdm
 from blip3o_rt import __version__
 from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.lora import merge_lora
-from blip3o_rt.checkpoint.manifest import (
-    MANIFEST,
-    TOKENIZER_FOLDER,
-    FileRecord,
-    Manifest,
-    is_converted,
-)
+from blip3o_rt.checkpoint.manifest import MANIFEST, TOKENIZER_FOLDER, FileRecord, Manifest, is_converted
 from blip3o_rt.checkpoint.parts import (
     DTYPES,
     Extremes,

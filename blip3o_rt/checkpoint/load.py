@@ -16,13 +16,7 @@ from torch import Tensor
 
 from blip3o_rt.ar.layout import quantized as quantized_ar
 from blip3o_rt.checkpoint.convert import convert_opened
-from blip3o_rt.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    TOKENIZER_FOLDER,
-    Manifest,
-    check_files,
-)
+from blip3o_rt.checkpoint.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, Manifest, check_files
 from blip3o_rt.checkpoint.parts import (
     DTYPES,
     Extremes,

@@ -337,8 +337,7 @@ def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
     config.only("shift_terminal", None)
     return config.checked(
         SchedulerConfig(
-            num_train_timesteps=config.integer("num_train_timesteps", 1000),
-            shift=config.number("shift", 1.0),
+            num_train_timesteps=config.integer("num_train_timesteps", 1000), shift=config.number("shift", 1.0)
         )
     )
 

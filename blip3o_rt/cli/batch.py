@@ -38,10 +38,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=options.user_path, required=True, metavar="DIR", help="new, or of a run to go on with"
     )
     output.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="folder",
-        help="PNG, WebDataset or parquet (%(default)s)",
+        "--format", choices=FORMATS, default="folder", help="PNG, WebDataset or parquet (%(default)s)"
     )
     output.add_argument(
         "--shard-rows", type=int, default=1000, metavar="N", help="rows of a folder or file (%(default)s)"

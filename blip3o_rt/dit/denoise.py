@@ -30,11 +30,7 @@ class Denoising:
     """
 
     def __init__(
-        self,
-        steps: Steps,
-        state: StepState,
-        tables: ScheduleTables,
-        kinds: Sequence[StepKind] | None = None,
+        self, steps: Steps, state: StepState, tables: ScheduleTables, kinds: Sequence[StepKind] | None = None
     ) -> None:
         self.total = tables.schedule.steps
         self.done = 0

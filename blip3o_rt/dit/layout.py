@@ -16,13 +16,7 @@ from blip3o_rt.weights import TensorSpec, direct, packed, quantized_specs, quant
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
 # How the names of the matrices end that every step multiplies with, kept in 8 bits where asked.
-QUANTIZED = (
-    "to_qkv.weight",
-    "to_q.weight",
-    "to_out.0.weight",
-    "conv_inverted.weight",
-    "conv_point.weight",
-)
+QUANTIZED = ("to_qkv.weight", "to_q.weight", "to_out.0.weight", "conv_inverted.weight", "conv_point.weight")
 
 
 def layout(config: DiTConfig, *, values: torch.dtype | None = None) -> list[TensorSpec]:

@@ -145,11 +145,7 @@ class DiT:
         embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
         modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
         return ScheduleTables(
-            schedule,
-            modulation.view(schedule.steps, 6, -1),
-            embedding,
-            self.page_tables,
-            self.final_table,
+            schedule, modulation.view(schedule.steps, 6, -1), embedding, self.page_tables, self.final_table
         )
 
     @trace.spanned("dit.condition")

@@ -14,10 +14,18 @@ from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous
 
-__all__ = ["add_pixel_shuffle", "add_pixel_unshuffle", "convolution_silu", "depthwise_glu", "nearest_code"]
+__all__ = [
+    "add_pixel_shuffle",
+    "add_pixel_unshuffle",
+    "convolution_silu",
+    "depthwise_glu",
+    "nearest_code",
+    "separable_convolution",
+]
 
 CPU_CHANNELS = 256  # channels at a time on the CPU, so that the fp32 intermediates stay in cache
 MOST_ELEMENTS = 2**31 - 2**16  # of an image whose elements a launch counts in 32 bits
+GROUPS_OF = (16, 32, 64, 128)  # channels that a tile of the matrix units covers
 ROUNDED_TWICE = 2.0**-7  # where the SiLU is a pass of its own, the sums behind it are rounded to bfloat16
 CODE_ROWS = 64  # rows at a time, so that the scores of a large codebook stay small
 
@@ -141,6 +149,35 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         "",
     )
     return planes.permute(0, 2, 3, 1).contiguous()
+
+
+@op(
+    "x [B, H, W, C], depth [C, k, k, 1], point [C, 1, 1, G] -> [B, H, W, C]",
+    tolerance={torch.float32: 1e-5, torch.bfloat16: ROUNDED_TWICE},
+)
+def separable_convolution(x: Tensor, depth: Tensor, point: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """A depthwise convolution, the size kept, then a 1 x 1 convolution of groups of channels.
+
+    x [B, H, W, C] contiguous, depth [C, k, k, 1] (k odd), point [C, 1, 1, G] of groups of G channels, both
+    contiguous -> [B, H, W, C] contiguous in the dtype of x. The image is padded with zeros. What is between
+    the two convolutions is rounded to the dtype of x.
+    """
+    side, groups = depth.shape[1], len(point) // point.shape[-1]
+    planes, taps, matrix = (tensor.permute(0, 3, 1, 2) for tensor in (x, depth, point))
+    between = F.conv2d(planes, taps, padding=side // 2, groups=len(depth)).permute(0, 2, 3, 1).contiguous()
+    result = F.conv2d(between.permute(0, 3, 1, 2), matrix, groups=groups).permute(0, 2, 3, 1).contiguous()
+    return cast_out(result, x.dtype, out)
+
+
+def _groups_of_a_tile(call: Any) -> str | None:
+    if call.point.shape[-1] not in GROUPS_OF:
+        return f"takes groups of {', '.join(map(str, GROUPS_OF))} channels"
+    if call.x[:1].numel() > MOST_ELEMENTS:
+        return f"takes images of at most {MOST_ELEMENTS} elements"
+    return takes_contiguous(call, "x", "depth", "point", "out")
+
+
+separable_convolution.triton(dtypes=FLOATS, supports=_groups_of_a_tile)
 
 
 @op(

@@ -16,14 +16,7 @@ from blip3o_rt.ops.dtypes import E4M3, FLOATS, LARGEST_INT8, cast_out, compute_d
 from blip3o_rt.ops.registry import op
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 
-__all__ = [
-    "integer_product",
-    "linear_fp8",
-    "linear_w8a16",
-    "quantize_rows",
-    "row_linear_w8",
-    "scale_product",
-]
+__all__ = ["integer_product", "linear_fp8", "linear_w8a16", "quantize_rows", "row_linear_w8", "scale_product"]
 
 CONVERTED_ROWS = 4096  # rows of the weight of row_linear_w8 that exist as wide numbers at a time
 BLOCK_ROWS = 1024  # of linear_w8a16's weight that exist as floating-point numbers at a time, in the caches
@@ -90,10 +83,7 @@ def _int8_of_even_width(call: Any) -> str | None:
 
 
 linear_w8a16.native(
-    "cpu",
-    dtypes=FLOATS,
-    supports=_int8_of_even_width,
-    needs={torch.bfloat16: bf16_products.missing},
+    "cpu", dtypes=FLOATS, supports=_int8_of_even_width, needs={torch.bfloat16: bf16_products.missing}
 )
 
 
@@ -206,6 +196,13 @@ def _no_products_of_integers() -> str | None:
     return None if exact else "torch's product of integers is not exact on this processor"
 
 
+def _several_steps(call: Any) -> str | None:
+    """A matrix of one column is its own transpose in memory, and torch takes it for the other of the two."""
+    return (
+        None if call.values.shape[1] > 1 else "takes more than one step, with which torch's product is wrong"
+    )
+
+
 def _sides_for_cublas(call: Any) -> str | None:
     rows, inputs = call.values.shape
     if rows > 16 and inputs % CUBLAS_UNIT == 0 and len(call.weight) % CUBLAS_UNIT == 0:
@@ -217,7 +214,9 @@ def _int_mm(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Ten
     return cast_out(torch._int_mm(values, weight.t()), torch.int32, out)
 
 
-integer_product.implementation("int_mm", device="cpu", available=_no_products_of_integers)(_int_mm)
+integer_product.implementation(
+    "int_mm", device="cpu", supports=_several_steps, available=_no_products_of_integers
+)(_int_mm)
 integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)(
     _int_mm
 )

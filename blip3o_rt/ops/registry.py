@@ -468,10 +468,7 @@ _last = threading.local()  # used: of the last recording
 
 
 def op(
-    shapes: str = "",
-    *,
-    tolerance: Mapping[torch.dtype, float],
-    out_dtype: str | torch.dtype | None = None,
+    shapes: str = "", *, tolerance: Mapping[torch.dtype, float], out_dtype: str | torch.dtype | None = None
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Make the decorated torch function an op under its own name: its docstring is the contract.
 

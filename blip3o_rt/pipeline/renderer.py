@@ -110,10 +110,7 @@ class Renderer:
     def refresh(self) -> None:
         """Forget what is kept of the weights, which have been updated in place."""
         self._schedules.clear()
-        self._origin["checkpoint"] = {
-            **self._origin["checkpoint"],
-            "sha256": weights_sha256(self._weights),
-        }
+        self._origin["checkpoint"] = {**self._origin["checkpoint"], "sha256": weights_sha256(self._weights)}
 
     def capture(self, *, edits: bool) -> None:
         """Capture text-to-image and, with `edits`, an edit of one reference image.
@@ -192,10 +189,7 @@ class Renderer:
         self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None
     ) -> Tensor:
         noise = self.noise(seed) if noise is None else noise
-        with (
-            run.stage("denoise", params.steps) as update,
-            self.denoising(plan, params, noise) as denoising,
-        ):
+        with run.stage("denoise", params.steps) as update, self.denoising(plan, params, noise) as denoising:
             while denoising.done < denoising.total:
                 denoising.step()
                 update(denoising.done)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from blip3o_rt.ops.attention import relu_linear_attention
 from blip3o_rt.ops.dtypes import compute_dtype
-from blip3o_rt.ops.image import add_pixel_shuffle, add_pixel_unshuffle, convolution_silu, depthwise_glu
+from blip3o_rt.ops.image import (
+    add_pixel_shuffle,
+    add_pixel_unshuffle,
+    convolution_silu,
+    depthwise_glu,
+    separable_convolution,
+)
 from blip3o_rt.ops.linear import linear
 from blip3o_rt.ops.norm import channel_rms_norm
 from blip3o_rt.weights import hoisted
@@ -36,18 +42,15 @@ class Convolution:
     bias: False where whatever follows adds it.
     """
 
-    def __init__(
-        self, weights: Weights, name: str, stride: int = 1, groups: int = 1, *, bias: bool = True
-    ) -> None:
+    def __init__(self, weights: Weights, name: str, stride: int = 1, *, bias: bool = True) -> None:
         self.weight = channels_first(weights[name + ".weight"])
         self.bias = weights.get(name + ".bias") if bias else None
         self.stride = stride
-        self.groups = groups
 
     def __call__(self, x: Tensor) -> Tensor:
         x = channels_first(x)
         padding = self.weight.shape[-1] // 2
-        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding, groups=self.groups))
+        return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding))
 
 
 class SiluConvolution:
@@ -106,10 +109,7 @@ class MultiscaleAttention:
         self.to_qkv = weights[prefix + "to_qkv.weight"]
         self.num_heads = self.to_qkv.shape[0] // (3 * head_dim)
         self.scales = [
-            (
-                Convolution(weights, f"{prefix}to_qkv_multiscale.{i}.proj_in", groups=self.to_qkv.shape[0]),
-                Convolution(weights, f"{prefix}to_qkv_multiscale.{i}.proj_out", groups=3 * self.num_heads),
-            )
+            tuple(weights[f"{prefix}to_qkv_multiscale.{i}.proj_{end}.weight"] for end in ("in", "out"))
             for i in range(scales)
         ]
         self.to_out = weights[prefix + "to_out.weight"]
@@ -117,7 +117,7 @@ class MultiscaleAttention:
 
     def __call__(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.to_qkv)
-        scales = [qkv, *(project(depthwise(qkv)) for depthwise, project in self.scales)]
+        scales = [qkv, *(separable_convolution(qkv, depth, point) for depth, point in self.scales)]
         attended = x.new_empty(*x.shape[:-1], self.to_out.shape[1])
         for scale, out in zip(scales, attended.flatten(1, 2).chunk(len(scales), dim=-1), strict=True):
             relu_linear_attention(scale.flatten(1, 2), None, None, self.num_heads, 0.0, out=out)

@@ -7,9 +7,26 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from blip3o_rt.measure.shapes.codes import code_properties
+from blip3o_rt.measure.shapes.codes import USED_CODES, code_meaning
+from blip3o_rt.measure.shapes.scene import BACKGROUNDS, COLOURS, KINDS, SIZES
 
 from .model_config import CODE_WIDTH, CODEBOOK_SIZE, VISION_SELECT_LAYER, VISION_TOWER
+
+
+def code_properties() -> list[list[float]]:
+    """One row per code marking its background or its colour, kind and size: the codebook's base."""
+    marks = [
+        *(("background", b) for b in BACKGROUNDS),
+        *((c,) for c in COLOURS),
+        *((k,) for k in KINDS),
+        *((s,) for s in SIZES),
+    ]
+    rows = []
+    for code in range(USED_CODES):
+        meaning = code_meaning(code)
+        has = {("background", *meaning)} if len(meaning) == 1 else {(word,) for word in meaning}
+        rows.append([float(mark in has) for mark in marks])
+    return rows
 
 
 class Codebook(nn.Module):

@@ -203,7 +203,15 @@ def autoencoder_calls(dtype: torch.dtype) -> Iterator[Call]:
             scales = empty(1, side**2, 2 * channels, dtype=dtype)
             options = {"out": scales[..., channels:]}
             yield place, "relu_linear_attention", (qkv, None, None, heads, 0.0), options
+            yield place, "separable_convolution", separable(side, 3 * channels, config, dtype), {}
             yield place, "depthwise_glu", glu(1, side, GATED_EXPANSION * channels, dtype), {}
+
+
+def separable(side: int, channels: int, config: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The arguments of separable_convolution."""
+    group, (kernel, *_) = config["attention_head_dim"], config["decoder_qkv_multiscales"][-1]
+    depth, point = empty(channels, kernel, kernel, 1, dtype=dtype), empty(channels, 1, 1, group, dtype=dtype)
+    return empty(1, side, side, channels, dtype=dtype), depth, point
 
 
 def glu(batch: int, side: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -42,26 +43,23 @@ def convolution_case(
     return Case(label, (x, weight, random(3, wanted, dtype=dtype)))
 
 
+def _shuffles(case: Callable[..., Case], channels: Sequence[tuple[int, int]]) -> Iterator[Case]:
+    """Images down to one pixel, of so many channels to so many; with a bias too."""
+    for dtype, (height, width), (given, wanted) in product(DTYPES, ((1, 1), (3, 5)), channels):
+        label, side = f"{height} x {width}, {given} to {wanted} channels", (2 * height, 2 * width)
+        yield (plain := case(label, dtype, 2, side, given, wanted))
+        bias = random(3, wanted, dtype=dtype)
+        yield Case(f"{label}, bias", plain.arguments, {"bias": bias}, written=(0,))
+
+
 def add_pixel_shuffle_cases() -> Iterator[Case]:
-    """Images down to one pixel; as many channels as before, half, twice, a quarter; a bias."""
-    for dtype in DTYPES:
-        for height, width in ((1, 1), (3, 5)):
-            for channels, wanted in ((1, 1), (4, 1), (4, 3), (12, 6), (7, 7), (16, 32), (300, 150)):
-                label, side = f"{height} x {width}, {channels} to {wanted} channels", (2 * height, 2 * width)
-                yield (plain := shuffle_case(label, dtype, 2, side, channels, wanted))
-                bias = random(3, wanted, dtype=dtype)
-                yield Case(f"{label}, bias", plain.arguments, {"bias": bias}, written=(0,))
+    """As many channels as before, half, twice, a quarter."""
+    return _shuffles(shuffle_case, ((1, 1), (4, 1), (4, 3), (12, 6), (7, 7), (16, 32), (300, 150)))
 
 
 def add_pixel_unshuffle_cases() -> Iterator[Case]:
-    """Images down to one pixel; as many channels as before, twice, half, four times; a bias."""
-    for dtype in DTYPES:
-        for height, width in ((1, 1), (3, 5)):
-            for channels, wanted in ((1, 1), (1, 4), (3, 4), (6, 12), (7, 7), (32, 16), (150, 300)):
-                label, side = f"{height} x {width}, {channels} to {wanted} channels", (2 * height, 2 * width)
-                yield (plain := unshuffle_case(label, dtype, 2, side, channels, wanted))
-                bias = random(3, wanted, dtype=dtype)
-                yield Case(f"{label}, bias", plain.arguments, {"bias": bias}, written=(0,))
+    """As many channels as before, twice, half, four times."""
+    return _shuffles(unshuffle_case, ((1, 1), (1, 4), (3, 4), (6, 12), (7, 7), (32, 16), (150, 300)))
 
 
 def convolution_silu_cases() -> Iterator[Case]:
@@ -73,6 +71,24 @@ def convolution_silu_cases() -> Iterator[Case]:
                 yield convolution_case(label, dtype, batch, (height, width), channels, wanted, side)
         x, weight = random(4, 1, 30, 40, 16, dtype=dtype), random(5, 24, 3, 3, 16, dtype=dtype)
         yield Case("far from zero", (x, weight, random(6, 24, dtype=dtype)))
+
+
+def separable_case(
+    label: str, dtype: torch.dtype, batch: int, side: Size, channels: int, group: int, kernel: int = 5
+) -> Case:
+    x, depth = (
+        random(1, batch, *side, channels, dtype=dtype),
+        random(2, channels, kernel, kernel, 1, dtype=dtype),
+    )
+    return Case(label, (x, depth / kernel, random(3, channels, 1, 1, group, dtype=dtype, scale=group**-0.5)))
+
+
+def separable_convolution_cases() -> Iterator[Case]:
+    """Kernels larger than the image, pixels around a tile's, one group and several."""
+    kernels, sides = ((1, 16, 16), (3, 48, 16), (5, 64, 32), (7, 64, 64)), ((1, 1), (3, 7), (8, 8), (5, 13))
+    for dtype, (kernel, channels, group), side in product(DTYPES, kernels, sides):
+        label = f"{kernel} x {kernel}, {side[0]} x {side[1]}, {channels} channels by {group}"
+        yield separable_case(label, dtype, 2 if side == (3, 7) else 1, side, channels, group, kernel)
 
 
 def glu_case(label: str, dtype: torch.dtype, batch: int, height: int, width: int, channels: int) -> Case:

@@ -134,23 +134,14 @@ def row_linear_cases() -> Iterator[Case]:
             (0, 4, 8),
         ):
             yield product_case(f"{m} x {k} x {n}{beside}", dtype, m, n, k, weights)
-        weight, bias = random(2, 9, 50, dtype=weights), random(3, 9, dtype=dtype)
-        yield Case(f"bias{beside}", (random(1, 3, 50, dtype=dtype), weight), {"bias": bias})
+        weight, bias, out = random(2, 9, 50, dtype=weights), random(3, 9, dtype=dtype), torch.zeros(3, 9)
+        pair, options = (random(1, 3, 50, dtype=dtype), weight), {"bias": bias, "out": out}
+        yield Case(f"bias{beside}", pair, {"bias": bias})
+        yield Case(f"float32 out{beside}", pair, options, written=("out",))
         yield Case(f"rows with gaps{beside}", (random(4, 3, 2, 50, dtype=dtype)[:, 0], weight))
         yield Case(f"part of a wider weight{beside}", (random(5, 2, 20, dtype=dtype), weight[:, 10:30]))
-        out = torch.zeros(3, 9)
-        yield Case(
-            f"float32 out{beside}",
-            (random(1, 3, 50, dtype=dtype), weight),
-            {"bias": bias, "out": out},
-            written=("out",),
-        )
-        weight, out = random(2, 4099, 8, dtype=weights), torch.zeros(2, 4099)
-        yield Case(
-            f"more rows than are widened at once{beside}",
-            (random(1, 2, 8, dtype=dtype), weight),
-            {"out": out},
-        )
+        pair, out = (random(1, 2, 8, dtype=dtype), random(2, 4099, 8, dtype=weights)), torch.zeros(2, 4099)
+        yield Case(f"more rows than are widened at once{beside}", pair, {"out": out})
 
 
 def row_linear_add_cases() -> Iterator[Case]:

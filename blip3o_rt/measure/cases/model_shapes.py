@@ -22,7 +22,14 @@ from blip3o_rt.measure.cases.attention import (
     prefill_case,
     relu_case,
 )
-from blip3o_rt.measure.cases.image import codebook, convolution_case, glu_case, shuffle_case, unshuffle_case
+from blip3o_rt.measure.cases.image import (
+    codebook,
+    convolution_case,
+    glu_case,
+    separable_case,
+    shuffle_case,
+    unshuffle_case,
+)
 from blip3o_rt.measure.cases.linear import add_case, gated_case, norm_case, product_case
 from blip3o_rt.measure.cases.norm import add_norm_case, channel_case, keep_case, residual_case
 from blip3o_rt.measure.cases.quantized import fp8_case, integers_case, quantize_case, quantized, scale_case
@@ -284,6 +291,10 @@ def image_decoding(config: ModelConfig) -> Iterator[OpShape]:
         label, heads, hidden = f"vae: {side} x {side}", channels // head_dim, GATED_EXPANSION * channels
         what, sizes = f"{label}, {heads} heads of {head_dim}", (1, side**2, heads, head_dim)
         yield _relu_attention(what, *sizes, 1, 1024, norm=False)
+        for kernel in stages[i].multiscales[:1]:
+            what, case = f"{label}, {3 * heads} groups of {head_dim}", _square(separable_case)
+            sizes, work = (side, 3 * channels, head_dim, kernel), 3 * channels * (kernel**2 + head_dim)
+            yield OpShape("separable_convolution", what, case, sizes, (16,), products=side**2 * work)
         what, sizes, products = f"{label}, 2 x {hidden} channels", (1, side, side, hidden), 9 * 2 * hidden
         yield OpShape("depthwise_glu", what, glu_case, sizes, (1, 8, 8), products=side**2 * products)
 
@@ -368,5 +379,5 @@ def _in_place(label: str, dtype: torch.dtype, height: int, width: int, channels:
 
 
 def _square(case: Callable[..., Case]) -> Callable[..., Case]:
-    """The case of one square image, of its side, its channels and those of the result."""
-    return lambda label, dtype, side, channels, wanted: case(label, dtype, 1, (side, side), channels, wanted)
+    """The case of one square image, of its side and what else the case takes."""
+    return lambda label, dtype, side, *sizes: case(label, dtype, 1, (side, side), *sizes)

@@ -45,22 +45,6 @@ def code_meaning(code: int) -> tuple[str, ...]:
     return COLOURS[colour], KINDS[kind], SIZES[size]
 
 
-def code_properties() -> list[list[float]]:
-    """One row per code marking its background or its colour, kind and size: the codebook's base."""
-    marks = [
-        *(("background", b) for b in BACKGROUNDS),
-        *((c,) for c in COLOURS),
-        *((k,) for k in KINDS),
-        *((s,) for s in SIZES),
-    ]
-    rows = []
-    for code in range(USED_CODES):
-        meaning = code_meaning(code)
-        has = {("background", *meaning)} if len(meaning) == 1 else {(word,) for word in meaning}
-        rows.append([float(mark in has) for mark in marks])
-    return rows
-
-
 def _overlap(cell: int, centre: float, half_extent: float) -> float:
     """Share of a cell's side inside [centre - half_extent, centre + half_extent]."""
     first, last = max(cell * CELL, centre - half_extent), min((cell + 1) * CELL, centre + half_extent)

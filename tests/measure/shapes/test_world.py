@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from blip3o_rt.measure.shapes import captions, codes, edits, judge, render, scene
 from blip3o_rt.measure.shapes.scene import HELD_OUT, PLACES, Scene, Shape
+from examples.shapes.image_tokenizer import code_properties
 
 IMAGES = 120
 
@@ -153,7 +154,7 @@ def test_codes_tell_the_scene(scenes: list[Scene]) -> None:
         assert set(found.shapes) == set(drawn.shapes)
     meanings = {codes.code_meaning(code) for code in range(codes.USED_CODES)}
     assert len(meanings) == codes.USED_CODES
-    assert len({tuple(row) for row in codes.code_properties()}) == codes.USED_CODES
+    assert len({tuple(row) for row in code_properties()}) == codes.USED_CODES
 
 
 def test_render_paints_shapes_over_the_background() -> None:
