@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,15 @@ from blip3o_rt.machine import cuda_status, gpus, memory, package_version, proces
 RECORD_VERSION = 1
 KINDS = ("bench", "validate", "score", "switches", "windows")
 PACKAGES = ("torch", "transformers", "diffusers", "triton")
+TORCH_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+DECIDING = (*TORCH_LIMITS, "BLIP3O_CPU_ISA", "BLIP3O_OPS")  # variables of the environment
 PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
     """What every record begins with; its "complete" is False until the record is finished.
 
-    kind: one of KINDS. command: the command line that makes the record, word by word.
+    kind: one of KINDS. command: the command line, word by word; those of DECIDING that are set come first.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}: accepted are {', '.join(KINDS)}")
@@ -31,7 +34,7 @@ def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
         "kind": kind,
         "version": RECORD_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": list(command),
+        "command": [*(f"{name}={os.environ[name]}" for name in DECIDING if name in os.environ), *command],
         "machine": machine(),
         "versions": versions(),
         "commit": commit(),

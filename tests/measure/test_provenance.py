@@ -19,7 +19,9 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_head_has_every_field_and_is_json() -> None:
+def test_head_has_every_field_and_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in provenance.DECIDING:
+        monkeypatch.delenv(name, raising=False)
     head = json.loads(json.dumps(provenance.record_head("bench", ["blip3o-rt", "bench"])))
     assert list(head) == [
         "kind",
@@ -38,6 +40,14 @@ def test_head_has_every_field_and_is_json() -> None:
     assert head["machine"]["cores"] >= 1
     assert head["versions"]["blip3o_rt"] == __version__
     assert set(head["versions"]) == {"blip3o_rt", "python", "torch", "transformers", "diffusers", "triton"}
+
+
+def test_the_command_says_what_the_environment_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in provenance.DECIDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BLIP3O_CPU_ISA", "avx2")
+    monkeypatch.setenv("BLIP3O_REFERENCE", "a folder")  # changes nothing that is measured
+    assert provenance.record_head("bench", ["blip3o-rt"])["command"] == ["BLIP3O_CPU_ISA=avx2", "blip3o-rt"]
 
 
 def test_unknown_kind_is_refused() -> None:

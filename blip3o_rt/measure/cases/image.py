@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -48,8 +49,7 @@ def _shuffles(case: Callable[..., Case], channels: Sequence[tuple[int, int]]) ->
     for dtype, (height, width), (given, wanted) in product(DTYPES, ((1, 1), (3, 5)), channels):
         label, side = f"{height} x {width}, {given} to {wanted} channels", (2 * height, 2 * width)
         yield (plain := case(label, dtype, 2, side, given, wanted))
-        bias = random(3, wanted, dtype=dtype)
-        yield Case(f"{label}, bias", plain.arguments, {"bias": bias}, written=(0,))
+        yield replace(plain, label=f"{label}, bias", options={"bias": random(3, wanted, dtype=dtype)})
 
 
 def add_pixel_shuffle_cases() -> Iterator[Case]:
