@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -349,29 +350,19 @@ class Scheduler:
             image.told = now
             self._send(Progress(image.request.submit.id, image.index, stage, done, total))
 
-    def _guarded(self, image: _Image) -> _Guard:
+    @contextmanager
+    def _guarded(self, image: _Image) -> Iterator[None]:
         """A block whose failure ends the image's request and no other."""
-        return _Guard(self, image)
+        try:
+            yield
+        except Exception as error:
+            self._fail(image, error)
 
     def _fail(self, image: _Image, error: Exception) -> None:
         submit = image.request.submit
         if submit.id in self._requests:
             self.cancel(submit.id)
             self._send(Failed(submit.id, *self._stages.failure(error)))
-
-
-class _Guard:
-    def __init__(self, scheduler: Scheduler, image: _Image) -> None:
-        self._scheduler, self._image = scheduler, image
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._scheduler._fail(self._image, error)
-        return True
 
 
 def _preview_steps(total: int, previews: int) -> set[int]:
