@@ -27,7 +27,6 @@ from blip3o_rt.errors import Blip3oError, ParameterError
 from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import ImageRequest, Pipeline
 from blip3o_rt.result import Plan
-from blip3o_rt.serve.async_pipeline import pil_image, raw_image
 from blip3o_rt.serve.client import COMPLETED, EngineClient, Handle, RequestError
 from blip3o_rt.serve.messages import (
     Accepted,
@@ -143,7 +142,7 @@ class Planner:
         asked = {}
         with pipeline._run() as run:
             for number, (submit, seed) in enumerate(tasks):
-                references = [pil_image(image) for image in submit.references]
+                references = [image.pil() for image in submit.references]
                 request = ImageRequest(submit.prompt, seed, references or None)
                 try:
                     sampling = SamplingParams(**submit.sampling)
@@ -182,10 +181,8 @@ class Renderer:
             return Drawn()
         except Exception as error:
             return Drawn(error=Stages.failure(error))
-        raw = raw_image(image)  # type: ignore[arg-type]
-        fields = {str(name): value for name, value in image.info.items()}  # type: ignore[union-attr]
         seconds = {**planned.seconds, "denoise": time.monotonic() - begin}
-        return Drawn(RawImage(raw.width, raw.height, raw.samples, fields), seconds)
+        return Drawn(RawImage.of(image), seconds)  # type: ignore[arg-type]
 
 
 class ClusterClient(EngineClient):

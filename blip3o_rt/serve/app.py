@@ -342,7 +342,7 @@ def _card(info: ModelInfo, began: int) -> ModelCard:
     return ModelCard(
         id=info.name,
         created=began,
-        size=f"{info.width}x{info.height}",
+        size=info.size,
         edits=info.edits,
         max_references=info.max_references,
         max_prompt_tokens=info.max_prompt_tokens,
@@ -406,7 +406,7 @@ def _openapi(app: FastAPI, service: Service, keyed: bool) -> dict[str, Any]:
                 kind["maximum"] = MAX_SEED  # the framework writes a float, which is one more
         if service.client.info is not None:
             info = service.client.info
-            body["properties"]["size"]["enum"] = ["auto", f"{info.width}x{info.height}"]
+            body["properties"]["size"]["enum"] = ["auto", info.size]
     for name in ("GenerationRequest", "JobRequest"):
         _accept_nulls(components["schemas"][name])
     if service.client.info is not None:

@@ -108,7 +108,7 @@ class AsyncPipeline:
         Raises ImageError where the reference cannot be used.
         """
         images = reference if isinstance(reference, list | tuple) else [reference]
-        raw = tuple(raw_image(load_reference(image)) for image in images)  # type: ignore[arg-type]
+        raw = tuple(RawImage.of(load_reference(image)) for image in images)  # type: ignore[arg-type]
         async with self._request(prompt, raw, n, seed, **options) as handle:
             return await _images(handle)
 
@@ -164,16 +164,4 @@ class AsyncPipeline:
 async def _images(handle: Handle) -> list[Image.Image]:
     async for _ in handle:
         pass
-    return [pil_image(handle.images[index].image) for index, _ in handle.submit.seeds]
-
-
-def raw_image(image: Image.Image) -> RawImage:
-    """An RGB image as a message carries it."""
-    return RawImage(image.width, image.height, image.tobytes())
-
-
-def pil_image(raw: RawImage) -> Image.Image:
-    """A message's image, with its fields in `info`."""
-    image = Image.frombytes("RGB", (raw.width, raw.height), raw.samples)
-    image.info.update(raw.info)
-    return image
+    return [handle.images[index].image.pil() for index, _ in handle.submit.seeds]

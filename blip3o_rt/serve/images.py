@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from blip3o_rt.errors import ImageError
 from blip3o_rt.images import decode_reference
 from blip3o_rt.metadata import text_chunks
-from blip3o_rt.serve.async_pipeline import pil_image, raw_image
 from blip3o_rt.serve.messages import RawImage
 
 T = TypeVar("T")
@@ -61,11 +60,11 @@ def from_base64(text: str, name: str) -> bytes:
 def _decode(data: bytes, name: str, max_pixels: int) -> RawImage:
     if not data:
         raise ImageError(f"{name} is empty: send the file of an image")
-    return raw_image(decode_reference(data, name, max_pixels))
+    return RawImage.of(decode_reference(data, name, max_pixels))
 
 
 def _encode(raw: RawImage, output_format: str, compression: int | None) -> bytes:
-    image, file = pil_image(raw), io.BytesIO()
+    image, file = raw.pil(), io.BytesIO()
     if output_format == "png":
         image.save(file, format="PNG", pnginfo=text_chunks(image.info))
     else:

@@ -167,7 +167,7 @@ class Jobs:
         size = None
         async for event in handle:
             if isinstance(event, Finished):
-                size = f"{event.image.width}x{event.image.height}"
+                size = event.image.size
                 await self._keep(job, request, event, dict(submit.seeds))
         return size
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 PRIORITIES = (-1, 0, 1)  # background, usual, urgent
 # What a pause does with images that run: fails their requests, lets them end, or draws them again afterwards.
 ABORT, WAIT, KEEP = PAUSES = ("abort", "wait", "keep")
@@ -22,6 +24,23 @@ class RawImage:
     height: int
     samples: bytes
     info: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, image: Image.Image) -> RawImage:
+        """A PIL image of mode RGB."""
+        info = {str(name): value for name, value in image.info.items()}
+        return cls(image.width, image.height, image.tobytes(), info)
+
+    def pil(self) -> Image.Image:
+        """It as PIL has it."""
+        image = Image.frombytes("RGB", (self.width, self.height), self.samples)
+        image.info.update(self.info)
+        return image
+
+    @property
+    def size(self) -> str:
+        """As the API names it: "64x64"."""
+        return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +147,11 @@ class ModelInfo:
     device: str
     dtype: str
     tier: str
+
+    @property
+    def size(self) -> str:
+        """Of its images, as the API names it."""
+        return f"{self.width}x{self.height}"
 
 
 @dataclass(frozen=True)

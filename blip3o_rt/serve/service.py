@@ -71,9 +71,8 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        own = f"{info.width}x{info.height}"
-        if request.size not in ("auto", own):
-            raise _invalid("size", f"size is {request.size!r}: accepted are 'auto' and {own!r}")
+        if request.size not in ("auto", info.size):
+            raise _invalid("size", f"size is {request.size!r}: accepted are 'auto' and {info.size!r}")
 
     async def respond(
         self, http: Request, request: StreamedRequest, references: tuple[RawImage, ...], kind: str
@@ -145,7 +144,7 @@ class Service:
         return ImagesResponse(
             created=int(time.time()),
             output_format=request.output_format,
-            size=size_of(handle),
+            size=handle.images[0].image.size,
             data=data,
             usage=self.usage(handle, len(handle.submit.seeds)),
         )
@@ -171,7 +170,7 @@ class Service:
                         "type": f"{kind}.{'partial_image' if isinstance(event, Partial) else 'completed'}",
                         "b64_json": base64.b64encode(data).decode(),
                         "created_at": int(time.time()),
-                        "size": f"{event.image.width}x{event.image.height}",
+                        "size": event.image.size,
                         **common,
                         "index": event.index,
                         "seed": seeds[event.index],
@@ -250,12 +249,6 @@ def image_data(handle: Handle, event: Finished, seed: int) -> ImageData:
         seconds={name: round(value, 4) for name, value in seconds.items()},
         tokens_per_pass=round(event.tokens_per_pass, 3),
     )
-
-
-def size_of(handle: Handle) -> str:
-    """The size of a request's images."""
-    image = next(iter(handle.images.values())).image
-    return f"{image.width}x{image.height}"
 
 
 async def _after(

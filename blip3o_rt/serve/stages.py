@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from blip3o_rt.ar.engine import Request, TokenPrompt
@@ -103,7 +102,7 @@ class Stages:
 
     def prepare(self, submit: Submit) -> Prepared:
         """Encode the references of a request and its prompt."""
-        images = [_pil(image) for image in submit.references]
+        images = [image.pil() for image in submit.references]
         reference = NO_REFERENCE
         if images:
             with self._pipeline._run() as run:
@@ -232,14 +231,4 @@ class Drawing:
 
     def _decoded(self, latent: Tensor) -> RawImage:
         fields = self._pipeline._renderer.fields(self._plan, self._params, self._plan.sampling.seed)
-        image = generated_image(self._pipeline._renderer.decode(latent), fields)
-        return RawImage(
-            image.width,
-            image.height,
-            image.tobytes(),
-            {str(name): value for name, value in image.info.items()},
-        )
-
-
-def _pil(image: RawImage) -> Image.Image:
-    return Image.frombytes("RGB", (image.width, image.height), image.samples)
+        return RawImage.of(generated_image(self._pipeline._renderer.decode(latent), fields))
