@@ -68,14 +68,14 @@ class Engine:
     def run(self) -> None:
         """Load the model, then work until the process is ended."""
         options: EngineOptions = self._connection.recv()
-        threading.Thread(target=self._beat, daemon=True).start()
+        for work in (self._beat, self._read):  # before it is ready: one that cannot hear must not say so
+            threading.Thread(target=work, daemon=True).start()
         try:
             self._load(options)
         except Exception as error:
             line = " ".join(str(error).split()) or type(error).__name__
             self.send(LoadFailed(line))
             raise
-        threading.Thread(target=self._read, daemon=True).start()
         scheduler = self._scheduler
         assert scheduler is not None
         with self._settings():
