@@ -17,7 +17,7 @@ from blip3o_rt.serve.api_error import CLIENT_GONE, ApiError, api_error
 from blip3o_rt.serve.client import CANCELLED, EngineClient, Handle
 from blip3o_rt.serve.events import EventStream, gone
 from blip3o_rt.serve.images import ImageWorkers
-from blip3o_rt.serve.messages import Finished, Partial, Progress, RawImage
+from blip3o_rt.serve.messages import Event, Finished, Partial, Progress, RawImage
 from blip3o_rt.serve.metrics import Metrics
 from blip3o_rt.serve.schema import (
     ImageData,
@@ -94,11 +94,12 @@ class Service:
         if self.log_prompts:
             http.state.log["prompt"] = request.prompt
         if request.stream:
-            events = self._events(handle, request, kind)
+            events = aiter(handle)
             # what is refused is refused with a status, not in a stream: the first event says it was accepted
-            first = await self._until(http, handle, anext(events))
+            await self._until(http, handle, anext(events))
             return EventStream(
-                _after(first, events), lambda: self.client.cancel(handle, "the client is gone")
+                self._events(events, handle, request, kind),
+                lambda: self.client.cancel(handle, "the client is gone"),
             )
         return await self._until(http, handle, self._body(http, handle, request))
 
@@ -150,18 +151,14 @@ class Service:
         )
 
     async def _events(
-        self, handle: Handle, request: StreamedRequest, kind: str
+        self, events: AsyncIterator[Event], handle: Handle, request: StreamedRequest, kind: str
     ) -> AsyncIterator[dict[str, Any]]:
-        """The events of a stream; the first, an empty one, says that the request was accepted."""
+        """What a stream says of the events of a request that was accepted."""
         seeds = dict(handle.submit.seeds)
         common = {"background": "opaque", "output_format": request.output_format, "quality": "auto"}
-        accepted = False
         position = asyncio.ensure_future(self._positions(handle, kind)) if request.progress else None
         try:
-            async for event in handle:
-                if not accepted:
-                    accepted = True
-                    yield {}
+            async for event in events:
                 if isinstance(event, Partial | Finished):
                     data = await self.workers.encode(
                         event.image, request.output_format, request.output_compression
@@ -187,8 +184,6 @@ class Service:
                 elif isinstance(event, QueuePosition):
                     yield {"type": f"{kind}.queued", "position": event.position}
         except Blip3oError as error:
-            if not accepted:
-                raise
             yield {"type": "error", "error": self._error(error).body}
         finally:
             if position is not None:
@@ -249,16 +244,6 @@ def image_data(handle: Handle, event: Finished, seed: int) -> ImageData:
         seconds={name: round(value, 4) for name, value in seconds.items()},
         tokens_per_pass=round(event.tokens_per_pass, 3),
     )
-
-
-async def _after(
-    first: dict[str, Any], events: AsyncIterator[dict[str, Any]]
-) -> AsyncIterator[dict[str, Any]]:
-    """The events, without the empty one that says that a request was accepted."""
-    if first:
-        yield first
-    async for event in events:
-        yield event
 
 
 def _invalid(param: str, message: str) -> ApiError:
