@@ -202,10 +202,9 @@ class CapturedImages:
             work()
 
 
-def images_of_a_small_step(dit: DiT, geometries: Sequence[Geometry]) -> int:
+def images_of_a_small_step(config: DiTConfig, geometries: Sequence[Geometry]) -> int:
     """How many images share a step on the CPU: as many as have SMALL_STEP_ROWS together, or one."""
-    rows = max(geometry.step_rows(dit.config) for geometry in geometries)
-    return max(1, SMALL_STEP_ROWS // rows) if dit.batch_invariant else 1
+    return max(1, SMALL_STEP_ROWS // max(geometry.step_rows(config) for geometry in geometries))
 
 
 def images_of_a_step(dit: DiT, geometries: Sequence[Geometry], free: int) -> int:

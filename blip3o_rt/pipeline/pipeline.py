@@ -570,43 +570,33 @@ class Pipeline:
         self._planner.check(texts, sampling)
         rollouts: list[Rollout] = []
         with self._run(progress, callback) as run:
-            found = [self._reference(one, run) for one in given]
-            for index, (text, reference) in enumerate(zip(texts, found, strict=True)):
+            asked = [(text, self._reference(one, run)) for text, one in zip(texts, given, strict=True)]
+            for index, (text, reference) in enumerate(asked):
                 with which_prompt(index, len(texts)):
                     self._planner.token_prompt(text, samples, reference)  # raises for one that is too long
-            requests = [
-                PlanRequest(text, sample, reference)
-                for text, reference in zip(texts, found, strict=True)
-                for sample in samples
-            ]
+            requests = [PlanRequest(text, sample, seen) for text, seen in asked for sample in samples]
             window = BATCHES * self.max_batch
             for first in range(0, len(requests), window):
                 plans = self._planner.plan_each(requests[first : first + window], run)
-                rollouts += [
-                    self._rollout(plan, params if images else None, hidden_states, run) for plan in plans
-                ]
+                rollouts += self._rollouts(plans, params if images else None, hidden_states, run)
             report = run.report(dtype=self.precision, tier=self.tier, switches=self.switches)
         return Rollouts(rollouts, report)
 
-    def _rollout(self, plan: Plan, params: DiffusionParams | None, hidden_states: bool, run: Run) -> Rollout:
-        if plan.error is not None:
-            raise plan.error
-        raw, processed = self._planner.log_probs(plan)
-        seed, image = plan.sampling.seed, None
+    def _rollouts(
+        self, plans: list[Plan], params: DiffusionParams | None, hidden_states: bool, run: Run
+    ) -> Iterator[Rollout]:
+        for error in filter(None, (plan.error for plan in plans)):
+            raise error
+        images: list[Tensor | None] = [None] * len(plans)
         if params is not None:
+            noises = [self._renderer.noise(plan.sampling.seed) for plan in plans]
             with trace.span("render"):
-                image = eight_bit(self._renderer.pixels(plan, params, seed, run))
-        return Rollout(
-            plan.prompt,
-            seed,
-            plan.prompt_ids[0],
-            plan.token_ids[0],
-            raw.cpu(),
-            processed.cpu(),
-            image,
-            plan.hidden_states[0].cpu() if hidden_states else None,
-            self._weights.version,
-        )
+                images = [*map(eight_bit, self._renderer.pixels_each(plans, params, noises, run))]
+        for plan, image in zip(plans, images, strict=True):
+            raw, processed = (found.cpu() for found in self._planner.log_probs(plan))
+            hidden = plan.hidden_states[0].cpu() if hidden_states else None
+            drawn = plan.sampling.seed, plan.prompt_ids[0], plan.token_ids[0]
+            yield Rollout(plan.prompt, *drawn, raw, processed, image, hidden, self._weights.version)
 
     def _images(
         self,

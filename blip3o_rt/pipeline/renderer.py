@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.captured import CapturedImages, Geometry, images_of_a_small_step, images_of_a_step
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import Denoising
+from blip3o_rt.dit.denoise import Denoising, step_together
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.scheduler import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
@@ -105,7 +105,7 @@ class Renderer:
         self._captured: dict[Geometry, CapturedImages] = {}
         self.images_per_step = 1  # on a GPU, until it captures
         if self._device.type == "cpu":
-            self.images_per_step = images_of_a_small_step(self._dit, captured_geometries(config, edits=True))
+            self.images_per_step = images_of_a_small_step(config.dit, captured_geometries(config, edits=True))
 
     def refresh(self) -> None:
         """Forget what is kept of the weights, which have been updated in place."""
@@ -161,17 +161,25 @@ class Renderer:
         self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
     ) -> Tensor:
         """The pixels [1, 3, H, W], float32 in 0..1. Raises GenerationError where they are not finite."""
-        latent = self._denoised(plan, params, seed, run, noise)
-        with run.stage("decode", 1) as update:
-            pixels = self.decode(latent)
-            update(1)
-            return pixels
+        return next(self.pixels_each([plan], params, [self.noise(seed) if noise is None else noise], run))
+
+    def pixels_each(
+        self, plans: Sequence[Plan], params: DiffusionParams, noises: Sequence[Tensor], run: Run
+    ) -> Iterator[Tensor]:
+        """The pixels of every plan, some of which share steps; otherwise as `pixels`."""
+        for first in range(0, len(plans), self.images_per_step):
+            sharing = slice(first, first + self.images_per_step)
+            for latent in self._denoised(plans[sharing], params, noises[sharing], run):
+                with run.stage("decode", 1) as update:
+                    pixels = self.decode(latent)
+                    update(1)
+                yield pixels
 
     def latent(
         self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
     ) -> Tensor:
         """The latent [1, C, h, w], float32. Raises GenerationError where it is not finite."""
-        latent = self._denoised(plan, params, seed, run, noise)
+        (latent,) = self._denoised([plan], params, [self.noise(seed) if noise is None else noise], run)
         check_finite(latent)
         return latent
 
@@ -186,14 +194,15 @@ class Renderer:
         return pixels
 
     def _denoised(
-        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None
-    ) -> Tensor:
-        noise = self.noise(seed) if noise is None else noise
-        with run.stage("denoise", params.steps) as update, self.denoising(plan, params, noise) as denoising:
-            while denoising.done < denoising.total:
-                denoising.step()
-                update(denoising.done)
-            return denoising.latent
+        self, plans: Sequence[Plan], params: DiffusionParams, noises: Sequence[Tensor], run: Run
+    ) -> list[Tensor]:
+        with run.stage("denoise", params.steps * len(plans)) as update, ExitStack() as stack:
+            pairs = zip(plans, noises, strict=True)
+            images = [stack.enter_context(self.denoising(plan, params, noise)) for plan, noise in pairs]
+            for step in range(params.steps):
+                step_together(images)
+                update((step + 1) * len(images))
+            return [image.latent for image in images]
 
     @contextmanager
     def denoising(self, plan: Plan, params: DiffusionParams, noise: Tensor) -> Iterator[Denoising]:
