@@ -61,14 +61,14 @@ class ReferencePipeline:
 
     @torch.no_grad()
     def render(
-        self, hidden: torch.Tensor, noise: torch.Tensor, reference: torch.Tensor | None
+        self, hidden: torch.Tensor, noise: torch.Tensor, reference: torch.Tensor | None, steps: int = STEPS
     ) -> torch.Tensor:
-        """Images [N, 3, H, W] by STEPS Euler steps with guidance, from noise [N, C, h, w]."""
+        """Images [N, 3, H, W] by Euler steps with guidance, from noise [N, C, h, w]."""
         condition = torch.cat(
             [self.model.null_condition(hidden, reference), self.model.condition(hidden, reference)]
         )
         twice = None if reference is None else reference.repeat(2, 1, 1, 1)
-        sigmas = [*torch.linspace(1, 1 / STEPS, STEPS).tolist(), 0.0]
+        sigmas = [*torch.linspace(1, 1 / steps, steps).tolist(), 0.0]
         latents = noise
         for sigma, following in itertools.pairwise(sigmas):
             both = latents.repeat(2, 1, 1, 1)
