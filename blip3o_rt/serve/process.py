@@ -49,6 +49,7 @@ class EngineProcess:
             self._popen = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self.connection = Connection(ours.detach())
         self.pid = self._popen.pid
+        self._child = psutil.Process(self.pid)
         self.heartbeat: Heartbeat | None = None
         self.heard = time.monotonic()  # of it at all
         self.progressed = self.heard  # when it last did a piece of work, or had none to do
@@ -75,7 +76,7 @@ class EngineProcess:
     def stopped(self) -> bool:
         """Whether the process has been stopped (SIGSTOP), and not ended."""
         try:
-            return psutil.Process(self.pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            return self._child.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
         except psutil.Error:
             return False
 

@@ -6,6 +6,7 @@ This is the one file of the service that knows how a pipeline is made.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
 
 EMBEDDED = "blip3o-next-shapes"
 MAX_REFERENCES = 16
+MEMORY_SECONDS = 0.1  # between two looks at the free memory, which take longer than the rest of a check
 
 
 def load(model: Mapping[str, Any], memory_reserve: int) -> Stages:
@@ -54,6 +56,7 @@ class Stages:
         self._pipeline = pipeline
         self._engine = pipeline._planner.engine
         self._memory_reserve = memory_reserve
+        self._free_memory, self._next_look = 0, 0.0
         config = pipeline.config
         edits = pipeline._planner.edits
         several = edits and not pipeline._renderer.sees_reference
@@ -92,13 +95,19 @@ class Stages:
                 f"accepted is {'1' if self.info.max_references == 1 else f'1 to {self.info.max_references}'}"
             )
         needed = self._memory_reserve + sum(12 * len(image.samples) for image in submit.references)
-        free = memory().available
+        free = self._free()
         if needed > free:
             raise InsufficientMemoryError(
                 f"the request needs {format_bytes(needed)} of free memory, there are {format_bytes(free)}: "
                 "try again later"
             )
         return pipeline._planner.count_tokens(submit.prompt, len(submit.references))
+
+    def _free(self) -> int:
+        """Bytes of free memory: the first of requests that come together looks for all of them."""
+        if time.monotonic() >= self._next_look:
+            self._free_memory, self._next_look = memory().available, time.monotonic() + MEMORY_SECONDS
+        return self._free_memory
 
     def prepare(self, submit: Submit) -> Prepared:
         """Encode the references of a request and its prompt."""

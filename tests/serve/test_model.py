@@ -13,6 +13,8 @@ import openai
 import pytest
 from PIL import Image
 
+from blip3o_rt.errors import InsufficientMemoryError
+from blip3o_rt.machine import Memory
 from blip3o_rt.metadata import save_png
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.serve import AsyncPipeline
@@ -20,7 +22,7 @@ from blip3o_rt.serve.client import Limits, RequestError
 from blip3o_rt.serve.messages import EngineOptions, Finished, Partial, RawImage, Submit
 from blip3o_rt.serve.scheduler import Scheduler
 from blip3o_rt.serve.server import ServerOptions
-from blip3o_rt.serve.stages import Drawing, Stages
+from blip3o_rt.serve.stages import MEMORY_SECONDS, Drawing, Stages
 from tests.serve.conftest import RunningServer
 
 CIRCLE, SQUARE, CHANGE = "a red circle on a blue background", "a green square", "make the circle green"
@@ -49,6 +51,28 @@ def opened(text: str | None) -> Image.Image:
 
 def assert_same(found: Image.Image, expected: Image.Image) -> None:
     assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_requests_that_come_together_look_at_the_free_memory_once(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, free, looks = 5.0, 100, 0
+
+    def memory() -> Memory:
+        nonlocal looks
+        looks += 1
+        return Memory(1000, free, "machine")
+
+    monkeypatch.setattr("blip3o_rt.serve.stages.memory", memory)
+    monkeypatch.setattr("blip3o_rt.serve.stages.time.monotonic", lambda: now)
+    stages, submit = Stages(pipeline, "model", memory_reserve=100), Submit("", CIRCLE)
+    assert [stages.check(submit) > 0 for _ in range(3)] == [True] * 3
+    assert looks == 1
+    now, free = now + MEMORY_SECONDS, 99
+    for _ in range(2):
+        with pytest.raises(InsufficientMemoryError):
+            stages.check(submit)
+    assert looks == 2
 
 
 def test_openai_s_client_draws_edits_and_streams_the_bits_of_single_calls(
