@@ -255,6 +255,7 @@ def chosen(arguments: argparse.Namespace, run: Run | None = None) -> list[Piece]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 all pieces are done, 1 some are not, 2 there is no GPU or a package is missing."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & turns off, for pieces too
     arguments = build_parser().parse_args(argv)
     if arguments.take is not None:
         print(f"{take(arguments.take, RESULTS)}: now python -m benchmarks.render")

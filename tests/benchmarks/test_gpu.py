@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,7 +98,17 @@ def test_results_come_back_after_every_piece(site: Site, tmp_path: Path) -> None
     assert run.state["two"]["outcome"] == FAILED
 
 
-def test_a_piece_over_its_seconds_is_interrupted_and_keeps_what_it_has(site: Site, tmp_path: Path) -> None:
+@pytest.fixture
+def ignored_interrupts() -> Iterator[None]:
+    """As in a process that a shell has started with `&`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ignored_interrupts")
+def test_a_piece_over_its_seconds_is_interrupted_and_keeps_what_it_has(tmp_path: Path) -> None:
+    assert gpu.main(["--dry-run"]) == 0  # what the command begins with
     code = "import time\ntry:\n print('began', flush=True)\n time.sleep(600)\n"
     code += f"except KeyboardInterrupt:\n open({str(tmp_path / 'kept')!r}, 'w')"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
