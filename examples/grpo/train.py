@@ -203,6 +203,13 @@ def timed(spent: dict[str, float], name: str) -> Iterator[None]:
     spent[name] += time.process_time() - begin
 
 
+def shares(log: Path) -> dict[str, float]:
+    """Which share of all steps' seconds each part took."""
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "judge" in line]
+    seconds = {name: sum(line[name] for line in lines) for name in ("rollouts", "judge", "training")}
+    return {f"share_{name}": some / sum(seconds.values()) for name, some in seconds.items()}
+
+
 def words(field: tuple[str, Any]) -> str:
     """A number of the log, or a value with its interval."""
     name, value = field
@@ -236,7 +243,7 @@ def train(arguments: argparse.Namespace) -> None:
     def show(step: int, name: str) -> None:
         drawn = evaluate(pipe, unseen)
         write(step=step, **summary(drawn))
-        save_png(contact_sheet(drawn[: 2 * ON_THE_SHEET]), out / f"{name}.png", {})
+        save_png(contact_sheet(drawn[: 2 * ON_THE_SHEET]).quantize(), out / f"{name}.png", {})
 
     if state is None:
         show(0, "before")
@@ -269,6 +276,7 @@ def train(arguments: argparse.Namespace) -> None:
     write_checkpoint(model, out / "trained")
     pipe.update_weights(out / "trained")
     show(arguments.steps, "after")
+    write(step=arguments.steps, **shares(out / "log.jsonl"))
     draw_curves(out / "log.jsonl", out / "curves.png")
 
 
