@@ -76,11 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.prompts is not None:
         prompts = tuple(filter(None, arguments.prompts.read_text(encoding="utf-8").splitlines()))
     prompts = prompts[: arguments.requests]
+    if not prompts:
+        raise ParameterError(f"{arguments.prompts} has no prompts: accepted is a prompt a line")
     if arguments.one_call and (arguments.url is not None or arguments.no_seed):
         raise ParameterError("--one-call needs seeds, and a server of ours: leave --url and --no-seed out")
     if arguments.one_call and arguments.requests % len(prompts):
-        message = f"{arguments.requests} requests of {len(prompts)} prompts: with --one-call accepted is"
-        raise ParameterError(f"{message} a multiple of them, for as many images of each")
+        raise ParameterError(f"--one-call: accepted is a multiple of {len(prompts)} requests, one a prompt")
     try:
         from blip3o_rt.measure.serve import record
         from blip3o_rt.measure.serve.load import Load
@@ -88,8 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ParameterError(f"bench serve needs {error.name}: pip install 'blip3o_rt[bench]'") from None
 
-    names = ("steps", "size")
-    body = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    body = {name: value for name in ("steps", "size") if (value := getattr(arguments, name)) is not None}
 
     def load_on(url: str) -> Load:
         return Load(

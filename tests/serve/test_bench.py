@@ -6,6 +6,7 @@ import asyncio
 import csv
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_server_of_ours_beside_one_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["--requests", "0"], ["--rate", "-1"], ["--rounds", "0"]),
+        *(["--requests", "0"], ["--rate", "-1"], ["--rounds", "0"], ["--prompts", os.devnull]),
         *(
             ["--one-call", "--url", "http://x"],
             ["--one-call", "--no-seed"],
