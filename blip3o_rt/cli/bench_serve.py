@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     load.add_argument("--no-seed", action="store_true", help="send no seed, for servers that know none")
     load.add_argument("--warm-up", type=int, default=8, metavar="N", help="requests before (%(default)s)")
     load.add_argument(
-        "--rounds", type=int, metavar="N", help="how often the load is sent (3 with --one-call, else 1)"
+        "--rounds", type=int, metavar="N", help="how often the load is sent (5 with --one-call, else 1)"
     )
     load.add_argument(
         "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (%(default)g)"
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
                 n = arguments.requests // len(prompts)
                 call = one_call({**model, "max_batch": arguments.max_batch}, prompts, n, 0, body)
         load = load_on(url)
-        samples, calls = measure(load, arguments.warm_up, arguments.rounds or (3 if call else 1), call)
+        samples, calls = measure(load, arguments.warm_up, arguments.rounds or (5 if call else 1), call)
     found = record.summary(load, samples, arguments.deadline, calls)
     print(record.table(found))
     for path in record.write(out, found, samples):
