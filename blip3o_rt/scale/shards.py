@@ -89,6 +89,7 @@ class BatchFolder:
         """
         prompts = Path(self.batch.prompts)
         description = self.folder / "batch.json"
+        self._sweep(self.folder)
         if not description.is_file():
             if any(path.name != ".work" for path in self.folder.iterdir()):
                 raise ParameterError(
@@ -137,21 +138,21 @@ class BatchFolder:
         if isinstance(found, Image.Image):
             save_png(found, place, found.info)
             return
-        failure = {
-            "row": row.index,
-            "prompt": row.prompt,
-            "error": type(found).__name__,
-            "message": str(found),
-        }
+        failure = {"row": row.index, "prompt": row.prompt, "error": type(found).__name__}
+        fields = {**failure, "message": str(found), **row.extra}
         with replacing(place) as temporary:
-            temporary.write_text(json.dumps({**failure, **row.extra}, default=str) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(fields, default=str) + "\n", encoding="utf-8")
 
     def finish(self, shard: int) -> None:
         """Put the files of a shard whose rows are all done where they belong."""
         target, images = self._target(shard), self._work / self._name(shard)
         failed = self._work / f"{self._name(shard)}.failed"
+        self._sweep(self.folder, target.name)
+        self._sweep(self.folder / "failures", self._rows_file(shard).name)
         if not target.exists():
             images.mkdir(exist_ok=True)
+            self._sweep(images)
+            self._sweep(failed)
             self._write_failures(shard, failed)
             drawn = [row for row in self.rows(shard) if self.image(row).is_file()]
             if self.batch.format == FOLDER:
@@ -194,6 +195,11 @@ class BatchFolder:
             raise ParameterError(f"{prompts} has no rows")
         return count
 
+    def _sweep(self, folder: Path, name: str = "*") -> None:
+        """Remove what a writer that was killed has left of a file."""
+        for left in folder.glob(f".????????.{name}"):
+            left.unlink(missing_ok=True)
+
     def _name(self, shard: int) -> str:
         return f"{shard:05d}"
 
@@ -228,11 +234,8 @@ class BatchFolder:
         with replacing(path) as temporary, tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT) as archive:
             for row in rows:
                 fields = json.dumps(self._fields(row), default=str).encode()
-                for suffix, data in (
-                    ("png", self.image(row).read_bytes()),
-                    ("txt", row.prompt.encode()),
-                    ("json", fields),
-                ):
+                contents = {"png": self.image(row).read_bytes(), "txt": row.prompt.encode(), "json": fields}
+                for suffix, data in contents.items():
                     member = tarfile.TarInfo(f"{row.index:09d}.{suffix}")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from blip3o_rt.cli import main
+from blip3o_rt.files import replacing
 from blip3o_rt.metadata import read_metadata
 from blip3o_rt.pipeline import ImageRequest, Pipeline
 from blip3o_rt.rl.update import WeightStore
@@ -159,6 +160,37 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert main(arguments) == 0
     assert sorted(drawn + again) == list(range(10))
     assert sorted(images_of(out)) == list(range(10))
+
+
+@pytest.mark.parametrize("format", ["folder", "tar"])
+def test_what_killed_writers_left_is_removed(
+    format: str, edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["batch", str(edits), "--out", str(out), "--format", format, *STEPS]
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchFolder, "finish", _interrupt)
+        assert main(arguments) == 130
+    (out / "failures").mkdir()
+    for name in ("batch.json", f"00000.{format}", "failures/00000.jsonl"):
+        _leave(out / name)
+    for name in ("00000/000000001.png", "00000/metadata.jsonl", "00000.failed/000000002.json"):
+        _leave(out / ".work" / name)
+    assert main(arguments) == 1
+    assert [path.name for path in out.rglob(".*")] == [".work"]
+    assert sorted(images_of(out)) == [row for row in range(10) if row not in FAILED]
+    assert [failure["row"] for failure in failures_of(out)] == FAILED
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _leave(target: Path) -> None:
+    """What a writer leaves of a file when it is killed."""
+    with suppress(KeyboardInterrupt), replacing(target) as temporary:
+        raise KeyboardInterrupt
+    temporary.write_bytes(b"half")
 
 
 @pytest.mark.parametrize("step", ["metadata", "rename", "unlink"])
