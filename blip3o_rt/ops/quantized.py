@@ -187,7 +187,7 @@ def integer_product(values: Tensor, weight: Tensor, *, out: Tensor | None = None
 
 
 @functools.cache
-def _no_products_of_integers() -> str | None:
+def _no_int_mm() -> str | None:
     """Without VNNI torch multiplies bytes one by one, or adds pairs in 16 bits, which the largest exceed."""
     if VNNI.isdisjoint(processor().isa):
         return "no VNNI in this processor, so torch's product of integers is slow or not exact"
@@ -196,11 +196,9 @@ def _no_products_of_integers() -> str | None:
     return None if exact else "torch's product of integers is not exact on this processor"
 
 
-def _several_steps(call: Any) -> str | None:
+def _several_columns(call: Any) -> str | None:
     """A matrix of one column is its own transpose in memory, and torch takes it for the other of the two."""
-    return (
-        None if call.values.shape[1] > 1 else "takes more than one step, with which torch's product is wrong"
-    )
+    return None if call.values.shape[1] > 1 else "takes several columns: torch's product of one is wrong"
 
 
 def _sides_for_cublas(call: Any) -> str | None:
@@ -214,9 +212,9 @@ def _int_mm(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Ten
     return cast_out(torch._int_mm(values, weight.t()), torch.int32, out)
 
 
-integer_product.implementation(
-    "int_mm", device="cpu", supports=_several_steps, available=_no_products_of_integers
-)(_int_mm)
+integer_product.implementation("int_mm", device="cpu", supports=_several_columns, available=_no_int_mm)(
+    _int_mm
+)
 integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)(
     _int_mm
 )

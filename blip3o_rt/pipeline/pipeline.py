@@ -548,7 +548,7 @@ class Pipeline:
             images: Whether to draw the images too.
             hidden_states: Whether to return the decoder's hidden states.
             progress: Whether to draw progress bars.
-            callback: Told of every token and step; returning False raises Cancelled.
+            callback: Told of every token and of every step, which images may share; False raises Cancelled.
 
         Returns:
             A flat list, all samples of the first prompt first.
@@ -585,7 +585,7 @@ class Pipeline:
     def _rollouts(
         self, plans: list[Plan], params: DiffusionParams | None, hidden_states: bool, run: Run
     ) -> Iterator[Rollout]:
-        for error in filter(None, (plan.error for plan in plans)):
+        if error := next((plan.error for plan in plans if plan.error is not None), None):
             raise error
         images: list[Tensor | None] = [None] * len(plans)
         if params is not None:
@@ -595,8 +595,9 @@ class Pipeline:
         for plan, image in zip(plans, images, strict=True):
             raw, processed = (found.cpu() for found in self._planner.log_probs(plan))
             hidden = plan.hidden_states[0].cpu() if hidden_states else None
-            drawn = plan.sampling.seed, plan.prompt_ids[0], plan.token_ids[0]
-            yield Rollout(plan.prompt, *drawn, raw, processed, image, hidden, self._weights.version)
+            seed, ids, tokens = plan.sampling.seed, plan.prompt_ids[0], plan.token_ids[0]
+            version = self._weights.version
+            yield Rollout(plan.prompt, seed, ids, tokens, raw, processed, image, hidden, version)
 
     def _images(
         self,

@@ -72,7 +72,7 @@ def captured_geometries(config: ModelConfig, *, edits: bool) -> list[Geometry]:
 
 
 class Renderer:
-    """Connectors, diffusion transformer and autoencoder of a checkpoint, for one image at a time."""
+    """Connectors, diffusion transformer and autoencoder of a checkpoint: plans to pixels."""
 
     def __init__(self, checkpoint: Checkpoint, runner: GraphRunner) -> None:
         config, weights, switches = checkpoint.config, checkpoint.weights, checkpoint.switches

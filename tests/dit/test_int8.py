@@ -94,8 +94,8 @@ def test_integers_are_multiplied_by_torch_where_the_processor_does(
     fake = replace(quantized_ops.processor(), isa=(isa,))
     monkeypatch.setattr(quantized_ops, "processor", lambda: fake)
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).to(torch.int32))
-    quantized_ops._no_products_of_integers.cache_clear()
+    quantized_ops._no_int_mm.cache_clear()
     found = {c.implementation: c for c in ops.choices("cpu", torch.int8) if c.op == "integer_product"}
-    quantized_ops._no_products_of_integers.cache_clear()
+    quantized_ops._no_int_mm.cache_clear()
     assert found["int_mm"].chosen != refused
     assert found["cpu"].chosen == refused

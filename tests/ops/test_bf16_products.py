@@ -26,7 +26,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         for cached in (
             bf16_products._onednn_faster,
             image._no_bfloat16_of_onednn,
-            quantized._no_products_of_integers,
+            quantized._no_int_mm,
         ):
             cached.cache_clear()
         bf16_products._measured.clear()

@@ -7,6 +7,7 @@ a wrong position, temperature or vocabulary is off by 1e-2 or more.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from blip3o_rt.ar.log_probs import kept_logits
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import Cancelled, GenerationError, ImageError, ParameterError, PromptError
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.pipeline import Pipeline, renderer
+from blip3o_rt.result import Progress
 from blip3o_rt.rl.rollout import Rollout
 from tests.rl import oracle
 
@@ -170,6 +172,35 @@ def test_it_is_cancelled_between_two_tokens(pipeline: Pipeline) -> None:
     with pytest.raises(Cancelled):
         pipeline.rollout(PROMPTS, 2, images=False, callback=lambda progress: progress.done < 5)
     assert not pipeline._planner.engine.busy
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_images_share_steps_with_the_bits_of_single_calls(
+    dtype: str, reference: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six images, of an edit and of text, four to a step; cancelled between two steps, then drawn again."""
+    pipeline = Pipeline.load(device="cpu", dtype=dtype)
+    shared, real = list[int](), renderer.step_together
+    monkeypatch.setattr(renderer, "step_together", lambda images: shared.append(len(images)) or real(images))
+    prompts, references = ["make it green", PROMPTS[0]], [reference, None]
+    draw = partial(pipeline.rollout, steps=3, top_k=0, top_p=1.0)
+    told: list[tuple[int, int]] = []
+
+    def cancel(progress: Progress) -> bool:
+        told.extend([(progress.done, progress.total)] if progress.stage == "denoise" else [])
+        return (8, 12) not in told
+
+    with pytest.raises(Cancelled):
+        draw(prompts, 3, references=references, callback=cancel)
+    assert told == [(4, 12), (8, 12)]
+    shared.clear()
+    together = draw(prompts, 3, references=references)
+    assert shared == [4] * 3 + [2] * 3
+    for number, found in enumerate(together):
+        kind, seed = divmod(number, 3)
+        (alone,) = draw(prompts[kind], 1, seed, references=references[kind : kind + 1])
+        assert torch.equal(found.image, alone.image)
+        assert torch.equal(found.logprobs, alone.logprobs)
 
 
 def test_numbers_that_are_not_finite_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
