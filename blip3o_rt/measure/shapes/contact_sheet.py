@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,9 +24,9 @@ DESCRIPTIONS = CATEGORIES | FOREIGN
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 40), (20, 120, 50), (200, 0, 30)
 
 
-def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
-    """Every image at twice its size, by category in the order of the tasks."""
-    sections = {name: [one for one in drawn if one.task.category == name] for name in DESCRIPTIONS}
+def contact_sheet(drawn: Sequence[Drawn], words: Mapping[str, str] = DESCRIPTIONS) -> Image.Image:
+    """Every image at twice its size, by category in the order of the tasks, under the category's words."""
+    sections = {name: [one for one in drawn if one.task.category == name] for name in words}
     columns = MANY_COLUMNS if len(drawn) >= MANY else COLUMNS
     columns = min(columns, max(1, *map(len, sections.values())))
     heights = {name: _section_height(members, columns) for name, members in sections.items()}
@@ -36,7 +36,7 @@ def contact_sheet(drawn: Sequence[Drawn]) -> Image.Image:
     top = MARGIN
     for name, members in sections.items():
         if members:
-            pen.text((MARGIN, top), _heading(name, members), INK, ImageFont.load_default(HEADING_SIZE))
+            pen.text((MARGIN, top), _heading(words, members), INK, ImageFont.load_default(HEADING_SIZE))
         for index, one in enumerate(members):
             row, column = divmod(index, columns)
             left = MARGIN + column * (CELL_WIDTH + MARGIN)
@@ -54,12 +54,12 @@ def _section_height(members: Sequence[Drawn], columns: int) -> int:
     return HEADING + rows * (_cell_height(members[0]) + MARGIN) if members else 0
 
 
-def _heading(category: str, members: Sequence[Drawn]) -> str:
-    right = sum(one.verdict.right for one in members)
+def _heading(words: Mapping[str, str], members: Sequence[Drawn]) -> str:
+    category, right = members[0].task.category, sum(one.verdict.right for one in members)
     low, high = wilson_interval(right, len(members))
     return (
         f"{category}: {right} of {len(members)} right (95% interval {100 * low:.0f} to {100 * high:.0f}%); "
-        f"{DESCRIPTIONS[category]}"
+        f"{words[category]}"
     )
 
 

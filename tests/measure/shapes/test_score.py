@@ -221,5 +221,17 @@ def test_contact_sheet_shows_every_image(right: list[Drawn]) -> None:
     assert sheet.width < 1500
 
 
+def test_contact_sheet_says_the_given_words_of_a_category(right: list[Drawn]) -> None:
+    """In the heading, and nowhere else."""
+    two = [one for one in right if one.task.category == "two"]
+    usual, other = (
+        np.asarray(sheets.contact_sheet(two, words)) for words in (sheets.DESCRIPTIONS, {"two": "x"})
+    )
+    heading = sheets.MARGIN + sheets.HEADING
+    assert (np.asarray(sheets.contact_sheet(two)) == usual).all()
+    assert (usual[:heading] != other[:heading]).any()
+    assert (usual[heading:] == other[heading:]).all()
+
+
 def test_contact_sheet_of_one_image(right: list[Drawn]) -> None:
     assert sheets.contact_sheet(right[:1]).width < 400
