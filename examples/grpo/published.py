@@ -11,6 +11,9 @@ from examples.shapes.evaluate import pixels
 from examples.shapes.model_config import LATENT_CHANNELS, LATENT_SIDE
 from examples.shapes.reference_pipeline import ReferencePipeline
 
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
+SAMPLING |= {"min_new_tokens": TOKENS_PER_IMAGE, "max_new_tokens": TOKENS_PER_IMAGE}
+
 
 class PublishedRollouts:
     """Samples of a prompt as one batch through the trainer's own modules.
@@ -32,17 +35,7 @@ class PublishedRollouts:
             codes = self._reference.image_tokenizer.encode(pixels(task.reference)[None])[0].tolist()
             ids = tokenizer.edit(task.prompt, codes)
         prompts = torch.tensor([ids] * samples)
-        drawn = decoder.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=TOKENS_PER_IMAGE,
-            max_new_tokens=TOKENS_PER_IMAGE,
-            pad_token_id=0,
-        )
+        drawn = decoder.generate(prompts, attention_mask=torch.ones_like(prompts), **SAMPLING)
         hidden = decoder.model(input_ids=drawn, use_cache=False).last_hidden_state
         return drawn[:, len(ids) :], hidden[:, len(ids) - 1 :]
 

@@ -1,14 +1,13 @@
 """Where GRPO starts: the shipped decoder after some training on captions that are often wrong.
 
-The shipped model is right nearly always, which leaves a reward nothing to teach. Pairs of captions and images
-as one collects them are worse: here a stated share of the images show something else than their words say,
-one property of it mistaken for its opposite. A model that learned of such pairs draws what it is asked, or
-what it saw instead. Only the decoder is trained, little enough that the frozen diffusion transformer still
-reads its hidden states.
+The shipped model leaves a reward little to teach. Here a stated share of the captions are wrong: the image
+shows one property replaced by its opposite. A model that learned of them draws what it is asked, or what it
+saw. Only the decoder is trained, and briefly: the frozen diffusion transformer must still read its states.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from blip3o_rt.measure.shapes.scene import (
     is_held_out,
     training_scene,
 )
+from examples.shapes.import_checkpoint import import_checkpoint
 from examples.shapes.reference_pipeline import ReferencePipeline
 from examples.shapes.train_joint import Batch, make_batch, token_loss
 
@@ -44,14 +44,14 @@ WARM_UP = 10  # steps
 
 
 def opposite(values: Sequence[str], value: str) -> str:
-    """What a value is mistaken for: the one as far from the end of the list as it is from the beginning."""
+    """What replaces a value: the one as far from the end of the list as it is from the beginning."""
     return values[~values.index(value)]
 
 
 def mistaken(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one property mistaken, the background's color or one of a shape's.
+    """The scene with one property replaced, the background's color or one of a shape's.
 
-    It is drawable and not held out. An empty orange scene, which has no opposite, is never mistaken.
+    It is drawable and not held out. An empty orange scene, which has no opposite, stays.
     """
     found = [replace(scene, background=opposite(BACKGROUNDS, scene.background))]
     for index, shape in enumerate(scene.shapes):
@@ -65,7 +65,7 @@ def mistaken(scene: Scene, rng: random.Random) -> Scene:
 def noisy_batches(
     rng: random.Random, count: int, share: float, reference: ReferencePipeline
 ) -> tuple[Batch, Batch]:
-    """Captions and edits, as many of each, whose tokens show something else with the given share."""
+    """Captions and as many edits; the given share of their images are mistaken."""
 
     def shown(scene: Scene) -> Scene:
         return mistaken(scene, rng) if rng.random() < share else scene
@@ -83,25 +83,19 @@ def noisy_batches(
     )
 
 
-def train_start(
-    reference: ReferencePipeline,
-    *,
-    steps: int,
-    batch: int,
-    share: float,
-    peak: float,
-    seed: int,
-    write: Callable[..., None],
-) -> None:
-    """Train the pipeline's decoder on pairs of which the share is wrong; the learning rate falls to zero."""
+def make_start(arguments: argparse.Namespace, write: Callable[..., None]) -> None:
+    """Train the shipped decoder at a learning rate that falls to zero, and write the start's checkpoint."""
+    import_checkpoint(embedded_checkpoint(), arguments.out / "run")
+    reference = ReferencePipeline(arguments.out / "run")
     decoder = reference.model.language_model.requires_grad_()
+    steps, peak = arguments.start_steps, arguments.start_rate
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / WARM_UP, (steps - step) / steps)
-        rng = random.Random(f"start {seed} {step}")
+        rng = random.Random(f"start {arguments.seed} {step}")
         total = 0.0
-        for one in noisy_batches(rng, batch // 2, share, reference):
+        for one in noisy_batches(rng, arguments.start_batch // 2, arguments.wrong, reference):
             loss = token_loss(reference.model, one)[0]["tokens"] / 2
             loss.backward()
             total += float(loss.detach())
@@ -109,7 +103,8 @@ def train_start(
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % EVERY == 0:
-            write(start=step + 1, tokens=total)
+            write(start=step + 1, loss=total)
+    write_checkpoint(decoder, arguments.out / "start")
 
 
 def write_checkpoint(decoder: Qwen3ForCausalLM, folder: Path) -> None:

@@ -2,9 +2,9 @@
 
     python -m examples.grpo.train --out out/grpo
 
-The published recipe (arXiv 2510.15857): advantages relative to the group of samples of a prompt, and only the
-autoregressive stage learns. What is left out of it: its rollout has no attention mask and no filters, which
-makes log-probabilities of another distribution than the one that was drawn from.
+Advantages relative to a prompt's group of samples are those of arXiv 2510.15857, and as there only the decoder
+learns. The published rollout runs each sequence a second time for its hidden states; this one keeps them as it
+samples. README.md names what is chosen here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import json
 import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import Qwen3ForCausalLM
 
-from blip3o_rt.embedded import embedded_checkpoint
-from blip3o_rt.errors import Blip3oError
+from blip3o_rt.errors import Blip3oError, OpError, ParameterError
 from blip3o_rt.measure.shapes.captions import caption
 from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
 from blip3o_rt.measure.shapes.edits import EDIT_KINDS, random_edit
@@ -33,11 +33,12 @@ from blip3o_rt.measure.shapes.scene import is_held_out, random_scene, training_s
 from blip3o_rt.measure.shapes.score import NOTHING, Z_95, Drawn, judge_task, wilson_interval
 from blip3o_rt.measure.shapes.tasks import Task
 from blip3o_rt.metadata import save_png
+from blip3o_rt.ops import native
 from blip3o_rt.pipeline import ImageRequest, Pipeline
 from blip3o_rt.rl.rollout import Rollout
-from examples.grpo.curves import draw_curves
+from examples.grpo.outcome import draw_curves, summarize
 from examples.grpo.published import PublishedRollouts
-from examples.grpo.start import train_start, write_checkpoint
+from examples.grpo.start import make_start, write_checkpoint
 from examples.shapes.import_checkpoint import import_checkpoint
 from examples.shapes.reference_pipeline import ReferencePipeline
 from examples.shapes.training import load_state, save_atomically
@@ -46,10 +47,12 @@ CLIP = 0.2  # of the ratio of new to old probability
 AGREEMENT = 1e-4  # of the log-probabilities of rollouts and trainer
 EVALUATION_SEED = 10**6
 ON_THE_SHEET = 10  # images of each category
+UNSEEN = dict.fromkeys(("two", "edit"), "combinations that training never saw")
 SAVE_EVERY = 20  # steps
 # All of the distribution, as the trainer computes it, and as many steps as the judge needs.
 DRAWING: dict[str, Any] = {"steps": 4, "top_k": 0, "top_p": 1.0}
-PUBLISHED_STEPS = 30
+DEFAULT_STEPS = 30  # of inference
+Groups = list[list[Rollout]]  # the samples of each prompt
 
 
 def tasks(count: int, seed: int, *, held_out: bool = False) -> list[Task]:
@@ -106,30 +109,24 @@ def loss_of(new: Tensor, old: Tensor, advantage: Tensor) -> Tensor:
     return -gain.mean()
 
 
-def rollouts_of(
-    pipe: Pipeline, asked: list[Task], samples: int, seed: int, images: bool = True
-) -> list[list[Rollout]]:
+def rollouts_of(pipe: Pipeline, asked: list[Task], samples: int, seed: int, images: bool = True) -> Groups:
     """So many samples of every task."""
     prompts, references = [task.prompt for task in asked], [task.reference for task in asked]
     flat = pipe.rollout(prompts, samples, seed, references=references, images=images, **DRAWING)
     return [flat[first : first + samples] for first in range(0, len(flat), samples)]
 
 
-def check_agreement(model: Qwen3ForCausalLM, groups: list[list[Rollout]]) -> float:
+def check_agreement(model: Qwen3ForCausalLM, groups: Groups) -> float:
     """How far trainer and rollouts are apart. Raises ValueError for log-probabilities that do not agree."""
     with torch.no_grad():
         apart = [log_probs(model, group) - torch.stack([one.logprobs for one in group]) for group in groups]
     worst = max(float(one.abs().max()) for one in apart)
     if worst > AGREEMENT:
-        raise ValueError(
-            f"log-probabilities are {worst:.2g} apart: rollouts and trainer may be {AGREEMENT:g}"
-        )
+        raise ValueError(f"log-probabilities are {worst:.2g} apart: accepted are {AGREEMENT:g}")
     return worst
 
 
-def update(
-    model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, groups: list[list[Rollout]], rewards: Tensor
-) -> float:
+def update(model: Qwen3ForCausalLM, optimizer: Optimizer, groups: Groups, rewards: Tensor) -> float:
     """One step on rollouts and their rewards [prompts, samples]; returns the gradient's norm."""
     for group, advantage in zip(groups, advantages(rewards), strict=True):
         if bool((advantage != 0).any()):  # else there is nothing to learn of it
@@ -153,9 +150,12 @@ def evaluate(pipe: Pipeline, asked: list[Task]) -> list[Drawn]:
     ]
 
 
-def summary(drawn: list[Drawn]) -> dict[str, Any]:
-    """Mean reward and share right of captions and of edits, each [value, low, high] with its 95% interval."""
-    found: dict[str, Any] = {}
+def measured(drawn: list[Drawn]) -> dict[str, Any]:
+    """Mean reward and share right of captions and of edits, each [value, low, high] with its 95% interval.
+
+    "wrong" counts the images that have each property wrong.
+    """
+    found: dict[str, Any] = {"wrong": Counter(name for one in drawn for name in one.wrong)}
     for category in ("two", "edit"):
         some = [one for one in drawn if one.task.category == category]
         rewards, right = torch.tensor([reward(one) for one in some]), sum(one.verdict.right for one in some)
@@ -168,10 +168,7 @@ def summary(drawn: list[Drawn]) -> dict[str, Any]:
 def compare(
     pipe: Pipeline, published: PublishedRollouts, asked: list[Task], samples: int, seed: int
 ) -> dict[str, float]:
-    """Seconds of rollouts of the same tasks by the runtime and the published way, in two turns.
-
-    "rollouts" have as many denoising steps either way; "at_30" is the published way at its own 30.
-    """
+    """Seconds of the same tasks by the runtime and the published way, with as many steps and with 30."""
     spent: dict[str, float] = defaultdict(float)
     for turn in range(2):
         torch.manual_seed(seed + turn)
@@ -182,17 +179,14 @@ def compare(
         for task in asked:
             with timed(spent, "published_tokens"):
                 _, hidden = published.tokens(task, samples)
-            with timed(spent, "published_images"):
+            with timed(spent, "published_rollouts"):
                 published.images(task, hidden, DRAWING["steps"])
-            with timed(spent, "published_images_at_30"):
-                published.images(task, hidden, PUBLISHED_STEPS)
-    tokens = spent["published_tokens"]
-    return {
-        **spent,
-        "times_tokens": tokens / spent["our_tokens"],
-        "times_rollouts": (tokens + spent["published_images"]) / spent["our_rollouts"],
-        "times_at_30": (tokens + spent["published_images_at_30"]) / spent["our_rollouts"],
-    }
+            with timed(spent, "published_rollouts_at_30"):
+                published.images(task, hidden, DEFAULT_STEPS)
+    ours = {"tokens": "our_tokens", "rollouts": "our_rollouts", "rollouts_at_30": "our_rollouts"}
+    for name in ("rollouts", "rollouts_at_30"):  # of which only the images are counted so far
+        spent[f"published_{name}"] += spent["published_tokens"]
+    return spent | {f"times_{name}": spent[f"published_{name}"] / spent[mine] for name, mine in ours.items()}
 
 
 @contextmanager
@@ -203,32 +197,22 @@ def timed(spent: dict[str, float], name: str) -> Iterator[None]:
     spent[name] += time.process_time() - begin
 
 
-def shares(log: Path) -> dict[str, float]:
-    """Which share of all steps' seconds each part took."""
-    lines = [line for line in map(json.loads, log.read_text().splitlines()) if "judge" in line]
-    seconds = {name: sum(line[name] for line in lines) for name in ("rollouts", "judge", "training")}
-    return {f"share_{name}": some / sum(seconds.values()) for name, some in seconds.items()}
-
-
-def words(field: tuple[str, Any]) -> str:
-    """A number of the log, or a value with its interval."""
-    name, value = field
-    if isinstance(value, list):
-        return "{} {:.3f} ({:.3f} to {:.3f})".format(name, *value)
-    return f"{name} {value:.4g}"
-
-
 def train(arguments: argparse.Namespace) -> None:
     """Make the start, train, and write a line of numbers for every step and evaluation."""
     torch.set_num_threads(1)
+    if native.cpu_module() is None:
+        raise OpError("the kernels of this tree are not built: run `make build` or `pip install -e .`")
     out, began = arguments.out, time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     state = load_state(out / "state.pt")
+    check_arguments(arguments, state["step"] if state else 0)
     log = (out / "log.jsonl").open("a" if state else "w")
 
     def write(**fields: Any) -> None:
-        print(json.dumps(fields), file=log, flush=True)
-        print(f"{(time.perf_counter() - began) / 60:5.1f} min ", *map(words, fields.items()), flush=True)
+        line = json.dumps(fields)
+        print(line, file=log, flush=True)
+        short = json.loads(line, parse_float=lambda digits: float(f"{float(digits):.4g}"))
+        print(f"{(time.perf_counter() - began) / 60:5.1f} min ", short, flush=True)
 
     if not (out / "start").exists():
         make_start(arguments, write)
@@ -242,8 +226,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     def show(step: int, name: str) -> None:
         drawn = evaluate(pipe, unseen)
-        write(step=step, **summary(drawn))
-        save_png(contact_sheet(drawn[: 2 * ON_THE_SHEET]).quantize(), out / f"{name}.png", {})
+        write(step=step, **measured(drawn), checksum=pipe.weights_checksum())
+        save_png(contact_sheet(drawn[: 2 * ON_THE_SHEET], UNSEEN).quantize(), out / f"{name}.png", {})
 
     if state is None:
         show(0, "before")
@@ -276,28 +260,28 @@ def train(arguments: argparse.Namespace) -> None:
     write_checkpoint(model, out / "trained")
     pipe.update_weights(out / "trained")
     show(arguments.steps, "after")
-    write(step=arguments.steps, **shares(out / "log.jsonl"))
     draw_curves(out / "log.jsonl", out / "curves.png")
+    summary = json.dumps(summarize(out / "log.jsonl"), indent=2)
+    (out / "summary.json").write_text(f"{summary}\n")
+    print(summary)
 
 
-def make_start(arguments: argparse.Namespace, write: Callable[..., None]) -> None:
-    """Write the checkpoint of the start."""
-    import_checkpoint(embedded_checkpoint(), arguments.out / "run")
-    reference = ReferencePipeline(arguments.out / "run")
-    train_start(
-        reference,
-        steps=arguments.start_steps,
-        batch=arguments.start_batch,
-        share=arguments.wrong,
-        peak=arguments.start_rate,
-        seed=arguments.seed,
-        write=write,
-    )
-    write_checkpoint(reference.model.language_model, arguments.out / "start")
+def check_arguments(arguments: argparse.Namespace, done: int) -> None:
+    """Write what decides the results to the folder. Raises ParameterError where it holds another run."""
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "steps")}
+    path = arguments.out / "arguments.json"
+    kept = json.loads(path.read_text()) if path.exists() else given
+    others = [f"--{name.replace('_', '-')} {kept[name]}" for name in given if kept[name] != given[name]]
+    if done > arguments.steps:
+        others.append(f"--steps {done}")
+    if others:
+        held = f"{arguments.out} holds a run with {' '.join(others)}"
+        raise ParameterError(f"{held}: repeat that, or choose another --out")
+    path.write_text(json.dumps(given))
 
 
 def main() -> None:
-    """Parse the arguments and train."""
+    """Parse the arguments and train. Exits with 2 and one line for what it refuses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--prompts", type=int, default=4, help="of a step, half of them edits")
@@ -311,7 +295,10 @@ def main() -> None:
     parser.add_argument("--start-rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/grpo"))
-    train(parser.parse_args())
+    try:
+        train(parser.parse_args())
+    except Blip3oError as error:
+        parser.exit(2, f"{error}\n")
 
 
 if __name__ == "__main__":

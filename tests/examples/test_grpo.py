@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from blip3o_rt.embedded import embedded_checkpoint
@@ -27,7 +28,7 @@ from blip3o_rt.measure.shapes.scene import (
 )
 from blip3o_rt.measure.shapes.score import judge_task
 from blip3o_rt.pipeline import Pipeline
-from examples.grpo import start, train
+from examples.grpo import outcome, start, train
 from examples.shapes.import_checkpoint import import_checkpoint
 from examples.shapes.reference_pipeline import ReferencePipeline
 from tests.rl import oracle
@@ -170,6 +171,86 @@ def pairs_without_mistakes(
     return captions.scenes, edits.scenes
 
 
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Of 12 steps, of which a run that was killed at 5 repeated 4 and 5."""
+    lines: list[dict[str, Any]] = [{"start": 20, "loss": 1.0}]
+    for step in (1, 2, 3, 4, 5, 4, *range(5, 13)):
+        parts = {"rollouts": 3.0, "judge": 1.0, "training": float(step)}
+        lines.append({"step": step, "reward": 0.5, "two": step / 100, "edit": 1.0, "logprob": -step, **parts})
+    lines[5] |= {"training": 1e6, "two": 1e6}
+    scores = {key: [0.5, 0.25, 0.75] for key in ("two_reward", "edit_reward")}
+    lines += [
+        {"step": 0, **scores},
+        {"step": 12, "wrong": {"kind": 3}, **scores},
+        {"step": 6, "our_tokens": 2},
+    ]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_the_summary_counts_each_step_once(log: Path) -> None:
+    found = outcome.summarize(log)
+    assert found["first_steps"]["two"] == pytest.approx(0.055)  # of steps 1 to 10
+    assert found["last_steps"]["logprob"] == pytest.approx(-7.5)  # of steps 3 to 12
+    assert found["shares"] == pytest.approx({"rollouts": 36 / 126, "judge": 12 / 126, "training": 78 / 126})
+    assert found["comparisons"] == [{"step": 6, "our_tokens": 2}]
+    assert [line["step"] for line in found["evaluations"]] == [0, 12]
+
+
+def test_the_smoothed_curve_begins_with_ten_steps(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    outcome.draw_curves(log, log)
+    dots, smooth, *_ = figures[0].axes[0].get_lines()
+    assert list(dots.get_xdata()) == list(range(1, 13))
+    assert list(smooth.get_xdata()) == [10, 11, 12]
+    assert smooth.get_ydata() == pytest.approx([0.055, 0.065, 0.075])
+
+
+def test_what_is_wrong_is_counted_by_property() -> None:
+    some = train.tasks(24, 0)
+    drawn = [judge_task(task, render(task.scene), [], 0.0) for task in some]
+    assert train.measured(drawn)["wrong"] == {}
+    index = next(i for i, task in enumerate(some) if task.edit is not None and task.edit.kind == "recolour")
+    drawn[index] = judge_task(some[index], render(some[index].edit.before), [], 0.0)
+    assert train.measured(drawn)["wrong"] == {"colour": 1}
+
+
+def test_another_run_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other arguments or fewer steps than a folder has, and a tree without kernels; the same go on."""
+
+    def started(*given: str) -> None:
+        monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), *given])
+        with pytest.raises(KeyboardInterrupt):
+            train.main()
+
+    def refused(*given: str) -> str:
+        monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), *given])
+        with pytest.raises(SystemExit) as stopped:
+            train.main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert error.count("\n") == 1
+        return error
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "make_start", kill)
+    started("--wrong", "0.25")
+    started("--wrong", "0.25", "--steps", "7")
+    assert "--wrong 0.25 --seed 0: repeat" in refused("--seed", "1")
+    torch.save({"step": 40}, tmp_path / "state.pt")
+    assert "--steps 40: repeat" in refused("--wrong", "0.25", "--steps", "39")
+    started("--wrong", "0.25", "--steps", "40")
+    monkeypatch.setattr("blip3o_rt.ops.native.cpu_module", lambda: None)
+    assert "make build" in refused("--wrong", "0.25")
+
+
 @pytest.mark.exhaustive
 def test_two_steps_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start and the trained model are checkpoints that draw; a run that was killed goes on."""
@@ -186,7 +267,9 @@ def test_two_steps_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "reward" in line] == [1, 2]
     assert all(
-        {"times_tokens", "times_rollouts", "times_at_30"} <= set(x) for x in lines if "our_tokens" in x
+        {"times_tokens", "times_rollouts", "times_rollouts_at_30"} <= set(x)
+        for x in lines
+        if "our_tokens" in x
     )
     assert sum("two_reward" in line for line in lines) == 3  # before, and at the end of either run
     for name in ("before", "after", "curves"):
@@ -197,3 +280,6 @@ def test_two_steps_of_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         sums.add(pipe.weights_checksum())
         assert pipe.generate("a red circle on a blue background", steps=2)[0].size == (64, 64)
     assert len(sums) == 3
+    last = json.loads((tmp_path / "summary.json").read_text())["evaluations"][-1]
+    assert last["step"] == 2
+    assert last["checksum"] == pipe.weights_checksum()  # of the trained model, which was loaded last
