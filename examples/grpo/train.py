@@ -2,8 +2,8 @@
 
     python -m examples.grpo.train --out out/grpo
 
-Advantages relative to a prompt's group of samples are those of arXiv 2510.15857, and as there only the decoder
-learns. The published rollout runs each sequence a second time for its hidden states; this one keeps them as it
+Advantages relative to a prompt's group of samples are those of arXiv 2510.15857. Only the decoder learns, as
+there. The published rollout runs each sequence a second time for its hidden states; this one keeps them as it
 samples. README.md names what is chosen here.
 """
 

@@ -223,9 +223,12 @@ def test_another_run_is_refused_in_one_line(
 ) -> None:
     """Other arguments or fewer steps than a folder has, and a tree without kernels; the same go on."""
 
+    class Killed(Exception):
+        """Where the start would be made."""
+
     def started(*given: str) -> None:
         monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), *given])
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train.main()
 
     def refused(*given: str) -> str:
@@ -238,7 +241,7 @@ def test_another_run_is_refused_in_one_line(
         return error
 
     def kill(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(train, "make_start", kill)
     started("--wrong", "0.25")
