@@ -117,7 +117,7 @@ def test_jobs_are_finished_after_a_kill_of_the_front(
     engine = server.health()["engine_pid"]
     server.kill()
     wait_gone(engine)
-    server = serve("--data", str(tmp_path))
+    server = serve("--data", str(tmp_path)).wait_ready()  # whatever was done before the kill
     for seed, id in enumerate(ids):
         assert ended(server, id)["status"] == "completed"
         answer = server.http.post(
