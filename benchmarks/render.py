@@ -52,7 +52,7 @@ def page(results: Path = RESULTS) -> str:
         sections += [machine_section(*of, device) for of in machines]
         if not machines:
             sections += [f"{MISSING[device]}\n", targets_section(standings([], None, device))]
-    return "\n".join(section for section in sections if section)
+    return "\n".join(filter(None, sections)).replace("picture", "image")  # older records' word
 
 
 def benches(folder: Path) -> list[BenchRecord]:
