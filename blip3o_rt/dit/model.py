@@ -40,25 +40,25 @@ class StepModulation:
 
 @dataclass(frozen=True)
 class ScheduleTables:
-    """A schedule and what the modulation of each of its steps is the sum of, fp32.
+    """A schedule and the AdaLN modulation of its steps, fp32, stored as two addends.
 
-    Of every step blocks [steps, 6, D] and final [steps, D]; of the model, the same at all of them,
-    page_tables [layers, 6, D] and final_table [2, D].
+    Per step: blocks [steps, 6, D] and final [steps, D]. Per layer, the same at every step: block_tables
+    [layers, 6, D] and final_table [2, D].
     """
 
     schedule: Schedule
     blocks: Tensor
     final: Tensor
-    page_tables: Tensor
+    block_tables: Tensor
     final_table: Tensor
 
     def step(self, index: int) -> StepModulation:
         """The modulation of one step."""
-        return StepModulation(self.blocks[index] + self.page_tables, self.final[index] + self.final_table)
+        return StepModulation(self.blocks[index] + self.block_tables, self.final[index] + self.final_table)
 
     def at(self, index: Tensor) -> StepModulation:
         """The modulation of the step that index, int64 [1] on the device of the tables, says at run time."""
-        blocks = self.blocks.index_select(0, index) + self.page_tables
+        blocks = self.blocks.index_select(0, index) + self.block_tables
         return StepModulation(blocks, self.final.index_select(0, index) + self.final_table)
 
 
@@ -116,7 +116,7 @@ class DiT:
         self.device = weights["proj_out.weight"].device
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
-        self.page_tables = hoisted(
+        self.block_tables = hoisted(
             weights, lambda: torch.stack([block.table for block in self.blocks]).to(self.wide)
         )
         self.final_table = self._wide("scale_shift_table")
@@ -145,7 +145,7 @@ class DiT:
         embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
         modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
         return ScheduleTables(
-            schedule, modulation.view(schedule.steps, 6, -1), embedding, self.page_tables, self.final_table
+            schedule, modulation.view(schedule.steps, 6, -1), embedding, self.block_tables, self.final_table
         )
 
     @trace.spanned("dit.condition")
