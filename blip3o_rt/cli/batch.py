@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from blip3o_rt.cli import options
+from blip3o_rt.cli.options import add_options, flag, number, option, parameter, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import DIFFUSION_NAMES
 
@@ -23,32 +24,26 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "batch", help="draw the rows of a file, however many", description=DESCRIPTION
     )
-    parser.add_argument(
-        "prompts",
-        type=options.user_path,
-        metavar="PROMPTS",
-        help="a .txt of prompts, or a .csv, .jsonl or .parquet with columns prompt and image (to edit)",
+    rows = "a .txt of prompts, or a .csv, .jsonl or .parquet with columns prompt and image (to edit)"
+    add_options(parser, pathname("prompts", "PROMPTS", rows))
+    add_options(parser.add_argument_group("drawing"), parameter("seed", "of row 0"), *options.SAMPLING)
+    add_options(parser.add_argument_group("model"), *options.MODEL, *options.SIZES)
+    add_options(
+        parser.add_argument_group("output"),
+        pathname("--out", "DIR", "new, or of a run to go on with", required=True),
+        option(
+            "--format", choices=FORMATS, default="folder", help="PNG, WebDataset or parquet (%(default)s)"
+        ),
+        number("--shard-rows", "N", "rows of a folder or file", 1000),
+        flag("--quiet", "no progress bar"),
     )
-    options.add_options(
-        parser.add_argument_group("drawing"), options.parameter("seed", "of row 0"), *options.SAMPLING
+    add_options(
+        parser.add_argument_group("Ray"),
+        option("--ray", metavar="ADDRESS", help="a cluster: auto, ray://HOST:PORT, or local"),
+        number("--workers", "N", "models at a time", 1),
+        number("--gpus-per-worker", "X", "1, or a fraction (1 on a GPU)", kind=float),
+        number("--cpus-per-worker", "X", "", 1.0, float),
     )
-    options.add_options(parser.add_argument_group("model"), *options.MODEL, *options.SIZES)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", type=options.user_path, required=True, metavar="DIR", help="new, or of a run to go on with"
-    )
-    output.add_argument(
-        "--format", choices=FORMATS, default="folder", help="PNG, WebDataset or parquet (%(default)s)"
-    )
-    output.add_argument(
-        "--shard-rows", type=int, default=1000, metavar="N", help="rows of a folder or file (%(default)s)"
-    )
-    output.add_argument("--quiet", action="store_true", help="no progress bar")
-    ray = parser.add_argument_group("Ray")
-    ray.add_argument("--ray", metavar="ADDRESS", help="a cluster: auto, ray://HOST:PORT, or local")
-    ray.add_argument("--workers", type=int, default=1, metavar="N", help="models at a time (%(default)s)")
-    ray.add_argument("--gpus-per-worker", type=float, metavar="X", help="1, or a fraction (1 on a GPU)")
-    ray.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="X", help="(%(default)s)")
     parser.set_defaults(run=run)
 
 

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 
@@ -29,41 +30,33 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "serve", help=SUMMARY, description=f"Measure {SUMMARY}."
     )
-    where = parser.add_argument_group("server")
-    where.add_argument("--url", help="a server's address; without: one of ours is started")
-    where.add_argument("--key", help="bearer key")
-    where.add_argument("--model", type=Path, metavar="DIR", help="checkpoint of the server that is started")
-    where.add_argument(
-        "--max-batch", type=int, default=4, metavar="N", help="of the server that is started (%(default)s)"
+    add_options(
+        parser.add_argument_group("server"),
+        option("--url", help="a server's address; without: one of ours is started"),
+        option("--key", help="bearer key"),
+        pathname("--model", "DIR", "checkpoint of the server that is started"),
+        number("--max-batch", "N", "of the server that is started", 4),
     )
-    load = parser.add_argument_group("load")
-    load.add_argument("--requests", type=int, default=32, metavar="N", help="requests in all (%(default)s)")
-    load.add_argument(
-        "--concurrency", type=int, default=8, metavar="N", help="closed loop: in flight (%(default)s)"
+    add_options(
+        parser.add_argument_group("load"),
+        number("--requests", "N", "requests in all", 32),
+        number("--concurrency", "N", "closed loop: in flight", 8),
+        number("--rate", "R", "open loop: requests a second; inf: all at once", kind=float),
+        pathname("--prompts", "FILE", "a prompt a line (eight of shapes)"),
+        number("--steps", "N", "denoising steps (the server's)"),
+        option("--size", help="size of the images, for servers that need it"),
+        number("--previews", "N", "partial images, 0: no stream", 1),
+        flag("--no-seed", "send no seed, for servers that know none"),
+        number("--warm-up", "N", "requests before", 8),
+        number("--rounds", "N", "how often the load is sent (5 with --one-call, else 1)"),
+        number("--timeout", "SECONDS", "of a request", 600.0, float),
     )
-    load.add_argument(
-        "--rate", type=float, metavar="R", help="open loop: requests a second; inf: all at once"
+    add_options(
+        parser.add_argument_group("result"),
+        number("--deadline", "SECONDS", "say which share was done within it", kind=float),
+        flag("--one-call", "in turns, draw the same images in one call of `generate`"),
     )
-    load.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (eight of shapes)")
-    load.add_argument("--steps", type=int, help="denoising steps (the server's)")
-    load.add_argument("--size", help="size of the images, for servers that need it")
-    load.add_argument("--previews", type=int, default=1, help="partial images, 0: no stream (%(default)s)")
-    load.add_argument("--no-seed", action="store_true", help="send no seed, for servers that know none")
-    load.add_argument("--warm-up", type=int, default=8, metavar="N", help="requests before (%(default)s)")
-    load.add_argument(
-        "--rounds", type=int, metavar="N", help="how often the load is sent (5 with --one-call, else 1)"
-    )
-    load.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="of a request (%(default)g)"
-    )
-    result = parser.add_argument_group("result")
-    result.add_argument(
-        "--deadline", type=float, metavar="SECONDS", help="say which share was done within it"
-    )
-    result.add_argument(
-        "--one-call", action="store_true", help="in turns, draw the same images in one call of `generate`"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the record (out/serve-DATE-TIME)")
+    add_options(parser, pathname("--out", "DIR", "folder of the record (out/serve-DATE-TIME)"))
     parser.set_defaults(run=run)
 
 
@@ -113,13 +106,13 @@ def run(arguments: argparse.Namespace) -> int:
             url = arguments.url.rstrip("/")
         else:
             model = {} if arguments.model is None else {"path": str(arguments.model)}
-            options = {
+            flags = {
                 "--max-batch": arguments.max_batch,
                 "--max-queue": max(64, arguments.requests),
                 "--max-queue-per-client": max(64, arguments.requests),
                 **({"--model": arguments.model} if model else {}),
             }
-            url = stack.enter_context(local_server([str(word) for pair in options.items() for word in pair]))
+            url = stack.enter_context(local_server([str(word) for pair in flags.items() for word in pair]))
             if arguments.one_call:
                 n = arguments.requests // len(prompts)
                 call = one_call({**model, "max_batch": arguments.max_batch}, prompts, n, 0, body)

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from blip3o_rt.cli import options
 from blip3o_rt.cli.drawing import load_pipeline
-from blip3o_rt.cli.options import MODEL, SIZES, add_options
+from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.cli.outputs import check_file, make_folder
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
@@ -23,14 +24,15 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "windows", help=SUMMARY, description=f"Measure {SUMMARY}. Stops if an image depends on its window."
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="again for another (two of shapes)")
-    parser.add_argument("--windows", default=WINDOWS, metavar="N,N,..", help="(%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="images per prompt (%(default)s)")
-    parser.add_argument(
-        "--passes-only", action="store_true", help="no images: only what a pass costs by its rows"
+    add_options(
+        parser,
+        option("--prompt", action="append", metavar="TEXT", help="again for another (two of shapes)"),
+        option("--windows", default=WINDOWS, metavar="N,N,..", help="(%(default)s)"),
+        number("--rounds", "N", "images per prompt", 5),
+        flag("--passes-only", "no images: only what a pass costs by its rows"),
+        pathname("--out", "FILE.json", "write the numbers too"),
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers too")
-    add_options(parser.add_argument_group("model"), *MODEL, *SIZES)
+    add_options(parser.add_argument_group("model"), *options.MODEL, *options.SIZES)
     parser.set_defaults(run=run)
 
 

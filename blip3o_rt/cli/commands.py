@@ -183,13 +183,6 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"blip3o-rt {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     parser.commands = subparsers.choices
-    generate.add_parser(subparsers)
-    edit.add_parser(subparsers)
-    batch.add_parser(subparsers)
-    convert.add_parser(subparsers)
-    bench.add_parser(subparsers)
-    serve.add_parser(subparsers)
-    score.add_parser(subparsers)
-    validate.add_parser(subparsers)
-    doctor.add_parser(subparsers)
+    for command in (generate, edit, batch, convert, bench, serve, score, validate, doctor):
+        command.add_parser(subparsers)
     return parser

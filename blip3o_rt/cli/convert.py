@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import BASE_WEIGHTS, DIFFUSION, TA_TOK, VARIANT, add_options, user_path
+from blip3o_rt.cli import options
+from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.errors import Blip3oWarning, ParameterError
+from blip3o_rt.params import named
 from blip3o_rt.switches import parse_switches
 
 
@@ -20,33 +22,19 @@ def add_parser(subparsers: Any) -> None:
         help="convert a published checkpoint",
         description="Convert the published checkpoint SRC into the folder DST, or check DST with --verify.",
     )
-    parser.add_argument(
-        "source", nargs="?", type=user_path, metavar="SRC", help="the published checkpoint's folder"
-    )
-    parser.add_argument("destination", nargs="?", type=user_path, metavar="DST", help="a new folder")
-    add_options(parser, DIFFUSION, TA_TOK, VARIANT, BASE_WEIGHTS)
-    parser.add_argument(
-        "--lora", type=user_path, metavar="DIR", help="a LoRA adapter to merge into the weights"
-    )
-    parser.add_argument(
-        "--lora-scale", type=float, default=1.0, metavar="X", help="of the adapter (default: 1)"
-    )
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default: bf16)"
-    )
-    parser.add_argument(
-        "--switch",
-        action="append",
-        metavar="NAME=SETTING",
-        help="write the weights of a lossy switch, as ar_weights=int8, for the fast tier alone",
-    )
-    parser.add_argument("--force", action="store_true", help="replace an earlier conversion at DST")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument(
-        "--verify",
-        type=user_path,
-        metavar="DST",
-        help="only compare DST's files with the checksums in its manifest",
+    lossy = "write the weights of a lossy switch, as ar_weights=int8, for the fast tier alone"
+    add_options(
+        parser,
+        pathname("source", "SRC", "the published checkpoint's folder", nargs="?"),
+        pathname("destination", "DST", "a new folder", nargs="?"),
+        *options.PUBLISHED,
+        pathname("--lora", "DIR", "a LoRA adapter to merge into the weights"),
+        number("--lora-scale", "X", "of the adapter", 1.0, float),
+        option("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (%(default)s)"),
+        option("--switch", action="append", metavar="NAME=SETTING", help=lossy),
+        flag("--force", "replace an earlier conversion at DST"),
+        flag("--quiet", "no progress bar"),
+        pathname("--verify", "DST", "only compare DST's files with the checksums in its manifest"),
     )
     parser.set_defaults(run=run)
 
@@ -76,14 +64,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     from blip3o_rt.checkpoint.source import Source
 
     start = time.perf_counter()
+    names = ("diffusion", "ta_tok", "variant", "allow_base_weights")
     manifest = convert(
-        Source(
-            arguments.source,
-            arguments.diffusion,
-            arguments.ta_tok,
-            arguments.variant,
-            arguments.allow_base_weights,
-        ),
+        Source(arguments.source, **named(vars(arguments), names)),
         arguments.destination,
         dtype=arguments.dtype,
         switches=parse_switches(arguments.switch),

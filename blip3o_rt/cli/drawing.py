@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip3o_rt import trace
 from blip3o_rt.cli.like import differences
@@ -28,13 +28,11 @@ if TYPE_CHECKING:
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # escaped in a path that is printed: a line for each
 
 
-def load_pipeline(arguments: argparse.Namespace, **options: Any) -> Pipeline:
-    """The model the arguments name, on the device they name; options are further ones of Pipeline.load."""
+def load_pipeline(arguments: argparse.Namespace) -> Pipeline:
+    """The model the arguments name, on the device they name."""
     from blip3o_rt.pipeline import Pipeline  # PyTorch takes seconds to import: not for --help
 
-    named = model_arguments(arguments)
-    del named["path"]  # which is text there
-    return Pipeline.load(arguments.model, **named, **options)
+    return Pipeline.load(**model_arguments(arguments))
 
 
 def ranges(arguments: argparse.Namespace, pipeline: Pipeline) -> AbstractContextManager[None]:

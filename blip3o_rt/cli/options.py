@@ -59,6 +59,24 @@ def draft_window(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 
+def pathname(name: str, metavar: str, meaning: str | None = None, **keywords: Any) -> Option:
+    """The option or the argument of a file or folder."""
+    return option(name, type=user_path, metavar=metavar, help=meaning, **keywords)
+
+
+def number(
+    name: str, metavar: str, meaning: str, default: float | None = None, kind: type[float] = int
+) -> Option:
+    """The option of a number, whose help ends with its default."""
+    shown = meaning if default is None else f"{meaning} ({default:g})".lstrip()
+    return option(name, type=kind, metavar=metavar, default=default, help=shown)
+
+
+def flag(name: str, meaning: str) -> Option:
+    """An option that is off unless it is given."""
+    return option(name, action="store_true", help=meaning)
+
+
 def parameter(name: str, meaning: str) -> Option:
     """The option of a parameter that has a default; its type is the default's."""
     default = _PARAMETERS[name]
@@ -76,44 +94,47 @@ MEASURED = option(
     metavar="NAME|DIR",
     help="published or tiny (random weights), shapes (the embedded model), or a folder (%(default)s)",
 )
-DIFFUSION = option(
-    "--diffusion", type=user_path, metavar="DIR", help="the published checkpoint's diffusers folder"
-)
-TA_TOK = option("--ta-tok", type=user_path, metavar="FILE", help="the published checkpoint's ta_tok.pth")
-VARIANT = option("--variant", metavar="NAME", help="of the weights, as fp16 (the plain ones)")
-BASE_WEIGHTS = option(
-    "--allow-base-weights",
-    action="store_true",
-    help="take the diffusers folder's untrained transformer where the checkpoint has none",
-)
+DIFFUSION = pathname("--diffusion", "DIR", "the published checkpoint's diffusers folder")
+TA_TOK = pathname("--ta-tok", "FILE", "the published checkpoint's ta_tok.pth")
 DEVICE = option("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-DTYPE = option(
-    "--dtype",
-    default="auto",
-    choices=("auto", "fp32", "bf16", "mixed"),
-    help="bf16, fp32, or mixed: bf16 weights with fp32 arithmetic (%(default)s)",
+PUBLISHED = (
+    DIFFUSION,
+    TA_TOK,
+    option("--variant", metavar="NAME", help="of the weights, as fp16 (the plain ones)"),
+    flag(
+        "--allow-base-weights",
+        "take the diffusers folder's untrained transformer where the checkpoint has none",
+    ),
 )
-TIER = option(
-    "--tier",
-    default=EXACT,
-    metavar="TIER",
-    help="exact, the published mathematics, or fast, with lossy switches (%(default)s)",
-)
-SWITCH = option(
-    "--switch",
-    action="append",
-    metavar="NAME=SETTING",
-    help="a switch of the fast tier, as ar_weights=int8; again for another (none: those of little cost)",
+COMPUTING = (
+    DEVICE,
+    option(
+        "--dtype",
+        default="auto",
+        choices=("auto", "fp32", "bf16", "mixed"),
+        help="bf16, fp32, or mixed: bf16 weights with fp32 arithmetic (%(default)s)",
+    ),
+    option(
+        "--tier",
+        default=EXACT,
+        metavar="TIER",
+        help="exact, the published mathematics, or fast, with lossy switches (%(default)s)",
+    ),
+    option(
+        "--switch",
+        action="append",
+        metavar="NAME=SETTING",
+        help="a switch of the fast tier, as ar_weights=int8; again for another (none: those of little cost)",
+    ),
 )
 
 REQUEST = (
     option("-n", type=int, default=1, help="images per prompt; image i uses seed + i (%(default)s)"),
     parameter("seed", "same seed, same image"),
-    option(
+    pathname(
         "--like",
-        type=user_path,
-        metavar="FILE.png",
-        help="draw the image of a file again: its prompt, seed and parameters, except those given here",
+        "FILE.png",
+        "draw the image of a file again: its prompt, seed and parameters, except those given here",
     ),
 )
 SAMPLING = (
@@ -141,50 +162,27 @@ SAMPLING = (
     ),
 )
 MODEL = (
-    option("--model", type=user_path, metavar="DIR", help="a checkpoint, converted or as published"),
-    DIFFUSION,
-    TA_TOK,
-    VARIANT,
-    BASE_WEIGHTS,
-    DEVICE,
-    DTYPE,
-    TIER,
-    SWITCH,
-    option(
-        "--cache-dir", type=user_path, metavar="DIR", help="keep the converted form of a published one here"
-    ),
+    pathname("--model", "DIR", "a checkpoint, converted or as published"),
+    *PUBLISHED,
+    *COMPUTING,
+    pathname("--cache-dir", "DIR", "keep the converted form of a published one here"),
 )
-SIZES = (
-    option("--max-batch", type=int, metavar="N", help="images whose tokens are sampled together"),
-    option("--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference images"),
-)
+MAX_PROMPT_TOKENS = number("--max-prompt-tokens", "N", "longest prompt, with its reference images")
+SIZES = (number("--max-batch", "N", "images whose tokens are sampled together"), MAX_PROMPT_TOKENS)
 OUTPUT = (
-    option(
-        "--out",
-        type=user_path,
-        default=DEFAULT_OUT,
-        metavar="PATH",
-        help="a .png for one image, else a folder (out/)",
-    ),
-    option("--overwrite", action="store_true", help="replace images in the folder (else they are numbered)"),
-    option("--report", type=user_path, metavar="FILE", help="write time, memory and implementations as JSON"),
-    option(
-        "--trace-tokens",
-        type=int,
-        default=trace.DEFAULT_TOKENS,
-        metavar="N",
-        help="trace the first N tokens of a plan, 0: all (%(default)s)",
-    ),
-    option("--quiet", action="store_true", help="no progress bars and no table, only the paths"),
+    pathname("--out", "PATH", "a .png for one image, else a folder (out/)", default=DEFAULT_OUT),
+    flag("--overwrite", "replace images in the folder (else they are numbered)"),
+    pathname("--report", "FILE", "write time, memory and implementations as JSON"),
+    number("--trace-tokens", "N", "trace the first N tokens of a plan, 0: all", trace.DEFAULT_TOKENS),
+    flag("--quiet", "no progress bars and no table, only the paths"),
 )
 TRACES = (  # one of them at a time
-    option(
+    pathname(
         "--trace",
-        type=user_path,
-        metavar="FILE",
-        help="write a trace of every stage, step and op for ui.perfetto.dev, a .json or .json.gz",
+        "FILE",
+        "write a trace of every stage, step and op for ui.perfetto.dev, a .json or .json.gz",
     ),
-    option("--nvtx", action="store_true", help="give the same ranges to NVTX, for nsys or ncu on a GPU"),
+    flag("--nvtx", "give the same ranges to NVTX, for nsys or ncu on a GPU"),
 )
 
 
@@ -235,17 +233,14 @@ def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ParameterError: A value is out of range.
     """
+    given = vars(arguments)
     switches = parse_switches(arguments.switch)
     check_tier(arguments.tier, switches)
-    if arguments.max_batch is not None:
-        check_max_batch(arguments.max_batch)
-    if arguments.max_prompt_tokens is not None:
-        check_max_prompt_tokens(arguments.max_prompt_tokens)
     names = ("device", "dtype", "tier", "diffusion", "ta_tok", "variant", "allow_base_weights", "cache_dir")
-    sizes = {"max_batch": arguments.max_batch, "max_prompt_tokens": arguments.max_prompt_tokens}
+    sizes = {"max_batch": check_max_batch, "max_prompt_tokens": check_max_prompt_tokens}
     return {
         "path": None if arguments.model is None else str(arguments.model),
         "switches": switches,
-        **{name: getattr(arguments, name) for name in names},
-        **{name: size for name, size in sizes.items() if size is not None},
+        **named(given, names),
+        **{name: check(given[name]) for name, check in sizes.items() if given[name] is not None},
     }

@@ -11,18 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip3o_rt.cli import drawing
-from blip3o_rt.cli.options import MODEL, SAMPLING, add_options, sampling_arguments
+from blip3o_rt.cli import drawing, options
+from blip3o_rt.cli.options import add_options, flag, number, option, parameter, pathname
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import MAX_SEED, SamplingParams
+from blip3o_rt.params import MAX_SEED
 
 if TYPE_CHECKING:
     from blip3o_rt.measure.shapes.score import Drawn
     from blip3o_rt.pipeline import Pipeline
 
 DEFAULT_OUT = Path("out/score")
-DEFAULT_COUNT = 25
 MAX_COUNT = 10_000
 UNDER_THE_BAR = 1
 WORLDS = ("both", "own", "foreign")
@@ -38,46 +37,29 @@ def add_parser(subparsers: Any) -> None:
         "and print the accuracy by category and by property with 95%% confidence intervals. Edits of "
         "images that somebody else drew, the foreign world, are judged by hue and outline.",
     )
-    tasks = parser.add_argument_group("tasks")
-    tasks.add_argument(
-        "--count",
-        type=int,
-        default=DEFAULT_COUNT,
-        metavar="N",
-        help="images of each category: held out, single, two, edit; foreign edit (%(default)s)",
+    worlds = "which images are edited: the model's own, foreign ones, or both (%(default)s)"
+    add_options(
+        parser.add_argument_group("tasks"),
+        number("--count", "N", "images of each category: held out, single, two, edit; foreign edit", 25),
+        option("--world", choices=WORLDS, default=WORLDS[0], help=worlds),
+        parameter("seed", "of the tasks and the images"),
     )
-    tasks.add_argument(
-        "--world",
-        choices=WORLDS,
-        default=WORLDS[0],
-        help="which images are edited: the model's own, foreign ones, or both (%(default)s)",
+    add_options(parser.add_argument_group("drawing"), *options.SAMPLING)
+    add_options(parser.add_argument_group("model"), *options.MODEL)
+    out = f"where {RECORD} and the contact sheet {SHEET} go (%(default)s)"
+    bar = f"exit with {UNDER_THE_BAR} where fewer of a world's images are right"
+    add_options(
+        parser.add_argument_group("output"),
+        pathname("--out", "DIR", out, default=DEFAULT_OUT),
+        number("--fail-under", "PERCENT", bar, kind=float),
+        flag("--quiet", "no progress bar and no tables, only the paths"),
     )
-    tasks.add_argument(
-        "--seed", type=int, default=SamplingParams().seed, help="of the tasks and the images (%(default)s)"
-    )
-    add_options(parser.add_argument_group("drawing"), *SAMPLING)
-    add_options(parser.add_argument_group("model"), *MODEL)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=DEFAULT_OUT,
-        metavar="DIR",
-        help=f"where {RECORD} and the contact sheet {SHEET} go (%(default)s)",
-    )
-    output.add_argument(
-        "--fail-under",
-        type=float,
-        metavar="PERCENT",
-        help=f"exit with {UNDER_THE_BAR} where fewer of a world's images are right",
-    )
-    output.add_argument("--quiet", action="store_true", help="no progress bar and no tables, only the paths")
     parser.set_defaults(run=run, max_batch=1, max_prompt_tokens=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw, judge, and write what is there, after an interrupt too; returns the exit code."""
-    options = sampling_arguments(arguments)
+    sampling = options.sampling_arguments(arguments)
     check(arguments)
     make_folder("--out", arguments.out)
     # PyTorch takes seconds to import: not for --help
@@ -97,13 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
         # A bar is for people: none is drawn where standard error is not a terminal.
         with tqdm(total=len(tasks), desc="score", disable=arguments.quiet or None, leave=False) as bar:
             try:
-                for one in draw_and_judge(pipeline, tasks, **options):
+                for one in draw_and_judge(pipeline, tasks, **sampling):
                     drawn.append(one)
                     bar.set_postfix_str(f"{100 * share_right(drawn):.0f}% right", refresh=False)
                     bar.update()
             except KeyboardInterrupt as error:
                 interrupt = error
-        write(arguments, pipeline, drawn, options, complete=interrupt is None)
+        write(arguments, pipeline, drawn, sampling, complete=interrupt is None)
     if drawn and not arguments.quiet:
         print(table(drawn))
     if interrupt is not None:
@@ -165,7 +147,7 @@ def write(
     arguments: argparse.Namespace,
     pipeline: Pipeline,
     drawn: list[Drawn],
-    options: dict[str, Any],
+    sampling: dict[str, Any],
     *,
     complete: bool,
 ) -> None:
@@ -178,7 +160,7 @@ def write(
     from blip3o_rt.metadata import save_png
 
     head = record_head("score", ["blip3o-rt", *sys.argv[1:]])
-    settings = {"count": arguments.count, "seed": arguments.seed, "world": arguments.world, **options}
+    settings = {"count": arguments.count, "seed": arguments.seed, "world": arguments.world, **sampling}
     model: dict[str, Any] = {
         "size": "shapes" if arguments.model is None else str(arguments.model),
         "dtype": pipeline.precision,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import MODEL, add_options, model_arguments
+from blip3o_rt.cli import options
+from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.errors import ParameterError
 
 DESCRIPTION = (
@@ -21,60 +21,54 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "serve", help="serve images over HTTP by OpenAI's API", description=DESCRIPTION
     )
-    http = parser.add_argument_group("HTTP")
-    http.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    http.add_argument("--port", type=int, default=8000, help="port, 0: a free one (%(default)s)")
-    http.add_argument("--keys", type=Path, metavar="FILE", help="bearer keys, one a line; without: everybody")
-    http.add_argument("--admin-keys", type=Path, metavar="FILE", help="who may replace the weights (nobody)")
-    http.add_argument("--data", type=Path, metavar="DIR", help="keep jobs and their images here (temporary)")
-    model = parser.add_argument_group("model")
-    add_options(model, *MODEL)
-    model.add_argument(
-        "--max-batch",
-        type=int,
-        metavar="N",
-        default=DEFAULT_MAX_BATCH,
-        help="images whose tokens are drawn together (%(default)s)",
+    add_options(
+        parser.add_argument_group("HTTP"),
+        option("--host", default="127.0.0.1", help="address to listen on (%(default)s)"),
+        number("--port", "PORT", "port, 0: a free one", 8000),
+        pathname("--keys", "FILE", "bearer keys, one a line; without: everybody"),
+        pathname("--admin-keys", "FILE", "who may replace the weights (nobody)"),
+        pathname("--data", "DIR", "keep jobs and their images here (temporary)"),
     )
-    model.add_argument(
-        "--max-prompt-tokens", type=int, metavar="N", help="longest prompt, with its reference images"
+    add_options(
+        parser.add_argument_group("model"),
+        *options.MODEL,
+        number("--max-batch", "N", "images whose tokens are drawn together", DEFAULT_MAX_BATCH),
+        options.MAX_PROMPT_TOKENS,
     )
-    limits = parser.add_argument_group("limits")
-    for name, metavar, default, text in (
-        ("--max-queue", "N", 64, "images that wait or run"),
-        ("--max-queue-per-client", "N", 64, "images of one client that wait or run"),
-        ("--max-images", "N", 10, "images of a request"),
-        ("--max-steps", "N", 100, "denoising steps of an image"),
-        ("--max-body", "MIB", 64, "size of a request"),
-        ("--max-pixels", "MEGAPIXELS", 32, "size of an uploaded image"),
-        ("--timeout", "SECONDS", 600, "how long a request may take"),
-        ("--stall-timeout", "SECONDS", 300, "how long a step may take before the engine is restarted"),
-        ("--drain", "SECONDS", 30, "how long requests may go on after SIGTERM"),
-        ("--keep-hours", "HOURS", 168, "how long jobs and linked images are kept"),
-        ("--keep-gib", "GIB", 10, "how much of them is kept"),
-        ("--memory-reserve", "MIB", 256, "free memory below which requests are refused"),
-    ):
-        limits.add_argument(name, type=int, metavar=metavar, default=default, help=f"{text} (%(default)s)")
-    ray = parser.add_argument_group("Ray")
-    ray.add_argument("--ray", metavar="ADDRESS", help="serve on a cluster: auto, local or ray://HOST:PORT")
-    for kind in ("planners", "renderers"):
-        ray.add_argument(
-            f"--{kind}", default="1", metavar="MIN[:MAX]", help=f"{kind} there are (%(default)s)"
-        )
-    ray.add_argument(
-        "--gpus-per-replica", type=float, default=0.0, metavar="X", help="1 or a fraction (%(default)s)"
+    add_options(
+        parser.add_argument_group("limits"),
+        number("--max-queue", "N", "images that wait or run", 64),
+        number("--max-queue-per-client", "N", "images of one client that wait or run", 64),
+        number("--max-images", "N", "images of a request", 10),
+        number("--max-steps", "N", "denoising steps of an image", 100),
+        number("--max-body", "MIB", "size of a request", 64),
+        number("--max-pixels", "MEGAPIXELS", "size of an uploaded image", 32),
+        number("--timeout", "SECONDS", "how long a request may take", 600),
+        number("--stall-timeout", "SECONDS", "how long a step may take before the engine is restarted", 300),
+        number("--drain", "SECONDS", "how long requests may go on after SIGTERM", 30),
+        number("--keep-hours", "HOURS", "how long jobs and linked images are kept", 168),
+        number("--keep-gib", "GIB", "how much of them is kept", 10),
+        number("--memory-reserve", "MIB", "free memory below which requests are refused", 256),
     )
-    logs = parser.add_argument_group("logs")
-    logs.add_argument(
-        "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(%(default)s)"
+    add_options(
+        parser.add_argument_group("Ray"),
+        option("--ray", metavar="ADDRESS", help="serve on a cluster: auto, local or ray://HOST:PORT"),
+        option("--planners", default="1", metavar="MIN[:MAX]", help="planners there are (%(default)s)"),
+        option("--renderers", default="1", metavar="MIN[:MAX]", help="renderers there are (%(default)s)"),
+        number("--gpus-per-replica", "X", "1 or a fraction", 0.0, float),
     )
-    logs.add_argument("--log-prompts", action="store_true", help="name prompts in the log")
+    levels = ("debug", "info", "warning", "error")
+    add_options(
+        parser.add_argument_group("logs"),
+        option("--log-level", default="info", choices=levels, help="(%(default)s)"),
+        flag("--log-prompts", "name prompts in the log"),
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code."""
-    model_arguments(arguments)
+    options.model_arguments(arguments)
     if not 0 <= arguments.port <= 65535:
         raise ParameterError(f"--port is {arguments.port}: accepted is 0 to 65535")
     for name, value in vars(arguments).items():
@@ -108,10 +102,10 @@ def serve_on_ray(arguments: argparse.Namespace) -> int:
 
     from blip3o_rt.scale.ray_serve import Scale, application
 
-    gpus, options = arguments.gpus_per_replica, server_options(arguments)
+    gpus, served = arguments.gpus_per_replica, server_options(arguments)
     serve.start(http_options={"host": arguments.host, "port": arguments.port})
     serve.run(
-        application(options, Scale(*planners, gpus=gpus), Scale(*renderers, 2.0, gpus=gpus)), blocking=False
+        application(served, Scale(*planners, gpus=gpus), Scale(*renderers, 2.0, gpus=gpus)), blocking=False
     )
     print(f"blip3o-rt: http://{arguments.host}:{arguments.port}/ (Ctrl-C ends it)", flush=True)
     ended = threading.Event()
@@ -145,7 +139,7 @@ def server_options(arguments: argparse.Namespace) -> Any:
     from blip3o_rt.serve.server import ServerOptions
 
     return ServerOptions(
-        EngineOptions(model_arguments(arguments), memory_reserve=arguments.memory_reserve * 2**20),
+        EngineOptions(options.model_arguments(arguments), memory_reserve=arguments.memory_reserve * 2**20),
         host=arguments.host,
         port=arguments.port,
         data=arguments.data,

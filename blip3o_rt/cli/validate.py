@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from blip3o_rt.cli.options import DEVICE, DIFFUSION, MEASURED, TA_TOK, add_options
+from blip3o_rt.cli import options
+from blip3o_rt.cli.options import add_options, number, option, pathname
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import named
 
 DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
@@ -27,50 +29,31 @@ def add_parser(subparsers: Any) -> None:
         "nothing was compared.",
     )
     model = parser.add_argument_group("model")
-    which = model.add_mutually_exclusive_group()
-    add_options(which, MEASURED)
-    which.add_argument(
-        "--against",
-        type=Path,
-        metavar="DIR",
-        help="recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png",
+    recorded = (
+        "recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png"
     )
-    add_options(model, DIFFUSION, TA_TOK, DEVICE)
-    model.add_argument(
-        "--work",
-        type=Path,
-        metavar="DIR",
-        help="keep a random checkpoint here for the next run (without: that of bench, or none is kept)",
+    add_options(
+        model.add_mutually_exclusive_group(), options.MEASURED, pathname("--against", "DIR", recorded)
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument(
-        "--only", type=_names, metavar="GROUP,...", help=f"of {', '.join(GROUPS)} (all that apply)"
+    work = "keep a random checkpoint here for the next run (without: that of bench, or none is kept)"
+    add_options(model, options.DIFFUSION, options.TA_TOK, options.DEVICE, pathname("--work", "DIR", work))
+    groups = f"of {', '.join(GROUPS)} (all that apply)"
+    kernel = (
+        "a file that registers implementations of ops; they alone are compared, and with --only they run in "
+        "the stages too; repeatable"
     )
-    what.add_argument("--op", action="append", default=[], metavar="NAME", help="one op alone; repeatable")
-    what.add_argument("--dtype", type=_names, default=DTYPES, metavar="fp32,bf16", help="(both)")
-    what.add_argument(
-        "--kernel",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="a file that registers implementations of ops; they alone are compared, and with --only they "
-        "run in the stages too; repeatable",
+    add_options(
+        parser.add_argument_group("what is compared"),
+        option("--only", type=_names, metavar="GROUP,...", help=groups),
+        option("--op", action="append", default=[], metavar="NAME", help="one op alone; repeatable"),
+        option("--dtype", type=_names, default=DTYPES, metavar="fp32,bf16", help="(both)"),
+        pathname("--kernel", "FILE.py", kernel, action="append", default=[]),
+        number("--tokens", "N", "image tokens drawn (all, or 8 of a large model)"),
+        number("--latent", "N", "side of the latent (the model's, or 8 of a large one)"),
+        number("--steps", "N", "denoising steps (4, or 2 of a large model)"),
     )
-    what.add_argument(
-        "--tokens", type=int, metavar="N", help="image tokens drawn (all, or 8 of a large model)"
-    )
-    what.add_argument(
-        "--latent", type=int, metavar="N", help="side of the latent (the model's, or 8 of a large one)"
-    )
-    what.add_argument("--steps", type=int, metavar="N", help="denoising steps (4, or 2 of a large model)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=DEFAULT_OUT,
-        metavar="DIR",
-        help="where validate.json, validate.html and the images go (%(default)s)",
-    )
+    out = "where validate.json, validate.html and the images go (%(default)s)"
+    add_options(parser, pathname("--out", "DIR", out, default=DEFAULT_OUT))
     parser.set_defaults(run=run)
 
 
@@ -83,23 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
     from blip3o_rt.measure.validate.run import Options, validate
 
     logging.set_verbosity_error()
-    options = Options(
-        model=arguments.model,
-        against=arguments.against,
-        diffusion=arguments.diffusion,
-        ta_tok=arguments.ta_tok,
-        only=arguments.only,
+    names = ("model", "against", "diffusion", "ta_tok", "only", "device", "work", "tokens", "latent", "steps")
+    chosen = Options(
+        **named(vars(arguments), names),
         op_names=tuple(arguments.op),
         dtypes=tuple(dtype for dtype in DTYPES if dtype in arguments.dtype),
         kernels=tuple(arguments.kernel),
-        device=arguments.device,
-        work=arguments.work,
-        tokens=arguments.tokens,
-        latent=arguments.latent,
-        steps=arguments.steps,
         command=["blip3o-rt", *sys.argv[1:]],
     )
-    lines = validate(options, arguments.out, lambda text: print(text, flush=True))
+    lines = validate(chosen, arguments.out, lambda text: print(text, flush=True))
     return 0 if lines and all(line.passed for line in lines) else FAILED_LINES
 
 
@@ -112,19 +87,17 @@ def _check(arguments: argparse.Namespace) -> None:
     from blip3o_rt.measure import EMBEDDED_MODEL, RANDOM_MODELS
     from blip3o_rt.measure.validate.line import GROUPS
 
-    for option, names, known in (("--only", arguments.only, GROUPS), ("--dtype", arguments.dtype, DTYPES)):
+    for flag, names, known in (("--only", arguments.only, GROUPS), ("--dtype", arguments.dtype, DTYPES)):
         unknown = [name for name in names or () if name not in known]
         if unknown or names == ():
-            raise ParameterError(
-                f"{option} is {','.join(unknown) or 'empty'}: accepted are {','.join(known)}"
-            )
+            raise ParameterError(f"{flag} is {','.join(unknown) or 'empty'}: accepted are {','.join(known)}")
     if "golden" in (arguments.only or ()) and arguments.against is None:
         raise ParameterError("--only golden needs --against DIR, the folder of the recorded results")
     if (arguments.diffusion or arguments.ta_tok) and arguments.model in (EMBEDDED_MODEL, *RANDOM_MODELS):
         raise ParameterError("--diffusion and --ta-tok are of a published checkpoint: give --model DIR too")
-    for option in ("tokens", "latent", "steps"):
-        value = getattr(arguments, option)
+    for name in ("tokens", "latent", "steps"):
+        value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ParameterError(f"--{option} is {value}: accepted is a whole number from 1")
+            raise ParameterError(f"--{name} is {value}: accepted is a whole number from 1")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")
