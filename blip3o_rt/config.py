@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from blip3o_rt.errors import ConfigError
 
 MAX_LAYERS = 1000  # of which no known model has more
 MAX_POSITIONS = 2**20
 SPREAD = 1e4  # between a factor and 1, which is wider than any known model's
-Config = TypeVar("Config")
 
 
 def _require(holds: bool, key: str, value: object, accepted: str) -> None:
@@ -321,37 +321,15 @@ class ModelConfig:
         fits = dit.out_channels in (latent, dit.in_channels)
         _require(fits, "out_channels", dit.out_channels, f"{latent} or {dit.in_channels}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dictionary; from_dict reads it back."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of to_dict.
+        """Inverse of dataclasses.asdict.
 
         Raises:
             ConfigError: Numbers that make no model.
-            KeyError, TypeError, ArithmeticError: A dictionary of another layout.
+            TypeError, AttributeError, ArithmeticError: A dictionary of another layout.
         """
-
-        def stages(entries: list[dict[str, Any]]) -> tuple[VAEStageConfig, ...]:
-            return tuple(
-                _typed(VAEStageConfig, {**entry, "multiscales": tuple(entry["multiscales"])})
-                for entry in entries
-            )
-
-        vae = dict(data["vae"])
-        vae["encoder_stages"] = stages(vae["encoder_stages"])
-        vae["decoder_stages"] = stages(vae["decoder_stages"])
-        model = cls(
-            ar=_typed(ARConfig, data["ar"]),
-            image_tokens=_typed(ImageTokenConfig, data["image_tokens"]),
-            dit=_typed(DiTConfig, data["dit"]),
-            vae=_typed(VAEConfig, vae),
-            scheduler=_typed(SchedulerConfig, data["scheduler"]),
-            edit=_typed(EditConfig, data["edit"]),
-            ta_tok=_typed(TATokConfig, data["ta_tok"]) if data["ta_tok"] is not None else None,
-        )
+        model: ModelConfig = _typed("config", cls, data)
         for part in (model.ar, model.dit, model.vae, model.scheduler, model.ta_tok):
             if part is not None:
                 part.check()
@@ -359,11 +337,16 @@ class ModelConfig:
         return model
 
 
-def _typed(kind: type[Config], data: dict[str, Any]) -> Config:
-    """A dataclass from plain data. Raises TypeError where a number or a text is of another type."""
-    config = kind(**data)
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        found = type(getattr(config, field.name)).__name__
-        if field.type in ("bool", "int", "float", "str") and found != field.type:
-            raise TypeError(f"{field.name} is of type {found}")
-    return config
+def _typed(name: str, kind: Any, data: Any) -> Any:
+    """Plain data as a value of a type: a dataclass, a tuple, a number, a text, or None. Raises TypeError."""
+    if dataclasses.is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        values = {key: _typed(key, kinds.get(key), value) for key, value in data.items()}
+        return kind(**values)  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_typed(name, get_args(kind)[0], value) for value in data)
+    if get_origin(kind) is UnionType:
+        return None if data is None else _typed(name, get_args(kind)[0], data)
+    if type(data) is not kind:
+        raise TypeError(f"{name} is of type {type(data).__name__}")
+    return data

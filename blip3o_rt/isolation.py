@@ -142,14 +142,15 @@ class OwnSettings:
         if self._device.type == "cuda":
             yield torch.cuda.device(self._device)
         if torch.get_num_threads() != self._threads:
-            yield _num_threads(self._threads)
+            yield num_threads(self._threads)
         if sys.float_info.min / 2 == 0.0:
             yield _denormals()
         yield exact_arithmetic(self._device)
 
 
 @contextmanager
-def _num_threads(count: int) -> Iterator[None]:
+def num_threads(count: int) -> Iterator[None]:
+    """Torch's threads within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,7 +148,7 @@ class TestDevice:
 
 
 def test_description_is_json_and_true() -> None:
-    described = json.loads(json.dumps(machine.describe().to_dict()))
+    described = json.loads(json.dumps(asdict(machine.describe())))
     assert described["packages"]["torch"] == torch.__version__
     assert described["processor"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert 0 < described["memory"]["available"] <= described["memory"]["total"]

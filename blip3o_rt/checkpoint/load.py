@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -129,14 +129,14 @@ class OpenedCheckpoint:
         check_device(chosen, device.type)
         if not isinstance(dtype, Precision) and dtype not in (None, *DTYPES.values()):
             raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
-        wanted = precision_of(dtype or self.stored_dtype)
-        if isinstance(self._layout, Manifest):
-            return _load_converted(self.path, self._layout, wanted, device, parts, chosen, verify)
-        if cache_dir is not None:
-            cached = _cached(cache_dir, self._layout, wanted.weights, chosen)
-            manifest = Manifest.read(cached)
-            return _load_converted(cached, manifest, wanted, device, parts, chosen, verify)
-        return _load_published(self._layout, wanted, device, parts, chosen)
+        root, layout, precision = self.path, self._layout, precision_of(dtype or self.stored_dtype)
+        if isinstance(layout, PublishedCheckpoint) and cache_dir is not None:
+            root = _cached(cache_dir, layout, precision.weights, chosen)
+            layout = Manifest.read(root)
+        found = Checkpoint(self.config, {}, root, precision, device, root, chosen)
+        if isinstance(layout, Manifest):
+            return _load_converted(found, layout, parts, verify)
+        return _load_published(found, layout, parts)
 
 
 def open_checkpoint(source: Source | PathName) -> OpenedCheckpoint:
@@ -174,50 +174,43 @@ def load_checkpoint(
 
 
 def _load_published(
-    published: PublishedCheckpoint,
-    precision: Precision,
-    device: torch.device,
-    parts: Collection[str] | None,
-    switches: Mapping[str, str],
+    found: Checkpoint, published: PublishedCheckpoint, parts: Collection[str] | None
 ) -> Checkpoint:
-    root, extremes = published.path, Extremes()
+    """The checkpoint with the weights of a published one."""
+    extremes = Extremes()
+
+    def made(part: str, spec: TensorSpec) -> Tensor:
+        dtype = spec.model_dtype(found.precision)
+        return assemble(published.sources[part], spec, dtype, extremes).to(found.device)
+
     weights = {
-        part: {
-            spec.name: assemble(published.sources[part], spec, spec.model_dtype(precision), extremes).to(
-                device
-            )
-            for spec in specs
-        }
-        for part, specs in layouts(published.config, switches).items()
+        part: {spec.name: made(part, spec) for spec in specs}
+        for part, specs in layouts(found.config, found.switches).items()
         if parts is None or part in parts
     }
     _warn(published.warnings + extreme_values(extremes))
-    return Checkpoint(published.config, weights, root, precision, device, root, switches)
+    return replace(found, weights=weights)
 
 
 def _load_converted(
-    root: Path,
-    manifest: Manifest,
-    precision: Precision,
-    device: torch.device,
-    parts: Collection[str] | None,
-    switches: Mapping[str, str],
-    verify: bool,
+    found: Checkpoint, manifest: Manifest, parts: Collection[str] | None, verify: bool
 ) -> Checkpoint:
-    _check_stored(root, manifest.switches, switches)
+    """The checkpoint with the weights of a converted one."""
+    root = found.source
+    _check_stored(root, manifest.switches, found.switches)
     check_files(root, manifest, checksums=verify)
     _warn(manifest.warnings)
     quantizers = dict(
         QUANTIZERS[name, text]
-        for name, text in weight_switches(switches).items()
+        for name, text in weight_switches(found.switches).items()
         if name not in manifest.switches
     )
-    weights = {}
-    for part, specs in layouts(manifest.config, manifest.switches).items():
-        if parts is None or part in parts:
-            tensors = _mapped(root / f"{part}.safetensors", specs, manifest.torch_dtype, precision, device)
-            weights[part] = quantizers.get(part, dict)(tensors)
-    return Checkpoint(manifest.config, weights, root / TOKENIZER_FOLDER, precision, device, root, switches)
+    weights = {
+        part: quantizers.get(part, dict)(_mapped(part, specs, manifest.torch_dtype, found))
+        for part, specs in layouts(found.config, manifest.switches).items()
+        if parts is None or part in parts
+    }
+    return replace(found, weights=weights, tokenizer_dir=root / TOKENIZER_FOLDER)
 
 
 def _check_stored(root: Path, stored: Mapping[str, str], wanted: Mapping[str, str]) -> None:
@@ -236,22 +229,23 @@ def _warn(messages: Iterable[str]) -> None:
 
 
 def _mapped(
-    path: Path, specs: list[TensorSpec], stored: torch.dtype, precision: Precision, device: torch.device
+    part: str, specs: list[TensorSpec], stored: torch.dtype, found: Checkpoint
 ) -> Iterator[tuple[str, Tensor]]:
     """A part's tensors by name: mapped where device and dtype are the file's, copied where they are not."""
+    path = found.source / f"{part}.safetensors"
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=str(found.device)) as file:
             for spec in specs:
                 tensor = file.get_tensor(spec.name)
-                found, accepted = (tensor.dtype, tensor.shape), (spec.dtype or stored, torch.Size(spec.shape))
-                if found != accepted:
+                dtype = spec.dtype or stored
+                if (tensor.dtype, tuple(tensor.shape)) != (dtype, spec.shape):
                     raise CheckpointError(
-                        f"{path}: tensor {spec.name!r} has shape {list(found[1])}, {found[0]}; accepted: "
-                        f"{list(accepted[1])}, {accepted[0]}; convert the checkpoint again"
+                        f"{path}: tensor {spec.name!r} has shape {list(tensor.shape)}, {tensor.dtype}; "
+                        f"accepted: {list(spec.shape)}, {dtype}; convert the checkpoint again"
                     )
                 if not may_be_zero(spec.name) and _is_zero(tensor):
                     raise CheckpointError(f"{path}: tensor {spec.name!r} is zero throughout; copy it again")
-                yield spec.name, tensor.to(spec.dtype or spec.model_dtype(precision))
+                yield spec.name, tensor.to(spec.dtype or spec.model_dtype(found.precision))
     except (SafetensorError, FileNotFoundError) as error:
         raise CheckpointError(f"{path}: {error}; convert the checkpoint again") from None
 

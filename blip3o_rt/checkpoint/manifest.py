@@ -42,9 +42,7 @@ class Manifest:
     layout: str  # layout_fingerprint of the code that wrote the files
     config: ModelConfig
     warnings: list[str]
-    switches: dict[str, str] = field(
-        default_factory=dict
-    )  # of the fast tier, that the files were written for
+    switches: dict[str, str] = field(default_factory=dict)  # that the files were written for
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -52,8 +50,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json into a folder."""
-        data = asdict(self) | {"config": self.config.to_dict()}
-        text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **data}, indent=2)
+        text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()

@@ -55,7 +55,7 @@ class Findings:
     """Everything doctor prints."""
 
     version: str
-    machine: dict[str, Any]
+    machine: Machine
     auto_dtype: str  # what the dtype "auto" is on the CPU, for a checkpoint of bfloat16
     extensions: list[Extension]
     ops: list[OpChoice]
@@ -64,55 +64,35 @@ class Findings:
 
 def examine() -> Findings:
     """Look at the machine, the native modules and the op registry."""
-    found = describe()
-    extensions = [cpu_extension(), cuda_extension(), triton_extension()]
-    devices = ["cpu", "cuda"] if found.gpus else ["cpu"]
-    return Findings(
-        version=__version__,
-        machine=found.to_dict(),
-        auto_dtype=auto_dtype(),
-        extensions=extensions,
-        ops=[choice for device in devices for choice in op_choices(device)],
-        missing=missing(found, extensions),
-    )
-
-
-def auto_dtype() -> str:
-    """The name of the precision that "auto" is on the CPU."""
-    import torch
+    import torch  # which takes seconds to import: not for --help
 
     from blip3o_rt.precision import resolve_precision
 
-    return resolve_precision("auto", torch.device("cpu")).name
-
-
-def cpu_extension() -> Extension:
-    """The state of blip3o_rt._cpu."""
-    from blip3o_rt.ops import native  # PyTorch takes seconds to import: not for --help
-
-    reason = native.cpu_unavailable()
-    if reason is not None:
-        return Extension("_cpu", False, reason)
-    module = native.cpu()
-    return Extension(
-        "_cpu", True, f"{module.isa()} (of {', '.join(module.isas())}), {module.num_threads()} threads"
+    found, modules = describe(), native_modules()
+    devices = ["cpu", "cuda"] if found.gpus else ["cpu"]
+    return Findings(
+        version=__version__,
+        machine=found,
+        auto_dtype=resolve_precision("auto", torch.device("cpu")).name,
+        extensions=modules,
+        ops=[choice for device in devices for choice in op_choices(device)],
+        missing=missing(found, modules),
     )
 
 
-def cuda_extension() -> Extension:
-    """The state of blip3o_rt._cuda."""
-    from blip3o_rt.ops import native
+def native_modules() -> list[Extension]:
+    """The states of blip3o_rt._cpu, blip3o_rt._cuda and the Triton kernels."""
+    from blip3o_rt.ops import native, triton_backend
 
-    reason = native.cuda_unavailable()
-    return Extension("_cuda", reason is None, reason or "usable")
-
-
-def triton_extension() -> Extension:
-    """The state of the Triton kernels."""
-    from blip3o_rt.ops import triton_backend
-
-    reason = triton_backend.unavailable()
-    return Extension("triton_kernels", reason is None, reason or "usable")
+    usable = "usable"
+    if (module := native.cpu_module()) is not None:
+        usable = f"{module.isa()} (of {', '.join(module.isas())}), {module.num_threads()} threads"
+    states = (
+        ("_cpu", native.cpu_unavailable(), usable),
+        ("_cuda", native.cuda_unavailable(), "usable"),
+        ("triton_kernels", triton_backend.unavailable(), "usable"),
+    )
+    return [Extension(name, reason is None, reason or detail) for name, reason, detail in states]
 
 
 def op_choices(device: str) -> list[OpChoice]:
@@ -158,33 +138,38 @@ def as_text(findings: Findings) -> str:
     return "\n\n".join([f"blip3o_rt {findings.version}", *filter(None, sections)])
 
 
-def machine_rows(machine: dict[str, Any]) -> list[list[str]]:
+def machine_rows(machine: Machine) -> list[list[str]]:
     """The machine in two columns."""
-    processor, memory = machine["processor"], machine["memory"]
-    cores = f"{processor['physical_cores']} cores, {processor['usable_cores']} usable threads"
-    free = f"{format_bytes(memory['available'])} free of {format_bytes(memory['total'])}"
+    processor, memory = machine.processor, machine.memory
+    cores = f"{processor.physical_cores} cores, {processor.usable_cores} usable threads"
+    limited = " (limited by a cgroup)" if memory.limit == "cgroup" else ""
     gpus = [
-        f"{gpu['name']}, compute capability {gpu['compute_capability']}, "
-        f"{format_bytes(gpu['free_memory'])} free of {format_bytes(gpu['total_memory'])}"
-        for gpu in machine["gpus"]
+        f"{gpu.name}, compute capability {gpu.compute_capability}, "
+        f"{free_of(gpu.free_memory, gpu.total_memory)}"
+        for gpu in machine.gpus
     ]
     return [
-        ["system", f"{machine['system']}, Python {machine['python']}"],
-        ["processor", f"{processor['model']} ({processor['architecture']}), {cores}"],
-        ["vector extensions", ", ".join(processor["isa"]) or "none known"],
-        ["memory", free + (" (limited by a cgroup)" if memory["limit"] == "cgroup" else "")],
+        ["system", f"{machine.system}, Python {machine.python}"],
+        ["processor", f"{processor.model} ({processor.architecture}), {cores}"],
+        ["vector extensions", ", ".join(processor.isa) or "none known"],
+        ["memory", free_of(memory.available, memory.total) + limited],
         *([f"cuda:{index}", gpu] for index, gpu in enumerate(gpus)),
         *([] if gpus else [["GPU", "none"]]),
-        ["C++ compiler", machine["compiler"] or "none"],
-        ["nvcc", machine["nvcc"] or "none"],
+        ["C++ compiler", machine.compiler or "none"],
+        ["nvcc", machine.nvcc or "none"],
     ]
+
+
+def free_of(free: int, total: int) -> str:
+    """Bytes that are free, in words."""
+    return f"{format_bytes(free)} free of {format_bytes(total)}"
 
 
 def package_rows(findings: Findings) -> list[list[str]]:
     """Packages with their versions, the native modules, and what the dtype "auto" is."""
     from blip3o_rt.precision import IN_WORDS
 
-    packages = [[name, version or "not installed"] for name, version in findings.machine["packages"].items()]
+    packages = [[name, version or "not installed"] for name, version in findings.machine.packages.items()]
     modules = [[e.name, e.detail if e.usable else "not usable, see missing"] for e in findings.extensions]
     auto = ["dtype auto on the CPU", IN_WORDS.get(findings.auto_dtype, findings.auto_dtype)]
     return [*packages, *modules, auto]

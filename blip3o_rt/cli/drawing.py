@@ -32,7 +32,8 @@ def load_pipeline(arguments: argparse.Namespace) -> Pipeline:
     """The model the arguments name, on the device they name."""
     from blip3o_rt.pipeline import Pipeline  # PyTorch takes seconds to import: not for --help
 
-    return Pipeline.load(**model_arguments(arguments))
+    model = model_arguments(arguments)
+    return Pipeline.load(model.pop("path"), **model)
 
 
 def ranges(arguments: argparse.Namespace, pipeline: Pipeline) -> AbstractContextManager[None]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,21 +107,14 @@ def passes(drawn: list[Drawn], bar: float | None) -> int:
     return code
 
 
-@contextlib.contextmanager
-def few_threads() -> Iterator[None]:
+def few_threads() -> AbstractContextManager[None]:
     """One thread within, unless OMP_NUM_THREADS says how many.
 
     A model of the shapes gives a second thread nothing to do, and on a busy machine waits long for it.
     """
-    import torch
+    from blip3o_rt.isolation import num_threads
 
-    threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return nullcontext() if "OMP_NUM_THREADS" in os.environ else num_threads(1)
 
 
 def check(arguments: argparse.Namespace) -> None:
