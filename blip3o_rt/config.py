@@ -16,6 +16,7 @@ from blip3o_rt.errors import ConfigError
 
 MAX_LAYERS = 1000  # of which no known model has more
 MAX_POSITIONS = 2**20
+TOKEN_IDS = ("image_start_tag_id", "image_end_tag_id", "scale_start_token_id", "image_start_token_id")
 SPREAD = 1e4  # between a factor and 1, which is wider than any known model's
 
 
@@ -295,7 +296,7 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ConfigError where the parts do not fit each other; the parts check themselves."""
         tokens, vocabulary = self.image_tokens, self.ar.vocab_size
-        for key in ("image_start_tag_id", "image_end_tag_id", "scale_start_token_id", "image_start_token_id"):
+        for key in TOKEN_IDS:
             token = getattr(tokens, key)
             _require(0 <= token < vocabulary, key, token, f"an id below vocab_size, {vocabulary}")
         fits = tokens.image_token_range.stop <= vocabulary

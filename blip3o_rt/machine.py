@@ -14,14 +14,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import psutil
+import torch
 
 from blip3o_rt.errors import DeviceError, InsufficientMemoryError, shown
-
-if TYPE_CHECKING:
-    import torch
 
 # Name for people -> the flags /proc/cpuinfo may use for it.
 ISA_FLAGS = {
@@ -38,6 +36,7 @@ ISA_FLAGS = {
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pillow", "tqdm", "psutil", "tabulate", "triton")
 
+FULL_PRECISION = ("fp32_precision", "ieee", "none")  # a setting of torch, and its values that are exact
 CGROUP_NO_LIMIT = 2**60  # cgroup v1 writes a number near 2^63 where there is no limit
 
 
@@ -189,8 +188,6 @@ def require_memory(
     instead of the host's. remedy: what the reader can do about it.
     """
     if device is not None and device.type == "cuda":
-        import torch
-
         free, where = torch.cuda.mem_get_info(device)[0], str(device)
     else:
         free, where = memory().available, "this machine"
@@ -214,8 +211,6 @@ def told_apart(one: int, other: int) -> tuple[str, str]:
 
 def cuda_status() -> str | None:
     """None where PyTorch can use a GPU; otherwise why not and what to do, in one line."""
-    import torch
-
     if torch.version.cuda is None:
         return (
             f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of it "
@@ -231,8 +226,6 @@ def cuda_status() -> str | None:
 
 def gpus() -> tuple[Gpu, ...]:
     """The CUDA devices PyTorch can use."""
-    import torch
-
     found = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -248,8 +241,6 @@ def resolve_device(name: str | torch.device) -> torch.device:
     Raises DeviceError on another name, on a GPU where there is none (saying how to get it), and on an N that
     does not exist.
     """
-    import torch
-
     text = str(name) if isinstance(name, str | torch.device) else ""
     match = re.fullmatch(r"auto|cpu|cuda(?::(\d{1,9}))?", text)
     if match is None:
@@ -307,11 +298,10 @@ class _Held:
 
 
 def _cpu_settings() -> list[_Setting]:
-    import torch
-
-    backend = torch.backends.mkldnn
+    backend: Any = torch.backends.mkldnn
     return [
-        *_full_precision(backend, "matmul", "conv"),
+        _Setting.attribute(backend.matmul, *FULL_PRECISION),
+        _Setting.attribute(backend.conv, *FULL_PRECISION),
         _Setting.attribute(backend, "enabled", True),
         _Setting.attribute(backend, "deterministic", False),
         *_attention_kernels(),
@@ -319,13 +309,11 @@ def _cpu_settings() -> list[_Setting]:
 
 
 def _cuda_settings() -> list[_Setting]:
-    import torch
-
-    matmul = torch.backends.cuda.matmul
+    matmul, cudnn = torch.backends.cuda.matmul, cast(Any, torch.backends.cudnn)
     return [
-        *_full_precision(torch.backends.cuda, "matmul"),
-        *_full_precision(torch.backends.cudnn, "conv"),
-        _Setting.attribute(torch.backends.cudnn, "enabled", True),
+        _Setting.attribute(matmul, *FULL_PRECISION),
+        _Setting.attribute(cudnn.conv, *FULL_PRECISION),
+        _Setting.attribute(cudnn, "enabled", True),
         *_attention_kernels(),
         _Setting.attribute(matmul, "allow_bf16_reduced_precision_reduction", False),
         # Refuses products of cuBLAS without a variable of its own; the sums of ours have one order anyway.
@@ -335,19 +323,11 @@ def _cuda_settings() -> list[_Setting]:
 
 def _attention_kernels() -> list[_Setting]:
     """Which kernels attention may use, on either device."""
-    import torch
-
     cuda = torch.backends.cuda
     return [
         _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp, (True,)),
         _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp, (True,)),
         _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, (True,)),
-    ]
-
-
-def _full_precision(backend: Any, *operations: str) -> list[_Setting]:
-    return [
-        _Setting.attribute(getattr(backend, name), "fp32_precision", "ieee", "none") for name in operations
     ]
 
 
@@ -364,22 +344,18 @@ def exact_arithmetic(device: torch.device) -> AbstractContextManager[None]:
 
 def nvcc_version() -> str | None:
     """The CUDA compiler's release and place, from CUDA_HOME, PATH or the usual folder; None without one."""
-    candidates = [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    if "CUDA_HOME" in os.environ:
-        candidates.insert(0, str(Path(os.environ["CUDA_HOME"]) / "bin/nvcc"))
-    for candidate in candidates:
-        output = _version_output(candidate) if candidate else None
-        if output:
+    home = os.environ.get("CUDA_HOME")
+    for place in (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if place and (output := _version_output(place)):
             release = re.search(r"release ([\d.]+)", output)
-            return f"{release[1] if release else 'unknown release'} ({candidate})"
+            return f"{release[1] if release else 'unknown release'} ({place})"
     return None
 
 
 def compiler_version() -> str | None:
     """The first line that the C++ compiler ($CXX, or the system's) prints of itself; None without one."""
     for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        output = _version_output(command) if command else None
-        if output:
+        if command and (output := _version_output(command)):
             return output.splitlines()[0]
     return None
 

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class Stage:
     @property
     def rate(self) -> str:
         """Tokens per second, or milliseconds per step or image; empty where there is nothing to count."""
-        if not self.work or self.seconds <= 0.0 or self.name not in STAGE_UNITS:
+        unit = STAGE_UNITS.get(self.name)
+        if not self.work or self.seconds <= 0.0 or unit is None:
             return ""
-        unit = STAGE_UNITS[self.name]
         if unit == "token":
             return f"{self.work / self.seconds:.1f} tokens/s"
         return f"{1000.0 * self.seconds / self.work:.1f} ms/{unit}"
@@ -153,15 +153,11 @@ class Report:
         machine = f"{self.device}, {dtype}, {tier}; peak memory {memory}"
         eager = [f"without a graph: {', '.join(self.not_captured)}"] if self.not_captured else []
         timed = [f"measured for {what}: {times}" for what, times in self.measured.items()]
-        return "\n".join([body, machine, *self._implementation_lines(), *timed, *eager])
-
-    def _implementation_lines(self) -> list[str]:
-        """One line per implementation, with the ops that ran on it."""
-        names = sorted({name for used in self.implementations.values() for name in used})
-        return [
-            f"on {name}: {', '.join(op for op, used in sorted(self.implementations.items()) if name in used)}"
-            for name in names
-        ]
+        ran: dict[str, list[str]] = {}
+        for op, name in sorted((op, name) for op, used in self.implementations.items() for name in used):
+            ran.setdefault(name, []).append(op)
+        ops_of = [f"on {name}: {', '.join(of_it)}" for name, of_it in sorted(ran.items())]
+        return "\n".join([body, machine, *ops_of, *timed, *eager])
 
     def __str__(self) -> str:
         return self.table()
@@ -284,9 +280,7 @@ class Run:
         done, begin = 0, self._now()
         try:
             bar = _bar(name, total) if self._show and name in BARS else None
-            with ExitStack() as stack:
-                if bar is not None:
-                    stack.callback(bar.close)
+            with nullcontext() if bar is None else bar:
 
                 def update(units: int) -> None:
                     if bar is not None:
@@ -335,14 +329,13 @@ def _refuses(answer: object) -> bool:
 
 def _bar(name: str, total: int) -> Any:
     """A progress bar: a widget or text in a notebook, text on a terminal, None elsewhere."""
-    if "ipykernel.zmqshell" in sys.modules:
-        if importlib.util.find_spec("ipywidgets") is not None:
-            from tqdm.notebook import tqdm as widget
+    notebook = "ipykernel.zmqshell" in sys.modules
+    if notebook and importlib.util.find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm as widget
 
-            return widget(total=total, desc=name, leave=False)
-        return tqdm(total=total, desc=name, leave=False)
+        return widget(total=total, desc=name, leave=False)
     try:
-        watched = sys.stderr.isatty()
+        watched = notebook or sys.stderr.isatty()
     except (AttributeError, ValueError):  # there is none, or it is closed
         watched = False
     return tqdm(total=total, desc=name, leave=False) if watched else None

@@ -11,16 +11,7 @@ import torch
 
 from blip3o_rt.checkpoint.contents import check_contents
 from blip3o_rt.checkpoint.parts import HEAD, PREFIXES, PartSource, published_name
-from blip3o_rt.checkpoint.published_config import (
-    ConfigFile,
-    parse_ar,
-    parse_dit,
-    parse_edit,
-    parse_image_tokens,
-    parse_scheduler,
-    parse_ta_tok,
-    parse_vae,
-)
+from blip3o_rt.checkpoint.published_config import ConfigFile, parse_model, parse_ta_tok
 from blip3o_rt.checkpoint.source import (
     KNOWN,
     KNOWN_SIGLIP,
@@ -40,7 +31,7 @@ from blip3o_rt.checkpoint.tensor_file import (
     read_torch_file,
     torch_tensors,
 )
-from blip3o_rt.config import DiTConfig, ModelConfig, TATokConfig
+from blip3o_rt.config import ModelConfig, TATokConfig
 from blip3o_rt.errors import CheckpointError
 
 TOKENIZER_FILES = (
@@ -115,16 +106,7 @@ def open_published(source: Source) -> PublishedCheckpoint:
     tower = _Tower.find(root, config, tensors, source)
     parts = {name: ConfigFile.read(folder / file) for name, file in COMPONENTS.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    model = ModelConfig(
-        ar=parse_ar(config, shapes),
-        image_tokens=parse_image_tokens(config, tower.tokens),
-        dit=_dit_config(parts["transformer"], shapes),
-        vae=parse_vae(parts["vae"]),
-        scheduler=parse_scheduler(parts["scheduler"]),
-        edit=parse_edit(config),
-        ta_tok=tower.config,
-    )
-    config.checked(model)
+    model = parse_model(config, parts, shapes, tower.config, tower.tokens)
     sources = {part: PartSource(part, tensors, str(root), True) for part in ("ar", "connector")}
     sources["dit"] = _diffusion_source("dit", tensors, root, folder / "transformer", source)
     sources["vae"] = _diffusion_source("vae", tensors, root, folder / "vae", source)
@@ -208,9 +190,7 @@ def _other_weights(folder: Path, stem: str) -> str:
         return f" ({path.name} is a pickle; save it as safetensors); {accepted}"
     for path in sorted(folder.glob("*.incomplete")) + sorted(folder.glob("*.aria2")):
         return f" ({path.name} is an unfinished download; finish it); {accepted}"
-    for path in sorted(folder.glob(f"{stem}.*.safetensors*")) + sorted(
-        folder.glob(f"{stem}.*-*.safetensors")
-    ):
+    for path in sorted(folder.glob(f"{stem}.*.safetensors*")):
         variant = re.split(r"[.-]", path.name.removeprefix(f"{stem}."))[0]
         return f" but those of variant {variant} ({path.name}); {accepted}, or --variant {variant}"
     for path in sorted(folder.glob("*.gguf")) + sorted(folder.glob("*.safetensors")):
@@ -314,21 +294,6 @@ def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path, sour
     named = source.variant and any(stock.glob(f"{STOCK_WEIGHTS}.{source.variant}*"))
     found = read_tensors(stock, STOCK_WEIGHTS, source.variant if named else None)
     return PartSource(part, unwrapped(found, part), str(stock), False)
-
-
-def _dit_config(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
-    """The DiT's numbers, with the channel counts of the trained weights where the checkpoint has them.
-
-    The channel-wise editing variant widens them, and no configuration file says so.
-    """
-    patch = shapes.get(published_name("dit", "patch_embed.proj.weight"))
-    projection = shapes.get(published_name("dit", "proj_out.weight"))
-    if patch is not None and projection is not None and len(patch) == 4 and len(projection) == 2:
-        stated = config.integer("in_channels")
-        if patch[1] == 2 * stated:
-            widened = {"in_channels": patch[1], "out_channels": projection[0] // max(1, patch[2] * patch[3])}
-            config = ConfigFile(config.name, {**config.data, **widened})
-    return parse_dit(config)
 
 
 @dataclass(frozen=True)

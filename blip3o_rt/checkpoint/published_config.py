@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from blip3o_rt.checkpoint.parts import published_name
 from blip3o_rt.checkpoint.source import refuse_stand_in
 from blip3o_rt.config import (
     MAX_LAYERS,
+    TOKEN_IDS,
     ARConfig,
     DiTConfig,
     EditConfig,
@@ -157,6 +159,29 @@ def _shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
 
 
+def parse_model(
+    config: ConfigFile,
+    parts: Mapping[str, ConfigFile],
+    shapes: Mapping[str, tuple[int, ...]],
+    ta_tok: TATokConfig | None,
+    tokens_per_image: int,
+) -> ModelConfig:
+    """The whole model, from the checkpoint's configuration and those of its diffusers components.
+
+    `shapes` of the checkpoint's weights settle what configuration files leave out.
+    """
+    model = ModelConfig(
+        ar=parse_ar(config, shapes),
+        image_tokens=parse_image_tokens(config, tokens_per_image),
+        dit=parse_dit(parts["transformer"], shapes),
+        vae=parse_vae(parts["vae"]),
+        scheduler=parse_scheduler(parts["scheduler"]),
+        edit=parse_edit(config),
+        ta_tok=ta_tok,
+    )
+    return config.checked(model)
+
+
 def parse_ar(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> ARConfig:
     """The decoder's numbers. `shapes` of the weights settle what older configuration files leave out."""
     architectures = config.data.get("architectures")
@@ -215,10 +240,7 @@ def _rope_theta(config: ConfigFile) -> float:
 def parse_image_tokens(config: ConfigFile, tokens_per_image: int) -> ImageTokenConfig:
     """Ids of the image tokens, which the whole model's check compares with the vocabulary."""
     return ImageTokenConfig(
-        image_start_tag_id=config.integer("image_start_tag_id", minimum=0),
-        image_end_tag_id=config.integer("image_end_tag_id", minimum=0),
-        scale_start_token_id=config.integer("scale_start_token_id", minimum=0),
-        image_start_token_id=config.integer("image_start_token_id", minimum=0),
+        **{name: config.integer(name, minimum=0) for name in TOKEN_IDS},
         num_image_tokens=config.integer("num_image_tokens"),
         tokens_per_image=tokens_per_image,
     )
@@ -227,15 +249,20 @@ def parse_image_tokens(config: ConfigFile, tokens_per_image: int) -> ImageTokenC
 def parse_edit(config: ConfigFile) -> EditConfig:
     """The editing flags; a flag that is missing is off."""
     config.only("only_use_und_image_vae_as_noise", False)
-    return EditConfig(
-        use_und_image_vae=config.boolean("use_und_image_vae", False),
-        use_und_image_vae_as_noise=config.boolean("use_und_image_vae_as_noise", False),
-        use_tar_siglip_features=config.boolean("use_tar_siglip_features", False),
-    )
+    return EditConfig(**{flag.name: config.boolean(flag.name, False) for flag in fields(EditConfig)})
 
 
-def parse_dit(config: ConfigFile) -> DiTConfig:
-    """SANA's numbers, from a SanaTransformer2DModel configuration."""
+def parse_dit(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
+    """SANA's numbers, from a SanaTransformer2DModel configuration.
+
+    The channel counts are those of the trained weights where the checkpoint has them: the channel-wise
+    editing variant widens them, and no configuration file says so.
+    """
+    patch = shapes.get(published_name("dit", "patch_embed.proj.weight"), ())
+    projection = shapes.get(published_name("dit", "proj_out.weight"), ())
+    if len(patch) == 4 and len(projection) == 2 and patch[1] == 2 * config.integer("in_channels"):
+        widened = {"in_channels": patch[1], "out_channels": projection[0] // max(1, patch[2] * patch[3])}
+        config = ConfigFile(config.name, {**config.data, **widened})
     config.only("_class_name", "SanaTransformer2DModel")
     config.only("guidance_embeds", False)
     config.only("interpolation_scale", None)

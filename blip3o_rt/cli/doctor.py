@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from blip3o_rt import __version__
-from blip3o_rt.machine import Machine, describe, format_bytes
+
+if TYPE_CHECKING:
+    from blip3o_rt.machine import Machine
 
 
 def add_parser(subparsers: Any) -> None:
@@ -66,9 +68,10 @@ def examine() -> Findings:
     """Look at the machine, the native modules and the op registry."""
     import torch  # which takes seconds to import: not for --help
 
+    from blip3o_rt import machine
     from blip3o_rt.precision import resolve_precision
 
-    found, modules = describe(), native_modules()
+    found, modules = machine.describe(), native_modules()
     devices = ["cpu", "cuda"] if found.gpus else ["cpu"]
     return Findings(
         version=__version__,
@@ -162,6 +165,8 @@ def machine_rows(machine: Machine) -> list[list[str]]:
 
 def free_of(free: int, total: int) -> str:
     """Bytes that are free, in words."""
+    from blip3o_rt.machine import format_bytes
+
     return f"{format_bytes(free)} free of {format_bytes(total)}"
 
 

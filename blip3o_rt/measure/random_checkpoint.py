@@ -17,14 +17,8 @@ from torch import Tensor
 
 from blip3o_rt import __version__
 from blip3o_rt.checkpoint.parts import DTYPES, layouts, published_name
-from blip3o_rt.checkpoint.published_config import (
-    ConfigFile,
-    parse_ar,
-    parse_dit,
-    parse_image_tokens,
-    parse_scheduler,
-    parse_vae,
-)
+from blip3o_rt.checkpoint.published import COMPONENTS
+from blip3o_rt.checkpoint.published_config import ConfigFile, parse_model
 from blip3o_rt.checkpoint.source import KNOWN, KNOWN_SANA, PathName
 from blip3o_rt.checkpoint.tensor_file import CHUNK_BYTES, SafetensorsWriter, TensorHeader
 from blip3o_rt.config import (
@@ -88,15 +82,8 @@ def _tiny() -> ModelConfig:
 def _published() -> ModelConfig:
     config = ConfigFile.read(KNOWN / "BLIP3o-NEXT-3B" / "config.json")
     ta_tok = TATokConfig(384, 14, 3, 1152, 4304, 27, 16, 1e-6, -2, 1536, 65536)
-    return ModelConfig(
-        ar=parse_ar(config, {}),
-        image_tokens=parse_image_tokens(config, ta_tok.tokens),
-        dit=parse_dit(ConfigFile.read(KNOWN_SANA / "transformer/config.json")),
-        vae=parse_vae(ConfigFile.read(KNOWN_SANA / "vae/config.json")),
-        scheduler=parse_scheduler(ConfigFile.read(KNOWN_SANA / "scheduler/scheduler_config.json")),
-        edit=EditConfig(),
-        ta_tok=ta_tok,
-    )
+    parts = {name: ConfigFile.read(KNOWN_SANA / file) for name, file in COMPONENTS.items()}
+    return parse_model(config, parts, {}, ta_tok, ta_tok.tokens)
 
 
 def folder_name(config: ModelConfig) -> str:

@@ -103,7 +103,7 @@ def test_dit_matches_sana(
         "qk_norm": "rms_norm_across_heads" if qk_norm else None,
     }
     expected = module_shapes(lambda config: SanaTransformer2DModel(**config), keys)
-    assert original_shapes(dit_layout(parse_dit(ConfigFile("test", keys)))) == expected
+    assert original_shapes(dit_layout(parse_dit(ConfigFile("test", keys), {}))) == expected
 
 
 VAE_KEYS: dict[str, Any] = {

@@ -56,7 +56,7 @@ def test_without_native_modules_gpu_and_compilers(command: Command, monkeypatch:
     bare = dataclasses.replace(
         machine.describe(), gpus=(), gpu_status="no GPU: buy one", compiler=None, nvcc=None
     )
-    monkeypatch.setattr(doctor, "describe", lambda: bare)
+    monkeypatch.setattr(machine, "describe", lambda: bare)
     monkeypatch.setattr(native, "cpu_unavailable", lambda: "_cpu is not built; install a compiler")
     monkeypatch.setattr(native, "cuda_unavailable", lambda: "_cuda is not built; install nvcc")
     monkeypatch.setattr(triton_backend, "unavailable", lambda: "triton is not installed; install it")
@@ -70,7 +70,7 @@ def test_without_native_modules_gpu_and_compilers(command: Command, monkeypatch:
 def test_gpus_are_listed_with_their_memory(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = machine.Gpu("NVIDIA H200", "9.0", total_memory=140 * GIB, free_memory=139 * GIB)
     with_gpu = dataclasses.replace(machine.describe(), gpus=(gpu,), gpu_status="found")
-    monkeypatch.setattr(doctor, "describe", lambda: with_gpu)
+    monkeypatch.setattr(machine, "describe", lambda: with_gpu)
     assert command("doctor") == 0
     assert "NVIDIA H200, compute capability 9.0, 139.0 GiB free of 140.0 GiB" in command.output
     command("doctor", "--json")
