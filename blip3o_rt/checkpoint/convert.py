@@ -8,7 +8,7 @@ import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -132,7 +132,7 @@ def convert_opened(
             package_version=__version__,
             dtype=dtype,
             source=str(published.path.resolve()),
-            sources=_source_records(published, update),
+            sources=_records(published.files, published.path, update),
             files=files,
             layout=layout_fingerprint(published.config, chosen),
             config=published.config,
@@ -228,12 +228,14 @@ def _partial_folder(target: Path) -> Iterator[Path]:
         with _locked(stale) as locked:
             if locked:
                 shutil.rmtree(stale, ignore_errors=True)
-    folder, descriptor = _new_locked_folder(target)
-    try:
+    with contextlib.ExitStack() as stack:
+        ours = False
+        while not ours:  # another run may take it for abandoned before it is locked
+            folder = target.parent / f"{_partial_prefix(target)}{os.urandom(6).hex()}"
+            folder.mkdir()
+            ours = stack.enter_context(_locked(folder))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
 
 
 def _partial_prefix(target: Path) -> str:
@@ -244,36 +246,16 @@ def _replaced_prefix(target: Path) -> str:
     return f".{target.name}.replaced-"
 
 
-def _new_locked_folder(target: Path) -> tuple[Path, int]:
-    while True:
-        folder = target.parent / f"{_partial_prefix(target)}{os.urandom(6).hex()}"
-        folder.mkdir()
-        descriptor = os.open(folder, os.O_RDONLY)
-        if _lock(descriptor) and folder.exists():
-            return folder, descriptor
-        os.close(descriptor)  # another run took it for abandoned before it was locked
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Whether the folder is there and no other process holds it; it is held meanwhile, whatever its name."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield _lock(descriptor) and folder.exists()
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    with contextlib.ExitStack() as stack:
+        held = False
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            descriptor = stack.enter_context(_opened(folder))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = folder.exists()
+        yield held
 
 
 def _write_parts(
@@ -299,20 +281,19 @@ def _write_parts(
 
 def _copy_tokenizer(published: PublishedCheckpoint, folder: Path) -> dict[str, FileRecord]:
     (folder / TOKENIZER_FOLDER).mkdir()
-    records = {}
-    for path in published.tokenizer_files:
-        name = f"{TOKENIZER_FOLDER}/{path.name}"
-        shutil.copyfile(path, folder / name)
-        records[name] = FileRecord((folder / name).stat().st_size, file_sha256(folder / name))
-    return records
+    copies = [folder / TOKENIZER_FOLDER / path.name for path in published.tokenizer_files]
+    for path, copy in zip(published.tokenizer_files, copies, strict=True):
+        shutil.copyfile(path, copy)
+    return _records(copies, folder)
 
 
-def _source_records(published: PublishedCheckpoint, progress: Update | None) -> dict[str, FileRecord]:
+def _records(paths: Sequence[Path], folder: Path, progress: Update | None = None) -> dict[str, FileRecord]:
+    """Files by their paths from a folder."""
     return {
-        os.path.relpath(path, published.path).replace(os.sep, "/"): FileRecord(
+        Path(os.path.relpath(path, folder)).as_posix(): FileRecord(
             path.stat().st_size, file_sha256(path, progress)
         )
-        for path in published.files
+        for path in paths
     }
 
 
@@ -346,8 +327,14 @@ def _replace(folder: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    with _opened(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)

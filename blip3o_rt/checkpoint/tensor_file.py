@@ -119,21 +119,13 @@ def _chunks(path: Path, entry: _Entry, data_start: int, every: int) -> Iterator[
     assert isinstance(entry.dtype, torch.dtype)  # who reads has checked
     step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
     buffer = torch.empty(min(step, entry.end - entry.begin), dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         for position in range(entry.begin, entry.end, step * every):
             file.seek(data_start + position)
             piece = buffer[: min(step, entry.end - position)]
-            _fill(path, file, piece)
+            if file.readinto(piece.numpy().data) < len(piece):
+                raise _truncated(path)
             yield piece.view(entry.dtype)
-
-
-def _fill(path: Path, file: io.RawIOBase, piece: Tensor) -> None:
-    view = piece.numpy().data
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise _truncated(path)
-        view = view[count:]
 
 
 def _truncated(path: Path) -> CheckpointError:
