@@ -21,7 +21,6 @@ from blip3o_rt.checkpoint.parts import (
     DTYPES,
     Extremes,
     assemble,
-    dtype_name,
     extreme_values,
     layout_fingerprint,
     layouts,
@@ -131,7 +130,7 @@ class OpenedCheckpoint:
             raise CheckpointError(f"weights cannot be held as {dtype}; accepted: {' or '.join(DTYPES)}")
         root, layout, precision = self.path, self._layout, precision_of(dtype or self.stored_dtype)
         if isinstance(layout, PublishedCheckpoint) and cache_dir is not None:
-            root = _cached(cache_dir, layout, precision.weights, chosen)
+            root = _cached(cache_dir, layout, precision_of(precision.weights).name, chosen)
             layout = Manifest.read(root)
         found = Checkpoint(self.config, {}, root, precision, device, root, chosen)
         if isinstance(layout, Manifest):
@@ -258,19 +257,19 @@ def _is_zero(tensor: Tensor) -> bool:
 
 
 def _cached(
-    cache_dir: PathName, published: PublishedCheckpoint, dtype: torch.dtype, switches: Mapping[str, str]
+    cache_dir: PathName, published: PublishedCheckpoint, dtype: str, switches: Mapping[str, str]
 ) -> Path:
     """The cached conversion of a checkpoint, made if it is not there; a changed source file makes another."""
     switches = weight_switches(switches)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in published.files]
     layout = layout_fingerprint(published.config, switches)
-    key = json.dumps([FORMAT_VERSION, layout, dtype_name(dtype), stats])
+    key = json.dumps([FORMAT_VERSION, layout, dtype, stats])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     cache = local_path(cache_dir, "cache_dir")
-    destination = cache / f"{published.path.resolve().name}-{dtype_name(dtype)}-{digest}"
+    destination = cache / f"{published.path.resolve().name}-{dtype}-{digest}"
     if not is_file(destination / MANIFEST):
         try:
-            convert_opened(published, destination, dtype=dtype_name(dtype), switches=switches, progress=False)
+            convert_opened(published, destination, dtype=dtype, switches=switches, progress=False)
         except CheckpointError:
             if not is_file(destination / MANIFEST):  # another process may have been faster
                 raise

@@ -102,11 +102,6 @@ def published_name(part: str, source: str) -> str:
     return HEAD if source == HEAD and part == "ar" else PREFIXES[part] + source
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bf16" or "fp32"."""
-    return next(name for name, value in DTYPES.items() if value == dtype)
-
-
 @dataclass(frozen=True)
 class PartSource:
     """Where one part's published tensors are.

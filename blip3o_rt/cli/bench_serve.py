@@ -83,21 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise ParameterError(f"bench serve needs {error.name}: pip install 'blip3o_rt[bench]'") from None
 
     body = {name: value for name in ("steps", "size") if (value := getattr(arguments, name)) is not None}
-
-    def load_on(url: str) -> Load:
-        return Load(
-            url,
-            prompts,
-            arguments.requests,
-            None if arguments.rate is not None else arguments.concurrency,
-            arguments.rate or 1.0,
-            body,
-            None if arguments.no_seed else 0,
-            arguments.previews,
-            arguments.timeout,
-            arguments.key,
-        )
-
     out = arguments.out or Path("out") / f"serve-{datetime.now():%Y%m%d-%H%M%S}"
     make_folder("--out", out)
     with ExitStack() as stack:
@@ -116,7 +101,18 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.one_call:
                 n = arguments.requests // len(prompts)
                 call = one_call({**model, "max_batch": arguments.max_batch}, prompts, n, 0, body)
-        load = load_on(url)
+        load = Load(
+            url,
+            prompts,
+            arguments.requests,
+            None if arguments.rate is not None else arguments.concurrency,
+            arguments.rate or 1.0,
+            body,
+            None if arguments.no_seed else 0,
+            arguments.previews,
+            arguments.timeout,
+            arguments.key,
+        )
         samples, calls = measure(load, arguments.warm_up, arguments.rounds or (5 if call else 1), call)
     found = record.summary(load, samples, arguments.deadline, calls)
     print(record.table(found))

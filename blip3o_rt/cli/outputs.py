@@ -8,7 +8,8 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ OTHER_IMAGE_SUFFIXES = re.compile(
     r"tiff?|vda|vst|wbmp|wdp|webp|wmf|xbm|xcf|xpm)",
     re.IGNORECASE,
 )
+INPUTS = ("like", "ta_tok", "model", "diffusion")  # options of files and folders that are read
 MAX_NAME_LENGTH = 48  # characters of the prompt in a file name; file systems take 255 bytes
 
 
@@ -54,13 +56,7 @@ class ImageFiles:
         self._one_file = self._wanted == [arguments.out]
         self._overwrite: bool = arguments.overwrite
         self._written: set[Path] = set()
-        named = {"--like": arguments.like, "--ta-tok": arguments.ta_tok}
-        inputs = {option: path for option, path in named.items() if path is not None}
-        inputs |= {f"the reference {name}": user_path(name) for name in references}
-        folders = {"--model": arguments.model, "--diffusion": arguments.diffusion}
-        check_output_files(
-            arguments, self._wanted, inputs, {k: v for k, v in folders.items() if v is not None}
-        )
+        check_output_files(arguments, self._wanted, references)
 
     def save(self, index: int, image: Image.Image) -> Path:
         """Write the image of an index with its metadata; returns where."""
@@ -105,10 +101,7 @@ def image_paths(out: Path, prompts: Sequence[str], seeds: Sequence[int]) -> list
 
 
 def check_output_files(
-    arguments: argparse.Namespace,
-    images: Sequence[Path],
-    inputs: Mapping[str, Path],
-    input_folders: Mapping[str, Path],
+    arguments: argparse.Namespace, images: Iterable[Path], references: Iterable[str]
 ) -> None:
     """Make the folders of the report and of the trace, where they are wanted.
 
@@ -119,16 +112,17 @@ def check_output_files(
         trace.check_path(arguments.trace)
     if arguments.trace_tokens < 0:
         raise ParameterError(f"--trace-tokens is {arguments.trace_tokens}: accepted is 0 (all) or more")
+    inputs = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in INPUTS}
+    inputs |= {f"the reference {name}": user_path(name) for name in references}
     taken = [(path, "an image goes") for path in images]
-    taken += [(path, f"{name} is read from") for name, path in inputs.items()]
+    taken += [(path, f"{name} is read from") for name, path in inputs.items() if path is not None]
     for option, file in (("--report", arguments.report), ("--trace", arguments.trace)):
         if file is None:
             continue
         check_file(option, file)
-        places = [place for path, place in taken if same_file(path, file)]
-        folders = [f"{name} is read from" for name, folder in input_folders.items() if inside(file, folder)]
-        for place in (*places, *folders):
-            raise ParameterError(f"{option} is {file}, where {place}: accepted is another file's path")
+        for path, place in taken:
+            if replaces(file, path):
+                raise ParameterError(f"{option} is {file}, where {place}: accepted is another file's path")
         make_folder(option, file.parent)
         taken.append((file, "the report goes"))
 
@@ -142,17 +136,13 @@ def check_file(option: str, file: Path) -> None:
         raise ParameterError(f"{option} is {file}, a file that may not be written: choose another")
 
 
-def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths are of one file, also by a link, or will be."""
-    try:
-        return one.samefile(other)
-    except (OSError, ValueError):
-        return one.resolve() == other.resolve()
-
-
-def inside(file: Path, folder: Path) -> bool:
-    """Whether a file is there, in a folder or below it."""
-    return file.exists() and file.resolve().is_relative_to(folder.resolve())
+def replaces(file: Path, place: Path) -> bool:
+    """Whether a file is another, also by a link, or will be; or is there already, below a folder."""
+    with suppress(OSError, ValueError):  # of what is not there
+        if file.samefile(place):
+            return True
+    below = file.exists() and file.resolve().is_relative_to(place.resolve())
+    return below or file.resolve() == place.resolve()
 
 
 def check_name(option: str, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -129,7 +128,7 @@ def check(arguments: argparse.Namespace) -> None:
             f"seed + 4 x count, may be at most {MAX_SEED}"
         )
     bar = arguments.fail_under
-    if bar is not None and not (math.isfinite(bar) and 0 <= bar <= 100):
+    if bar is not None and not 0 <= bar <= 100:
         raise ParameterError(f"--fail-under is {bar:g}: accepted is a percentage from 0 to 100")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 from blip3o_rt.cli import options
 from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import named
 
 DESCRIPTION = (
     "Serve text-to-image and image editing over HTTP by OpenAI's images API, with a page to try it at /. The "
@@ -111,9 +113,8 @@ def serve_on_ray(arguments: argparse.Namespace) -> int:
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     try:
-        ended.wait()
-    except KeyboardInterrupt:
-        return 0
+        with suppress(KeyboardInterrupt):
+            ended.wait()
     finally:
         serve.shutdown()
     return 0
@@ -138,27 +139,18 @@ def server_options(arguments: argparse.Namespace) -> Any:
     from blip3o_rt.serve.messages import EngineOptions
     from blip3o_rt.serve.server import ServerOptions
 
+    given = arguments
+    as_given = ("host", "port", "data", "keys", "admin_keys", "max_images", "max_steps", "log_prompts")
+    admitted = (given.max_queue, given.max_queue_per_client)
     return ServerOptions(
-        EngineOptions(options.model_arguments(arguments), memory_reserve=arguments.memory_reserve * 2**20),
-        host=arguments.host,
-        port=arguments.port,
-        data=arguments.data,
-        keys=arguments.keys,
-        admin_keys=arguments.admin_keys,
-        limits=Limits(
-            arguments.max_queue,
-            arguments.max_queue_per_client,
-            seconds=arguments.timeout,
-            stall_seconds=arguments.stall_timeout,
-        ),
-        max_images=arguments.max_images,
-        max_steps=arguments.max_steps,
-        max_body=arguments.max_body * 2**20,
-        max_pixels=arguments.max_pixels * 10**6,
-        keep_seconds=3600.0 * arguments.keep_hours,
-        keep_bytes=arguments.keep_gib * 2**30,
-        drain_seconds=arguments.drain,
-        log_prompts=arguments.log_prompts,
+        EngineOptions(options.model_arguments(given), memory_reserve=given.memory_reserve * 2**20),
+        limits=Limits(*admitted, seconds=given.timeout, stall_seconds=given.stall_timeout),
+        max_body=given.max_body * 2**20,
+        max_pixels=given.max_pixels * 10**6,
+        keep_seconds=3600.0 * given.keep_hours,
+        keep_bytes=given.keep_gib * 2**30,
+        drain_seconds=given.drain,
+        **named(vars(given), as_given),
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.ar.kv_cache import DEFAULT_PAGE_SIZE
 from blip3o_rt.checkpoint.load import Checkpoint
-from blip3o_rt.checkpoint.parts import dtype_name
 from blip3o_rt.errors import Blip3oError
 from blip3o_rt.graphs import DEPENDENT_VARIABLE, graphs_wanted
 from blip3o_rt.machine import exact_arithmetic
@@ -31,7 +30,7 @@ from blip3o_rt.measure.units import time_text
 from blip3o_rt.ops import native
 from blip3o_rt.ops.registry import ENVIRONMENT_VARIABLE
 from blip3o_rt.ops.user_kernels import UserKernel
-from blip3o_rt.precision import FP32
+from blip3o_rt.precision import FP32, precision_of
 
 MORE_RUNS = {"ar.token": 4}  # a line of short calls takes more rounds where each is one call
 COUNTED_SECONDS = 5.0  # a call that takes longer is not repeated only to count its launches
@@ -74,7 +73,7 @@ class Run:
         self, subject: Subject, settings: Settings, record: BenchRecord, log: Callable[[str], None]
     ) -> None:
         self.subject, self.settings, self.record, self.log = subject, settings, record, log
-        self.dtype = dtype_name(subject.precision.arithmetic)
+        self.dtype = precision_of(subject.precision.arithmetic).name
 
     def everything(self) -> None:
         """All that the settings ask for. What was measured before an interruption is in the record."""
