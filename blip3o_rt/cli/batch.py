@@ -11,6 +11,7 @@ from blip3o_rt.cli.options import add_options, flag, number, option, parameter, 
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import DIFFUSION_NAMES
 
+SUMMARY = "draw the rows of a file, however many"
 DESCRIPTION = (
     "Draw an image of every row of a file: of its prompt, or an edit of its image. Row i has seed + i. A run "
     "that was ended goes on where it was; a row that cannot be drawn costs only itself."
@@ -19,11 +20,8 @@ SOME_FAILED = 1
 FORMATS = ("folder", "tar", "parquet")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "batch", help="draw the rows of a file, however many", description=DESCRIPTION
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     rows = "a .txt of prompts, or a .csv, .jsonl or .parquet with columns prompt and image (to edit)"
     add_options(parser, pathname("prompts", "PROMPTS", rows))
     add_options(parser.add_argument_group("drawing"), parameter("seed", "of row 0"), *options.SAMPLING)
@@ -44,7 +42,6 @@ def add_parser(subparsers: Any) -> None:
         number("--gpus-per-worker", "X", "1, or a fraction (1 on a GPU)", kind=float),
         number("--cpus-per-worker", "X", "", 1.0, float),
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from blip3o_rt.cli import bench_serve, bench_windows, options
 from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 
+SUMMARY = "time every stage, op and switch beside baselines and rooflines"
 DESCRIPTION = (
     "Time every stage of the model beside its baselines: on the same weights and inputs, in turns, in one "
     "process, with the machine's rooflines measured first. Writes bench.json (and bench.html) into --out."
@@ -23,10 +24,8 @@ class Retired(argparse.Action):
         print(f"blip3o-rt: {option} {text}", file=sys.stderr)
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    summary = "time every stage, op and switch beside baselines and rooflines"
-    parser: argparse.ArgumentParser = subparsers.add_parser("bench", help=summary, description=DESCRIPTION)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     add_options(
         parser.add_argument_group("model"),
         options.MEASURED,
@@ -64,7 +63,6 @@ def add_parser(subparsers: Any) -> None:
         pathname("--out", "DIR", "folder of the record (out/bench-DATE-TIME)"),
         flag("--quiet", "no table and no lines on the way"),
     )
-    parser.set_defaults(run=_run)
     _add_compare(parser)
 
 
@@ -82,14 +80,15 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         flag("--json", "print the verdicts as JSON"),
     )
     compare.set_defaults(run=_compare)
-    bench_serve.add_parser(commands)
-    bench_windows.add_parser(commands)
+    options.add_command(commands, "serve", bench_serve)
+    options.add_command(commands, "windows", bench_windows)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from blip3o_rt.measure.bench.command import run  # not for --help: PyTorch takes seconds to import
+def run(arguments: argparse.Namespace) -> int:
+    """Measure; returns the exit code."""
+    from blip3o_rt.measure.bench import command  # not for --help: PyTorch takes seconds to import
 
-    return run(arguments)
+    return command.run(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -6,13 +6,13 @@ import argparse
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
 
 SUMMARY = "what clients of an images server see: latency, queue, first preview, images/s"
+DESCRIPTION = f"Measure {SUMMARY}."
 PROMPTS = (
     "a red circle on a blue background",
     "a green square",
@@ -25,11 +25,8 @@ PROMPTS = (
 )
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command's parser to those of bench."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "serve", help=SUMMARY, description=f"Measure {SUMMARY}."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     add_options(
         parser.add_argument_group("server"),
         option("--url", help="a server's address; without: one of ours is started"),
@@ -57,7 +54,6 @@ def add_parser(commands: Any) -> None:
         flag("--one-call", "in turns, draw the same images in one call of `generate`"),
     )
     add_options(parser, pathname("--out", "DIR", "folder of the record (out/serve-DATE-TIME)"))
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from blip3o_rt.cli import options
 from blip3o_rt.cli.drawing import load_pipeline
@@ -15,15 +14,13 @@ from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
 
 SUMMARY = "tokens a pass and time of an image by draft_window, and of a pass by its rows"
+DESCRIPTION = f"Measure {SUMMARY}. Stops if an image depends on its window."
 PROMPTS = ("a large red circle on a blue background", "a small green star beside a yellow square")
 WINDOWS = f"1,2,4,8,16,{AUTO}"
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command's parser to those of bench."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "windows", help=SUMMARY, description=f"Measure {SUMMARY}. Stops if an image depends on its window."
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     add_options(
         parser,
         option("--prompt", action="append", metavar="TEXT", help="again for another (two of shapes)"),
@@ -33,7 +30,6 @@ def add_parser(commands: Any) -> None:
         pathname("--out", "FILE.json", "write the numbers too"),
     )
     add_options(parser.add_argument_group("model"), *options.MODEL, *options.SIZES)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from blip3o_rt import __version__
 from blip3o_rt.cli import batch, bench, convert, doctor, edit, generate, score, serve, validate
 from blip3o_rt.cli.like import like_defaults
+from blip3o_rt.cli.options import add_command
 from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError, shown
 
 FAILED = 2
@@ -184,5 +185,5 @@ def build_parser() -> Parser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     parser.commands = subparsers.choices
     for command in (generate, edit, batch, convert, bench, serve, score, validate, doctor):
-        command.add_parser(subparsers)
+        add_command(subparsers, command.__name__.rpartition(".")[2], command)
     return parser

@@ -6,7 +6,6 @@ import argparse
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 from blip3o_rt.cli import options
 from blip3o_rt.cli.options import add_options, flag, number, option, pathname
@@ -14,14 +13,12 @@ from blip3o_rt.errors import Blip3oWarning, ParameterError
 from blip3o_rt.params import named
 from blip3o_rt.switches import parse_switches
 
+SUMMARY = "convert a published checkpoint"
+DESCRIPTION = "Convert the published checkpoint SRC into the folder DST, or check DST with --verify."
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "convert",
-        help="convert a published checkpoint",
-        description="Convert the published checkpoint SRC into the folder DST, or check DST with --verify.",
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     lossy = "write the weights of a lossy switch, as ar_weights=int8, for the fast tier alone"
     add_options(
         parser,
@@ -36,7 +33,6 @@ def add_parser(subparsers: Any) -> None:
         flag("--quiet", "no progress bar"),
         pathname("--verify", "DST", "only compare DST's files with the checksums in its manifest"),
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

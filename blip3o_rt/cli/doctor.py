@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
@@ -14,15 +14,13 @@ from blip3o_rt import __version__
 if TYPE_CHECKING:
     from blip3o_rt.machine import Machine
 
+SUMMARY = "what this machine has, what each op would run on, what is missing and how to get it"
+DESCRIPTION = f"Print {SUMMARY}."
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    summary = "what this machine has, what each op would run on, what is missing and how to get it"
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "doctor", help=summary, description=f"Print {summary}."
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

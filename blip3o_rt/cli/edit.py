@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from blip3o_rt.cli import drawing, options, outputs
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import image_seeds
 
+SUMMARY = "change an image as a prompt says"
+DESCRIPTION = "Change an image as a prompt says."
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "edit",
-        help="change an image as a prompt says",
-        description="Change an image as a prompt says.",
-        usage="%(prog)s [options] {PROMPT | --like FILE.png} IMAGE [IMAGE ...]",
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
+    parser.usage = "%(prog)s [options] {PROMPT | --like FILE.png} IMAGE [IMAGE ...]"
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change, in words")
     parser.add_argument("image", nargs="*", metavar="IMAGE", help="the image to edit, or several")
     options.add_image_options(parser)
-    parser.set_defaults(run=run, task="edit", liked={})
+    parser.set_defaults(task="edit", liked={})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from blip3o_rt.cli import drawing, options, outputs
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import image_seeds
 
+SUMMARY = "draw images from prompts"
+DESCRIPTION = "Draw images from prompts."
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "generate", help="draw images from prompts", description="Draw images from prompts."
-    )
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to draw, in words")
     options.add_image_options(parser)
-    parser.set_defaults(run=run, task="text-to-image", liked={})
+    parser.set_defaults(task="text-to-image", liked={})
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from blip3o_rt import trace
@@ -190,6 +191,13 @@ def add_options(target: argparse._ActionsContainer, *options: Option) -> None:
     """Add options to a parser or a group of one."""
     for flags, keywords in options:
         target.add_argument(*flags, **keywords)
+
+
+def add_command(subparsers: Any, name: str, module: ModuleType) -> None:
+    """Add the command of a module to the result of ArgumentParser.add_subparsers."""
+    parser = subparsers.add_parser(name, help=module.SUMMARY, description=module.DESCRIPTION)
+    parser.set_defaults(run=module.run)
+    module.add_arguments(parser)
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:

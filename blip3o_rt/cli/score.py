@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from blip3o_rt.measure.shapes.score import Drawn
     from blip3o_rt.pipeline import Pipeline
 
+SUMMARY = "measure how often the shapes model draws what it is asked"
+DESCRIPTION = (
+    "Draw captions and edits with a model of the shapes, judge the images by their pixels, and print the "
+    "accuracy by category and by property with 95%% confidence intervals. Edits of images that somebody else "
+    "drew, the foreign world, are judged by hue and outline."
+)
 DEFAULT_OUT = Path("out/score")
 MAX_COUNT = 10_000
 UNDER_THE_BAR = 1
@@ -26,15 +32,8 @@ WORLDS = ("both", "own", "foreign")
 RECORD, SHEET = "score.json", "score.png"
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "score",
-        help="measure how often the shapes model draws what it is asked",
-        description="Draw captions and edits with a model of the shapes, judge the images by their pixels, "
-        "and print the accuracy by category and by property with 95%% confidence intervals. Edits of "
-        "images that somebody else drew, the foreign world, are judged by hue and outline.",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     worlds = "which images are edited: the model's own, foreign ones, or both (%(default)s)"
     add_options(
         parser.add_argument_group("tasks"),
@@ -52,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
         number("--fail-under", "PERCENT", bar, kind=float),
         flag("--quiet", "no progress bar and no tables, only the paths"),
     )
-    parser.set_defaults(run=run, max_batch=1, max_prompt_tokens=None)
+    parser.set_defaults(max_batch=1, max_prompt_tokens=None)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from blip3o_rt.cli.options import add_options, flag, number, option, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import named
 
+SUMMARY = "serve images over HTTP by OpenAI's API"
 DESCRIPTION = (
     "Serve text-to-image and image editing over HTTP by OpenAI's images API, with a page to try it at /. The "
     "engine runs in a process of its own, which is started again where it ends."
@@ -18,11 +19,8 @@ DESCRIPTION = (
 DEFAULT_MAX_BATCH = 4
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "serve", help="serve images over HTTP by OpenAI's API", description=DESCRIPTION
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     add_options(
         parser.add_argument_group("HTTP"),
         option("--host", default="127.0.0.1", help="address to listen on (%(default)s)"),
@@ -65,7 +63,6 @@ def add_parser(subparsers: Any) -> None:
         option("--log-level", default="info", choices=levels, help="(%(default)s)"),
         flag("--log-prompts", "name prompts in the log"),
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

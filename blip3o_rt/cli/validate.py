@@ -5,29 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from blip3o_rt.cli import options
 from blip3o_rt.cli.options import add_options, number, option, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import named
 
+SUMMARY = "compare every op, every stage and the pipeline with what they must compute"
+DESCRIPTION = (
+    "Compare every op with its definition in float64, and every stage and the whole pipeline with "
+    "transformers and diffusers on the same checkpoint. Exits with 1 where a line fails, or where nothing "
+    "was compared."
+)
 DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
 DTYPES = ("fp32", "bf16")
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command's parser to the result of ArgumentParser.add_subparsers."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments to its parser."""
     from blip3o_rt.measure.validate.line import GROUPS
 
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "validate",
-        help="compare every op, every stage and the pipeline with what they must compute",
-        description="Compare every op with its definition in float64, and every stage and the whole pipeline "
-        "with transformers and diffusers on the same checkpoint. Exits with 1 where a line fails, or where "
-        "nothing was compared.",
-    )
     model = parser.add_argument_group("model")
     recorded = (
         "recorded results of the published code: checkpoint/, golden.safetensors, golden.png, input.png"
@@ -54,7 +52,6 @@ def add_parser(subparsers: Any) -> None:
     )
     out = "where validate.json, validate.html and the images go (%(default)s)"
     add_options(parser, pathname("--out", "DIR", out, default=DEFAULT_OUT))
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
