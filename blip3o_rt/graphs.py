@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from blip3o_rt import trace
-from blip3o_rt.errors import DeviceError, OpError, ParameterError
+from blip3o_rt.errors import DeviceError, OpError, ParameterError, first_line
 from blip3o_rt.ops import native, registry
 
 R = TypeVar("R")
@@ -90,20 +90,12 @@ class Captured(Generic[R]):
             with _capturing, registry.recording_usage() as self._used:
                 self._replay, self._result = graphs.capture(work)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
             raise DeviceError(
-                f"{name} could not be captured as a CUDA graph: {reason}. "
+                f"{name} could not be captured as a CUDA graph: {first_line(error)}. "
                 f"Run with {ENVIRONMENT_VARIABLE}=off to do without graphs"
             ) from error
 
     def __call__(self) -> R:
-        self._check_forced()
-        with trace.span(self._range):
-            self._replay()
-        registry.note_usage(self._used)
-        return self._result
-
-    def _check_forced(self) -> None:
         for op_name, implementation in registry.forced().items():
             captured = self._used.get(op_name, {implementation})
             if captured != {implementation}:
@@ -112,6 +104,10 @@ class Captured(Generic[R]):
                     f"{' and '.join(map(repr, sorted(captured)))}: force it before the pipeline is loaded, "
                     f"or run with {ENVIRONMENT_VARIABLE}=off to do without graphs"
                 )
+        with trace.span(self._range):
+            self._replay()
+        registry.note_usage(self._used)
+        return self._result
 
 
 class GraphRunner:

@@ -9,7 +9,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,17 +120,12 @@ def load_reference(image: ReferenceImage) -> Image.Image:
     Raises:
         ImageError: For everything else, in one line.
     """
-    if isinstance(image, Image.Image):
-        with _reading("the image"):
-            return _upright_rgb(image, "the image")
-    if isinstance(image, np.ndarray):
-        with _reading("the array"):
-            return _from_array(image)
-    if isinstance(image, Tensor):
-        with _reading("the tensor"):
-            return _from_tensor(image)
     if isinstance(image, str | os.PathLike):
         return _from_file(path_text(image))
+    for kind, name, read in _READERS:
+        if isinstance(image, kind):
+            with _reading(name):
+                return read(image, name)
     raise ImageError(_NO_IMAGE.format(type(image).__name__))
 
 
@@ -414,7 +409,7 @@ def _scaled_to_bytes(samples: np.ndarray, name: str) -> np.ndarray:
     )
 
 
-def _from_array(array: np.ndarray, name: str = "the array") -> Image.Image:
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ImageError(f"an image array must be [H, W] or [H, W, 1, 3 or 4], not {list(array.shape)}")
     _check_size(array.shape[1], array.shape[0], name)
@@ -424,7 +419,7 @@ def _from_array(array: np.ndarray, name: str = "the array") -> Image.Image:
     return _upright_rgb(Image.fromarray(np.ascontiguousarray(samples)), name)
 
 
-def _from_tensor(tensor: Tensor) -> Image.Image:
+def _from_tensor(tensor: Tensor, name: str) -> Image.Image:
     if tensor.ndim not in (3, 4) or tensor.shape[-3] != 3 or (tensor.ndim == 4 and tensor.shape[0] != 1):
         raise ImageError(f"an image tensor must be [3, H, W] or [1, 3, H, W], not {list(tensor.shape)}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
@@ -434,7 +429,14 @@ def _from_tensor(tensor: Tensor) -> Image.Image:
     plain = tensor.detach().to("cpu").reshape(tensor.shape[-3:]).permute(1, 2, 0)
     if plain.is_floating_point():
         plain = plain.to(torch.float32)
-    return _from_array(plain.numpy(), "the tensor")
+    return _from_array(plain.numpy(), name)
+
+
+_READERS: tuple[tuple[type, str, Callable[..., Image.Image]], ...] = (
+    (Image.Image, "the image", _upright_rgb),
+    (np.ndarray, "the array", _from_array),
+    (Tensor, "the tensor", _from_tensor),
+)
 
 
 @dataclass(frozen=True)

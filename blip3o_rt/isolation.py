@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -144,28 +144,23 @@ class OwnSettings:
         if torch.get_num_threads() != self._threads:
             yield num_threads(self._threads)
         if sys.float_info.min / 2 == 0.0:
-            yield _denormals()
+            yield _put(torch.set_flush_denormal, False, before=True)
         yield exact_arithmetic(self._device)
 
 
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    """Torch's threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def num_threads(count: int) -> AbstractContextManager[None]:
+    """Torch's threads within a block."""
+    return _put(torch.set_num_threads, count, before=torch.get_num_threads())
 
 
 @contextmanager
-def _denormals() -> Iterator[None]:
-    torch.set_flush_denormal(False)
+def _put(put: Callable[[Any], object], value: int, *, before: int) -> Iterator[None]:
+    """A setting within the block."""
+    put(value)
     try:
         yield
     finally:
-        torch.set_flush_denormal(True)
+        put(before)
 
 
 _threads_of: int | None = None  # the process in which a pipeline first set threads or a GPU to work

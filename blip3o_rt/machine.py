@@ -118,11 +118,10 @@ def processor() -> Processor:
     )
 
 
-def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+def _cpuinfo() -> dict[str, str]:
     """The first processor's fields; empty where the file does not exist."""
-    if not path.exists():
-        return {}
-    first = path.read_text(errors="replace").split("\n\n")[0]
+    path = Path("/proc/cpuinfo")
+    first = path.read_text(errors="replace").split("\n\n")[0] if path.exists() else ""
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
 

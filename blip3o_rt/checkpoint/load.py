@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -156,20 +157,9 @@ def open_checkpoint(source: Source | PathName) -> OpenedCheckpoint:
     return OpenedCheckpoint(root, manifest.config, manifest.torch_dtype, manifest)
 
 
-def load_checkpoint(
-    source: Source | PathName,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | Precision | None = None,
-    parts: Collection[str] | None = None,
-    switches: Mapping[str, str] | None = None,
-    cache_dir: PathName | None = None,
-    verify: bool = False,
-) -> Checkpoint:
-    """Open and load in one; the arguments and what is raised are those of the two steps."""
-    return open_checkpoint(source).load(
-        device, dtype, parts=parts, switches=switches, cache_dir=cache_dir, verify=verify
-    )
+def load_checkpoint(source: Source | PathName, **options: Any) -> Checkpoint:
+    """Open and load in one; the options are those of OpenedCheckpoint.load."""
+    return open_checkpoint(source).load(**options)
 
 
 def _load_published(

@@ -44,20 +44,22 @@ def ranges(arguments: argparse.Namespace, pipeline: Pipeline) -> AbstractContext
 
 
 def draw(
-    request: Callable[[Callable[[int, Image.Image], None]], Result],
+    request: Callable[[Pipeline, Callable[[int, Image.Image], None]], Result],
     files: ImageFiles,
     arguments: argparse.Namespace,
-    pipeline: Pipeline,
-) -> None:
-    """Make the images, then write the report and the trace and print the table.
+) -> int:
+    """Load the model, make the images, then write the report and the trace and print the table.
 
     Args:
-        request: Draws; it is given what to call with each image and its index as soon as it is there. The
-            image is saved and its path printed, whatever becomes of the others.
+        request: Draws; it is given the model, and what to call with each image and its index as soon as it is
+            there. The image is saved and its path printed, whatever becomes of the others.
         files: Where the images go.
         arguments: The command's.
-        pipeline: The model.
+
+    Returns:
+        The exit code.
     """
+    pipeline = load_pipeline(arguments)
     paths: dict[int, Path] = {}
 
     def save(index: int, image: Image.Image) -> None:
@@ -68,7 +70,7 @@ def draw(
             warn(f"{paths[index]} differs from {arguments.like} in its {' and '.join(changed)}")
 
     with ranges(arguments, pipeline):
-        result = request(save)
+        result = request(pipeline, save)
     for index, plan in enumerate(result.plans):
         if plan.non_image_positions:
             warn(
@@ -79,6 +81,7 @@ def draw(
         write_report(result.report, arguments.report)
     if not arguments.quiet:
         print(result.report.table())
+    return 0
 
 
 def warn(message: str) -> None:

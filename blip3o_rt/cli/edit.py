@@ -6,7 +6,6 @@ import argparse
 
 from blip3o_rt.cli import drawing, options, outputs
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import image_seeds
 
 SUMMARY = "change an image as a prompt says"
 DESCRIPTION = "Change an image as a prompt says."
@@ -30,15 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
         missing = "IMAGE" if arguments.liked or prompt is not None else "PROMPT, IMAGE"
         raise ParameterError(f"a prompt and an image are needed: {missing} (see blip3o-rt edit --help)")
     keywords = options.request_arguments(arguments)
-    seeds = image_seeds(arguments.seed, arguments.n)
-    files = outputs.ImageFiles(arguments, [prompt], seeds, images)
+    files = outputs.ImageFiles(arguments, [prompt], images)
     # NumPy and PyTorch take seconds to import: not for --help
     from blip3o_rt.images import load_reference
 
     # before the model: a bad file costs no waiting
     references = [load_reference(image) for image in images]
-    pipeline = drawing.load_pipeline(arguments)
-    drawing.draw(
-        lambda save: pipeline.edit(prompt, references, on_image=save, **keywords), files, arguments, pipeline
+    return drawing.draw(
+        lambda pipeline, save: pipeline.edit(prompt, references, on_image=save, **keywords), files, arguments
     )
-    return 0

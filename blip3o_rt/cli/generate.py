@@ -6,7 +6,6 @@ import argparse
 
 from blip3o_rt.cli import drawing, options, outputs
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import image_seeds
 
 SUMMARY = "draw images from prompts"
 DESCRIPTION = "Draw images from prompts."
@@ -25,10 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     if prompts == [None]:
         raise ParameterError("a prompt is needed: PROMPT (see blip3o-rt generate --help)")
     keywords = options.request_arguments(arguments)
-    seeds = image_seeds(arguments.seed, arguments.n)
-    files = outputs.ImageFiles(arguments, prompts, seeds)
-    pipeline = drawing.load_pipeline(arguments)
-    drawing.draw(
-        lambda save: pipeline.generate(prompts, on_image=save, **keywords), files, arguments, pipeline
+    files = outputs.ImageFiles(arguments, prompts)
+    return drawing.draw(
+        lambda pipeline, save: pipeline.generate(prompts, on_image=save, **keywords), files, arguments
     )
-    return 0

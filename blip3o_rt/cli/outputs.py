@@ -39,11 +39,7 @@ class ImageFiles:
     """
 
     def __init__(
-        self,
-        arguments: argparse.Namespace,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        references: Iterable[str] = (),
+        self, arguments: argparse.Namespace, prompts: Sequence[str], references: Iterable[str] = ()
     ) -> None:
         """Check every file that the arguments name, and make their folders.
 
@@ -52,6 +48,7 @@ class ImageFiles:
                 cannot be written; a name that the file system does not hold; a report or a trace that would
                 replace an image, the other or an input.
         """
+        seeds = range(arguments.seed, arguments.seed + arguments.n)
         self._wanted = image_paths(arguments.out, prompts, seeds)
         self._one_file = self._wanted == [arguments.out]
         self._overwrite: bool = arguments.overwrite
