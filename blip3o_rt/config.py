@@ -29,6 +29,10 @@ def _require_within(key: str, value: float, low: float, high: float) -> None:
     _require(low <= value <= high, key, value, f"from {low:.12g} to {high:.12g}")
 
 
+def _require_one_of(key: str, value: str, *accepted: str) -> None:
+    _require(value in accepted, key, value, " or ".join(map(repr, accepted)))
+
+
 def _require_epsilon(key: str, value: float) -> None:
     _require_within(key, value, 1e-12, 1e-2)
 
@@ -164,12 +168,8 @@ class VAEConfig:
     def check(self) -> None:
         """Raise ConfigError where the numbers do not make a DC-AE whose two halves fit each other."""
         _require(self.image_channels == 3, "in_channels", self.image_channels, "3, for RGB")
-        resampling = {
-            "downsample_block_type": (self.downsample, ("Conv", "pixel_unshuffle")),
-            "upsample_block_type": (self.upsample, ("interpolate", "pixel_shuffle")),
-        }
-        for key, (value, accepted) in resampling.items():
-            _require(value in accepted, key, value, " or ".join(map(repr, accepted)))
+        _require_one_of("downsample_block_type", self.downsample, "Conv", "pixel_unshuffle")
+        _require_one_of("upsample_block_type", self.upsample, "interpolate", "pixel_shuffle")
         _require_factor("scaling_factor", self.scaling_factor)
         _require_within("shift_factor", self.shift_factor, -SPREAD, SPREAD)
         _require(
@@ -192,8 +192,7 @@ class VAEConfig:
         )
         for stage in stages:
             _require_within(f"{half}_layers_per_block", stage.layers, 0, MAX_LAYERS)
-            known = stage.block in ("ResBlock", "EfficientViTBlock")
-            _require(known, f"{half}_block_types", stage.block, "'ResBlock' or 'EfficientViTBlock'")
+            _require_one_of(f"{half}_block_types", stage.block, "ResBlock", "EfficientViTBlock")
             heads = stage.block != "EfficientViTBlock" or stage.channels >= self.attention_head_dim
             accepted = f"at least attention_head_dim, {self.attention_head_dim}, for EfficientViTBlock"
             _require(heads, width_key, channels, accepted)

@@ -202,13 +202,11 @@ def check_tier(
                 f"switch {next(iter(found))} is lossy and tier is 'exact': choose tier 'fast', or no switch"
             )
         return {}
-    if not found:
-        found = {
-            name: switch.default
-            for name, switch in SWITCHES.items()
-            if switch.default and (device_type is None or switch.runs_on(switch.default, device_type))
-        }
-    return found
+    return found or {
+        name: switch.default
+        for name, switch in SWITCHES.items()
+        if switch.default and (device_type is None or switch.runs_on(switch.default, device_type))
+    }
 
 
 def check_device(switches: Mapping[str, str], device_type: str) -> None:

@@ -116,9 +116,8 @@ def convert_opened(
         _check_destination(target, force)
         _check_space(target, output_bytes)
         total = output_bytes + sum(path.stat().st_size for path in published.files)
-    PromptEncoder(
-        published.path, published.config.image_tokens, MAX_POSITIONS
-    )  # raises for what cannot be used
+    # Raises for a tokenizer that cannot be used.
+    PromptEncoder(published.path, published.config.image_tokens, MAX_POSITIONS)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="convert") if progress else None
     update = None if bar is None else bar.update  # a bar that is not shown would leave a thread
     with (
@@ -166,7 +165,7 @@ def _is_free(target: Path) -> bool:
 
 def _restore_replaced(target: Path) -> None:
     """Rename an earlier conversion back to its free name: a kill came between the renames of `force`."""
-    for replaced in target.parent.glob(f"{glob.escape(_replaced_prefix(target))}*"):
+    for replaced in target.parent.glob(f"{glob.escape(_hidden(target, 'replaced', '').name)}*"):
         with _locked(replaced) as locked:
             if locked and _is_free(target):
                 _rename_back(replaced, target)
@@ -224,26 +223,23 @@ def _partial_folder(target: Path) -> Iterator[Path]:
     The lock tells a folder in use from one whose process has died; the latter are removed here. A replaced
     conversion is never one of them.
     """
-    for stale in target.parent.glob(f"{glob.escape(_partial_prefix(target))}*"):
+    for stale in target.parent.glob(f"{glob.escape(_hidden(target, 'partial', '').name)}*"):
         with _locked(stale) as locked:
             if locked:
                 shutil.rmtree(stale, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         ours = False
         while not ours:  # another run may take it for abandoned before it is locked
-            folder = target.parent / f"{_partial_prefix(target)}{os.urandom(6).hex()}"
+            folder = _hidden(target, "partial", os.urandom(6).hex())
             folder.mkdir()
             ours = stack.enter_context(_locked(folder))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
 
 
-def _partial_prefix(target: Path) -> str:
-    return f".{target.name}.partial-"
-
-
-def _replaced_prefix(target: Path) -> str:
-    return f".{target.name}.replaced-"
+def _hidden(target: Path, kind: str, name: str) -> Path:
+    """A folder beside the target: "partial" while it is written, or an earlier one that is "replaced"."""
+    return target.parent / f".{target.name}.{kind}-{name}"
 
 
 @contextlib.contextmanager
@@ -310,8 +306,7 @@ def _publish(folder: Path, target: Path, force: bool) -> None:
 def _replace(folder: Path, target: Path) -> None:
     """Put the folder in the target's place and remove the old one, which an error puts back."""
     name = os.urandom(6).hex()
-    replaced = target.parent / f"{_replaced_prefix(target)}{name}"
-    abandoned = target.parent / f"{_partial_prefix(target)}{name}"
+    replaced, abandoned = _hidden(target, "replaced", name), _hidden(target, "partial", name)
     with _locked(target) as locked:
         if not locked:
             raise CheckpointError(f"{target}: another conversion is replacing it; run it again")

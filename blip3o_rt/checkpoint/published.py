@@ -99,7 +99,11 @@ def open_published(source: Source) -> PublishedCheckpoint:
         CheckpointError: Files or tensors that are missing, damaged, or of another shape or type.
     """
     root = checkpoint_folder(source.path)
-    _refuse_adapter(root)
+    if is_file(root / "adapter_config.json"):  # with or without a model in it
+        raise CheckpointError(
+            f"{root}: a LoRA adapter (adapter_config.json), which is merged into its base first: "
+            "blip3o-rt convert BASE DST --lora DIR"
+        )
     config = ConfigFile.read(root / "config.json")
     tensors = unwrapped(read_tensors(root, "model", source.variant), "ar", PREFIXES["ar"])
     folder = _diffusion_folder(root, config, source)
@@ -112,25 +116,17 @@ def open_published(source: Source) -> PublishedCheckpoint:
     sources["vae"] = _diffusion_source("vae", tensors, root, folder / "vae", source)
     if tower.source is not None:
         sources["ta_tok"] = tower.source
-    configs = [folder / file for file in COMPONENTS.values()] + tower.config_files
+    read = [root / "config.json", *(folder / file for file in COMPONENTS.values()), *tower.config_files]
+    read += [tensor.path for part in sources.values() for tensor in part.tensors.values()]
     return PublishedCheckpoint(
         path=root,
         config=model,
         sources=sources,
-        files=list(_files_read(root, configs, sources)),
+        files=[path for path in dict.fromkeys(read) if KNOWN not in path.parents],
         tokenizer_files=_tokenizer_files(root),
         stored_dtype=_stored_dtype(tensors),
         warnings=list(_notes(model, sources)) + check_contents(model, config.name, sources),
     )
-
-
-def _refuse_adapter(root: Path) -> None:
-    """Raise CheckpointError for the folder of a LoRA adapter, with or without a model in it."""
-    if is_file(root / "adapter_config.json"):
-        raise CheckpointError(
-            f"{root}: a LoRA adapter (adapter_config.json), which is merged into its base first: "
-            "blip3o-rt convert BASE DST --lora DIR"
-        )
 
 
 def _notes(model: ModelConfig, sources: Mapping[str, PartSource]) -> Iterator[str]:
@@ -391,11 +387,3 @@ def _tokenizer_files(root: Path) -> list[Path]:
     for path in found:
         refuse_stand_in(path)
     return found
-
-
-def _files_read(root: Path, configs: list[Path], sources: Mapping[str, PartSource]) -> Iterator[Path]:
-    """Every file the conversion depends on, each once."""
-    paths = [root / "config.json", *(path for path in configs if KNOWN not in path.parents)]
-    for source in sources.values():
-        paths += sorted({tensor.path for tensor in source.tensors.values()})
-    yield from dict.fromkeys(paths)

@@ -21,9 +21,7 @@ from blip3o_rt.cli.options import add_command
 from blip3o_rt.errors import Blip3oError, Blip3oWarning, ParameterError, shown
 
 FAILED = 2
-BROKEN_PIPE = (
-    141  # what a shell gives for a program whose reader has gone, as in `blip3o-rt doctor | head -1`
-)
+BROKEN_PIPE = 141  # what a shell gives for a program whose reader has gone, as in `doctor | head -1`
 
 # What OpenMP takes. It answers anything else by lines of its own, an endless loop or the end of the process.
 OPENMP = {
