@@ -63,10 +63,8 @@ def _factor(config: ConfigFile) -> float:
     """What the product of the factors is multiplied with, by the adapter's own configuration."""
     config.choice("peft_type", ("LORA",))
     config.choice("bias", ("none",), "none")
-    for key in ("use_dora", "fan_in_fan_out"):
-        config.only(key, False)
-    for key in ("rank_pattern", "alpha_pattern"):
-        config.only(key, {})
+    config.only(False, "use_dora", "fan_in_fan_out")
+    config.only({}, "rank_pattern", "alpha_pattern")
     rank = config.integer("r")
     return config.number("lora_alpha") / (math.sqrt(rank) if config.boolean("use_rslora", False) else rank)
 

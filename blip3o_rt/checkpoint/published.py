@@ -107,16 +107,17 @@ def open_published(source: Source) -> PublishedCheckpoint:
     config = ConfigFile.read(root / "config.json")
     tensors = unwrapped(read_tensors(root, "model", source.variant), "ar", PREFIXES["ar"])
     folder = _diffusion_folder(root, config, source)
-    tower = _Tower.find(root, config, tensors, source)
+    ta_tok, tower, tower_files = _find_tower(root, config, tensors, source)
     parts = {name: ConfigFile.read(folder / file) for name, file in COMPONENTS.items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    model = parse_model(config, parts, shapes, tower.config, tower.tokens)
+    tokens = _tokens_without_tower(root) if ta_tok is None else ta_tok.tokens
+    model = parse_model(config, parts, shapes, ta_tok, tokens)
     sources = {part: PartSource(part, tensors, str(root), True) for part in ("ar", "connector")}
     sources["dit"] = _diffusion_source("dit", tensors, root, folder / "transformer", source)
     sources["vae"] = _diffusion_source("vae", tensors, root, folder / "vae", source)
-    if tower.source is not None:
-        sources["ta_tok"] = tower.source
-    read = [root / "config.json", *(folder / file for file in COMPONENTS.values()), *tower.config_files]
+    if tower is not None:
+        sources["ta_tok"] = tower
+    read = [root / "config.json", *(folder / file for file in COMPONENTS.values()), *tower_files]
     read += [tensor.path for part in sources.values() for tensor in part.tensors.values()]
     return PublishedCheckpoint(
         path=root,
@@ -292,35 +293,27 @@ def _diffusion_source(part: str, tensors: Tensors, root: Path, stock: Path, sour
     return PartSource(part, unwrapped(found, part), str(stock), False)
 
 
-@dataclass(frozen=True)
-class _Tower:
-    """The vision tower: its numbers and source, both None in a text-to-image-only checkpoint."""
+def _find_tower(
+    root: Path, config: ConfigFile, tensors: Tensors, given: Source
+) -> tuple[TATokConfig | None, PartSource | None, list[Path]]:
+    """The vision tower's numbers and weights, None in a text-to-image-only checkpoint, and files of both.
 
-    config: TATokConfig | None
-    source: PartSource | None
-    tokens: int  # image tokens per image
-    config_files: list[Path]
-
-    @classmethod
-    def find(cls, root: Path, config: ConfigFile, tensors: Tensors, given: Source) -> _Tower:
-        """The tower's weights and settings.
-
-        Weights are those of the file given, else of the checkpoint, else of a ta_tok.pth that it names or
-        has beside it. Settings are those of the ta_tok.pth, else what the shapes of the weights tell.
-        """
-        file = _ta_tok_file(root, config) if given.ta_tok is None else local_path(given.ta_tok, "ta_tok")
-        settings, loose = (None, None) if file is None else _read_ta_tok(file)
-        inside = any(name.startswith(PREFIXES["ta_tok"]) for name in tensors)
-        if not inside and loose is None:
-            return cls(None, None, _tokens_without_tower(root), [])
-        if loose is not None and (given.ta_tok is not None or not inside):
-            source = PartSource("ta_tok", loose, str(file), False)
-        else:
-            source = PartSource("ta_tok", tensors, str(root), True)
-        settings = settings or _settings_from_shapes(root, tensors)
-        vision_path = _vision_config(root, file, settings)
-        ta_tok = parse_ta_tok(settings, _vision_section(vision_path))
-        return cls(ta_tok, source, ta_tok.tokens, [path for path in (file, vision_path) if path is not None])
+    Weights are those of the file given, else of the checkpoint, else of a ta_tok.pth that it names or has
+    beside it. Settings are those of the ta_tok.pth, else what the shapes of the weights tell.
+    """
+    file = _ta_tok_file(root, config) if given.ta_tok is None else local_path(given.ta_tok, "ta_tok")
+    settings, loose = (None, None) if file is None else _read_ta_tok(file)
+    inside = any(name.startswith(PREFIXES["ta_tok"]) for name in tensors)
+    if not inside and loose is None:
+        return None, None, []
+    if loose is not None and (given.ta_tok is not None or not inside):
+        source = PartSource("ta_tok", loose, str(file), False)
+    else:
+        source = PartSource("ta_tok", tensors, str(root), True)
+    settings = settings or _settings_from_shapes(root, tensors)
+    vision = _vision_config(root, file, settings)
+    files = [vision] if file is None else [file, vision]
+    return parse_ta_tok(settings, _vision_section(vision)), source, files
 
 
 def _ta_tok_file(root: Path, config: ConfigFile) -> Path | None:

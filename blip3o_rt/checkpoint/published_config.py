@@ -134,12 +134,13 @@ class ConfigFile:
             raise self.error(key, " or ".join(repr(option) for option in accepted))
         return str(value)
 
-    def only(self, key: str, accepted: Any, *, required: bool = False) -> None:
+    def only(self, accepted: Any, *keys: str, required: bool = False) -> None:
         """Refuse anything but the one accepted value (or, unless required, a missing or null one)."""
-        value = self.data.get(key)
-        if (value is None and not required) or (value == accepted and type(value) is type(accepted)):
-            return
-        raise self.error(key, json.dumps(accepted))
+        for key in keys:
+            value = self.data.get(key)
+            unset = value is None and not required
+            if not unset and (value != accepted or type(value) is not type(accepted)):
+                raise self.error(key, json.dumps(accepted))
 
     def per_stage(self, key: str, count: int, default: Any = REQUIRED) -> list[Any]:
         """A list of `count` entries, or one value that stands for all of them."""
@@ -188,12 +189,10 @@ def parse_ar(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> ARCon
     if not isinstance(architectures, list) or not any(name in ARCHITECTURES for name in architectures):
         raise config.error("architectures", " or ".join(ARCHITECTURES))
     config.choice("model_type", MODEL_TYPES)
-    config.only("attention_bias", False)
-    config.only("hidden_act", "silu")
-    config.only("use_sliding_window", False)
-    config.only("partial_rotary_factor", 1.0)
-    config.only("compression_config", None)
-    config.only("quantization_config", None)
+    config.only(False, "attention_bias", "use_sliding_window")
+    config.only("silu", "hidden_act")
+    config.only(1.0, "partial_rotary_factor")
+    config.only(None, "compression_config", "quantization_config")
     kinds = config.data.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise config.error("layer_types", '"full_attention" for every layer')
@@ -248,7 +247,7 @@ def parse_image_tokens(config: ConfigFile, tokens_per_image: int) -> ImageTokenC
 
 def parse_edit(config: ConfigFile) -> EditConfig:
     """The editing flags; a flag that is missing is off."""
-    config.only("only_use_und_image_vae_as_noise", False)
+    config.only(False, "only_use_und_image_vae_as_noise")
     return EditConfig(**{flag.name: config.boolean(flag.name, False) for flag in fields(EditConfig)})
 
 
@@ -263,10 +262,9 @@ def parse_dit(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTC
     if len(patch) == 4 and len(projection) == 2 and patch[1] == 2 * config.integer("in_channels"):
         widened = {"in_channels": patch[1], "out_channels": projection[0] // max(1, patch[2] * patch[3])}
         config = ConfigFile(config.name, {**config.data, **widened})
-    config.only("_class_name", "SanaTransformer2DModel")
-    config.only("guidance_embeds", False)
-    config.only("interpolation_scale", None)
-    config.only("norm_elementwise_affine", False)
+    config.only("SanaTransformer2DModel", "_class_name")
+    config.only(False, "guidance_embeds", "norm_elementwise_affine")
+    config.only(None, "interpolation_scale")
     if config.data.get("qk_norm") not in (None, "rms_norm_across_heads"):
         raise config.error("qk_norm", "null or 'rms_norm_across_heads'")
     heads, head_dim = config.integer("num_attention_heads"), config.integer("attention_head_dim")
@@ -297,10 +295,9 @@ def parse_dit(config: ConfigFile, shapes: Mapping[str, tuple[int, ...]]) -> DiTC
 
 def parse_vae(config: ConfigFile) -> VAEConfig:
     """DC-AE's numbers, from an AutoencoderDC configuration."""
-    config.only("_class_name", "AutoencoderDC")
-    for key in ("latent_shift", "latents_mean", "latents_std"):
-        config.only(key, None)
-    config.only("decoder_conv_act_fn", "relu")
+    config.only("AutoencoderDC", "_class_name")
+    config.only(None, "latent_shift", "latents_mean", "latents_std")
+    config.only("relu", "decoder_conv_act_fn")
     return config.checked(
         VAEConfig(
             image_channels=config.integer("in_channels", 3),
@@ -358,10 +355,9 @@ def parse_scheduler(config: ConfigFile) -> SchedulerConfig:
     """
     classes = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler")
     config.choice("_class_name", classes, classes[0])
-    config.only("prediction_type", "flow_prediction")
-    for key in SCHEDULER_SWITCHES:
-        config.only(key, False)
-    config.only("shift_terminal", None)
+    config.only("flow_prediction", "prediction_type")
+    config.only(False, *SCHEDULER_SWITCHES)
+    config.only(None, "shift_terminal")
     return config.checked(
         SchedulerConfig(
             num_train_timesteps=config.integer("num_train_timesteps", 1000), shift=config.number("shift", 1.0)
@@ -375,14 +371,14 @@ def parse_ta_tok(settings: ConfigFile, vision: ConfigFile) -> TATokConfig:
     Keys that the vision configuration lacks have the defaults of that architecture.
     """
     vision.choice("model_type", ("siglip_vision_model",), "siglip_vision_model")
-    vision.only("hidden_act", "gelu_pytorch_tanh")
+    vision.only("gelu_pytorch_tanh", "hidden_act")
     bottleneck = settings.section("bottleneck").section("args")
-    bottleneck.only("norm", "none")
+    bottleneck.only("none", "norm")
     regularizer = bottleneck.section("regularizer")
-    regularizer.only("name", "simvq", required=True)
+    regularizer.only("simvq", "name", required=True)
     codebook = regularizer.section("args")
-    codebook.only("l2_normalized", True, required=True)
-    settings.only("pool_scale", 1)
+    codebook.only(True, "l2_normalized", required=True)
+    settings.only(1, "pool_scale")
     image_size = vision.integer("image_size", 224)
     if settings.integer("input_size", image_size) != image_size:
         raise settings.error("input_size", f"SigLIP's image_size, {image_size}")
