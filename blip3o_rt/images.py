@@ -20,18 +20,8 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from torch import Tensor
 
-from blip3o_rt import errors
+from blip3o_rt import errors, metadata
 from blip3o_rt.errors import Blip3oWarning, ImageError, first_line
-from blip3o_rt.metadata import (
-    NEEDED_CHUNKS,
-    PNG_SIGNATURE,
-    inflated,
-    path_text,
-    png_chunks,
-    quiet_pillow,
-    shown,
-    text_of,
-)
 
 ReferenceImage: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
@@ -47,7 +37,7 @@ _LIMITS = (
     "long as wide are accepted"
 )
 MAX_PROFILE = 2**24  # bytes of a color profile; those of cameras and scanners have up to some 3 MB
-_KEPT_CHUNKS = (*NEEDED_CHUNKS, b"IDAT", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+_KEPT_CHUNKS = (*metadata.NEEDED_CHUNKS, b"IDAT", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 _ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 # Orientation in EXIF -> what turns the stored image upright.
 _TURNS = {
@@ -121,7 +111,7 @@ def load_reference(image: ReferenceImage) -> Image.Image:
         ImageError: For everything else, in one line.
     """
     if isinstance(image, str | os.PathLike):
-        return _from_file(path_text(image))
+        return _from_file(metadata.path_text(image))
     for kind, name, read in _READERS:
         if isinstance(image, kind):
             with _reading(name):
@@ -149,7 +139,7 @@ def decode_reference(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Im
 
 
 def _from_file(given: str) -> Image.Image:
-    name = shown(given)
+    name = metadata.shown(given)
     if given.lower().startswith("data:"):
         raise ImageError(
             f"'{given[:24]}...' is a data URI, which is not decoded: save its content and give the path"
@@ -170,7 +160,7 @@ def _from_file(given: str) -> Image.Image:
 def _reading(name: str) -> Iterator[None]:
     """What the system and PIL raise, as ImageError: decoders fail however a damaged file leads them to."""
     try:
-        with quiet_pillow():
+        with metadata.quiet_pillow():
             yield
     except ImageError:
         raise
@@ -195,7 +185,7 @@ def _formats() -> list[str]:
 def _decoded(stream: IO[bytes], name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     head = stream.read(512)
     stream.seek(0)
-    if head.startswith(PNG_SIGNATURE):
+    if head.startswith(metadata.PNG_SIGNATURE):
         png = _Png.read(stream, name, max_pixels)
         with PngImagePlugin.PngImageFile(io.BytesIO(png.data)) as image:
             return _upright_rgb(image, name, png)
@@ -453,19 +443,19 @@ class _Png:
     @classmethod
     def read(cls, stream: IO[bytes], name: str, max_pixels: int) -> _Png:
         """Read a PNG; the size is checked before the pixels are read. Raises ImageError or OSError."""
-        kept, depth, profile, room = [PNG_SIGNATURE], 8, None, 0
-        for kind, data in png_chunks(stream):
+        kept, depth, profile, room = [metadata.PNG_SIGNATURE], 8, None, 0
+        for kind, data in metadata.png_chunks(stream):
             if kind == b"IHDR" and len(data) == 13:
                 width, height, depth = struct.unpack(">IIB", data[:9])
                 _check_size(width, height, name, max_pixels)
                 room = 10 * width * height + 2**20  # an image of 16 bits has 8 bytes a pixel
             elif kind == b"iCCP":
-                profile = inflated(data.partition(b"\0")[2][1:], MAX_PROFILE) or b""
+                profile = metadata.inflated(data.partition(b"\0")[2][1:], MAX_PROFILE) or b""
             elif kind == b"IDAT":
                 room -= len(data)
                 if room < 0:
                     raise OSError("it holds more than its pixels")
-            orientation = data.startswith(_ORIENTATION_TEXTS) and text_of(kind, data) is not None
+            orientation = data.startswith(_ORIENTATION_TEXTS) and metadata.text_of(kind, data) is not None
             if kind in _KEPT_CHUNKS or orientation:
                 kept += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]
         if len(kept) < 2 or kept[2] != b"IHDR":

@@ -9,12 +9,11 @@ the ops' ranges are put around their implementations when a trace begins, and ta
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from blip3o_rt import __version__
 from blip3o_rt.errors import DeviceError, ParameterError
@@ -23,9 +22,6 @@ from blip3o_rt.files import replacing
 if TYPE_CHECKING:
     import torch
     from torch.profiler import ProfilerActivity, profile
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 RangeMaker = Callable[[str], AbstractContextManager[Any]]
 SUFFIXES = (".json", ".json.gz")
@@ -44,18 +40,11 @@ def span(name: str, index: int | None = None) -> AbstractContextManager[Any]:
     return _make_range(name if index is None else f"{name} {index}")
 
 
-def spanned(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+@contextmanager
+def spanned(name: str) -> Iterator[None]:
     """The same around every call of the decorated function."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            with span(name):
-                return function(*args, **kwargs)
-
-        return run
-
-    return decorate
+    with span(name):
+        yield
 
 
 @contextmanager

@@ -87,13 +87,10 @@ def run(arguments: argparse.Namespace) -> int:
             url = arguments.url.rstrip("/")
         else:
             model = {} if arguments.model is None else {"path": str(arguments.model)}
-            flags = {
-                "--max-batch": arguments.max_batch,
-                "--max-queue": max(64, arguments.requests),
-                "--max-queue-per-client": max(64, arguments.requests),
-                **({"--model": arguments.model} if model else {}),
-            }
-            url = stack.enter_context(local_server([str(word) for pair in flags.items() for word in pair]))
+            queue = max(64, arguments.requests)
+            words = ["--max-batch", arguments.max_batch, "--max-queue", queue]
+            words += ["--max-queue-per-client", queue, *(["--model", arguments.model] if model else [])]
+            url = stack.enter_context(local_server(list(map(str, words))))
             if arguments.one_call:
                 n = arguments.requests // len(prompts)
                 call = one_call({**model, "max_batch": arguments.max_batch}, prompts, n, 0, body)

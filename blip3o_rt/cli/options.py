@@ -9,27 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from blip3o_rt import trace
+from blip3o_rt import params, trace
 from blip3o_rt.cli.like import check_model
-from blip3o_rt.params import (
-    AUTO,
-    DIFFUSION_NAMES,
-    MAX_DRAFT_WINDOW,
-    SAMPLING_NAMES,
-    DiffusionParams,
-    SamplingParams,
-    check_draft_window,
-    check_max_batch,
-    check_max_prompt_tokens,
-    image_seeds,
-    named,
-)
 from blip3o_rt.switches import EXACT, check_tier, parse_switches
 
 Option: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
 
 DEFAULT_OUT = Path("out")
-_PARAMETERS = dataclasses.asdict(SamplingParams()) | dataclasses.asdict(DiffusionParams())
+_PARAMETERS = dataclasses.asdict(params.SamplingParams()) | dataclasses.asdict(params.DiffusionParams())
 
 
 class Renamed(argparse.Action):
@@ -151,9 +138,10 @@ SAMPLING = (
     option(
         "--draft-window",
         type=draft_window,
-        default=AUTO,
+        default=params.AUTO,
         metavar="N",
-        help=f"tokens to guess at a time, 1 (off) to {MAX_DRAFT_WINDOW} or {AUTO}; same image (%(default)s)",
+        help=f"tokens to guess at a time, 1 (off) to {params.MAX_DRAFT_WINDOW} or %(default)s; same image "
+        "(%(default)s)",
     ),
     option(
         "--whole-vocabulary",
@@ -218,7 +206,7 @@ def request_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     options = sampling_arguments(arguments)
     check_model(arguments)
     model_arguments(arguments)
-    image_seeds(arguments.seed, arguments.n)
+    params.image_seeds(arguments.seed, arguments.n)
     return {"n": arguments.n, "seed": arguments.seed, **options, "progress": not arguments.quiet}
 
 
@@ -229,10 +217,10 @@ def sampling_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         ParameterError: A value, or the seed, is out of range.
     """
     given = vars(arguments)
-    SamplingParams(arguments.seed, **named(given, SAMPLING_NAMES))
-    DiffusionParams(**named(given, DIFFUSION_NAMES))
-    check_draft_window(arguments.draft_window)
-    return named(given, (*SAMPLING_NAMES, *DIFFUSION_NAMES, "draft_window"))
+    params.SamplingParams(arguments.seed, **params.named(given, params.SAMPLING_NAMES))
+    params.DiffusionParams(**params.named(given, params.DIFFUSION_NAMES))
+    params.check_draft_window(arguments.draft_window)
+    return params.named(given, (*params.SAMPLING_NAMES, *params.DIFFUSION_NAMES, "draft_window"))
 
 
 def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -245,10 +233,10 @@ def model_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     switches = parse_switches(arguments.switch)
     check_tier(arguments.tier, switches)
     names = ("device", "dtype", "tier", "diffusion", "ta_tok", "variant", "allow_base_weights", "cache_dir")
-    sizes = {"max_batch": check_max_batch, "max_prompt_tokens": check_max_prompt_tokens}
+    sizes = {"max_batch": params.check_max_batch, "max_prompt_tokens": params.check_max_prompt_tokens}
     return {
         "path": None if arguments.model is None else str(arguments.model),
         "switches": switches,
-        **named(given, names),
+        **params.named(given, names),
         **{name: check(given[name]) for name, check in sizes.items() if given[name] is not None},
     }

@@ -555,7 +555,7 @@ def test_the_home_folder_in_an_option(
     monkeypatch.setenv("HOME", str(command.folder / "home"))
     assert command("generate", "x", "--out=~/o", "--report=~/r.json", "--model=~/m") == 0
     assert command.files() == ["home/o/x-0.png", "home/r.json"]
-    assert pipeline.calls[0][1] == (command.folder / "home/m",)
+    assert pipeline.calls[0][1] == (str(command.folder / "home/m"),)
 
 
 def test_messages_do_not_contradict_themselves(command: Command, pipeline: type[FakePipeline]) -> None:
