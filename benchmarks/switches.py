@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.render import RESULTS, ROOT, markdown
-from blip3o_rt.checkpoint.load import QUANTIZERS, load_checkpoint
-from blip3o_rt.checkpoint.parts import DTYPES
+from blip3o_rt.checkpoint.load import load_checkpoint
+from blip3o_rt.checkpoint.parts import DTYPES, QUANTIZERS
 from blip3o_rt.cli import INTERRUPTED
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.cli.score import few_threads

@@ -17,17 +17,9 @@ from tqdm import tqdm
 
 from blip3o_rt import __version__
 from blip3o_rt.ar.prompt import PromptEncoder
+from blip3o_rt.checkpoint import parts
 from blip3o_rt.checkpoint.lora import merge_lora
 from blip3o_rt.checkpoint.manifest import MANIFEST, TOKENIZER_FOLDER, FileRecord, Manifest, is_converted
-from blip3o_rt.checkpoint.parts import (
-    DTYPES,
-    Extremes,
-    extreme_values,
-    layout_fingerprint,
-    layouts,
-    pieces,
-    weight_bytes,
-)
 from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
 from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, local_path
 from blip3o_rt.checkpoint.tensor_file import SafetensorsWriter, TensorHeader, aligned_order, file_sha256
@@ -83,8 +75,8 @@ def convert(
         ParameterError: A switch that is not of the weights.
     """
     source = Source.of(source)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {shown(dtype)}; accepted: {' or '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in parts.DTYPES:
+        raise CheckpointError(f"dtype is {shown(dtype)}; accepted: {' or '.join(parts.DTYPES)}")
     check_flag("progress", progress)
     check_flag("force", force)
     check_stored(switches)
@@ -108,8 +100,8 @@ def convert_opened(
     force: bool = False,
 ) -> Manifest:
     """`convert` of a checkpoint that is opened."""
-    chosen, extremes = check_stored(switches), Extremes()
-    output_bytes = sum(weight_bytes(published.config, DTYPES[dtype], chosen).values())
+    chosen, extremes = check_stored(switches), parts.Extremes()
+    output_bytes = sum(parts.weight_bytes(published.config, parts.DTYPES[dtype], chosen).values())
     with _disk_errors(destination, output_bytes):
         target = _target(destination)
         _restore_replaced(target)
@@ -125,7 +117,7 @@ def convert_opened(
         _partial_folder(target) as folder,
         bar or contextlib.nullcontext(),
     ):
-        files = _write_parts(published, folder, DTYPES[dtype], chosen, extremes, update)
+        files = _write_parts(published, folder, parts.DTYPES[dtype], chosen, extremes, update)
         files |= _copy_tokenizer(published, folder)
         manifest = Manifest(
             package_version=__version__,
@@ -133,9 +125,9 @@ def convert_opened(
             source=str(published.path.resolve()),
             sources=_records(published.files, published.path, update),
             files=files,
-            layout=layout_fingerprint(published.config, chosen),
+            layout=parts.layout_fingerprint(published.config, chosen),
             config=published.config,
-            warnings=published.warnings + extreme_values(extremes),
+            warnings=published.warnings + parts.extreme_values(extremes),
             switches=chosen,
         )
         manifest.write(folder)
@@ -259,17 +251,17 @@ def _write_parts(
     folder: Path,
     dtype: torch.dtype,
     switches: Mapping[str, str],
-    extremes: Extremes,
+    extremes: parts.Extremes,
     progress: Update | None,
 ) -> dict[str, FileRecord]:
     records = {}
-    for part, specs in layouts(published.config, switches).items():
+    for part, specs in parts.layouts(published.config, switches).items():
         path = folder / f"{part}.safetensors"
         by_name: dict[str, TensorSpec] = {spec.name: spec for spec in specs}
         headers = aligned_order([TensorHeader(s.name, s.shape, s.dtype or dtype) for s in specs])
         with SafetensorsWriter(path, headers, progress) as writer:
             for header in headers:
-                for piece in pieces(published.sources[part], by_name[header.name], dtype, extremes):
+                for piece in parts.pieces(published.sources[part], by_name[header.name], dtype, extremes):
                     writer.write(piece)
         records[path.name] = FileRecord(writer.written, writer.sha256)
     return records

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip3o_rt.ar.layout import quantized as quantized_ar
 from blip3o_rt.checkpoint.convert import convert_opened
 from blip3o_rt.checkpoint.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, Manifest, check_files
 from blip3o_rt.checkpoint.parts import (
     DTYPES,
+    QUANTIZERS,
     Extremes,
     assemble,
     extreme_values,
@@ -30,30 +29,10 @@ from blip3o_rt.checkpoint.parts import (
 from blip3o_rt.checkpoint.published import PublishedCheckpoint, open_published
 from blip3o_rt.checkpoint.source import PathName, Source, checkpoint_folder, is_file, local_path
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.dit.layout import quantized as quantized_dit
 from blip3o_rt.errors import Blip3oWarning, CheckpointError
-from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.precision import Precision, precision_of
-from blip3o_rt.switches import (
-    AR_WEIGHTS,
-    DIT_WEIGHTS,
-    FP8,
-    INT8,
-    check_device,
-    check_switches,
-    weight_switches,
-)
+from blip3o_rt.switches import check_device, check_switches, weight_switches
 from blip3o_rt.weights import TensorSpec
-
-Quantizer = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
-
-# What makes the tensors of a part for a setting of a switch from those without it.
-QUANTIZERS: dict[tuple[str, str], tuple[str, Quantizer]] = {
-    (AR_WEIGHTS, INT8): ("ar", quantized_ar),
-    (AR_WEIGHTS, FP8): ("ar", partial(quantized_ar, values=E4M3)),
-    (DIT_WEIGHTS, INT8): ("dit", quantized_dit),
-    (DIT_WEIGHTS, FP8): ("dit", partial(quantized_dit, values=E4M3)),
-}
 
 
 @dataclass(frozen=True)

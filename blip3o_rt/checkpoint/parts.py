@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from blip3o_rt.ar.layout import layout as ar_layout
+from blip3o_rt.ar import layout as ar
 from blip3o_rt.checkpoint.tensor_file import StoredTensor, Tensors, filled, whole_tensor
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.connector.layout import layout as connector_layout
-from blip3o_rt.dit.layout import layout as dit_layout
+from blip3o_rt.dit import layout as dit
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.precision import Precision, precision_of
@@ -39,6 +39,14 @@ SAMPLE = 2**16  # elements of a tensor that are looked at for zeros
 LEAST_FILLED = 100  # of so many elements of a weight, one at least is not zero
 LARGEST_TRAINED = 1e6  # of any trained weight, with room: float16 ends at 65504
 VALUES = {INT8: torch.int8, FP8: E4M3}  # of matrices that a switch keeps in 8 bits
+Quantizer = Callable[[Iterable[tuple[str, Tensor]]], dict[str, Tensor]]
+# What makes the tensors of a part for a setting of a switch from those without it.
+QUANTIZERS: dict[tuple[str, str], tuple[str, Quantizer]] = {
+    (AR_WEIGHTS, INT8): ("ar", ar.quantized),
+    (AR_WEIGHTS, FP8): ("ar", partial(ar.quantized, values=E4M3)),
+    (DIT_WEIGHTS, INT8): ("dit", dit.quantized),
+    (DIT_WEIGHTS, FP8): ("dit", partial(dit.quantized, values=E4M3)),
+}
 
 
 def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> dict[str, list[TensorSpec]]:
@@ -47,9 +55,9 @@ def layouts(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> d
     "ta_tok" is absent where the model has no vision tower.
     """
     parts = {
-        "ar": ar_layout(config.ar, values=VALUES.get(switches.get(AR_WEIGHTS, ""))),
+        "ar": ar.layout(config.ar, values=VALUES.get(switches.get(AR_WEIGHTS, ""))),
         "connector": connector_layout(config),
-        "dit": dit_layout(config.dit, values=VALUES.get(switches.get(DIT_WEIGHTS, ""))),
+        "dit": dit.layout(config.dit, values=VALUES.get(switches.get(DIT_WEIGHTS, ""))),
         "vae": vae_layout(config.vae),
     }
     if config.ta_tok is not None:

@@ -323,16 +323,13 @@ def _ta_tok_file(root: Path, config: ConfigFile) -> Path | None:
 
 def _read_ta_tok(path: Path) -> tuple[ConfigFile, Tensors]:
     """Settings and tensors of a ta_tok.pth, {"model": {"args": settings, "sd": tensors}}."""
-    data = read_torch_file(path)
-    model = data.get("model") if isinstance(data, dict) else None
-    arguments = model.get("args") if isinstance(model, dict) else None
-    state = model.get("sd") if isinstance(model, dict) else None
-    if not isinstance(arguments, dict) or not isinstance(state, dict):
-        raise CheckpointError(
-            f'{path}: not a TA-Tok file; accepted: {{"model": {{"args": settings, "sd": tensors}}}}'
-        )
-    tensors = unwrapped(torch_tensors(path, state), "ta_tok")
-    return ConfigFile(f"{path}: args", arguments), tensors
+    match read_torch_file(path):
+        case {"model": {"args": dict(arguments), "sd": dict(state)}}:
+            tensors = unwrapped(torch_tensors(path, state), "ta_tok")
+            return ConfigFile(f"{path}: args", arguments), tensors
+    raise CheckpointError(
+        f'{path}: not a TA-Tok file; accepted: {{"model": {{"args": settings, "sd": tensors}}}}'
+    )
 
 
 def _tokens_without_tower(root: Path) -> int:

@@ -41,6 +41,7 @@ SCHEDULER_SWITCHES = (
 )
 
 
+T = TypeVar("T")
 Part = TypeVar("Part", ModelConfig, ARConfig, DiTConfig, VAEConfig, SchedulerConfig, TATokConfig)
 
 
@@ -75,10 +76,7 @@ class ConfigFile:
 
     def section(self, key: str) -> ConfigFile:
         """The object under `key`."""
-        value = self.data.get(key)
-        if not isinstance(value, dict):
-            raise self.error(key, "an object")
-        return ConfigFile(f"{self.name}: {key}", value)
+        return ConfigFile(f"{self.name}: {key}", self._of(dict, key, REQUIRED, "an object"))
 
     def error(self, key: str, accepted: str) -> ConfigError:
         """The ConfigError for a missing or unaccepted value of `key`."""
@@ -99,6 +97,12 @@ class ConfigFile:
         value = self.data.get(key)
         return default if value is None else value
 
+    def _of(self, kind: type[T], key: str, default: Any, accepted: str) -> T:
+        value = self._get(key, default)
+        if not isinstance(value, kind):
+            raise self.error(key, accepted)
+        return value
+
     def integer(self, key: str, default: Any = REQUIRED, minimum: int = 1) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -117,16 +121,10 @@ class ConfigFile:
         return float(value)
 
     def boolean(self, key: str, default: Any = REQUIRED) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, "true or false")
-        return value
+        return self._of(bool, key, default, "true or false")
 
     def text(self, key: str, default: Any = REQUIRED) -> str:
-        value = self._get(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, "text")
-        return value
+        return self._of(str, key, default, "text")
 
     def choice(self, key: str, accepted: Sequence[str], default: Any = REQUIRED) -> str:
         value = self._get(key, default)

@@ -304,10 +304,7 @@ class SafetensorsWriter:
                 if self.written != len(self._header) + self._expected:
                     raise RuntimeError(f"{self.path}: wrote {self.written} bytes, promised another number")
                 os.fsync(self._file.fileno())
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+        self.sha256 = self._hash.hexdigest()
 
 
 def _encode_header(headers: list[TensorHeader]) -> bytes:

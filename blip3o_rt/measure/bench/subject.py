@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip3o_rt.checkpoint.load import QUANTIZERS, Checkpoint, load_checkpoint
-from blip3o_rt.checkpoint.parts import layouts
+from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
+from blip3o_rt.checkpoint.parts import QUANTIZERS, layouts
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
 from blip3o_rt.measure import RANDOM_MODELS
