@@ -21,18 +21,9 @@ import torch
 
 from blip3o_rt.errors import DeviceError, InsufficientMemoryError, shown
 
-# Name for people -> the flags /proc/cpuinfo may use for it.
-ISA_FLAGS = {
-    "avx2": ("avx2",),
-    "avx512f": ("avx512f",),
-    "avx512_bf16": ("avx512_bf16",),
-    "avx512_vnni": ("avx512_vnni",),
-    "avx_vnni": ("avx_vnni",),
-    "amx_bf16": ("amx_bf16",),
-    "amx_int8": ("amx_int8",),
-    "neon": ("asimd", "neon"),
-    "arm_bf16": ("bf16",),
-}
+X86_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+# A flag of /proc/cpuinfo -> its name for people.
+ISA_FLAGS = {flag: flag for flag in X86_FLAGS} | {"asimd": "neon", "neon": "neon", "bf16": "arm_bf16"}
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pillow", "tqdm", "psutil", "tabulate", "triton")
 
@@ -114,7 +105,7 @@ def processor() -> Processor:
         physical_cores=psutil.cpu_count(logical=False) or logical,
         logical_cores=logical,
         usable_cores=usable,
-        isa=tuple(name for name, spellings in ISA_FLAGS.items() if flags.intersection(spellings)),
+        isa=tuple(dict.fromkeys(name for flag, name in ISA_FLAGS.items() if flag in flags)),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from blip3o_rt.errors import ParameterError, shown
@@ -30,7 +29,7 @@ MAX_VAE_TILES = 16
 
 T = TypeVar("T")
 
-NO_SWITCHES: Mapping[str, str] = MappingProxyType({})
+NO_SWITCHES: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -88,49 +87,47 @@ def interval(text: str) -> tuple[float, float]:
     return low, high
 
 
-SWITCHES: Mapping[str, Switch] = MappingProxyType(
-    {
-        AR_WEIGHTS: Switch(
-            gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
-            accepted="int8 or fp8",
-            parse=one_of(INT8, FP8),
-            devices={INT8: ("cpu", "cuda"), FP8: ("cuda",)},
-            kernels={FP8: {"row_linear_w8": "cuda"}},
-            weights=True,
-            default=INT8,
-        ),
-        DIT_WEIGHTS: Switch(
-            gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
-            "with a scale per row",
-            accepted="int8 or fp8",
-            parse=one_of(INT8, FP8),
-            devices={INT8: ("cpu",), FP8: ("cuda",)},
-            kernels={FP8: {"linear_fp8": "scaled_mm", "quantize_rows": "triton"}},
-            weights=True,
-            default=INT8,
-        ),
-        GUIDANCE_INTERVAL: Switch(
-            gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",
-            accepted="LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
-            parse=interval,
-        ),
-        STEP_CACHE: Switch(
-            gives_up="the predictions of all steps but every Nth and the last, which are extrapolated",
-            accepted=f"a whole number from 1 (all are made) to {MAX_STEP_CACHE}",
-            parse=whole_number(1, MAX_STEP_CACHE),
-        ),
-        SOLVER: Switch(
-            gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
-            accepted=DPM,
-            parse=one_of(DPM),
-        ),
-        VAE_TILES: Switch(
-            gives_up="time, for memory: the autoencoder's fine stages go in that many tiles along a side",
-            accepted=f"a whole number from 1 (the whole image) to {MAX_VAE_TILES}",
-            parse=whole_number(1, MAX_VAE_TILES),
-        ),
-    }
-)
+SWITCHES: Mapping[str, Switch] = {
+    AR_WEIGHTS: Switch(
+        gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
+        accepted="int8 or fp8",
+        parse=one_of(INT8, FP8),
+        devices={INT8: ("cpu", "cuda"), FP8: ("cuda",)},
+        kernels={FP8: {"row_linear_w8": "cuda"}},
+        weights=True,
+        default=INT8,
+    ),
+    DIT_WEIGHTS: Switch(
+        gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
+        "with a scale per row",
+        accepted="int8 or fp8",
+        parse=one_of(INT8, FP8),
+        devices={INT8: ("cpu",), FP8: ("cuda",)},
+        kernels={FP8: {"linear_fp8": "scaled_mm", "quantize_rows": "triton"}},
+        weights=True,
+        default=INT8,
+    ),
+    GUIDANCE_INTERVAL: Switch(
+        gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",
+        accepted="LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
+        parse=interval,
+    ),
+    STEP_CACHE: Switch(
+        gives_up="the predictions of all steps but every Nth and the last, which are extrapolated",
+        accepted=f"a whole number from 1 (all are made) to {MAX_STEP_CACHE}",
+        parse=whole_number(1, MAX_STEP_CACHE),
+    ),
+    SOLVER: Switch(
+        gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
+        accepted=DPM,
+        parse=one_of(DPM),
+    ),
+    VAE_TILES: Switch(
+        gives_up="time, for memory: the autoencoder's fine stages go in that many tiles along a side",
+        accepted=f"a whole number from 1 (the whole image) to {MAX_VAE_TILES}",
+        parse=whole_number(1, MAX_VAE_TILES),
+    ),
+}
 
 
 def check_switches(switches: Mapping[str, str] | None) -> dict[str, str]:

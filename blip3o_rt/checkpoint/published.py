@@ -119,14 +119,16 @@ def open_published(source: Source) -> PublishedCheckpoint:
         sources["ta_tok"] = tower
     read = [root / "config.json", *(folder / file for file in COMPONENTS.values()), *tower_files]
     read += [tensor.path for part in sources.values() for tensor in part.tensors.values()]
+    warnings = [*_notes(model, sources), *check_contents(model, config.name, sources)]
+    embedding = tensors[published_name("ar", "embed_tokens.weight")]
     return PublishedCheckpoint(
         path=root,
         config=model,
         sources=sources,
         files=[path for path in dict.fromkeys(read) if KNOWN not in path.parents],
         tokenizer_files=_tokenizer_files(root),
-        stored_dtype=_stored_dtype(tensors),
-        warnings=list(_notes(model, sources)) + check_contents(model, config.name, sources),
+        stored_dtype=torch.bfloat16 if embedding.dtype == torch.bfloat16 else torch.float32,
+        warnings=warnings,
     )
 
 
@@ -244,11 +246,6 @@ def _shard_names(index_path: Path) -> list[str]:
         if Path(name).name != name:
             raise CheckpointError(f"{index_path}: shard {name!r} is not a plain file name in the same folder")
     return names
-
-
-def _stored_dtype(tensors: Tensors) -> torch.dtype:
-    embedding = tensors.get(published_name("ar", "embed_tokens.weight"))
-    return torch.bfloat16 if embedding is not None and embedding.dtype == torch.bfloat16 else torch.float32
 
 
 def _diffusion_folder(root: Path, config: ConfigFile, source: Source) -> Path:
