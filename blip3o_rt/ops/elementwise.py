@@ -15,7 +15,7 @@ from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
 __all__ = ["gated_add", "silu_mul"]
 
 
-@op("gate_up [..., 2 I] -> [..., I]", tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6})
+@op("gate_up [..., 2 I] -> [..., I]", tolerance=1e-6)
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up for gate_up [..., 2 I] = (gate | up) -> [..., I] in the dtype of gate_up."""
     gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, dim=-1)
@@ -26,10 +26,7 @@ silu_mul.native("cuda", dtypes=FLOATS)
 silu_mul.native("cpu", dtypes=FLOATS)
 
 
-@op(
-    "residual [..., D], x [..., D], gate [D] -> residual",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("residual [..., D], x [..., D], gate [D] -> residual", tolerance=1e-6)
 def gated_add(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
     """residual += gate * x, in place, rounded once; returns residual.
 

@@ -32,7 +32,7 @@ CODE_ROWS = 64  # rows at a time, so that the scores of a large codebook stay sm
 
 @op(
     "x [B, H, W, 2 C], input_bias [2 C], weight [2 C, 1, 3, 3], bias [2 C] -> [B, H, W, C]",
-    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},  # sums of nine products
+    tolerance=1e-5,  # sums of nine products
 )
 def depthwise_glu(
     x: Tensor, input_bias: Tensor, weight: Tensor, bias: Tensor, *, out: Tensor | None = None
@@ -180,10 +180,7 @@ def _groups_of_a_tile(call: Any) -> str | None:
 separable_convolution.triton(dtypes=FLOATS, supports=_groups_of_a_tile)
 
 
-@op(
-    "x [B, H, W, C], result [B, 2 H, 2 W, D], bias [D] -> result",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("x [B, H, W, C], result [B, 2 H, 2 W, D], bias [D] -> result", tolerance=1e-6)
 def add_pixel_shuffle(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """result += pixel_shuffle(x, channels repeated) + bias, in place, rounded once; returns result.
 
@@ -218,10 +215,7 @@ add_pixel_shuffle.triton(dtypes=FLOATS, supports=_shuffled)
 add_pixel_shuffle.native("cpu", dtypes=FLOATS, supports=same_dtype("result", "x", "bias"))
 
 
-@op(
-    "result [B, H, W, D], x [B, 2 H, 2 W, C], bias [D] -> result",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("result [B, H, W, D], x [B, 2 H, 2 W, C], bias [D] -> result", tolerance=1e-6)
 def add_pixel_unshuffle(result: Tensor, x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """result += the means of groups of channels of pixel_unshuffle(x) + bias, in place; returns result.
 

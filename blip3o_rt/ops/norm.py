@@ -20,10 +20,7 @@ CPU_ELEMENTS = 2**18  # at a time, so that the float32 intermediates stay in cac
 OTHER_ELEMENTS = 2**25  # at a time, so that those of a full-resolution image stay small
 
 
-@op(
-    "x [..., D], weight [D], bias [D], residual [..., D] -> [..., D]",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("x [..., D], weight [D], bias [D], residual [..., D] -> [..., D]", tolerance=1e-6)
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -53,10 +50,7 @@ rms_norm.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
 rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight"))
 
 
-@op(
-    "x [R, D], weight [D], slots [R], kept [N, D] -> [R, D]",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("x [R, D], weight [D], slots [R], kept [N, D] -> [R, D]", tolerance=1e-6)
 def rms_norm_keep(
     x: Tensor, weight: Tensor, eps: float, slots: Tensor, kept: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
@@ -81,10 +75,7 @@ def _(call: Any) -> Tensor:
     return normed
 
 
-@op(
-    "x [..., C], weight [C], bias [C], residual [..., C] -> [..., C]",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("x [..., C], weight [C], bias [C], residual [..., C] -> [..., C]", tolerance=1e-6)
 def channel_rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -127,10 +118,7 @@ channel_rms_norm.triton(dtypes=FLOATS, supports=_contiguous_rows)
 channel_rms_norm.native("cpu", dtypes=FLOATS, supports=same_dtype("x", "weight", "bias", "residual"))
 
 
-@op(
-    "x [..., D], shift [D], scale [D] -> [..., D]",
-    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},  # subtracting the mean cancels digits
-)
+@op("x [..., D], shift [D], scale [D] -> [..., D]", tolerance=1e-5)  # subtracting the mean cancels digits
 def layer_norm_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
@@ -159,7 +147,7 @@ layer_norm_modulate.native("cpu", dtypes=FLOATS, supports=_modulation_dtype)
 
 @op(
     "residual [B, N, D], x [A, N, D], gate [D], constant [D], shift [D], scale [D] -> [B, N, D]",
-    tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5},
+    tolerance=1e-5,
 )
 def add_layer_norm_modulate(
     residual: Tensor,

@@ -33,10 +33,7 @@ def no_e4m3(call: Any) -> str | None:
     return "takes no e4m3 weight, which is for GPUs" if call.weight.dtype == E4M3 else None
 
 
-@op(
-    "x [M, K], weight [N, K], scale [N], bias [N] -> [M, N]",
-    tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-6},
-)
+@op("x [M, K], weight [N, K], scale [N], bias [N] -> [M, N]", tolerance=4e-6)
 def row_linear_w8(
     x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
@@ -146,7 +143,7 @@ def scaled_mm_arguments(
 
 @op(
     "x [..., K], scale [...] -> [..., K]",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
+    tolerance=1e-6,
     out_dtype="dtype",
 )
 def quantize_rows(
@@ -221,10 +218,7 @@ integer_product.implementation("cublas", device="cuda", supports=_sides_for_cubl
 integer_product.native("cpu", dtypes=(torch.int8,))
 
 
-@op(
-    "product [M, N], scale [N], row_scale [M], bias [N] -> [M, N]",
-    tolerance={torch.float32: 1e-6, torch.bfloat16: 1e-6},
-)
+@op("product [M, N], scale [N], row_scale [M], bias [N] -> [M, N]", tolerance=1e-6)
 def scale_product(
     product: Tensor,
     scale: Tensor,

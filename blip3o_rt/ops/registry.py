@@ -34,7 +34,7 @@ from torch import Tensor
 
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native, triton_backend
-from blip3o_rt.ops.dtypes import name_of
+from blip3o_rt.ops.dtypes import FLOATS, name_of
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.shapes import Shapes
 
@@ -141,12 +141,14 @@ class Op(Generic[P, R]):
         self,
         reference: Callable[P, R],
         shapes: str,
-        tolerance: Mapping[torch.dtype, float],
+        tolerance: float | Mapping[torch.dtype, float],
         out_dtype: str | torch.dtype | None,
     ) -> None:
         self.name = cast(Any, reference).__name__
         self.reference = reference
-        self.tolerance = dict(tolerance)
+        self.tolerance = dict(
+            tolerance if isinstance(tolerance, Mapping) else dict.fromkeys(FLOATS, tolerance)
+        )
         self.__doc__ = reference.__doc__
         parameters = list(inspect.signature(reference).parameters.values())
         self.argument_names = [parameter.name for parameter in parameters]
@@ -468,13 +470,16 @@ _last = threading.local()  # used: of the last recording
 
 
 def op(
-    shapes: str = "", *, tolerance: Mapping[torch.dtype, float], out_dtype: str | torch.dtype | None = None
+    shapes: str = "",
+    *,
+    tolerance: float | Mapping[torch.dtype, float],
+    out_dtype: str | torch.dtype | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Make the decorated torch function an op under its own name: its docstring is the contract.
 
     Args:
         shapes: The shapes of the tensors and of the result, in the notation of shapes.py.
-        tolerance: Per dtype of a result; see Op.
+        tolerance: Per dtype of a result, or a number for both float32 and bfloat16; see Op.
         out_dtype: The dtype of a result for which no memory is given, or the name of the argument that
             is it. None is that of the first argument.
     """
