@@ -319,10 +319,11 @@ class Pipeline:
         references = None if image is None else reference_list(image)
         with self._run(progress, callback) as run:
             reference = self._reference(references, run)
+            request = self._planner.request(prompt, [sampling], reference, window)
             if given is None:
-                (plan,) = self._planner.plans([prompt], [sampling], reference, run, window)
+                (plan,) = self._planner.plans([request], run)
             else:
-                plan = self._planner.replay(prompt, sampling, reference, given)
+                plan = self._planner.replay(request, given)
         if plan.error is not None:
             raise plan.error
         return plan
@@ -362,11 +363,12 @@ class Pipeline:
         seed = plan.sampling.seed if seed is None else check_seed(seed)
         noise = None if noise is None else self._renderer.check_noise(noise)
         with self._run(progress, callback) as run, trace.span("render"):
+            if output == "pil":
+                return self._renderer.image(plan, params, seed, run, noise)
+            noise = self._renderer.noise(seed) if noise is None else noise
             if output == "latent":
-                return self._renderer.latent(plan, params, seed, run, noise)
-            if output == "tensor":
-                return self._renderer.pixels(plan, params, seed, run, noise)
-            return self._renderer.image(plan, params, seed, run, noise)
+                return self._renderer.latent(plan, params, noise, run)
+            return next(self._renderer.pixels([plan], params, [noise], run))
 
     def generate(
         self,
@@ -494,7 +496,7 @@ class Pipeline:
                     planned[index] = self._plan_request(request, sampling, run)
                 except Blip3oError as error:
                     done(index, error)
-            plans = self._planner.plan_each([*planned.values()], run)
+            plans = self._planner.plans([*planned.values()], run)
             for index, plan in zip(planned, plans, strict=True):
                 try:
                     done(index, self._image(plan, params, run))
@@ -507,9 +509,7 @@ class Pipeline:
         sampling = dataclasses.replace(sampling, seed=request.seed)
         self._planner.check([request.prompt], sampling)
         references = None if request.reference is None else reference_list(request.reference)
-        reference = self._reference(references, run)
-        self._planner.token_prompt(request.prompt, [sampling], reference)  # raises for one that is too long
-        return PlanRequest(request.prompt, sampling, reference)
+        return self._planner.request(request.prompt, [sampling], self._reference(references, run))
 
     def rollout(
         self,
@@ -570,14 +570,14 @@ class Pipeline:
         self._planner.check(texts, sampling)
         rollouts: list[Rollout] = []
         with self._run(progress, callback) as run:
-            asked = [(text, self._reference(one, run)) for text, one in zip(texts, given, strict=True)]
-            for index, (text, reference) in enumerate(asked):
+            requests: list[PlanRequest] = []
+            for index, (text, one) in enumerate(zip(texts, given, strict=True)):
+                reference = self._reference(one, run)
                 with which_prompt(index, len(texts)):
-                    self._planner.token_prompt(text, samples, reference)  # raises for one that is too long
-            requests = [PlanRequest(text, sample, seen) for text, seen in asked for sample in samples]
+                    requests += [self._planner.request(text, [sample], reference) for sample in samples]
             window = BATCHES * self.max_batch
             for first in range(0, len(requests), window):
-                plans = self._planner.plan_each(requests[first : first + window], run)
+                plans = self._planner.plans(requests[first : first + window], run)
                 rollouts += self._rollouts(plans, params if images else None, hidden_states, run)
             report = run.report(dtype=self.precision, tier=self.tier, switches=self.switches)
         return Rollouts(rollouts, report)
@@ -591,7 +591,7 @@ class Pipeline:
         if params is not None:
             noises = [self._renderer.noise(plan.sampling.seed) for plan in plans]
             with trace.span("render"):
-                images = [*map(eight_bit, self._renderer.pixels_each(plans, params, noises, run))]
+                images = [*map(eight_bit, self._renderer.pixels(plans, params, noises, run))]
         for plan, image in zip(plans, images, strict=True):
             raw, processed = (found.cpu() for found in self._planner.log_probs(plan))
             hidden = plan.hidden_states[0].cpu() if hidden_states else None
@@ -618,7 +618,11 @@ class Pipeline:
         errors: list[GenerationError] = []
         with self._run(progress, callback, on_image) as run:
             reference = self._reference(references, run)
-            plans = self._planner.plans(prompts, samples, reference, run, window)
+            requests: list[PlanRequest] = []
+            for index, prompt in enumerate(prompts):
+                with which_prompt(index, len(prompts)):
+                    requests.append(self._planner.request(prompt, samples, reference, window))
+            plans = self._planner.plans(requests, run)
             for index, plan in enumerate(plans):
                 try:
                     image = self._image(plan, params, run)

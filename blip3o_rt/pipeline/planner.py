@@ -39,11 +39,11 @@ NO_REFERENCE = Reference([])
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One image to plan, whatever the others of the batch are."""
+    """Images of one prompt: what the token engine takes for them, and what else goes into their plans."""
 
     prompt: str
-    sampling: SamplingParams
-    reference: Reference = NO_REFERENCE
+    reference: Reference
+    tokens: TokenPrompt
 
 
 class Planner:
@@ -131,57 +131,44 @@ class Planner:
         ids = [start + code for _, codes in encoded for code in codes.flatten().tolist()]
         return Reference(ids, sha256=hashes)
 
-    def plans(
+    def request(
         self,
-        prompts: Sequence[str],
+        prompt: str,
         samples: list[SamplingParams],
-        reference: Reference,
-        run: Run,
-        draft_window: int | None,
-    ) -> list[Plan]:
-        """A plan of every prompt with every sample, the first prompt's first; a failed one has an error.
+        reference: Reference = NO_REFERENCE,
+        draft_window: int | None = None,
+    ) -> PlanRequest:
+        """An image of every sample, of a prompt that `check` let pass.
 
-        draft_window: as `check_draft_window` returns it.
+        draft_window: as `check_draft_window` returns it. Raises PromptError where prompt and reference are
+        too long.
         """
-        asked = []
-        for index, prompt in enumerate(prompts):
-            with which_prompt(index, len(prompts)):
-                token_prompt = self.token_prompt(prompt, samples, reference)
-                asked.append(replace(token_prompt, draft_window=draft_window))
-        count = self.config.image_tokens.tokens_per_image * len(samples) * len(asked)
+        if not reference.token_ids:
+            ids, span = self._prompts.text_to_image(prompt), range(0)
+        else:
+            ids = self._prompts.edit(prompt, reference.token_ids)
+            span = self._prompts.image_positions(ids, reference.token_ids)
+        tokens = TokenPrompt(ids, samples, reference.features, span, draft_window)
+        return PlanRequest(prompt, reference, tokens)
+
+    def plans(self, requests: Sequence[PlanRequest], run: Run) -> list[Plan]:
+        """The plans of all images, the first request's first; a failed one has an error."""
+        asked = [request.tokens for request in requests]
+        count = self.config.image_tokens.tokens_per_image * sum(len(tokens.samples) for tokens in asked)
         with trace.span("plan"), run.stage("tokens", count) as update:
-            requests = self.engine.run(asked, lambda done, _: update(done))
-        run.passes += sum(request.passes for request in requests)
+            drawn = self.engine.run(asked, lambda done, _: update(done))
+        run.passes += sum(found.passes for found in drawn)
         return [
-            self.plan(prompt, token_prompt, sample, tokens, reference)
-            for prompt, token_prompt, request in zip(prompts, asked, requests, strict=True)
-            for sample, tokens in zip(samples, request.finished, strict=True)
+            self.plan(request, sample, tokens)
+            for request, found in zip(requests, drawn, strict=True)
+            for sample, tokens in zip(request.tokens.samples, found.finished, strict=True)
         ]
 
-    def replay(self, prompt: str, sampling: SamplingParams, reference: Reference, token_ids: Tensor) -> Plan:
-        """The plan of given tokens, int64 [T]."""
-        token_prompt = self.token_prompt(prompt, [sampling], reference)
+    def replay(self, request: PlanRequest, token_ids: Tensor) -> Plan:
+        """The plan of a request's one image from given tokens, int64 [T]."""
         with trace.span("plan"):
-            tokens = self.engine.replay(token_prompt, token_ids)
-        return replace(self.plan(prompt, token_prompt, sampling, tokens, reference), replayed=True)
-
-    def plan_each(
-        self, requests: Sequence[PlanRequest], run: Run, draft_window: int | None = None
-    ) -> list[Plan]:
-        """The plans of requests that `check` let pass; a failed one has an error."""
-        asked = [
-            replace(self.token_prompt(r.prompt, [r.sampling], r.reference), draft_window=draft_window)
-            for r in requests
-        ]
-        count = self.config.image_tokens.tokens_per_image * len(asked)
-        with trace.span("plan"), run.stage("tokens", count) as update:
-            sampled = self.engine.run(asked, lambda done, _: update(done))
-        run.passes += sum(request.passes for request in sampled)
-        return [
-            self.plan(request.prompt, token_prompt, request.sampling, tokens, request.reference)
-            for request, token_prompt, found in zip(requests, asked, sampled, strict=True)
-            for tokens in found.finished
-        ]
+            tokens = self.engine.replay(request.tokens, token_ids)
+        return replace(self.plan(request, request.tokens.samples[0], tokens), replayed=True)
 
     def log_probs(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Raw and processed log-probabilities, float32 [T], of the tokens of a plan that was drawn here."""
@@ -213,34 +200,19 @@ class Planner:
             )
         return found.reshape(count).to(torch.int64)
 
-    def token_prompt(self, prompt: str, samples: list[SamplingParams], reference: Reference) -> TokenPrompt:
-        """A prompt that `check` let pass, with its reference, as the token engine takes it."""
-        if not reference.token_ids:
-            return TokenPrompt(self._prompts.text_to_image(prompt), samples)
-        ids = self._prompts.edit(prompt, reference.token_ids)
-        span = self._prompts.image_positions(ids, reference.token_ids)
-        return TokenPrompt(ids, samples, reference.features, span)
-
-    def plan(
-        self,
-        prompt: str,
-        token_prompt: TokenPrompt,
-        sampling: SamplingParams,
-        tokens: TokenPlan,
-        reference: Reference,
-    ) -> Plan:
-        """The plan that the token engine's result makes."""
+    def plan(self, request: PlanRequest, sampling: SamplingParams, tokens: TokenPlan) -> Plan:
+        """The plan that the token engine's result for one image makes."""
         token_ids = tokens.token_ids.cpu()
         image_tokens = self.config.image_tokens.image_token_range
         others = [i for i, token in enumerate(token_ids.tolist()) if token not in image_tokens]
         return Plan(
-            prompt=prompt,
-            prompt_ids=torch.tensor([token_prompt.ids]),
+            prompt=request.prompt,
+            prompt_ids=torch.tensor([request.tokens.ids]),
             token_ids=token_ids[None],
             hidden_states=tokens.hidden_states[None],
             sampling=sampling,
-            reference_latents=reference.latents,
-            reference_sha256=reference.sha256,
+            reference_latents=request.reference.latents,
+            reference_sha256=request.reference.sha256,
             non_image_positions=tuple(others),
             switches=self._switches,
             error=tokens.error,

@@ -154,19 +154,16 @@ class Renderer:
         self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
     ) -> Image.Image:
         """The image of a plan, with its metadata in `info`. Raises as `pixels`."""
-        pixels = self.pixels(plan, params, seed, run, noise)
+        (pixels,) = self.pixels([plan], params, [self.noise(seed) if noise is None else noise], run)
         return generated_image(pixels, self.fields(plan, params, seed, noise_given=noise is not None))
 
     def pixels(
-        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
-    ) -> Tensor:
-        """The pixels [1, 3, H, W], float32 in 0..1. Raises GenerationError where they are not finite."""
-        return next(self.pixels_each([plan], params, [self.noise(seed) if noise is None else noise], run))
-
-    def pixels_each(
         self, plans: Sequence[Plan], params: DiffusionParams, noises: Sequence[Tensor], run: Run
     ) -> Iterator[Tensor]:
-        """The pixels of every plan, some of which share steps; otherwise as `pixels`."""
+        """The pixels [1, 3, H, W] of every plan, float32 in 0..1; some plans share steps.
+
+        Raises GenerationError where they are not finite.
+        """
         for first in range(0, len(plans), self.images_per_step):
             sharing = slice(first, first + self.images_per_step)
             for latent in self._denoised(plans[sharing], params, noises[sharing], run):
@@ -175,11 +172,9 @@ class Renderer:
                     update(1)
                 yield pixels
 
-    def latent(
-        self, plan: Plan, params: DiffusionParams, seed: int, run: Run, noise: Tensor | None = None
-    ) -> Tensor:
+    def latent(self, plan: Plan, params: DiffusionParams, noise: Tensor, run: Run) -> Tensor:
         """The latent [1, C, h, w], float32. Raises GenerationError where it is not finite."""
-        (latent,) = self._denoised([plan], params, [self.noise(seed) if noise is None else noise], run)
+        (latent,) = self._denoised([plan], params, [noise], run)
         check_finite(latent)
         return latent
 

@@ -150,7 +150,7 @@ class Planner:
                 except Exception as error:
                     found[number] = Planned(error=self._stages.failure(error))
             encoded = time.monotonic()
-            for number, plan in zip(asked, pipeline._planner.plan_each([*asked.values()], run), strict=True):
+            for number, plan in zip(asked, pipeline._planner.plans([*asked.values()], run), strict=True):
                 seconds = {"reference": encoded - begin, "tokens": time.monotonic() - encoded}
                 failure = None if plan.error is None else self._stages.failure(plan.error)
                 found[number] = Planned([ray.put(plan)], seconds, self._weights, failure)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip3o_rt.ar.engine import Request, TokenPrompt
+from blip3o_rt.ar.engine import Request
 from blip3o_rt.dit.denoise import step_together
 from blip3o_rt.errors import Blip3oError, GenerationError, ImageError, InsufficientMemoryError
 from blip3o_rt.machine import format_bytes, memory
 from blip3o_rt.metadata import generated_image
 from blip3o_rt.params import DiffusionParams, SamplingParams
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.pipeline.planner import NO_REFERENCE, Reference
+from blip3o_rt.pipeline.planner import NO_REFERENCE, PlanRequest
 from blip3o_rt.result import Plan
 from blip3o_rt.serve.messages import ModelInfo, RawImage, Submit
 
@@ -40,8 +40,8 @@ def load(model: Mapping[str, Any], memory_reserve: int) -> Stages:
 class Prepared:
     """A request whose references are encoded and whose prompt is ids: what its images have in common."""
 
-    def __init__(self, submit: Submit, prompt: TokenPrompt, reference: Reference) -> None:
-        self.submit, self.prompt, self.reference = submit, prompt, reference
+    def __init__(self, submit: Submit, request: PlanRequest) -> None:
+        self.submit, self.request = submit, request
         self.diffusion = DiffusionParams(**submit.diffusion)
 
 
@@ -116,15 +116,14 @@ class Stages:
         if images:
             with self._pipeline._run() as run:
                 reference = self._pipeline._reference(images, run)
-        return Prepared(submit, self._pipeline._planner.token_prompt(submit.prompt, [], reference), reference)
+        return Prepared(submit, self._pipeline._planner.request(submit.prompt, [], reference))
 
     def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
         """Put one image into the token batch."""
         sampling = SamplingParams(seed, **prepared.submit.sampling)
         window = prepared.submit.draft_window
-        return self._engine.submit(
-            dataclasses.replace(prepared.prompt, samples=[sampling], draft_window=window)
-        )
+        prompt = dataclasses.replace(prepared.request.tokens, samples=[sampling], draft_window=window)
+        return self._engine.submit(prompt)
 
     def step_tokens(self) -> None:
         """Draw at least one token of every image in the batch."""
@@ -150,10 +149,7 @@ class Stages:
         assert found is not None
         if found.error is not None:
             raise found.error
-        sampling = tokens.prompt.samples[0]
-        plan = self._pipeline._planner.plan(
-            prepared.submit.prompt, tokens.prompt, sampling, found, prepared.reference
-        )
+        plan = self._pipeline._planner.plan(prepared.request, tokens.prompt.samples[0], found)
         return Drawing(self._pipeline, plan, prepared.diffusion)
 
     @property

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
-from blip3o_rt.ar.engine import TokenPrompt
 from blip3o_rt.measure.tables import Table, formatted
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.params import SamplingParams, check_draft_window
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.pipeline.planner import NO_REFERENCE
 
 ROWS = (1, 2, 4, 8, 16)
 PASSES = 4  # that are timed at a time, after one that is not
@@ -57,7 +55,7 @@ def window_times(
     Raises:
         AssertionError: Tokens or hidden states depend on the window.
     """
-    engine = pipeline._planner.engine
+    planner = pipeline._planner
     seconds: dict[int | str, list[float]] = {window: [] for window in windows}
     passes = dict.fromkeys(windows, 0)
     for number in range(rounds):
@@ -65,19 +63,17 @@ def window_times(
             first = None
             for window in windows:
                 progress(f"round {number + 1} of {rounds}: window {window}")
-                asked = replace(
-                    _token_prompt(pipeline, prompt, replace(sampling, seed=sampling.seed + number)),
-                    draft_window=check_draft_window(window),
-                )
+                sample = replace(sampling, seed=sampling.seed + number)
+                asked = planner.request(prompt, [sample], draft_window=check_draft_window(window))
                 begun = _now(pipeline)
-                (request,) = engine.run([asked])
+                (request,) = planner.engine.run([asked.tokens])
                 seconds[window].append(_now(pipeline) - begun)
                 passes[window] += request.passes
                 (plan,) = request.finished
                 first = first or plan
                 assert torch.equal(plan.token_ids, first.token_ids), f"window {window}: other tokens"
                 assert torch.equal(plan.hidden_states, first.hidden_states), f"window {window}: other bits"
-    tokens = engine.image_tokens.tokens_per_image * len(prompts) * rounds
+    tokens = planner.engine.image_tokens.tokens_per_image * len(prompts) * rounds
     medians = {window: statistics.median(times) for window, times in seconds.items()}
     return [
         WindowTime(window, tokens / passes[window], medians[window], medians[windows[0]] / medians[window])
@@ -145,8 +141,7 @@ def tables(record: Mapping[str, Any]) -> tuple[Table, Table]:
 
 def _passes(pipeline: Pipeline, prompt: str, rows: int) -> Iterator[float]:
     engine = pipeline._planner.engine
-    asked = replace(_token_prompt(pipeline, prompt, SamplingParams()), draft_window=rows)
-    request = engine.submit(asked)
+    request = engine.submit(pipeline._planner.request(prompt, [SamplingParams()], draft_window=rows).tokens)
     try:
         engine.step()
         for _ in range(PASSES):
@@ -156,10 +151,6 @@ def _passes(pipeline: Pipeline, prompt: str, rows: int) -> Iterator[float]:
             yield _now(pipeline) - begun
     finally:
         engine.cancel(request)
-
-
-def _token_prompt(pipeline: Pipeline, prompt: str, sampling: SamplingParams) -> TokenPrompt:
-    return pipeline._planner.token_prompt(prompt, [sampling], NO_REFERENCE)
 
 
 def _now(pipeline: Pipeline) -> float:
