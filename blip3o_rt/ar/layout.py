@@ -24,12 +24,16 @@ def layout(config: ARConfig, *, values: torch.dtype | None = None) -> list[Tenso
     values: where given, the matrices of the layers and the head, which then is there in any case, are values
     of that dtype, int8 or e4m3, with a float32 scale for each row; embeddings and norms stay as they are.
     """
-    specs = _layout(config)
-    if values is None:
-        return specs
-    if config.tie_word_embeddings:
-        specs.append(replace(specs[0], name=HEAD))
-    return list(quantized_specs(specs, QUANTIZED, values))
+    embedding = direct(EMBEDDING, config.vocab_size, config.hidden_size)
+    specs = [embedding]
+    for index in range(config.num_layers):
+        specs += _decoder_layer(config, f"layers.{index}.")
+    specs.append(direct("norm.weight", config.hidden_size))
+    if not config.tie_word_embeddings:
+        specs.append(direct(HEAD, config.vocab_size, config.hidden_size))
+    elif values is not None:
+        specs.append(replace(embedding, name=HEAD))
+    return specs if values is None else list(quantized_specs(specs, QUANTIZED, values))
 
 
 def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
@@ -38,16 +42,6 @@ def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch
     if HEAD not in found:  # tied
         found.update(in_8_bits(HEAD, found[EMBEDDING], values))
     return found
-
-
-def _layout(config: ARConfig) -> list[TensorSpec]:
-    specs = [direct(EMBEDDING, config.vocab_size, config.hidden_size)]
-    for index in range(config.num_layers):
-        specs += _decoder_layer(config, f"layers.{index}.")
-    specs.append(direct("norm.weight", config.hidden_size))
-    if not config.tie_word_embeddings:
-        specs.append(direct(HEAD, config.vocab_size, config.hidden_size))
-    return specs
 
 
 def _decoder_layer(config: ARConfig, prefix: str) -> list[TensorSpec]:

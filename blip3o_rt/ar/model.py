@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,18 @@ from blip3o_rt.ops.layer import Linear
 PREFILL_CHUNK = 256  # positions: enough that arithmetic hides the reading of the weights
 
 
-@dataclass(frozen=True)
 class Layer:
     """Weights of one decoder layer; qkv and gate|up are packed along their rows."""
 
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor
-    k_norm: Tensor
-    attention_out: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self.input_norm = weights[prefix + "input_layernorm.weight"]
+        self.qkv = Linear.of(weights, prefix + "self_attn.qkv_proj")
+        self.q_norm = weights[prefix + "self_attn.q_norm.weight"]
+        self.k_norm = weights[prefix + "self_attn.k_norm.weight"]
+        self.attention_out = Linear.of(weights, prefix + "self_attn.o_proj")
+        self.mlp_norm = weights[prefix + "post_attention_layernorm.weight"]
+        self.gate_up = Linear.of(weights, prefix + "mlp.gate_up_proj")
+        self.down = Linear.of(weights, prefix + "mlp.down_proj")
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,12 @@ class DecodeStep:
     windowed: bool = False
 
 
-@dataclass(frozen=True)
-class Workspace:
+class Workspace(NamedTuple):
     """Activations of a decode step, one row per sequence, reused by every layer and token."""
 
     qkv: Tensor
     attended: Tensor
     activated: Tensor
-
-    @classmethod
-    def allocate(cls, config: ARConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Workspace:
-        def buffer(*width: int) -> Tensor:
-            return torch.empty(rows, *width, dtype=dtype, device=device)
-
-        return cls(
-            qkv=buffer(config.query_size + 2 * config.kv_size),
-            attended=buffer(config.num_heads, config.head_dim),
-            activated=buffer(config.intermediate_size),
-        )
-
-    @property
-    def rows(self) -> int:
-        return self.qkv.shape[0]
-
-    def first(self, rows: int) -> Workspace:
-        """The first rows of the same memory."""
-        return Workspace(*(getattr(self, field.name)[:rows] for field in fields(self)))
 
 
 def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tensor:
@@ -114,11 +95,12 @@ class Decoder:
         self.embedding = weights[EMBEDDING]
         self.head = Linear.of(weights, (HEAD if HEAD in weights else EMBEDDING).removesuffix(".weight"))
         self.final_norm = weights["norm.weight"]
-        self.layers = [_layer(weights, f"layers.{index}.") for index in range(config.num_layers)]
+        self.layers = [Layer(weights, f"layers.{index}.") for index in range(config.num_layers)]
+        self._norms_after = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
         self.dtype = self.final_norm.dtype  # of activations
         self.device = self.embedding.device
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
-        self._workspace = Workspace.allocate(config, max_rows, self.dtype, self.device)
+        self._workspace = self._allocate(max_rows)
         self._workspaces: dict[int, Workspace] = {}  # views of the first so many rows
         self.scratch = ops.Scratch()  # of the kernels of a token step
 
@@ -153,8 +135,8 @@ class Decoder:
         sequence.length = length
         residual = embeddings.clone()
         normed = ops.rms_norm(residual, self.layers[0].input_norm, config.rms_norm_eps)
-        for index, layer in enumerate(self.layers):
-            keys, values = self.cache.keys[index], self.cache.values[index]
+        layers = zip(self.layers, self._norms_after, self.cache.keys, self.cache.values, strict=True)
+        for layer, norm_after, keys, values in layers:
             qkv = layer.qkv.prompt_linear(normed)
             query = ops.qk_norm_rope_append(
                 qkv,
@@ -173,7 +155,7 @@ class Decoder:
             output = layer.attention_out.prompt_linear(attended.flatten(1))
             normed = ops.rms_norm(output, layer.mlp_norm, config.rms_norm_eps, residual=residual)
             output = layer.down.prompt_linear(ops.silu_mul(layer.gate_up.prompt_linear(normed)))
-            normed = ops.rms_norm(output, self._norm_after(index), config.rms_norm_eps, residual=residual)
+            normed = ops.rms_norm(output, norm_after, config.rms_norm_eps, residual=residual)
         return normed
 
     def decode(
@@ -186,8 +168,7 @@ class Decoder:
         """
         config = self.config
         space = self._rows(len(residual))
-        for index, layer in enumerate(self.layers):
-            keys, values = self.cache.keys[index], self.cache.values[index]
+        for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
             layer.qkv.norm_row_linear(
                 residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
             )
@@ -225,29 +206,19 @@ class Decoder:
         """Hidden states [B, hidden] -> logits of a range of ids: out, float32 [B, len(vocabulary)]."""
         return self.head.rows(vocabulary.start, vocabulary.stop).row_linear(hidden, out=out)
 
-    def _norm_after(self, index: int) -> Tensor:
-        """The norm that follows layer `index`: the next layer's input norm, or the final one."""
-        following = index + 1
-        return self.layers[following].input_norm if following < len(self.layers) else self.final_norm
-
     def _rows(self, batch: int) -> Workspace:
         """The workspace of so many sequences; memory is allocated only for more than ever before."""
-        if batch > self._workspace.rows:
-            self._workspace = Workspace.allocate(self.config, batch, self.dtype, self.device)
+        if batch > len(self._workspace.qkv):
+            self._workspace = self._allocate(batch)
             self._workspaces.clear()
         if batch not in self._workspaces:
-            self._workspaces[batch] = self._workspace.first(batch)
+            self._workspaces[batch] = Workspace(*(memory[:batch] for memory in self._workspace))
         return self._workspaces[batch]
 
-
-def _layer(weights: Mapping[str, Tensor], prefix: str) -> Layer:
-    return Layer(
-        input_norm=weights[prefix + "input_layernorm.weight"],
-        qkv=Linear.of(weights, prefix + "self_attn.qkv_proj"),
-        q_norm=weights[prefix + "self_attn.q_norm.weight"],
-        k_norm=weights[prefix + "self_attn.k_norm.weight"],
-        attention_out=Linear.of(weights, prefix + "self_attn.o_proj"),
-        mlp_norm=weights[prefix + "post_attention_layernorm.weight"],
-        gate_up=Linear.of(weights, prefix + "mlp.gate_up_proj"),
-        down=Linear.of(weights, prefix + "mlp.down_proj"),
-    )
+    def _allocate(self, rows: int) -> Workspace:
+        config = self.config
+        heads = config.num_heads, config.head_dim
+        shapes = (config.query_size + 2 * config.kv_size,), heads, (config.intermediate_size,)
+        return Workspace(
+            *(torch.empty(rows, *shape, dtype=self.dtype, device=self.device) for shape in shapes)
+        )

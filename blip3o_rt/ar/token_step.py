@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,14 +151,6 @@ class TokenSteps:
         return self._batches[size]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring rows that sample from the same span of the vocabulary."""
-
-    rows: slice
-    vocabulary: range
-
-
 class TokenBatch:
     """So many rows at fixed addresses, and the pass that draws tokens of each image among them.
 
@@ -176,12 +169,15 @@ class TokenBatch:
         self._top_k = column(torch.int32)
         self._seeds = column(torch.int64)
         self._first_ids = column(torch.int64)
-        self._page_table = column(torch.int32, steps.max_blocks)
         self._cu_rows = torch.zeros(size + 1, dtype=torch.int32, device=steps.decoder.device)
         self._num_generated = column(torch.int32)  # the number of the token that a row draws
-        self._context_lens = column(torch.int32)
-        self._output_slots = column(torch.int64)  # of that token and of the hidden state it is drawn from
-        self._positions, self._slot_mapping = column(torch.int32), column(torch.int32)
+        self._step = DecodeStep(
+            positions=column(torch.int32),
+            slot_mapping=column(torch.int32),
+            context_lens=column(torch.int32),
+            page_table=column(torch.int32, steps.max_blocks),
+            output_slots=column(torch.int64),  # of that token and of the hidden state it is drawn from
+        )
         self._draws, self._token_ids = column(torch.int64), column(torch.int64)
         width = steps.decoder.config.hidden_size
         self._embedded, self._hidden = (column(steps.decoder.dtype, width) for _ in range(2))
@@ -194,10 +190,8 @@ class TokenBatch:
         self._windowed = False
         self._counts = LateCounts(self._num_generated)
         self._interrupted = False
-        self._ahead = {
-            windowed: RunAhead(self._decoder.device, passes)
-            for windowed, passes in ((False, PASSES_AHEAD), (True, WINDOWED_PASSES_AHEAD))
-        }
+        passes_ahead = {False: PASSES_AHEAD, True: WINDOWED_PASSES_AHEAD}
+        self._ahead = {windowed: RunAhead(results.tokens.device, n) for windowed, n in passes_ahead.items()}
 
     def capture(self, runner: GraphRunner, kinds: list[bool]) -> None:
         """Capture a pass over each vocabulary, for windows of one row (False in `kinds`) or several."""
@@ -213,12 +207,11 @@ class TokenBatch:
         image_rows = sum(member.window for member in members if member.params.image_tokens_only)
         self._members = members
         self._windows = [member.window for member in members]
-        self._rows = sum(member.window for member in members)
+        self._rows = sum(self._windows)
         self._windowed = self._rows > len(members)
         self._write(members, image_rows > 0)
-        captured = self._captured.get((image_rows > 0, self._windowed))
-        if image_rows not in (0, self._rows):
-            captured = None
+        mixed = image_rows not in (0, self._rows)
+        captured = None if mixed else self._captured.get((image_rows > 0, self._windowed))
         self._run = captured or self._work(image_rows, self._windowed)
 
     def step(self) -> Tensor:
@@ -269,98 +262,83 @@ class TokenBatch:
     def _work(self, image_rows: int, windowed: bool) -> Callable[[], Tensor]:
         """The pass where the first `image_rows` rows draw image tokens only."""
         spans = {True: slice(0, image_rows), False: slice(image_rows, self._size)}
-        groups = [
-            _Group(rows, self._steps.vocabularies[image_only])
-            for image_only, rows in spans.items()
-            if rows.start < rows.stop
-        ]
-        return partial(self._pass, groups, windowed)
+        vocabularies = self._steps.vocabularies
+        groups = [(rows, vocabularies[only]) for only, rows in spans.items() if rows.start < rows.stop]
+        return partial(self._pass, groups, replace(self._step, windowed=windowed))
 
-    def _pass(self, groups: list[_Group], windowed: bool) -> Tensor:
+    def _pass(self, groups: list[tuple[slice, range]], step: DecodeStep) -> Tensor:
+        """A pass of rows that draw, a group of neighbors each, from a span of the vocabulary."""
         with dependent_launches(self._decoder.device):
-            return self._draw(groups, windowed)
-
-    def _draw(self, groups: list[_Group], windowed: bool) -> Tensor:
-        for group in groups:
-            rows, width = group.rows, len(group.vocabulary)
-            logits = self._steps.logits[: (rows.stop - rows.start) * width].view(-1, width)
-            ops.sample_tokens(
-                self._decoder.logits(self._hidden[rows], group.vocabulary, out=logits),
-                self._temperature[rows],
-                self._top_k[rows],
-                self._top_p[rows],
-                self._seeds[rows],
-                self._num_generated[rows],
-                scratch=self._decoder.scratch,
-                out=self._draws[rows],
+            for rows, vocabulary in groups:
+                count, width = rows.stop - rows.start, len(vocabulary)
+                logits = self._steps.logits[: count * width].view(count, width)
+                ops.sample_tokens(
+                    self._decoder.logits(self._hidden[rows], vocabulary, out=logits),
+                    self._temperature[rows],
+                    self._top_k[rows],
+                    self._top_p[rows],
+                    self._seeds[rows],
+                    self._num_generated[rows],
+                    scratch=self._decoder.scratch,
+                    out=self._draws[rows],
+                )
+            ops.advance_windows(
+                self._draws,
+                self._cu_rows,
+                self._first_ids,
+                step.page_table,
+                self._decoder.cache.page_size,
+                self._steps.tokens_per_image,
+                self._steps.grid_width,
+                self._num_generated,
+                step.context_lens,
+                step.output_slots,
+                self._kept_tokens,
+                step.positions,
+                step.slot_mapping,
+                embedding=self._decoder.embedding,
+                embedded=self._embedded,
+                out=self._token_ids,
             )
-        ops.advance_windows(
-            self._draws,
-            self._cu_rows,
-            self._first_ids,
-            self._page_table,
-            self._decoder.cache.page_size,
-            self._steps.tokens_per_image,
-            self._steps.grid_width,
-            self._num_generated,
-            self._context_lens,
-            self._output_slots,
-            self._kept_tokens,
-            self._positions,
-            self._slot_mapping,
-            embedding=self._decoder.embedding,
-            embedded=self._embedded,
-            out=self._token_ids,
-        )
-        step = DecodeStep(
-            self._positions,
-            self._slot_mapping,
-            self._context_lens,
-            self._page_table,
-            self._output_slots,
-            windowed,
-        )
-        self._decoder.decode(self._embedded, step, self._kept_hidden, out=self._hidden)
-        return self._token_ids
+            self._decoder.decode(self._embedded, step, self._kept_hidden, out=self._hidden)
+            return self._token_ids
 
     def _write(self, members: list[Member], image_only: bool) -> None:
         """Write what a pass reads; rows beyond those of the members are padding of the same kind."""
-        results, vocabularies = self._steps.results, self._steps.vocabularies
-        rows = [(member, row) for member in members for row in range(member.window)]
-        padding = self._size - len(rows)
-        params = [member.params for member, _ in rows]
-        codes, words = len(vocabularies[True]), len(vocabularies[False])
+        columns = (
+            self._temperature,
+            self._top_k,
+            self._top_p,
+            self._seeds,
+            self._first_ids,
+            self._step.page_table,
+            self._num_generated,
+            self._step.context_lens,
+            self._step.output_slots,
+        )
+        first_id, dummy = self._steps.vocabularies[image_only].start, self._steps.results.dummy
+        rows = [self._row(member, row) for member in members for row in range(member.window)]
+        rows += [(1.0, 1, 1.0, 0, first_id, self._padded([]), 0, 0, dummy)] * (self._size - len(rows))
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True):
+            upload([*values], column)
         bounds = list(accumulate((member.window for member in members), initial=0))
-        tables = [self._padded(member.sequence.page_table) for member, _ in rows]
-        states = [self._state(member, row) for member, row in rows] + [(0, 0, results.dummy)] * padding
-        numbers, context_lens, output_slots = zip(*states, strict=True)
-        for buffer, values in (
-            (self._temperature, [p.temperature for p in params] + [1.0] * padding),
-            (self._top_k, [p.top_k_for(codes, words) for p in params] + [1] * padding),
-            (self._top_p, [p.top_p for p in params] + [1.0] * padding),
-            (self._seeds, [p.seed for p in params] + [0] * padding),
-            (self._first_ids, self._first_ids_of(params) + [vocabularies[image_only].start] * padding),
-            (self._page_table, tables + [self._padded([])] * padding),
-            (self._cu_rows, bounds + bounds[-1:] * (self._size - len(members))),
-            (self._num_generated, list(numbers)),
-            (self._context_lens, list(context_lens)),
-            (self._output_slots, list(output_slots)),
-        ):
-            upload(values, buffer)
-        torch.index_select(self._kept_hidden, 0, self._output_slots, out=self._hidden)
+        upload(bounds + bounds[-1:] * (self._size - len(members)), self._cu_rows)
+        torch.index_select(self._kept_hidden, 0, self._step.output_slots, out=self._hidden)
 
-    def _state(self, member: Member, row: int) -> tuple[int, int, int]:
-        """Number, context length and output slot of a row of a window.
+    def _row(self, member: Member, row: int) -> tuple[Any, ...]:
+        """What the columns hold of a row of a window.
 
-        They are those of padding where the last pass left no hidden state for the row.
+        Number, context length and output slot are those of padding where the last pass left no hidden state.
         """
+        params, results, vocabularies = member.params, self._steps.results, self._steps.vocabularies
         number = member.drawn + row
+        state = number, member.prompt_length + number, results.index(member.slot, number)
         if row >= member.decoded or number > self._steps.tokens_per_image:
-            return 0, 0, self._steps.results.dummy
-        return number, member.prompt_length + number, self._steps.results.index(member.slot, number)
-
-    def _first_ids_of(self, params: list[SamplingParams]) -> list[int]:
-        return [self._steps.vocabularies[p.image_tokens_only].start for p in params]
+            state = 0, 0, results.dummy
+        top_k = params.top_k_for(len(vocabularies[True]), len(vocabularies[False]))
+        first_id = vocabularies[params.image_tokens_only].start
+        sampling = params.temperature, top_k, params.top_p, params.seed, first_id
+        return *sampling, self._padded(member.sequence.page_table), *state
 
     def _padded(self, table: list[int]) -> list[int]:
         return table + [0] * (self._steps.max_blocks - len(table))
