@@ -66,6 +66,11 @@ def direct(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name, shape, (Source(name, shape),))
 
 
+def affine(name: str, rows: int, *columns: int) -> list[TensorSpec]:
+    """A weight [rows, *columns] and a bias [rows], of a layer or a norm of that name."""
+    return [direct(name + ".weight", rows, *columns), direct(name + ".bias", rows)]
+
+
 def packed(name: str, rows: Sequence[tuple[str, int]], *columns: int) -> TensorSpec:
     """Several tensors [rows_i, *columns] concatenated along the rows."""
     sources = tuple(Source(source, (count, *columns)) for source, count in rows)

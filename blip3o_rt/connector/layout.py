@@ -6,7 +6,7 @@ Each is Linear, GELU, Linear, RMSNorm under the indices 0, 2 and 3; original nam
 from __future__ import annotations
 
 from blip3o_rt.config import ModelConfig
-from blip3o_rt.weights import TensorSpec, direct
+from blip3o_rt.weights import TensorSpec, affine, direct
 
 
 def layout(config: ModelConfig) -> list[TensorSpec]:
@@ -26,9 +26,7 @@ def layout(config: ModelConfig) -> list[TensorSpec]:
 
 def _connector(prefix: str, features_in: int, features_out: int) -> list[TensorSpec]:
     return [
-        direct(prefix + "0.weight", features_out, features_in),
-        direct(prefix + "0.bias", features_out),
-        direct(prefix + "2.weight", features_out, features_out),
-        direct(prefix + "2.bias", features_out),
+        *affine(prefix + "0", features_out, features_in),
+        *affine(prefix + "2", features_out, features_out),
         direct(prefix + "3.weight", features_out),
     ]

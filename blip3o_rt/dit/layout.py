@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.config import DiTConfig
-from blip3o_rt.weights import TensorSpec, direct, packed, quantized_specs, quantized_tensors, reshaped
+from blip3o_rt.weights import TensorSpec, affine, direct, packed, quantized_specs, quantized_tensors, reshaped
 
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
@@ -25,24 +25,14 @@ def layout(config: DiTConfig, *, values: torch.dtype | None = None) -> list[Tens
     values: where given, the matrices of the blocks that every step multiplies with are values of that dtype,
     int8 or e4m3, with a float32 scale for each row.
     """
-    specs = _layout(config)
-    return specs if values is None else list(quantized_specs(specs, QUANTIZED, values))
-
-
-def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
-    """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
-    return quantized_tensors(tensors, QUANTIZED, values)
-
-
-def _layout(config: DiTConfig) -> list[TensorSpec]:
     width, patch_area = config.width, config.patch_size**2
     patch_shape = (width, config.in_channels, config.patch_size, config.patch_size)
     specs = [
-        *_linear("time_embed.emb.timestep_embedder.linear_1", width, TIMESTEP_FEATURES),
-        *_linear("time_embed.emb.timestep_embedder.linear_2", width, width),
-        *_linear("time_embed.linear", 6 * width, width),
-        *_linear("caption_projection.linear_1", width, config.caption_channels),
-        *_linear("caption_projection.linear_2", width, width),
+        *affine("time_embed.emb.timestep_embedder.linear_1", width, TIMESTEP_FEATURES),
+        *affine("time_embed.emb.timestep_embedder.linear_2", width, width),
+        *affine("time_embed.linear", 6 * width, width),
+        *affine("caption_projection.linear_1", width, config.caption_channels),
+        *affine("caption_projection.linear_2", width, width),
         direct("caption_norm.weight", width),
         reshaped("patch_embed.proj.weight", (width, config.in_channels * patch_area), patch_shape),
         direct("patch_embed.proj.bias", width),
@@ -50,11 +40,13 @@ def _layout(config: DiTConfig) -> list[TensorSpec]:
     for index in range(config.num_layers):
         specs += _block(config, f"transformer_blocks.{index}.")
     specs.append(direct("scale_shift_table", 2, width))
-    return specs + _linear("proj_out", patch_area * config.out_channels, width)
+    specs += affine("proj_out", patch_area * config.out_channels, width)
+    return specs if values is None else list(quantized_specs(specs, QUANTIZED, values))
 
 
-def _linear(prefix: str, rows: int, columns: int) -> list[TensorSpec]:
-    return [direct(prefix + ".weight", rows, columns), direct(prefix + ".bias", rows)]
+def quantized(tensors: Iterable[tuple[str, Tensor]], values: torch.dtype = torch.int8) -> dict[str, Tensor]:
+    """The runtime tensors of `layout(config, values=values)` from names and tensors of `layout(config)`."""
+    return quantized_tensors(tensors, QUANTIZED, values)
 
 
 def _block(config: DiTConfig, prefix: str) -> list[TensorSpec]:
@@ -77,19 +69,19 @@ def _self_attention(config: DiTConfig, prefix: str) -> list[TensorSpec]:
         specs.append(packed(prefix + "to_qkv.bias", qkv("bias")))
     if config.qk_norm:
         specs += [direct(prefix + "norm_q.weight", width), direct(prefix + "norm_k.weight", width)]
-    return specs + _linear(prefix + "to_out.0", width, width)
+    return specs + affine(prefix + "to_out.0", width, width)
 
 
 def _cross_attention(config: DiTConfig, prefix: str) -> list[TensorSpec]:
     width, cross = config.width, config.cross_width
     specs = [
-        *_linear(prefix + "to_q", cross, width),
+        *affine(prefix + "to_q", cross, width),
         packed(prefix + "to_kv.weight", [(f"{prefix}to_{letter}.weight", cross) for letter in "kv"], width),
         packed(prefix + "to_kv.bias", [(f"{prefix}to_{letter}.bias", cross) for letter in "kv"]),
     ]
     if config.qk_norm:
         specs += [direct(prefix + "norm_q.weight", cross), direct(prefix + "norm_k.weight", cross)]
-    return specs + _linear(prefix + "to_out.0", width, cross)
+    return specs + affine(prefix + "to_out.0", width, cross)
 
 
 def _feed_forward(config: DiTConfig, prefix: str) -> list[TensorSpec]:
@@ -97,7 +89,6 @@ def _feed_forward(config: DiTConfig, prefix: str) -> list[TensorSpec]:
     return [
         reshaped(prefix + "conv_inverted.weight", (2 * hidden, width), (2 * hidden, width, 1, 1)),
         direct(prefix + "conv_inverted.bias", 2 * hidden),
-        direct(prefix + "conv_depth.weight", 2 * hidden, 1, 3, 3),
-        direct(prefix + "conv_depth.bias", 2 * hidden),
+        *affine(prefix + "conv_depth", 2 * hidden, 1, 3, 3),
         reshaped(prefix + "conv_point.weight", (width, hidden), (width, hidden, 1, 1)),
     ]

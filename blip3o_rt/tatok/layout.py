@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.config import TATokConfig
-from blip3o_rt.weights import Source, TensorSpec, direct, packed
+from blip3o_rt.weights import Source, TensorSpec, affine, direct, packed
 
 CODEBOOK_ROWS_AT_ONCE = 8192  # bounds the projection's working memory; fixed, so that results are too
 
@@ -22,23 +22,14 @@ def layout(config: TATokConfig) -> list[TensorSpec]:
     hidden, patch = config.hidden_size, config.patch_size
     embeddings = "encoder.embeddings."
     specs = [
-        direct(embeddings + "patch_embedding.weight", hidden, config.image_channels, patch, patch),
-        direct(embeddings + "patch_embedding.bias", hidden),
+        *affine(embeddings + "patch_embedding", hidden, config.image_channels, patch, patch),
         direct(embeddings + "position_embedding.weight", config.tokens, hidden),
     ]
     for index in range(config.layers_run):
         specs += _encoder_layer(config, f"encoder.encoder.layers.{index}.")
-    specs += _linear("encode_task_layer.0", hidden, hidden)
-    specs += _linear("bottleneck.in_linear", config.bottleneck_dim, hidden)
+    specs += affine("encode_task_layer.0", hidden, hidden)
+    specs += affine("bottleneck.in_linear", config.bottleneck_dim, hidden)
     return [*specs, _codebook(config)]
-
-
-def _linear(prefix: str, rows: int, columns: int) -> list[TensorSpec]:
-    return [direct(prefix + ".weight", rows, columns), direct(prefix + ".bias", rows)]
-
-
-def _norm(prefix: str, width: int) -> list[TensorSpec]:
-    return [direct(prefix + ".weight", width), direct(prefix + ".bias", width)]
 
 
 def _encoder_layer(config: TATokConfig, prefix: str) -> list[TensorSpec]:
@@ -49,13 +40,13 @@ def _encoder_layer(config: TATokConfig, prefix: str) -> list[TensorSpec]:
         return [(f"{attention}{letter}_proj.{kind}", hidden) for letter in "qkv"]
 
     return [
-        *_norm(prefix + "layer_norm1", hidden),
+        *affine(prefix + "layer_norm1", hidden),
         packed(attention + "qkv_proj.weight", qkv("weight"), hidden),
         packed(attention + "qkv_proj.bias", qkv("bias")),
-        *_linear(attention + "out_proj", hidden, hidden),
-        *_norm(prefix + "layer_norm2", hidden),
-        *_linear(prefix + "mlp.fc1", intermediate, hidden),
-        *_linear(prefix + "mlp.fc2", hidden, intermediate),
+        *affine(attention + "out_proj", hidden, hidden),
+        *affine(prefix + "layer_norm2", hidden),
+        *affine(prefix + "mlp.fc1", intermediate, hidden),
+        *affine(prefix + "mlp.fc2", hidden, intermediate),
     ]
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
-from blip3o_rt.weights import Source, TensorSpec, concatenate_rows, direct, reshaped
+from blip3o_rt.weights import Source, TensorSpec, affine, concatenate_rows, direct, reshaped
 
 GATED_EXPANSION = 4  # hidden width of an EfficientViT block's gated convolution, in channels
 
@@ -51,7 +51,7 @@ def _decoder(config: VAEConfig) -> list[TensorSpec]:
             specs += _block(config, stage, f"{prefix}{layer + upsamples}.")
     full_resolution = stages[0].layers > 0
     last = stages[0].channels if full_resolution else stages[1].channels
-    specs += [direct("decoder.norm_out.weight", last), direct("decoder.norm_out.bias", last)]
+    specs += affine("decoder.norm_out", last)
     if full_resolution:
         return specs + _convolution("decoder.conv_out", config.image_channels, last)
     return specs + _upsample(config, "decoder.conv_out.conv", config.image_channels, last)
@@ -86,8 +86,7 @@ def _block(config: VAEConfig, stage: VAEStageConfig, prefix: str) -> list[Tensor
         return [
             *_convolution(prefix + "conv1", channels, channels),
             _taps(prefix + "conv2.weight", channels, channels),
-            direct(prefix + "norm.weight", channels),
-            direct(prefix + "norm.bias", channels),
+            *affine(prefix + "norm", channels),
         ]
     return [
         *_multiscale_attention(config, stage, prefix + "attn."),
@@ -114,8 +113,7 @@ def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str)
     return [
         *specs,
         direct(prefix + "to_out.weight", channels, inner * (1 + len(stage.multiscales))),
-        direct(prefix + "norm_out.weight", channels),
-        direct(prefix + "norm_out.bias", channels),
+        *affine(prefix + "norm_out", channels),
     ]
 
 
@@ -134,9 +132,7 @@ def _gated_convolution(channels: int, prefix: str) -> list[TensorSpec]:
     return [
         reshaped(prefix + "conv_inverted.weight", (2 * hidden, channels), (2 * hidden, channels, 1, 1)),
         direct(prefix + "conv_inverted.bias", 2 * hidden),
-        direct(prefix + "conv_depth.weight", 2 * hidden, 1, 3, 3),
-        direct(prefix + "conv_depth.bias", 2 * hidden),
+        *affine(prefix + "conv_depth", 2 * hidden, 1, 3, 3),
         reshaped(prefix + "conv_point.weight", (channels, hidden), (channels, hidden, 1, 1)),
-        direct(prefix + "norm.weight", channels),
-        direct(prefix + "norm.bias", channels),
+        *affine(prefix + "norm", channels),
     ]
