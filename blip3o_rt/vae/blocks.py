@@ -1,4 +1,4 @@
-"""Blocks of the DC-AE autoencoder, each a call from activations [B, H, W, C], contiguous, to the next."""
+"""Blocks of the DC-AE autoencoder: what each computes, and how far it looks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,20 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-class Convolution:
+class Block:
+    """A call from activations [B, H, W, C], contiguous, to the next.
+
+    reach: how far a pixel of the result looks, in pixels of the finer of the two sides; None: everywhere.
+    """
+
+    reach: int | None = 1
+    doubles = halves = False  # the sides of an image
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Convolution(Block):
     """k x k convolution (k odd) that keeps the size, or halves it with stride 2.
 
     bias: False where whatever follows adds it.
@@ -64,19 +77,24 @@ class SiluConvolution:
         return convolution_silu(x, self.weight, self.bias)
 
 
-class ChannelNorm:
+class ChannelNorm(Block):
     """RMSNorm over the channels with weight and bias, in place, plus a residual, then ReLU where asked."""
 
-    def __init__(self, weights: Weights, name: str) -> None:
+    reach = 0
+
+    def __init__(self, weights: Weights, name: str, *, relu: bool = False) -> None:
         self.weight = weights[name + ".weight"]
         self.bias = weights[name + ".bias"]
+        self.relu = relu
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
-        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, relu=relu, out=x)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, relu=self.relu, out=x)
 
 
-class ResidualBlock:
+class ResidualBlock(Block):
     """x + norm(conv(silu(conv(x))))."""
+
+    reach = 2
 
     def __init__(self, weights: Weights, prefix: str) -> None:
         self.conv1 = SiluConvolution(weights, prefix + "conv1")
@@ -87,8 +105,10 @@ class ResidualBlock:
         return self.norm(self.conv2(self.conv1(x)), residual=x)
 
 
-class EfficientViTBlock:
+class EfficientViTBlock(Block):
     """Multiscale linear attention, then a gated convolution, each with its residual (arXiv 2205.14756)."""
+
+    reach = None
 
     def __init__(self, weights: Weights, prefix: str, head_dim: int, scales: int) -> None:
         self.attention = MultiscaleAttention(weights, prefix + "attn.", head_dim, scales)
@@ -140,12 +160,14 @@ class GatedConvolution:
         return self.norm(linear(hidden, self.point), residual=x)
 
 
-class NearestUpsampling:
+class NearestUpsampling(Block):
     """conv3x3 of the image doubled by nearest neighbors, plus the pixel-shuffled shortcut.
 
     Four of the nine taps of a doubled image meet the same source pixel, so the two steps are one transposed
     convolution of stride 2 with 4 x 4 summed taps: 4/9 of the products, and the doubled image never exists.
     """
+
+    doubles = True
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
         self.weight = hoisted(weights, lambda: fold_nearest_taps(channels_first(weights[name + ".weight"])))
@@ -167,7 +189,7 @@ def fold_nearest_taps(weight: Tensor) -> Tensor:
     return folded.contiguous(memory_format=torch.channels_last)
 
 
-class WithShortcut:
+class WithShortcut(Block):
     """A convolution, and whether a shortcut is added to its result."""
 
     def __init__(self, weights: Weights, name: str, shortcut: bool) -> None:
@@ -178,13 +200,18 @@ class WithShortcut:
 class ShuffleUpsampling(WithShortcut):
     """Pixel shuffle of conv3x3, plus the pixel-shuffled shortcut."""
 
+    reach = 2
+    doubles = True
+
     def __call__(self, x: Tensor) -> Tensor:
         result = channels_last(F.pixel_shuffle(channels_first(self.convolution(x)), 2))
         return add_pixel_shuffle(result, x) if self.shortcut else result
 
 
-class Downsampling:
+class Downsampling(Block):
     """conv3x3 of stride 2, or the pixel unshuffle of conv3x3, plus the averages of unshuffled groups."""
+
+    halves = True
 
     def __init__(self, weights: Weights, name: str, unshuffle: bool, shortcut: bool) -> None:
         bias_last = shortcut and not unshuffle  # in the shortcut's pass; a library may take one of its own
@@ -218,13 +245,3 @@ class LatentOut(WithShortcut):
         if self.shortcut:
             result += x.unflatten(-1, (result.shape[-1], -1)).mean(-1)
         return result
-
-
-class NormRelu:
-    """relu(norm(x)), in place."""
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.norm = ChannelNorm(weights, name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(x, relu=True)

@@ -10,20 +10,21 @@ from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.ops.dtypes import compute_dtype
 from blip3o_rt.vae.blocks import (
+    Block,
+    ChannelNorm,
     Convolution,
     Downsampling,
     EfficientViTBlock,
     LatentIn,
     LatentOut,
     NearestUpsampling,
-    NormRelu,
     ResidualBlock,
     ShuffleUpsampling,
     Weights,
     channels_first,
     channels_last,
 )
-from blip3o_rt.vae.tiles import Block, tiled_beginning, tiled_end
+from blip3o_rt.vae.tiles import tiled_beginning, tiled_end
 
 
 class Autoencoder:
@@ -107,7 +108,7 @@ def _decoder(config: VAEConfig, weights: Weights) -> list[Block]:
         if upsamples:
             blocks.append(upsampling(weights, prefix + "0.conv", shortcut=True))
         blocks += _stage(config, stage, weights, prefix, first=int(upsamples))
-    blocks.append(NormRelu(weights, "decoder.norm_out"))
+    blocks.append(ChannelNorm(weights, "decoder.norm_out", relu=True))
     if stages[0].layers > 0:
         return [*blocks, Convolution(weights, "decoder.conv_out")]
     return [*blocks, upsampling(weights, "decoder.conv_out.conv", shortcut=False)]
