@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from blip3o_rt.dit.shortcuts import ShortStep
 from blip3o_rt.dit.step import EagerSteps, StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
-StepCallback = Callable[[int, int], None]  # steps done, steps in all; raises to cancel
 STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled image still waits for
 
 
@@ -86,15 +85,13 @@ def denoise(
     reference_latent: Tensor | None = None,
     kinds: Sequence[StepKind] | None = None,
     captured: CapturedImages | None = None,
-    callback: StepCallback | None = None,
 ) -> Tensor:
     """The latent [1, C, H, W] in fp32 that the noise [1, C, H, W] becomes (still times the scaling factor).
 
     reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `model_input`. `kinds`
     says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
-    `captured` are images of this geometry, of the first of which the condition is. The callback runs
-    after every step; whatever it raises (Cancelled) ends the loop. Raises ParameterError for shapes that do
-    not fit.
+    `captured` are images of this geometry, of the first of which the condition is. Raises
+    ParameterError for shapes that do not fit.
     """
     if captured is None:
         state = StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent)
@@ -105,6 +102,4 @@ def denoise(
         denoising = Denoising(captured, image.state, tables, kinds)
     while denoising.done < denoising.total:
         denoising.step()
-        if callback is not None:
-            callback(denoising.done, denoising.total)
     return denoising.latent

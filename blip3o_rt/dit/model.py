@@ -120,11 +120,8 @@ class DiT:
             weights, lambda: torch.stack([block.table for block in self.blocks]).to(self.wide)
         )
         self.final_table = self._wide("scale_shift_table")
-        self.patch_weight, self.patch_bias = (
-            self._wide("patch_embed.proj.weight"),
-            self._wide("patch_embed.proj.bias"),
-        )
-        self.out_weight, self.out_bias = self._wide("proj_out.weight"), self._wide("proj_out.bias")
+        self.patch_embed = self._wide("patch_embed.proj.weight"), self._wide("patch_embed.proj.bias")
+        self.proj_out = self._wide("proj_out.weight"), self._wide("proj_out.bias")
 
     @property
     def batch_invariant(self) -> bool:
@@ -211,17 +208,22 @@ class DiT:
         return [self._prediction(image, out) for image, out in zip(images, outs, strict=True)]
 
     def _image(self, given: StepInput) -> _Image:
-        self._check(given.latent)
-        patch = self.config.patch_size
-        height, width = given.latent.shape[2] // patch, given.latent.shape[3] // patch
+        channels, patch = self.config.in_channels, self.config.patch_size
+        batch, found, height, width = given.latent.shape
+        if batch != 1 or found != channels or height % patch or width % patch:
+            raise ParameterError(
+                f"the DiT takes a latent [1, {channels}, H, W] with sides that are multiples of {patch}, "
+                f"got {list(given.latent.shape)}"
+            )
+        height, width = height // patch, width // patch
         patches = given.latent.to(self.wide).view(1, -1, height, patch, width, patch)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(1, height * width, -1)
-        x = F.linear(patches, self.patch_weight, self.patch_bias).to(self.dtype)
+        x = F.linear(patches, *self.patch_embed).to(self.dtype)
         return _Image(x, (height, width), given.modulation, given.condition)
 
     def _prediction(self, image: _Image, normed: Tensor) -> Tensor:
         (height, width), patch = image.grid, self.config.patch_size
-        patches = F.linear(normed, self.out_weight, self.out_bias)
+        patches = F.linear(normed, *self.proj_out)
         patches = patches.view(len(normed), height, width, patch, patch, -1)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(normed), -1, height * patch, width * patch)
 
@@ -263,15 +265,6 @@ class DiT:
         for layer, block in enumerate(self.blocks):
             key, value = block.cross_attention.keys_values(captions)
             keys[layer], values[layer] = key, value
-
-    def _check(self, latent: Tensor) -> None:
-        channels, patch = self.config.in_channels, self.config.patch_size
-        batch, found, height, width = latent.shape
-        if batch != 1 or found != channels or height % patch or width % patch:
-            raise ParameterError(
-                f"the DiT takes a latent [1, {channels}, H, W] with sides that are multiples of {patch}, "
-                f"got {list(latent.shape)}"
-            )
 
 
 def area_widths(config: DiTConfig) -> dict[Area, int]:
@@ -340,10 +333,8 @@ class _SelfAttention:
         self.num_heads = config.num_heads
         self.to_qkv = Linear.of(weights, prefix + "to_qkv")
         self.to_out = Linear.of(weights, prefix + "to_out.0")
-        self.q_norm, self.k_norm = (
-            weights.get(prefix + "norm_q.weight"),
-            weights.get(prefix + "norm_k.weight"),
-        )
+        self.q_norm = weights.get(prefix + "norm_q.weight")
+        self.k_norm = weights.get(prefix + "norm_k.weight")
 
     def __call__(
         self, images: Sequence[_Image], layer: int, normed: Activations, workspace: Workspace
@@ -373,10 +364,8 @@ class _CrossAttention:
         self.to_q = Linear.of(weights, prefix + "to_q")
         self.to_kv = Linear.of(weights, prefix + "to_kv")
         self.to_out = Linear.of(weights, prefix + "to_out.0")
-        self.q_norm, self.k_norm = (
-            weights.get(prefix + "norm_q.weight"),
-            weights.get(prefix + "norm_k.weight"),
-        )
+        self.q_norm = weights.get(prefix + "norm_q.weight")
+        self.k_norm = weights.get(prefix + "norm_k.weight")
 
     def keys_values(self, captions: Tensor) -> tuple[Tensor, Tensor]:
         """[M, D] -> keys (normed) and values, both [H, M, d]."""
@@ -403,14 +392,11 @@ class _CrossAttention:
         query = asking.product(self.to_q, workspace.take(Area.NARROW, xs, width))
         attended = workspace.take(Area.MIDDLE, xs, width)
         for image, q, out in zip(images, query.images, attended.images, strict=True):
-            self._attend_both(image.condition, layer, q, out)
+            condition, null = image.condition, image.condition.null
+            self._attend(q[-1], condition.keys[layer], condition.values[layer], None, out[-1])
+            if isinstance(null, WeightedNull):
+                self._attend(q[0], null.keys[layer], null.values[layer], null.log_multiplicity, out[0])
         return attended.product(self.to_out, workspace.take(Area.WIDE, xs, xs[0].shape[-1]))
-
-    def _attend_both(self, condition: Condition, layer: int, query: Tensor, out: Tensor) -> None:
-        self._attend(query[-1], condition.keys[layer], condition.values[layer], None, out[-1])
-        null = condition.null
-        if isinstance(null, WeightedNull):
-            self._attend(query[0], null.keys[layer], null.values[layer], null.log_multiplicity, out[0])
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, log_multiplicity: Tensor | None, out: Tensor
@@ -426,10 +412,7 @@ class _FeedForward:
     def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
         self.inverted = Linear.of(weights, prefix + "conv_inverted", bias=False)
         self.inverted_bias = weights[prefix + "conv_inverted.bias"]
-        self.depth_weight, self.depth_bias = (
-            weights[prefix + "conv_depth.weight"],
-            weights[prefix + "conv_depth.bias"],
-        )
+        self.depth = weights[prefix + "conv_depth.weight"], weights[prefix + "conv_depth.bias"]
         self.point = Linear.of(weights, prefix + "conv_point")
 
     def __call__(self, x: Activations, images: Sequence[_Image], workspace: Workspace) -> Activations:
@@ -438,7 +421,5 @@ class _FeedForward:
         gated = workspace.take(Area.MIDDLE, x.images, expanded // 2)
         for image, values, out in zip(images, hidden.images, gated.images, strict=True):
             pixels, gated_pixels = values.unflatten(1, image.grid), out.unflatten(1, image.grid)
-            ops.depthwise_glu(
-                pixels, self.inverted_bias, self.depth_weight, self.depth_bias, out=gated_pixels
-            )
+            ops.depthwise_glu(pixels, self.inverted_bias, *self.depth, out=gated_pixels)
         return gated.product(self.point, workspace.take(Area.NARROW, x.images, x.rows.shape[1]))

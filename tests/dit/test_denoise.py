@@ -13,7 +13,7 @@ from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.scheduler import flow_schedule
-from blip3o_rt.errors import Cancelled, ParameterError
+from blip3o_rt.errors import ParameterError
 from tests.dit.oracle import oracle, predict, relative_l2, runtime, small_config
 
 FLOAT32_BOUND = 1e-5  # as for one prediction: the loop adds few roundings and its errors do not grow
@@ -96,29 +96,6 @@ def test_latents_stay_float32_in_a_bfloat16_model() -> None:
     config = small_config()
     (noise,) = random_latents(6)
     assert run(runtime(config, oracle(config), torch.bfloat16), noise).dtype == torch.float32
-
-
-def test_callback_hears_every_step() -> None:
-    config = small_config()
-    heard: list[tuple[int, int]] = []
-    (noise,) = random_latents(6)
-    run(runtime(config, oracle(config)), noise, callback=lambda done, steps: heard.append((done, steps)))
-    assert heard == [(1, 3), (2, 3), (3, 3)]
-
-
-def test_callback_stops_the_loop_by_raising() -> None:
-    config = small_config()
-    heard: list[int] = []
-
-    def cancel(done: int, steps: int) -> None:
-        heard.append(done)
-        if done == 2:
-            raise Cancelled("stopped after step 2")
-
-    (noise,) = random_latents(6)
-    with pytest.raises(Cancelled):
-        run(runtime(config, oracle(config)), noise, steps=5, callback=cancel)
-    assert heard == [1, 2]
 
 
 @pytest.mark.parametrize(
