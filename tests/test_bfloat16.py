@@ -25,7 +25,7 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.baselines.published import PublishedModel, Reference
 from blip3o_rt.pipeline import Pipeline

@@ -19,7 +19,7 @@ from torch import Tensor
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens
 from blip3o_rt.dit.model import DiT, ScheduleTables, area_widths
-from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.dit.schedule import Schedule
 from blip3o_rt.dit.step import StepKind, StepState, guided_step, model_input
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_STEPS

@@ -19,7 +19,7 @@ from blip3o_rt import ops, trace
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, ConstantNull, WeightedNull
 from blip3o_rt.dit.layout import TIMESTEP_FEATURES
-from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.dit.schedule import Schedule
 from blip3o_rt.dit.workspace import Activations, Area, Workspace
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.ops.layer import Linear

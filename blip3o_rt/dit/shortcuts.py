@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.dit.model import DiT, StepInput
-from blip3o_rt.dit.scheduler import Schedule, second_order_weight
+from blip3o_rt.dit.schedule import Schedule, second_order_weight
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.switches import DPM, GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
 

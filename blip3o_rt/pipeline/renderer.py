@@ -18,7 +18,7 @@ from blip3o_rt.dit.captured import CapturedImages, Geometry, images_of_a_small_s
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising, step_together
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
 from blip3o_rt.dit.step import EagerSteps, StepKind, StepState
 from blip3o_rt.embedded import embedded_checkpoint

@@ -21,7 +21,7 @@ from blip3o_rt.dit.captured import (
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising, denoise, step_together
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.step import StepState, guided_step
 from blip3o_rt.errors import DeviceError
 from blip3o_rt.graphs import GraphRunner

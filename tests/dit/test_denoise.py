@@ -12,7 +12,7 @@ from blip3o_rt.config import DiTConfig, SchedulerConfig
 from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.errors import ParameterError
 from tests.dit.oracle import oracle, predict, relative_l2, runtime, small_config
 

@@ -21,7 +21,7 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables, StepInput
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from tests.dit.oracle import predict, relative_l2, runtime_weights
 
 BOUND = 1e-5

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import ConditionTokens, ConstantNull, WeightedNull, condition_tokens
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.scheduler import Schedule
+from blip3o_rt.dit.schedule import Schedule
 from blip3o_rt.errors import ParameterError
 from tests.dit.oracle import oracle, predict, relative_l2, runtime, small_config
 

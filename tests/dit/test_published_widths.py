@@ -16,7 +16,7 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
 from blip3o_rt.dit.conditioning import ConditionTokens, ConstantNull, WeightedNull
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.measure.random_checkpoint import preset
 from tests.dit.oracle import oracle, predict, relative_l2, runtime
 

@@ -18,7 +18,7 @@ from blip3o_rt.dit.conditioning import ConditionTokens
 from blip3o_rt.dit.denoise import step_together
 from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.model import DiT, StepInput
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.shortcuts import CONDITIONAL, GUIDED, ShortStep
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.ops.registry import Implementation

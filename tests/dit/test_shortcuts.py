@@ -15,7 +15,7 @@ from torch import Tensor
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.denoise import Denoising, denoise
-from blip3o_rt.dit.scheduler import Schedule, flow_schedule
+from blip3o_rt.dit.schedule import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
 from blip3o_rt.dit.step import EagerSteps, StepState, guided_step
 from blip3o_rt.graphs import GraphRunner

@@ -22,7 +22,7 @@ from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.errors import ConfigError

@@ -14,7 +14,7 @@ from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.scheduler import Schedule, flow_schedule
+from blip3o_rt.dit.schedule import Schedule, flow_schedule
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.baselines.published import Reference, Step

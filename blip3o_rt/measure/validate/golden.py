@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.dit.model import DiT
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.errors import CheckpointError
 from blip3o_rt.images import load_reference, tower_pixels
 from blip3o_rt.machine import exact_arithmetic

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from blip3o_rt import ops
 from blip3o_rt.config import SchedulerConfig
-from blip3o_rt.dit.scheduler import flow_schedule
+from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.errors import ParameterError
 
 
