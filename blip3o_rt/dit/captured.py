@@ -174,7 +174,7 @@ class CapturedImages:
         self._runs = [range(first, first + length) for length in lengths for first in range(0, count, length)]
         self._works = {
             (kind, run): runner.capture(
-                f"dit {kind.__name__} x{len(run)} of {geometry}",
+                f"dit {kind.name} x{len(run)} of {geometry}",
                 partial(kind, dit, states[run.start : run.stop]),
             )
             for run in self._runs

@@ -11,7 +11,6 @@ from blip3o_rt import trace
 from blip3o_rt.dit.captured import CapturedImages
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.shortcuts import ShortStep
 from blip3o_rt.dit.step import EagerSteps, StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
@@ -46,11 +45,9 @@ class Denoising:
     @property
     def estimate(self) -> Tensor:
         """The estimate of the clean latent [1, C, h, w] that the last step was made on."""
-        kind = self._kinds[self.done - 1]
-        if isinstance(kind, ShortStep) and kind.second_order:  # whose line leads past the estimate
-            return self._state.history.denoised.clone()
+        solver = self._kinds[self.done - 1].solver
         here, after = self._sigmas[self.done - 1], self._sigmas[self.done]
-        return self._before + (self.latent - self._before) * (here / (here - after))
+        return solver.estimate(self._before, self.latent, here, after, self._state.history.denoised)
 
     @property
     def latent(self) -> Tensor:
@@ -90,8 +87,8 @@ def denoise(
 
     reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `model_input`. `kinds`
     says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
-    `captured` are images of this geometry, of the first of which the condition is. Raises
-    ParameterError for shapes that do not fit.
+    `captured`: buffers of this geometry; `condition` must be that of its first image. Raises ParameterError
+    for shapes that do not fit.
     """
     if captured is None:
         state = StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent)

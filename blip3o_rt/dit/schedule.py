@@ -1,4 +1,4 @@
-"""The flow-matching schedule: which noise levels the denoising loop visits, and weights of its solvers."""
+"""The flow-matching schedule: which noise levels the denoising loop visits."""
 
 from __future__ import annotations
 
@@ -41,15 +41,3 @@ def flow_schedule(config: SchedulerConfig, steps: int) -> Schedule:
     shifted = torch.from_numpy(config.shift * even / (1 + (config.shift - 1) * even))
     sigmas = torch.cat([shifted, shifted.new_zeros(1)])
     return Schedule(sigmas, shifted * config.num_train_timesteps)
-
-
-def second_order_weight(before: Tensor, here: Tensor, after: Tensor) -> Tensor:
-    """How much of its last change the denoised estimate is taken to change on along a step, fp32 [].
-
-    DPM-Solver++ (2M) (arXiv 2211.01095) where x = (1 - s) x0 + s noise, with l = log((1 - s) / s): its step
-    is Euler's plus this weight, (1 - after / here) (l(after) - l(here)) / (2 (l(here) - l(before))), times
-    the change of x0. Zero, so Euler's step, where it ends without noise, is the first (before = here), or
-    follows one that began with nothing but noise.
-    """
-    change = (after.logit() - here.logit()) / (before.logit() - here.logit())
-    return torch.where((after > 0) & (before > here), (after / here - 1) * change / 2, 0.0)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.dit.model import DiT, StepInput
-from blip3o_rt.dit.schedule import Schedule, second_order_weight
+from blip3o_rt.dit.schedule import Schedule
+from blip3o_rt.dit.solvers import EULER, Levels, Solver, solver_named
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
-from blip3o_rt.switches import DPM, GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
+from blip3o_rt.switches import GUIDANCE_INTERVAL, SOLVER, STEP_CACHE, setting
 
 GUIDED, CONDITIONAL, EXTRAPOLATED = "guided", "conditional", "extrapolated"
 
@@ -27,12 +28,12 @@ class Shortcuts:
     guidance_interval: the lowest and the highest noise level with guidance, both included; at others the
     conditional branch is computed alone (arXiv 2404.07724). step_cache: the DiT runs at every step_cache-th
     step, from the first on, and at the last; what it predicts in between is extrapolated in a straight line
-    from the last two times that it ran. second_order: steps are those of DPM-Solver++ (2M), not Euler's.
+    from the last two times that it ran. solver: whose steps they are.
     """
 
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     step_cache: int = 1
-    second_order: bool = False
+    solver: Solver = EULER
 
     @classmethod
     def of(cls, switches: Mapping[str, str]) -> Shortcuts:
@@ -40,7 +41,7 @@ class Shortcuts:
         return cls(
             setting(switches, GUIDANCE_INTERVAL) or cls.guidance_interval,
             setting(switches, STEP_CACHE) or cls.step_cache,
-            setting(switches, SOLVER) == DPM,
+            solver_named(setting(switches, SOLVER) or "euler"),
         )
 
     def steps(self, schedule: Schedule) -> list[StepKind]:
@@ -67,25 +68,25 @@ class Shortcuts:
 
     def _kind(self, prediction: str) -> StepKind:
         kept = self.step_cache > 1
-        if prediction == GUIDED and not kept and not self.second_order:
+        if prediction == GUIDED and not kept and self.solver == guided_step.solver:
             return guided_step
-        return ShortStep(prediction, kept, self.second_order)
+        return ShortStep(prediction, kept, self.solver)
 
 
 @dataclass(frozen=True)
 class ShortStep:
     """A step of the fast tier.
 
-    prediction: of both branches, of the conditional one alone, or extrapolated. kept: whether a
-    prediction of the DiT is kept for those that are extrapolated. second_order: as in `Shortcuts`.
+    prediction: of both branches, of the conditional one alone, or extrapolated. kept: whether a prediction
+    of the DiT is kept for those that are extrapolated. solver: as in `Shortcuts`.
     """
 
     prediction: str
     kept: bool
-    second_order: bool
+    solver: Solver
 
     @property
-    def __name__(self) -> str:
+    def name(self) -> str:
         return f"{self.prediction}_step"
 
     def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
@@ -101,13 +102,9 @@ class ShortStep:
         return StepInput(state.whole, state.tables.at(state.index), condition)
 
     def _move(self, state: StepState, predicted: Tensor | None) -> None:
-        before, here, after = _sigmas(state)
-        velocity = self._velocity(state, predicted, here)
-        move = (after - here) * velocity
-        if self.second_order:
-            change = state.history.change(state.latent - here * velocity, state.index[0] == 0)
-            move += second_order_weight(before, here, after) * change
-        state.latent.add_(move)
+        levels = _levels(state)
+        velocity = self._velocity(state, predicted, levels.here)
+        state.latent.add_(self.solver.move(state.latent, velocity, levels, state.history.denoised))
         state.index.add_(1)
 
     def _velocity(self, state: StepState, predicted: Tensor | None, sigma: Tensor) -> Tensor:
@@ -122,8 +119,6 @@ class ShortStep:
         return velocity
 
 
-def _sigmas(state: StepState) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise levels before the step (that of the step where it is the first), at it and after it."""
+def _levels(state: StepState) -> Levels:
     around = torch.cat([state.index - 1, state.index, state.index + 1]).clamp_(min=0)
-    before, here, after = state.tables.schedule.sigmas.to(state.latent.dtype).index_select(0, around)
-    return before, here, after
+    return Levels(*state.tables.schedule.sigmas.to(state.latent.dtype).index_select(0, around))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.dit.conditioning import Condition
 from blip3o_rt.dit.model import DiT, ScheduleTables, StepInput
+from blip3o_rt.dit.solvers import EULER, Solver
 from blip3o_rt.errors import ParameterError
 
 
@@ -23,8 +25,8 @@ class History:
     """What steps of the fast tier leave to later ones of the same image.
 
     predictions [2, C, h, w], of the last two times that the DiT ran, the newer first, and the noise levels
-    [2] that they were made at; denoised [1, C, h, w], where the last step took the latent to be going. What
-    `first` [] says to be an image's first step reads nothing of an earlier image.
+    [2] that they were made at; denoised [1, C, h, w], the last estimate of x0, where the solver keeps it.
+    Where `first` [] is true, values of the previous image are ignored.
     """
 
     predictions: Tensor
@@ -48,12 +50,6 @@ class History:
         """The prediction [1, C, h, w] at a noise level, in a straight line from the last two."""
         (newer, older), (at_newer, at_older) = self.predictions, self.sigmas
         return torch.lerp(newer, older, (sigma - at_newer) / (at_older - at_newer))[None]
-
-    def change(self, denoised: Tensor, first: Tensor) -> Tensor:
-        """How the estimate [1, C, h, w] of the latent without noise changed since the last step; keeps it."""
-        earlier = torch.where(first, denoised, self.denoised)
-        self.denoised.copy_(denoised)
-        return denoised - earlier
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +90,19 @@ class StepState:
         return predicted[:, :channels, :, :width]
 
 
-StepKind = Callable[[DiT, Sequence[StepState]], None]  # the next step of images, all of it on the device
+class StepKind(Protocol):
+    """The next step of images, all of it on the device."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def solver(self) -> Solver: ...
+
+    def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
+        """Make the step that each state.index says, which it increments."""
+
+
 Steps = Callable[[StepKind, Sequence[StepState]], None]  # runs or replays one
 
 
@@ -109,18 +117,27 @@ class EagerSteps:
         kind(self.dit, states)
 
 
-def guided_step(dit: DiT, states: Sequence[StepState]) -> None:
-    """Both branches, guidance, and the Euler step that each state.index says, which it increments."""
-    inputs = [StepInput(s.whole, s.tables.at(s.index), s.condition) for s in states]
-    for state, predicted in zip(states, dit.predict_each(inputs), strict=True):
-        ops.guided_euler_step(
-            state.latent,
-            state.prediction(predicted),
-            state.guidance_scale,
-            state.tables.schedule.delta_sigmas.index_select(0, state.index)[0],
-            out=state.latent,
-        )
-        state.index.add_(1)
+class GuidedStep:
+    """Both branches, then guidance and Euler's move in one operation: every step of the exact tier."""
+
+    name = "guided_step"
+    solver: Solver = EULER
+
+    def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
+        """Make the step that each state.index says, which it increments."""
+        inputs = [StepInput(s.whole, s.tables.at(s.index), s.condition) for s in states]
+        for state, predicted in zip(states, dit.predict_each(inputs), strict=True):
+            ops.guided_euler_step(
+                state.latent,
+                state.prediction(predicted),
+                state.guidance_scale,
+                state.tables.schedule.delta_sigmas.index_select(0, state.index)[0],
+                out=state.latent,
+            )
+            state.index.add_(1)
+
+
+guided_step = GuidedStep()
 
 
 def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tuple[Tensor, Tensor]:

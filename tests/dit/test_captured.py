@@ -22,7 +22,7 @@ from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
 from blip3o_rt.dit.denoise import Denoising, denoise, step_together
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.schedule import flow_schedule
-from blip3o_rt.dit.step import StepState, guided_step
+from blip3o_rt.dit.step import GuidedStep, StepState
 from blip3o_rt.errors import DeviceError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.ops.registry import Implementation
@@ -205,15 +205,16 @@ def test_small_images_share_a_step_on_the_cpu(side: int, count: int) -> None:
 def test_a_step_that_reads_back_cannot_be_recorded() -> None:
     model = Model()
 
-    def reads_its_number(dit: DiT, states: Sequence[StepState]) -> None:
-        (state,) = states
-        dit.predict(state.whole, state.tables.step(int(state.index)), state.condition)
+    class ReadsItsNumber(GuidedStep):
+        def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
+            (state,) = states
+            dit.predict(state.whole, state.tables.step(int(state.index)), state.condition)
 
     asked = inputs(0)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
-    with pytest.raises(DeviceError, match=r"dit reads_its_number x1 of a latent of 5 x 5, 7 hidden states"):
+    with pytest.raises(DeviceError, match=r"dit guided_step x1 of a latent of 5 x 5, 7 hidden states"):
         CapturedImages(
-            model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [reads_its_number]
+            model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [ReadsItsNumber()]
         )
 
 
@@ -221,22 +222,24 @@ def test_a_step_recorded_with_its_number_is_seen() -> None:
     """What these tests catch: a step whose modulation is that of the recording draws another image."""
     model = Model()
 
-    def first_step(dit: DiT, states: Sequence[StepState]) -> None:
-        (state,) = states
-        at = state.index.clone()
-        state.index.zero_()
-        guided_step(dit, states)
-        state.index.copy_(at + 1)
+    class FirstStep(GuidedStep):
+        def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
+            (state,) = states
+            at = state.index.clone()
+            state.index.zero_()
+            super().__call__(dit, states)
+            state.index.copy_(at + 1)
 
+    kind = FirstStep()
     asked = inputs(1, steps=3)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)
     recorded = CapturedImages(
-        model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [first_step]
+        model.dit, geometry, model.tokens, torch.float32, GraphRunner(model.graphs), [kind]
     )
     (image,) = recorded.images
     image.condition(asked.hidden)
     tables = model.dit.schedule_tables(flow_schedule(SchedulerConfig(shift=3.0), asked.steps))
     image.begin(asked.noise, tables, asked.guidance)
     for _ in range(asked.steps):
-        recorded(first_step, [image.state])
+        recorded(kind, [image.state])
     assert not torch.equal(image.state.latent, model.eager(asked))

@@ -20,6 +20,7 @@ from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.model import DiT, StepInput
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.shortcuts import CONDITIONAL, GUIDED, ShortStep
+from blip3o_rt.dit.solvers import SOLVERS
 from blip3o_rt.dit.step import StepKind, StepState, guided_step
 from blip3o_rt.ops.registry import Implementation
 from blip3o_rt.precision import BF16, FP32, MIXED, Precision
@@ -97,7 +98,7 @@ def test_with_weights_in_8_bits(values: torch.dtype) -> None:
 
 @pytest.mark.parametrize("prediction", [GUIDED, CONDITIONAL])
 def test_steps_of_the_fast_tier(prediction: str) -> None:
-    assert_as_alone(dit_of(FP32), range(4), ShortStep(prediction, kept=True, second_order=True))
+    assert_as_alone(dit_of(FP32), range(4), ShortStep(prediction, kept=True, solver=SOLVERS["dpm++"]))
 
 
 def test_images_without_guidance_share_with_those_that_have_it() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.denoise import Denoising, denoise
 from blip3o_rt.dit.schedule import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
+from blip3o_rt.dit.solvers import EULER, Levels, Solver
 from blip3o_rt.dit.step import EagerSteps, StepState, guided_step
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import GraphRunner
-from blip3o_rt.switches import check_switches
+from blip3o_rt.switches import SOLVER, SWITCHES, check_switches, one_of
 from tests.dit.oracle import oracle, relative_l2, runtime, small_config
 from tests.dit.test_denoise import random_latents, random_tokens
 from tests.recorded_graph import RecordedGraphs
@@ -146,6 +149,39 @@ def test_the_estimate_is_the_clean_latent_of_the_prediction(switches: dict[str, 
         assert relative_l2(estimate, clean) < SIGMA_BOUND
 
 
+def test_a_solver_that_only_the_switch_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepting = replace(SWITCHES[SOLVER], parse=one_of("dpm++", "heun"))
+    monkeypatch.setattr("blip3o_rt.switches.SWITCHES", {**SWITCHES, SOLVER: accepting})
+    with pytest.raises(ParameterError, match=r"^solver 'heun' is not in the table .*: euler, dpm\+\+$"):
+        shortcuts(solver="heun")
+
+
+class Unmoved(Solver):
+    """Moves by one whatever the velocity is, and says that it was on its way to two."""
+
+    def move(self, latent: Tensor, velocity: Tensor, levels: Levels, denoised: Tensor) -> Tensor:
+        return torch.ones_like(latent)
+
+    def estimate(self, start: Tensor, end: Tensor, here: Tensor, after: Tensor, denoised: Tensor) -> Tensor:
+        return torch.full_like(end, 2.0)
+
+
+@pytest.mark.parametrize("others", [{}, {"step_cache": "2", "guidance_interval": "0:0.5"}])
+def test_a_solver_of_the_table_is_asked_for_move_and_estimate(
+    monkeypatch: pytest.MonkeyPatch, others: dict[str, str]
+) -> None:
+    monkeypatch.setattr("blip3o_rt.dit.solvers.SOLVERS", {"dpm++": Unmoved()})
+    dit, schedule = Flow(wavy), levels(3)
+    tables = dit.tables(schedule)
+    state = StepState.begin(dit, noise(), tables, NO_CONDITION, 2.0)  # type: ignore[arg-type]
+    kinds = shortcuts(solver="dpm++", **others).steps(schedule)
+    image = Denoising(EagerSteps(dit), state, tables, kinds)  # type: ignore[arg-type]
+    for done in (1, 2, 3):
+        image.step()
+        torch.testing.assert_close(image.latent, noise() + done)
+        assert torch.equal(image.estimate, torch.full(SHAPE, 2.0, dtype=torch.float64))
+
+
 def test_dpm_solver_needs_fewer_steps() -> None:
     assert error_of(shortcuts(solver="dpm++"), levels(15)) < error_of(Shortcuts(), levels(60))
 
@@ -194,7 +230,7 @@ def test_switches_go_together() -> None:
     """Each kind of step is made, and the solution found."""
     chosen = shortcuts(guidance_interval="0:0.5", step_cache="2", solver="dpm++")
     kinds = chosen.steps(levels(30))
-    assert {kind.__name__ for kind in kinds} == {"guided_step", "conditional_step", "extrapolated_step"}
+    assert {kind.name for kind in kinds} == {"guided_step", "conditional_step", "extrapolated_step"}
     assert set(kinds) == set(chosen.kinds)
     assert error_of(chosen, levels(30)) < error_of(Shortcuts(), levels(30))
 
@@ -229,7 +265,7 @@ def test_steps_of_the_fast_tier_that_leave_nothing_out_are_those_of_the_exact_on
     """To rounding: the same guided prediction and Euler step in other operations."""
     small = Small()
     expected = small()
-    small.chosen = SimpleNamespace(steps=lambda schedule: [ShortStep("guided", True, False)] * 6)  # type: ignore[assignment]
+    small.chosen = SimpleNamespace(steps=lambda schedule: [ShortStep("guided", True, EULER)] * 6)  # type: ignore[assignment]
     assert relative_l2(small(), expected) < FLOAT32_BOUND
 
 
