@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import re
 import shlex
 import shutil
@@ -47,22 +50,44 @@ def follow(how: str, path: Path, text: str) -> None:
         path.write_text(path.read_text().replace(old, new))
 
 
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of the document in a tree."""
+    words = shlex.split(line, comments=True)
+    given = dict(word.split("=") for word in words if re.match(r"[A-Z_]+=", word))
+    program, *arguments = words[len(given) :]
+    command = {
+        "make": ["setup.py", "-q", "build_ext", "--inplace"],
+        "python": arguments,
+        "blip3o-rt": ["-m", "blip3o_rt", *arguments],
+    }[program]
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=os.environ | given, capture_output=True, text=True
+    )
+
+
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_the_document_word_for_word(tmp_path: Path) -> None:
     copy_of_the_tree(tmp_path)
-    blocks = BLOCK.findall(DOCUMENT.read_text(encoding="utf-8"))
+    document, triton = DOCUMENT.read_text(encoding="utf-8").split("## A Triton kernel")
+    blocks = BLOCK.findall(document)
     assert len({path for _, path, _ in blocks}) <= MOST_FILES
     for how, path, text in blocks:
         follow(how, tmp_path / path, text)
-    (commands,) = COMMANDS.findall(DOCUMENT.read_text(encoding="utf-8"))
+    (commands,) = COMMANDS.findall(document)
     for line in commands.splitlines():
-        program, *arguments = shlex.split(line)
-        command = {
-            "make": ["setup.py", "-q", "build_ext", "--inplace"],
-            "python": arguments,
-            "blip3o-rt": ["-m", "blip3o_rt", *arguments],
-        }[program]
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+        done = run(line, tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert program == "make" or "squared_relu" in done.stdout or "passed" in done.stdout, done.stdout
+        assert line == "make build" or "squared_relu" in done.stdout or "passed" in done.stdout, done.stdout
+    if importlib.util.find_spec("triton") is None:
+        return
+    for how, path, text in BLOCK.findall(triton):
+        follow(how, tmp_path / path, text)
+    (tmp_path / "blip3o_rt" / "triton_kernels").symlink_to(tmp_path / "triton_kernels")  # as installed
+    interpret, resources = COMMANDS.findall(triton)[0].splitlines()
+    done = run(interpret, tmp_path)
+    errors = [json.loads(line)["errors"] for line in done.stdout.splitlines()]
+    assert (len(errors) > 5, any(errors)) == (True, False), done.stdout + done.stderr
+    assert run(resources, tmp_path).returncode == 0
+    table = json.loads((tmp_path / "tests/triton_kernels/resources.json").read_text())["kernels"]
+    assert "bf16 dit: squared_relu_squared_relu" in table
