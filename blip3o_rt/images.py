@@ -10,7 +10,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
@@ -257,15 +257,9 @@ def _upright_rgb(image: Image.Image, name: str, png: _Png | None = None) -> Imag
         rgb.putalpha(alpha)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
     rgb.info = {}
-    return _upright(rgb, image)
-
-
-def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
-    """The copy turned as the original's EXIF says; EXIF that cannot be read turns nothing."""
-    try:
+    turn = None
+    with suppress(Exception):  # EXIF that cannot be read turns nothing
         turn = _TURNS.get(image.getexif().get(0x0112, 1))  # Orientation
-    except Exception:
-        turn = None
     return rgb if turn is None else rgb.transpose(turn)
 
 

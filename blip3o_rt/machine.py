@@ -128,13 +128,12 @@ def memory(root: Path = Path("/")) -> Memory:
     return Memory(total, max(0, min(available, total)), limit)
 
 
-def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
     """(limit, free below it) in bytes of every cgroup this process is in that has a memory limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
-    limits = []
+        return
     for line in lines:
         hierarchy, controllers, path = line.split(":", 2)
         if hierarchy == "0" and not controllers:
@@ -146,10 +145,9 @@ def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
             continue
         folder = mount / path.lstrip("/")
         for group in [folder, *folder.parents]:
-            limits += _cgroup_limit(group, *files)
+            yield from _cgroup_limit(group, *files)
             if group == mount:
                 break
-    return limits
 
 
 def _cgroup_limit(group: Path, limit: str, usage: str, reclaimable: str) -> list[tuple[int, int]]:
@@ -273,7 +271,7 @@ class _Held:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                found = [(setting, setting.get()) for setting in self._settings()]
+                found = ((setting, setting.get()) for setting in self._settings())
                 self._before = [(setting, value) for setting, value in found if value not in setting.accepted]
                 for setting, _ in self._before:
                     setting.put(setting.accepted[0])

@@ -133,7 +133,7 @@ def open_checkpoint(source: Source | PathName) -> OpenedCheckpoint:
     if source.diffusion is not None or source.ta_tok is not None:
         raise CheckpointError(f"{root}: already converted, so it takes no diffusion folder or ta_tok file")
     manifest = Manifest.read(root)
-    return OpenedCheckpoint(root, manifest.config, manifest.torch_dtype, manifest)
+    return OpenedCheckpoint(root, manifest.config, DTYPES[manifest.dtype], manifest)
 
 
 def load_checkpoint(source: Source | PathName, **options: Any) -> Checkpoint:
@@ -174,7 +174,7 @@ def _load_converted(
         if name not in manifest.switches
     )
     weights = {
-        part: quantizers.get(part, dict)(_mapped(part, specs, manifest.torch_dtype, found))
+        part: quantizers.get(part, dict)(_mapped(part, specs, DTYPES[manifest.dtype], found))
         for part, specs in layouts(found.config, manifest.switches).items()
         if parts is None or part in parts
     }

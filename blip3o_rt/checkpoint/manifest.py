@@ -44,10 +44,6 @@ class Manifest:
     warnings: list[str]
     switches: dict[str, str] = field(default_factory=dict)  # that the files were written for
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
     def write(self, folder: Path) -> None:
         """Write manifest.json into a folder."""
         text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2)

@@ -63,10 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         pathname("--out", "DIR", "folder of the record (out/bench-DATE-TIME)"),
         flag("--quiet", "no table and no lines on the way"),
     )
-    _add_compare(parser)
-
-
-def _add_compare(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(title="or", metavar="compare | serve | windows")
     summary = "what became faster or slower from record A to record B, beyond noise"
     compare = commands.add_parser("compare", help=summary, description=f"Say {summary}.")

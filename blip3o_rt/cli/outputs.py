@@ -50,8 +50,7 @@ class ImageFiles:
         """
         seeds = range(arguments.seed, arguments.seed + arguments.n)
         self._wanted = image_paths(arguments.out, prompts, seeds)
-        self._one_file = self._wanted == [arguments.out]
-        self._overwrite: bool = arguments.overwrite
+        self._replaces = arguments.overwrite or self._wanted == [arguments.out]
         self._written: set[Path] = set()
         check_output_files(arguments, self._wanted, references)
 
@@ -60,7 +59,7 @@ class ImageFiles:
         from blip3o_rt.metadata import save_free, save_png  # PyTorch takes seconds: not for --help
 
         paths = (path for path in numbered(self._wanted[index]) if path not in self._written)
-        if self._one_file or self._overwrite:
+        if self._replaces:
             path = next(paths)
             save_png(image, path, image.info)
         else:

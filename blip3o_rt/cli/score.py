@@ -25,7 +25,6 @@ DESCRIPTION = (
     "accuracy by category and by property with 95%% confidence intervals. Edits of images that somebody else "
     "drew, the foreign world, are judged by hue and outline."
 )
-DEFAULT_OUT = Path("out/score")
 MAX_COUNT = 10_000
 UNDER_THE_BAR = 1
 WORLDS = ("both", "own", "foreign")
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bar = f"exit with {UNDER_THE_BAR} where fewer of a world's images are right"
     add_options(
         parser.add_argument_group("output"),
-        pathname("--out", "DIR", out, default=DEFAULT_OUT),
+        pathname("--out", "DIR", out, default=Path("out/score")),
         number("--fail-under", "PERCENT", bar, kind=float),
         flag("--quiet", "no progress bar and no tables, only the paths"),
     )

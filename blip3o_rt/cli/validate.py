@@ -17,7 +17,6 @@ DESCRIPTION = (
     "transformers and diffusers on the same checkpoint. Exits with 1 where a line fails, or where nothing "
     "was compared."
 )
-DEFAULT_OUT = Path("out/validate")
 FAILED_LINES = 1
 DTYPES = ("fp32", "bf16")
 
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         number("--steps", "N", "denoising steps (4, or 2 of a large model)"),
     )
     out = "where validate.json, validate.html and the images go (%(default)s)"
-    add_options(parser, pathname("--out", "DIR", out, default=DEFAULT_OUT))
+    add_options(parser, pathname("--out", "DIR", out, default=Path("out/validate")))
 
 
 def run(arguments: argparse.Namespace) -> int:
