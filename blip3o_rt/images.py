@@ -286,10 +286,8 @@ def _color_and_alpha(
         alpha = _color_key_alpha(image, png)
     if image.mode == "F" or image.mode.startswith("I"):
         return Image.fromarray(_wide_samples_to_bytes(image, name)), alpha
-    if alpha is not None:
+    if alpha is not None or not image.has_transparency_data:
         return image.copy(), alpha
-    if not image.has_transparency_data:
-        return image.copy(), None
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     alpha = rgba.getchannel("A")
     if alpha.getextrema() == (0, 0) and image.info.get("no_alpha"):

@@ -88,8 +88,8 @@ def draw(folder: Any, model: dict[str, Any], rows: int, arguments: argparse.Name
 
     shards = folder.unfinished()
     left = sum(len(folder.missing(shard)) for shard in shards)
-    hidden = True if arguments.quiet else None  # None: where it is no terminal
-    with tqdm(total=rows, initial=rows - left, unit="row", disable=hidden) as bar:
+    # A bar is for people: none is drawn where standard error is not a terminal.
+    with tqdm(total=rows, initial=rows - left, unit="row", disable=arguments.quiet or None) as bar:
         if not shards:
             return
         if arguments.ray is None:

@@ -13,7 +13,7 @@ from blip3o_rt.cli import drawing, options
 from blip3o_rt.cli.options import add_options, flag, number, option, parameter, pathname
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
-from blip3o_rt.params import MAX_SEED
+from blip3o_rt.params import MAX_SEED, named
 
 if TYPE_CHECKING:
     from blip3o_rt.measure.shapes.score import Drawn
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
                     bar.update()
             except KeyboardInterrupt as error:
                 interrupt = error
-        write(arguments, pipeline, drawn, sampling, complete=interrupt is None)
+        write(arguments, pipeline, drawn, complete=interrupt is None)
     if drawn and not arguments.quiet:
         print(table(drawn))
     if interrupt is not None:
@@ -132,14 +132,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")
 
 
-def write(
-    arguments: argparse.Namespace,
-    pipeline: Pipeline,
-    drawn: list[Drawn],
-    sampling: dict[str, Any],
-    *,
-    complete: bool,
-) -> None:
+def write(arguments: argparse.Namespace, pipeline: Pipeline, drawn: list[Drawn], complete: bool) -> None:
     """Write the record and, where anything was drawn, the contact sheet; prints their paths."""
     import torch
 
@@ -149,7 +142,7 @@ def write(
     from blip3o_rt.metadata import save_png
 
     head = record_head("score", ["blip3o-rt", *sys.argv[1:]])
-    settings = {"count": arguments.count, "seed": arguments.seed, "world": arguments.world, **sampling}
+    settings = named(vars(arguments), ("count", "seed", "world")) | options.sampling_arguments(arguments)
     model: dict[str, Any] = {
         "size": "shapes" if arguments.model is None else str(arguments.model),
         "dtype": pipeline.precision,
