@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blip3o_rt.ar.layout import layout as ar_layout
-from blip3o_rt.checkpoint import parts
+from blip3o_rt.ar import layout as ar
 from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.load import load_checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.manifest import MANIFEST
@@ -183,10 +182,11 @@ def test_another_arrangement_of_the_same_shapes_is_refused(
     def interleaved(config: ARConfig, *, values: torch.dtype | None) -> list[TensorSpec]:
         return [
             replace(spec, sources=spec.sources[::-1]) if spec.name.endswith("gate_up_proj.weight") else spec
-            for spec in ar_layout(config, values=values)
+            for spec in given(config, values=values)
         ]
 
-    monkeypatch.setattr(parts, "ar_layout", interleaved)
+    given = ar.layout
+    monkeypatch.setattr(ar, "layout", interleaved)
     with pytest.raises(
         CheckpointError, match="arranged tensors in another way; convert the checkpoint again"
     ):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from blip3o_rt import ops, precision
+from blip3o_rt import machine, ops, precision
 from blip3o_rt.cli import doctor
 from blip3o_rt.machine import Processor, describe
 from blip3o_rt.ops import bf16_products, image, native, quantized
@@ -47,7 +47,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
         )
         for room in (bf16_products, precision, quantized):
             monkeypatch.setattr(room, "processor", lambda: processor)
-        monkeypatch.setattr(doctor, "describe", lambda: dataclasses.replace(describe(), processor=processor))
+        monkeypatch.setattr(machine, "describe", lambda: dataclasses.replace(describe(), processor=processor))
         monkeypatch.setattr(native, "cpu", lambda: module)
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: "avx512f" in isa)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
