@@ -85,11 +85,12 @@ def native_modules() -> list[Extension]:
     """The states of blip3o_rt._cpu, blip3o_rt._cuda and the Triton kernels."""
     from blip3o_rt.ops import native, triton_backend
 
-    usable = "usable"
-    if (module := native.cpu_module()) is not None:
-        usable = f"{module.isa()} (of {', '.join(module.isas())}), {module.num_threads()} threads"
+    without_cpu, on_cpu = native.cpu_unavailable(), ""
+    if without_cpu is None:
+        module = native.cpu()
+        on_cpu = f"{module.isa()} (of {', '.join(module.isas())}), {module.num_threads()} threads"
     states = (
-        ("_cpu", native.cpu_unavailable(), usable),
+        ("_cpu", without_cpu, on_cpu),
         ("_cuda", native.cuda_unavailable(), "usable"),
         ("triton_kernels", triton_backend.unavailable(), "usable"),
     )
