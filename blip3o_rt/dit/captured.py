@@ -20,7 +20,7 @@ from blip3o_rt.config import DiTConfig
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens
 from blip3o_rt.dit.model import DiT, ScheduleTables, area_widths
 from blip3o_rt.dit.schedule import Schedule
-from blip3o_rt.dit.step import StepKind, StepState, guided_step, model_input
+from blip3o_rt.dit.step import StepKind, StepState, guided_step, with_reference
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_STEPS
 
@@ -65,8 +65,8 @@ class Geometry:
 
         Keys and values of the cross-attention, and in float32 the modulation of the longest schedule.
         """
-        seen = self.condition_latents or (0,)
-        tokens = self.hidden_states[0] + math.prod((*seen[:1], *seen[2:]))
+        latents = self.condition_latents or (0,)
+        tokens = self.hidden_states[0] + math.prod((*latents[:1], *latents[2:]))
         keys_and_values = 2 * config.num_layers * config.cross_width * tokens * dtype.itemsize
         return keys_and_values + MAX_STEPS * 7 * config.width * torch.float32.itemsize  # six of the blocks
 
@@ -102,14 +102,16 @@ class CapturedImage:
         def zeros(shape: Shape) -> Tensor:
             return torch.zeros(shape, dtype=dit.wide, device=dit.device)
 
-        beside = None if geometry.concat_latent is None else zeros(geometry.concat_latent)
+        concat = None if geometry.concat_latent is None else zeros(geometry.concat_latent)
         self._hidden_states = zeros(geometry.hidden_states).to(hidden_dtype)
-        self._seen = None if geometry.condition_latents is None else zeros(geometry.condition_latents)
-        condition = dit.condition(tokens(self._hidden_states, self._seen))
-        self.state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, beside)
+        self._condition_latents = (
+            None if geometry.condition_latents is None else zeros(geometry.condition_latents)
+        )
+        condition = dit.condition(tokens(self._hidden_states, self._condition_latents))
+        self.state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, concat)
         self.compute_condition: Callable[[], Condition] = runner.capture(
             f"dit.condition of {geometry}",
-            lambda: dit.condition(tokens(self._hidden_states, self._seen), out=condition),
+            lambda: dit.condition(tokens(self._hidden_states, self._condition_latents), out=condition),
         )
         self.busy = False
 
@@ -122,21 +124,25 @@ class CapturedImage:
         finally:
             self.busy = False
 
-    def condition(self, hidden_states: Tensor, seen: Tensor | None = None) -> Condition:
+    def condition(self, hidden_states: Tensor, condition_latents: Tensor | None = None) -> Condition:
         """The condition of an image's hidden states and reference latents, in the buffers of its steps."""
         self._hidden_states.copy_(hidden_states)
-        if self._seen is not None and seen is not None:
-            self._seen.copy_(seen)
+        if self._condition_latents is not None and condition_latents is not None:
+            self._condition_latents.copy_(condition_latents)
         self.compute_condition()
         return self.state.condition
 
     def begin(
-        self, noise: Tensor, tables: ScheduleTables, guidance_scale: float, beside: Tensor | None = None
+        self,
+        noise: Tensor,
+        tables: ScheduleTables,
+        guidance_scale: float,
+        concat_latent: Tensor | None = None,
     ) -> None:
         """The state before the first step of the image whose condition was computed last."""
         state, steps = self.state, tables.schedule.steps
-        whole, _ = model_input(noise.to(state.whole), beside, state.whole.shape[1])
-        state.whole.copy_(whole)
+        seen, _ = with_reference(noise.to(state.model_input), concat_latent, state.model_input.shape[1])
+        state.model_input.copy_(seen)
         state.index.zero_()
         state.guidance_scale.fill_(guidance_scale)
         state.tables.blocks[:steps].copy_(tables.blocks)
@@ -151,8 +157,7 @@ class CapturedImages:
     step of any images is that of a few runs, and no run has an image that does not take part.
 
     Args:
-        tokens: Makes the condition's tokens of hidden states, of hidden_dtype, and of the reference latents
-            that cross-attention sees.
+        tokens: Turns hidden states (`hidden_dtype`) and reference latents into cross-attention tokens.
         kinds: The steps to capture.
         count: Images, a power of two.
     """

@@ -85,7 +85,7 @@ def denoise(
 ) -> Tensor:
     """The latent [1, C, H, W] in fp32 that the noise [1, C, H, W] becomes (still times the scaling factor).
 
-    reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `model_input`. `kinds`
+    reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `with_reference`. `kinds`
     says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
     `captured`: buffers of this geometry; `condition` must be that of its first image. Raises ParameterError
     for shapes that do not fit.

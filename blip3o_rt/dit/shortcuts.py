@@ -99,7 +99,7 @@ class ShortStep:
 
     def _input(self, state: StepState) -> StepInput:
         condition = state.condition if self.prediction == GUIDED else state.condition.unguided
-        return StepInput(state.whole, state.tables.at(state.index), condition)
+        return StepInput(state.model_input, state.tables.at(state.index), condition)
 
     def _move(self, state: StepState, predicted: Tensor | None) -> None:
         levels = _levels(state)

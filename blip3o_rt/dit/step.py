@@ -56,11 +56,11 @@ class History:
 class StepState:
     """What the steps of one image read and write.
 
-    whole [1, in_channels, H, W] is what the DiT sees, latent [1, C, h, w] the view of it that the steps move;
-    index int64 [1] is the number of steps done; guidance_scale [].
+    model_input [1, in_channels, H, W] is what the DiT sees, latent [1, C, h, w] the view of it that the steps
+    move; index int64 [1] is the number of steps done; guidance_scale [].
     """
 
-    whole: Tensor
+    model_input: Tensor
     latent: Tensor
     index: Tensor
     guidance_scale: Tensor
@@ -79,10 +79,12 @@ class StepState:
         reference_latent: Tensor | None = None,
     ) -> StepState:
         """The state before the first step. Raises ParameterError for shapes that do not fit."""
-        whole, latent = model_input(noise.to(dit.device, dit.wide), reference_latent, dit.config.in_channels)
+        seen, latent = with_reference(
+            noise.to(dit.device, dit.wide), reference_latent, dit.config.in_channels
+        )
         index = torch.zeros(1, dtype=torch.int64, device=dit.device)
         guidance = torch.tensor(guidance_scale, dtype=dit.wide, device=dit.device)
-        return cls(whole, latent, index, guidance, tables, condition, History.of(latent))
+        return cls(seen, latent, index, guidance, tables, condition, History.of(latent))
 
     def prediction(self, predicted: Tensor) -> Tensor:
         """The part of the DiT's predictions [branches, out_channels, H, W] that is of the latent."""
@@ -125,7 +127,7 @@ class GuidedStep:
 
     def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
         """Make the step that each state.index says, which it increments."""
-        inputs = [StepInput(s.whole, s.tables.at(s.index), s.condition) for s in states]
+        inputs = [StepInput(s.model_input, s.tables.at(s.index), s.condition) for s in states]
         for state, predicted in zip(states, dit.predict_each(inputs), strict=True):
             ops.guided_euler_step(
                 state.latent,
@@ -140,7 +142,7 @@ class GuidedStep:
 guided_step = GuidedStep()
 
 
-def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tuple[Tensor, Tensor]:
+def with_reference(noise: Tensor, reference: Tensor | None, in_channels: int) -> tuple[Tensor, Tensor]:
     """What the DiT sees at every step, and the view of it that the steps move, which starts as the noise.
 
     noise [1, C, H, W]. A DiT of 2 C input channels takes a reference [1, C, H, W] as further channels, one of
@@ -153,7 +155,7 @@ def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tu
                 f"this DiT has {in_channels} input channels and the noise {channels}: "
                 "it needs a reference image, or noise of as many channels"
             )
-        whole = noise.clone()
+        seen = noise.clone()
     else:
         reference = reference.to(noise)
         axis = 3 if in_channels == channels else 1
@@ -163,5 +165,5 @@ def model_input(noise: Tensor, reference: Tensor | None, in_channels: int) -> tu
                 f"a DiT of {in_channels} input channels cannot see a reference latent "
                 f"{list(reference.shape)} beside a latent {list(noise.shape)}"
             )
-        whole = torch.cat([noise, reference], dim=axis)
-    return whole, whole[:, :channels, :, :width]
+        seen = torch.cat([noise, reference], dim=axis)
+    return seen, seen[:, :channels, :, :width]

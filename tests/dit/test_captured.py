@@ -180,7 +180,7 @@ def test_memory_decides_how_many_images_share_a_step(in_channels: int, beside: b
     condition, tables = image.state.condition, image.state.tables
     held = [condition.keys, condition.values, tables.blocks, tables.final]
     assert geometry.held_bytes(model.dit.config, model.dit.dtype) == sum(tensor.nbytes for tensor in held)
-    tokens = image.state.whole[0, 0].numel()
+    tokens = image.state.model_input[0, 0].numel()
     memory = model.dit._workspace(2 * tokens)._memory.values()
     x = 2 * tokens * model.dit.config.width * 2
     step = geometry.step_bytes(model.dit.config, model.dit.dtype)
@@ -208,7 +208,7 @@ def test_a_step_that_reads_back_cannot_be_recorded() -> None:
     class ReadsItsNumber(GuidedStep):
         def __call__(self, dit: DiT, states: Sequence[StepState]) -> None:
             (state,) = states
-            dit.predict(state.whole, state.tables.step(int(state.index)), state.condition)
+            dit.predict(state.model_input, state.tables.step(int(state.index)), state.condition)
 
     asked = inputs(0)
     geometry = Geometry.of(asked.noise, asked.hidden, None, None)

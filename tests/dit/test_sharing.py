@@ -105,7 +105,7 @@ def test_images_without_guidance_share_with_those_that_have_it() -> None:
     dit = dit_of(FP32)
     states = [state_of(dit, seed) for seed in range(4)]
     states[1:3] = [replace(state, condition=state.condition.unguided) for state in states[1:3]]
-    inputs = [StepInput(s.whole, s.tables.at(s.index), s.condition) for s in states]
+    inputs = [StepInput(s.model_input, s.tables.at(s.index), s.condition) for s in states]
     for found, given in zip(dit.predict_each(inputs), inputs, strict=True):
         assert torch.equal(found, dit.predict(given.latent, given.modulation, given.condition))
 

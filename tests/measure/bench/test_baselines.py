@@ -123,7 +123,7 @@ def test_a_step_of_every_kind_of_edit(
     stage.prepare()
     assert close(stage.step(), baselines.DitBaseline(stage).step())
     assert stage.state is not None
-    assert stage.state.whole.numel() == tokens * stage.config.dit.in_channels
+    assert stage.state.model_input.numel() == tokens * stage.config.dit.in_channels
     assert len(stage.tokens.conditional) == condition
     assert sum(stage.tokens.null_counts) == condition
 
