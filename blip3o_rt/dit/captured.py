@@ -100,13 +100,12 @@ class CapturedImage:
         self, dit: DiT, geometry: Geometry, tokens: Tokens, hidden_dtype: torch.dtype, runner: GraphRunner
     ) -> None:
         def zeros(shape: Shape) -> Tensor:
-            return torch.zeros(shape, dtype=dit.wide, device=dit.device)
+            return torch.zeros(shape, dtype=dit.compute_dtype, device=dit.device)
 
         concat = None if geometry.concat_latent is None else zeros(geometry.concat_latent)
         self._hidden_states = zeros(geometry.hidden_states).to(hidden_dtype)
-        self._condition_latents = (
-            None if geometry.condition_latents is None else zeros(geometry.condition_latents)
-        )
+        latents = geometry.condition_latents
+        self._condition_latents = None if latents is None else zeros(latents)
         condition = dit.condition(tokens(self._hidden_states, self._condition_latents))
         self.state = StepState.begin(dit, zeros(geometry.noise), _longest(dit), condition, 1.0, concat)
         self.compute_condition: Callable[[], Condition] = runner.capture(
@@ -133,15 +132,11 @@ class CapturedImage:
         return self.state.condition
 
     def begin(
-        self,
-        noise: Tensor,
-        tables: ScheduleTables,
-        guidance_scale: float,
-        concat_latent: Tensor | None = None,
+        self, noise: Tensor, tables: ScheduleTables, guidance_scale: float, concat: Tensor | None = None
     ) -> None:
         """The state before the first step of the image whose condition was computed last."""
         state, steps = self.state, tables.schedule.steps
-        seen, _ = with_reference(noise.to(state.model_input), concat_latent, state.model_input.shape[1])
+        seen, _ = with_reference(noise.to(state.model_input), concat, state.model_input.shape[1])
         state.model_input.copy_(seen)
         state.index.zero_()
         state.guidance_scale.fill_(guidance_scale)

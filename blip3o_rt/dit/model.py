@@ -114,14 +114,14 @@ class DiT:
         self.weights = weights
         self.dtype = weights["proj_out.bias"].dtype
         self.device = weights["proj_out.weight"].device
-        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.compute_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.blocks = [_Block(config, weights, f"transformer_blocks.{i}.") for i in range(config.num_layers)]
         self.block_tables = hoisted(
-            weights, lambda: torch.stack([block.table for block in self.blocks]).to(self.wide)
+            weights, lambda: torch.stack([block.table for block in self.blocks]).to(self.compute_dtype)
         )
-        self.final_table = self._wide("scale_shift_table")
-        self.patch_embed = self._wide("patch_embed.proj.weight"), self._wide("patch_embed.proj.bias")
-        self.proj_out = self._wide("proj_out.weight"), self._wide("proj_out.bias")
+        self.final_table = self._upcast("scale_shift_table")
+        self.patch_embed = self._upcast("patch_embed.proj.weight"), self._upcast("patch_embed.proj.bias")
+        self.proj_out = self._upcast("proj_out.weight"), self._upcast("proj_out.bias")
 
     @property
     def batch_invariant(self) -> bool:
@@ -137,10 +137,10 @@ class DiT:
     def tables(self, schedule: Schedule) -> ScheduleTables:
         """Those of a schedule that is on the model's device already: work that a graph can hold."""
         timesteps = schedule.timesteps * self.config.timestep_scale
-        features = timestep_features(timesteps).to(self.wide)
-        hidden = F.silu(F.linear(features, *self._wide_linear("time_embed.emb.timestep_embedder.linear_1")))
-        embedding = F.linear(hidden, *self._wide_linear("time_embed.emb.timestep_embedder.linear_2"))
-        modulation = F.linear(F.silu(embedding), *self._wide_linear("time_embed.linear"))
+        features = timestep_features(timesteps).to(self.compute_dtype)
+        hidden = F.silu(F.linear(features, *self._upcast_linear("time_embed.emb.timestep_embedder.linear_1")))
+        embedding = F.linear(hidden, *self._upcast_linear("time_embed.emb.timestep_embedder.linear_2"))
+        modulation = F.linear(F.silu(embedding), *self._upcast_linear("time_embed.linear"))
         return ScheduleTables(
             schedule, modulation.view(schedule.steps, 6, -1), embedding, self.block_tables, self.final_table
         )
@@ -196,7 +196,8 @@ class DiT:
             found = block(images, layer, normed, workspace)
             last, eps = layer + 1 == len(self.blocks), self.config.norm_eps
             if last:
-                outs, eps = [x.new_empty(x.shape, dtype=self.wide) for x in found.images], FINAL_NORM_EPS
+                outs = [x.new_empty(x.shape, dtype=self.compute_dtype) for x in found.images]
+                eps = FINAL_NORM_EPS
             else:
                 normed = workspace.take(Area.NARROW, found.images, self.config.width)
                 outs = normed.images
@@ -216,7 +217,7 @@ class DiT:
                 f"got {list(given.latent.shape)}"
             )
         height, width = height // patch, width // patch
-        patches = given.latent.to(self.wide).view(1, -1, height, patch, width, patch)
+        patches = given.latent.to(self.compute_dtype).view(1, -1, height, patch, width, patch)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(1, height * width, -1)
         x = F.linear(patches, *self.patch_embed).to(self.dtype)
         return _Image(x, (height, width), given.modulation, given.condition)
@@ -231,11 +232,12 @@ class DiT:
         sizes = {area: tokens * width for area, width in area_widths(self.config).items()}
         return Workspace(self.dtype, self.device, sizes)
 
-    def _wide(self, name: str) -> Tensor:
-        return hoisted(self.weights, lambda: self.weights[name].to(self.wide))
+    def _upcast(self, name: str) -> Tensor:
+        return hoisted(self.weights, lambda: self.weights[name].to(self.compute_dtype))
 
-    def _wide_linear(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.weights[f"{name}.weight"].to(self.wide), self.weights[f"{name}.bias"].to(self.wide)
+    def _upcast_linear(self, name: str) -> tuple[Tensor, Tensor]:
+        dtype = self.compute_dtype
+        return self.weights[f"{name}.weight"].to(dtype), self.weights[f"{name}.bias"].to(dtype)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return ops.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -257,7 +259,7 @@ class DiT:
 
         if len(null_counts) == 1:
             return Condition(*heads(tokens), ConstantNull(empty(config.width)))
-        log_multiplicity = torch.tensor(null_counts, dtype=self.wide, device=self.device).log()
+        log_multiplicity = torch.tensor(null_counts, dtype=self.compute_dtype, device=self.device).log()
         return Condition(*heads(tokens), WeightedNull(*heads(len(null_counts)), log_multiplicity))
 
     def _keys_values(self, tokens: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -79,11 +79,10 @@ class StepState:
         reference_latent: Tensor | None = None,
     ) -> StepState:
         """The state before the first step. Raises ParameterError for shapes that do not fit."""
-        seen, latent = with_reference(
-            noise.to(dit.device, dit.wide), reference_latent, dit.config.in_channels
-        )
+        noise = noise.to(dit.device, dit.compute_dtype)
+        seen, latent = with_reference(noise, reference_latent, dit.config.in_channels)
         index = torch.zeros(1, dtype=torch.int64, device=dit.device)
-        guidance = torch.tensor(guidance_scale, dtype=dit.wide, device=dit.device)
+        guidance = torch.tensor(guidance_scale, dtype=dit.compute_dtype, device=dit.device)
         return cls(seen, latent, index, guidance, tables, condition, History.of(latent))
 
     def prediction(self, predicted: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class TiledBlocks(Block):
         count = min(self._tiles, cells)
         borders = [cells * tile // count for tile in range(count + 1)]
         spans = []
-        for begin, end in pairwise(borders):
+        for begin, end in pairwise(borders):  # in cells; first:last is begin:end with the margin
             first, last = max(0, begin - self.margin), min(cells, end + self.margin)
             seen, own = _pixels(first, last, self._cell_in), (begin - first, end - first, self._cell_out)
             spans.append((seen, _pixels(*own), _pixels(begin, end, self._cell_out)))

@@ -47,7 +47,7 @@ class Flow:
     """Stands in for the DiT: its prediction is a velocity in closed form, its modulation the noise level."""
 
     def __init__(self, velocity: Velocity) -> None:
-        self.device, self.wide = torch.device("cpu"), torch.float64
+        self.device, self.compute_dtype = torch.device("cpu"), torch.float64
         self.config = SimpleNamespace(in_channels=SHAPE[1])
         self.velocity, self.ran_at = velocity, []
 

@@ -107,7 +107,7 @@ class PublishedModel:
         ta_tok: Path | None = None,
     ) -> None:
         self.folder, self.dtype, self.device = folder, dtype, torch.device(device)
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.config = _json(folder / "config.json")
         name = self.config["diffusion_name_or_path"]
         self._diffusers = diffusion or folder / name
@@ -411,21 +411,21 @@ class PublishedModel:
         guidance: float = 2.0,
     ) -> Iterator[tuple[Step, Tensor]]:
         """Every step of the loop, and the latent [1, C, h, w] after it."""
-        latent = noise.to(self.device, self.wide)
+        latent = noise.to(self.device, self.compute_dtype)
         channelwise = self._transformer_config["in_channels"] == 2 * self.latent_channels
         beside = channelwise or self.config.get("use_und_image_vae_as_noise", False)
         self.scheduler.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps))
-        sigmas = self.scheduler.sigmas.to(self.wide)
+        sigmas = self.scheduler.sigmas.to(self.compute_dtype)
         for index, timestep in enumerate(self.scheduler.timesteps):
             seen = latent
             if references and beside:
                 seen = torch.cat([latent, references[0].latent.to(latent)], dim=1 if channelwise else 3)
             model_input = torch.cat([seen, seen])
             prediction = self.predict(model_input, timestep, condition)
-            null, conditional = prediction.to(self.wide).chunk(2)
+            null, conditional = prediction.to(self.compute_dtype).chunk(2)
             guided = null + guidance * (conditional - null)
             guided = guided[:, : self.latent_channels, :, : self.latent_size]
-            if self.wide == torch.float64:  # the scheduler itself would round the latent to float32
+            if self.compute_dtype == torch.float64:  # the scheduler itself would round the latent to float32
                 latent = latent + (sigmas[index + 1] - sigmas[index]) * guided
             else:
                 latent = self.scheduler.step(guided, timestep, latent).prev_sample
