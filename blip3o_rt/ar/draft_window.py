@@ -126,7 +126,7 @@ class Drafting(Protocol):
 
     draft_window: int | None
     window: int
-    drawn: int
+    num_generated: int
     agreement: Agreement
 
 
@@ -172,7 +172,7 @@ class DraftWindows:
 
     def _left(self, member: Drafting) -> int:
         """The most rows of the next pass that can read a token: it draws at least one before."""
-        return max(1, self._tokens - member.drawn)
+        return max(1, self._tokens - member.num_generated)
 
     def _share(self, member: Drafting) -> Share:
         left = self._left(member)

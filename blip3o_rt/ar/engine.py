@@ -195,14 +195,14 @@ class TokenEngine:
         if not self._running:
             return self._results.tokens.new_empty(0)
         batch, self._batch = self._batch or self._lay_out(), None  # not kept where its step is interrupted
-        drawn = [image.drawn for image in self._running]
+        before = [image.num_generated for image in self._running]
         begun = time.perf_counter()
-        with trace.span("ar.token", drawn[0]):
+        with trace.span("ar.token", before[0]):
             tokens = batch.step()
         if not tokens.is_cuda:  # elsewhere the host does not see how long a pass takes
             self._windows.times.note(len(tokens), time.perf_counter() - begun)
-        for image, before in zip(self._running, drawn, strict=True):
-            image.request.tokens_drawn += image.drawn - before
+        for image, number in zip(self._running, before, strict=True):
+            image.request.tokens_drawn += image.num_generated - number
             image.request.passes += 1
         if not any(self._finished(image) for image in self._running):
             self._batch = None if self._windows.change(self._running) else batch
@@ -258,9 +258,9 @@ class TokenEngine:
             raise PromptError(
                 f"the prompt is {len(prompt.ids)} tokens long: accepted is 1 to {self._max_prompt_tokens}"
             )
-        words = self.decoder.config.vocab_size
-        if min(prompt.ids) < 0 or max(prompt.ids) >= words:
-            raise PromptError(f"the prompt has ids outside the vocabulary: accepted is 0 to {words - 1}")
+        vocab_size = self.decoder.config.vocab_size
+        if min(prompt.ids) < 0 or max(prompt.ids) >= vocab_size:
+            raise PromptError(f"the prompt has ids outside the vocabulary: accepted is 0 to {vocab_size - 1}")
         span, width = prompt.feature_positions, self.decoder.config.hidden_size
         if prompt.features is not None and (
             tuple(prompt.features.shape) != (len(span), width)
@@ -272,7 +272,7 @@ class TokenEngine:
                 f"accepted is a row of {width} for every position"
             )
         for params in prompt.samples:
-            params.top_k_for(self.image_tokens.num_image_tokens, words)
+            params.top_k_for(self.image_tokens.num_image_tokens, vocab_size)
 
     def _admit(self) -> None:
         """Let images join from the head of the queue while there is room for the next."""
@@ -325,7 +325,7 @@ class TokenEngine:
             self._leave(image)
 
     def _finished(self, image: _Image) -> bool:
-        return image.drawn == self.image_tokens.tokens_per_image
+        return image.num_generated == self.image_tokens.tokens_per_image
 
     def _leave(self, image: _Image) -> None:
         """The one way out of the batch: pages and output slot come back."""

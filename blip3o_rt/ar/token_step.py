@@ -12,7 +12,7 @@ the pass itself moves on: nothing is read back within it.
 
 Where work is captured as graphs, there is one for every bucket of rows (1, 2, 4, .. the most), for each
 vocabulary to draw from, and for windows of one row and of several. A batch takes the smallest that holds it,
-and the rows beyond its own are padding: rows of no context, which write to no page and to the dummy slot.
+and the rows beyond its own are padding rows: context length 0, no KV page, output to the dummy slot.
 A batch that draws from both vocabularies runs as the same work, eagerly.
 """
 
@@ -54,7 +54,7 @@ class Member:
     prompt_length: int
     sequence: Sequence = field(default_factory=Sequence)
     slot: int = -1
-    drawn: int = 0
+    num_generated: int = 0
     window: int = 1
     decoded: int = 1
     draft_window: int | None = 1
@@ -178,7 +178,7 @@ class TokenBatch:
             page_table=column(torch.int32, steps.max_blocks),
             output_slots=column(torch.int64),  # of that token and of the hidden state it is drawn from
         )
-        self._draws, self._token_ids = column(torch.int64), column(torch.int64)
+        self._sampled_ids, self._token_ids = column(torch.int64), column(torch.int64)
         width = steps.decoder.config.hidden_size
         self._embedded, self._hidden = (column(steps.decoder.dtype, width) for _ in range(2))
         self._kept_tokens, self._kept_hidden = results.tokens.flatten(), results.hidden.flatten(0, 1)
@@ -217,7 +217,8 @@ class TokenBatch:
     def step(self) -> Tensor:
         """Draw at least one token of every member and run its window through the decoder.
 
-        A member's `drawn` counts what is kept. On a GPU the count of longer windows lags a few passes behind.
+        A member's `num_generated` counts what is kept. On a GPU the count of longer windows lags a few passes
+        behind.
 
         Returns:
             The vocabulary ids that the rows read, int64 [rows]; overwritten by the next step. The id of a row
@@ -235,7 +236,7 @@ class TokenBatch:
             self._count(self._counts.after_a_pass(), offered)
         else:
             for member in self._members:
-                member.drawn += 1
+                member.num_generated += 1
         self._interrupted = False
         return token_ids[: self._rows]
 
@@ -253,10 +254,10 @@ class TokenBatch:
             return
         row = 0
         for member, window, rows in zip(self._members, self._windows, offered, strict=True):
-            left = self._steps.tokens_per_image - member.drawn
-            member.agreement.note(counts[row] - member.drawn, min(rows, left))
-            member.drawn = counts[row]
-            member.decoded = min(window, self._steps.tokens_per_image - member.drawn + 1)
+            left = self._steps.tokens_per_image - member.num_generated
+            member.agreement.note(counts[row] - member.num_generated, min(rows, left))
+            member.num_generated = counts[row]
+            member.decoded = min(window, self._steps.tokens_per_image - member.num_generated + 1)
             row += window
 
     def _work(self, image_rows: int, windowed: bool) -> Callable[[], Tensor]:
@@ -280,10 +281,10 @@ class TokenBatch:
                     self._seeds[rows],
                     self._num_generated[rows],
                     scratch=self._decoder.scratch,
-                    out=self._draws[rows],
+                    out=self._sampled_ids[rows],
                 )
             ops.advance_windows(
-                self._draws,
+                self._sampled_ids,
                 self._cu_rows,
                 self._first_ids,
                 step.page_table,
@@ -331,7 +332,7 @@ class TokenBatch:
         Number, context length and output slot are those of padding where the last pass left no hidden state.
         """
         params, results, vocabularies = member.params, self._steps.results, self._steps.vocabularies
-        number = member.drawn + row
+        number = member.num_generated + row
         state = number, member.prompt_length + number, results.index(member.slot, number)
         if row >= member.decoded or number > self._steps.tokens_per_image:
             state = 0, 0, results.dummy
