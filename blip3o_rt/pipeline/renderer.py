@@ -59,16 +59,16 @@ def latent_shape(config: ModelConfig) -> tuple[int, int, int, int]:
 def captured_geometries(config: ModelConfig, *, edits: bool) -> list[Geometry]:
     """Geometries to capture, the largest first: an edit of one reference, and text-to-image."""
     noise = latent_shape(config)
-    words = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
+    text_to_image = Geometry(noise, (config.image_tokens.tokens_per_image + 1, config.ar.hidden_size))
     side = config.image_size // config.vae.compression
     reference = (1, noise[1], side, side)
     edit = dataclasses.replace(
-        words,
+        text_to_image,
         concat_latent=reference if sees_reference(config) else None,
         condition_latents=reference if config.edit.use_und_image_vae else None,
     )
-    draws_from_words = config.dit.in_channels == noise[1]
-    return [*([edit] if edits and edit != words else []), *([words] if draws_from_words else [])]
+    edit_geometries = [edit] if edits and edit != text_to_image else []
+    return [*edit_geometries, *([text_to_image] if config.dit.in_channels == noise[1] else [])]
 
 
 class Renderer:
@@ -271,8 +271,8 @@ class Renderer:
         """The metadata of an image: how it was drawn, of what checkpoint, and what came from the caller."""
         drawn: dict[str, Any] = {"tokens": "given"}
         if not plan.replayed:
-            codes, words = self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size
-            drawn = {**dataclasses.asdict(plan.sampling), "top_k": plan.sampling.top_k_for(codes, words)}
+            sizes = self.config.image_tokens.num_image_tokens, self.config.ar.vocab_size
+            drawn = {**dataclasses.asdict(plan.sampling), "top_k": plan.sampling.top_k_for(*sizes)}
             drawn["token_seed"] = drawn.pop("seed")
         if noise_given:
             drawn["noise"] = "given"

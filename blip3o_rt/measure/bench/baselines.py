@@ -125,9 +125,8 @@ class LanguageTokens:
         stage, config = baseline.stage, baseline.stage.config
         rows = range(config.ar.vocab_size) if whole_vocabulary else stage.head_rows()
         self._first_row, self._head = rows.start, baseline.model.lm_head.weight[rows.start : rows.stop]
-        codes, words = config.image_tokens.num_image_tokens, config.ar.vocab_size
-        sampling = stage.sampling
-        self._draw = Sampler(sampling.temperature, sampling.top_k_for(codes, words), sampling.top_p)
+        sampling, sizes = stage.sampling, (config.image_tokens.num_image_tokens, config.ar.vocab_size)
+        self._draw = Sampler(sampling.temperature, sampling.top_k_for(*sizes), sampling.top_p)
         decoder = baseline.model.model
         self._step = decoder if compile_mode is None else torch.compile(decoder, mode=compile_mode)
         self._left, self._cache, self._hidden = 0, self._empty_cache(), torch.empty(0)
@@ -309,15 +308,16 @@ class ImageBaseline:
 
     def draw(self, batch: int) -> Tensor:
         """Pixels [batch, 3, H, W] in 0..1."""
-        count, codes = self.config.image_tokens.tokens_per_image, self.config.image_tokens.num_image_tokens
+        tokens, sampling = self.config.image_tokens, SamplingParams()
+        count = tokens.tokens_per_image
         sequences = self.language.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
             num_return_sequences=batch,
             do_sample=True,
-            temperature=1.0,
-            top_k=SamplingParams().top_k_for(codes, self.config.ar.vocab_size),
-            top_p=0.95,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k_for(tokens.num_image_tokens, self.config.ar.vocab_size),
+            top_p=sampling.top_p,
             max_new_tokens=count,
             min_new_tokens=count,
             eos_token_id=None,
