@@ -9,7 +9,7 @@ from torch import Tensor
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 from tests.tatok import oracle as tower
 from tests.vae import oracle as autoencoder
 
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_results_are_the_callers_own() -> None:
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     function = CapturedFunction("double", lambda x: (2 * x, x + 1), GraphRunner(graphs))
     function.capture(torch.empty(3))
     first, second = function(torch.ones(3)), function(torch.full((3,), 5.0))
@@ -29,7 +29,7 @@ def test_results_are_the_callers_own() -> None:
 
 
 def test_shapes_that_were_not_prepared_run_and_are_told() -> None:
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     runner = GraphRunner(graphs)
     function = CapturedFunction("double", lambda x: 2 * x, runner)
     function.capture(torch.empty(3))
@@ -55,7 +55,7 @@ def test_without_graphs_the_function_runs_and_nothing_is_told() -> None:
 def test_the_autoencoder_replayed_is_the_autoencoder(dtype: torch.dtype, resampling: tuple[str, str]) -> None:
     config = autoencoder.small_config(upsample=resampling[0], downsample=resampling[1])
     weights = autoencoder.runtime_weights(config, autoencoder.oracle(config), dtype)
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     runner = GraphRunner(graphs)
     eager, replayed = Autoencoder(config, weights), Autoencoder(config, weights, runner)
     side = config.compression
@@ -75,7 +75,7 @@ def test_the_autoencoder_replayed_is_the_autoencoder(dtype: torch.dtype, resampl
 def test_the_image_tokenizer_replayed_is_the_image_tokenizer(dtype: torch.dtype) -> None:
     config = tower.small_config()
     weights = tower.runtime_weights(config, tower.oracle(config), dtype)
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     eager, replayed = ImageTokenizer(config, weights), ImageTokenizer(config, weights, GraphRunner(graphs))
     replayed.capture()
     pixels = random(2, config.image_channels, config.image_size, config.image_size).clamp(-1, 1)

@@ -22,7 +22,7 @@ from blip3o_rt.graphs import (
     graphs_wanted,
 )
 from blip3o_rt.ops import native
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 needs_gpu = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def graphs(device: torch.device) -> Graphs:
-    return RecordedGraphs() if device.type == "cpu" else CudaGraphs(device)
+    return CapturedGraphs() if device.type == "cpu" else CudaGraphs(device)
 
 
 def test_without_graphs_recorded_work_is_the_work() -> None:
@@ -94,12 +94,12 @@ def test_what_a_graph_cannot_hold_is_refused_in_one_line(
 ) -> None:
     x = torch.ones(3)
     with pytest.raises(DeviceError, match=r"^the work could not be captured .* BLIP3O_GRAPHS=off") as error:
-        GraphRunner(RecordedGraphs()).capture("the work", lambda: work(x))
+        GraphRunner(CapturedGraphs()).capture("the work", lambda: work(x))
     assert "\n" not in str(error.value)
 
 
 def test_the_results_of_a_replay_last_until_the_next_of_any_graph() -> None:
-    runner = GraphRunner(RecordedGraphs())
+    runner = GraphRunner(CapturedGraphs())
     first = runner.capture("first", lambda: torch.zeros(3) + 1)
     second = runner.capture("second", lambda: torch.zeros(2) + 2)
     one = first()
@@ -111,7 +111,7 @@ def test_the_results_of_a_replay_last_until_the_next_of_any_graph() -> None:
 
 def test_memory_that_a_graph_uses_and_nobody_keeps_is_missed() -> None:
     held = [torch.ones(3)]
-    replay = GraphRunner(RecordedGraphs()).capture("work", lambda: held[0] + 1)
+    replay = GraphRunner(CapturedGraphs()).capture("work", lambda: held[0] + 1)
     assert replay().tolist() == [2, 2, 2]
     held[0] = torch.zeros(3)
     with pytest.raises(AssertionError, match=r"memory of \[3\] torch.float32 that a graph uses is gone"):
@@ -120,7 +120,7 @@ def test_memory_that_a_graph_uses_and_nobody_keeps_is_missed() -> None:
 
 def test_a_replay_notes_the_ops_of_its_capture() -> None:
     x = torch.ones(2, 8)
-    replay = GraphRunner(RecordedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
+    replay = GraphRunner(CapturedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
     with ops.recording_usage() as used:
         ops.silu_mul(x)
         assert list(used) == ["silu_mul"]
@@ -134,7 +134,7 @@ def test_a_replay_notes_the_ops_of_its_capture() -> None:
 def test_a_forced_implementation_is_what_is_captured() -> None:
     x = torch.ones(2, 8)
     with ops.force("rms_norm", "torch"):
-        replay = GraphRunner(RecordedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
+        replay = GraphRunner(CapturedGraphs()).capture("work", lambda: ops.rms_norm(x, x[0], 0.0))
     x.copy_(torch.arange(16.0).view(2, 8))
     with ops.recording_usage() as used:
         assert torch.equal(replay(), ops.rms_norm.reference(x, x[0], 0.0))
@@ -144,7 +144,7 @@ def test_a_forced_implementation_is_what_is_captured() -> None:
 def test_what_is_forced_later_is_refused_and_not_ignored() -> None:
     x = torch.ones(2, 8)
     with ops.force("rms_norm", "torch"):
-        replay = GraphRunner(RecordedGraphs()).capture("the step", lambda: ops.rms_norm(x, x[0], 0.0))
+        replay = GraphRunner(CapturedGraphs()).capture("the step", lambda: ops.rms_norm(x, x[0], 0.0))
         replay()
     replay()  # nothing is forced, and the recording is as good as any
     with (
@@ -171,7 +171,7 @@ def test_a_replay_is_one_range_of_a_trace() -> None:
         return nullcontext()
 
     x = torch.ones(2, 8)
-    replay = GraphRunner(RecordedGraphs()).capture("step", lambda: ops.rms_norm(x, x[0], 0.0))
+    replay = GraphRunner(CapturedGraphs()).capture("step", lambda: ops.rms_norm(x, x[0], 0.0))
     with trace.ranges(make_range):
         replay()
     assert seen == ["step [graph]"]
@@ -187,7 +187,7 @@ def test_a_replay_that_leaves_other_bits_than_the_work_is_refused() -> None:
         return total.add_(runs)
 
     with pytest.raises(AssertionError, match="the work and a replay leave different bits"):
-        GraphRunner(RecordedGraphs()).capture("work", work)
+        GraphRunner(CapturedGraphs()).capture("work", work)
 
 
 def test_a_replay_that_depends_on_the_graph_before_it_is_refused() -> None:
@@ -199,7 +199,7 @@ def test_a_replay_that_depends_on_the_graph_before_it_is_refused() -> None:
         return torch.full_like(x, float(before))
 
     rms_norm.implementation("forgetful")(forgetful)
-    runner, weight = GraphRunner(RecordedGraphs()), torch.ones(8)
+    runner, weight = GraphRunner(CapturedGraphs()), torch.ones(8)
     three, two = torch.ones(3, 8), torch.ones(2, 8)
     try:
         with ops.force("rms_norm", "forgetful"):

@@ -29,7 +29,7 @@ from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.result import Progress
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 from tests.warm import run_python
 
 BOTH = EditConfig(use_und_image_vae=True, use_und_image_vae_as_noise=True)
@@ -210,7 +210,7 @@ def test_a_callback_may_make_requests(checkpoint: Path, stage: str, captured: bo
     pipeline = Pipeline.load(checkpoint, device="cpu", dtype="fp32")
     alone = [bits(pipeline.generate(prompt, seed=3, steps=3)) for prompt in PROMPTS[:2]]
     if captured:
-        pipeline = Pipeline(pipeline_checkpoint(checkpoint), runner=GraphRunner(RecordedGraphs()))
+        pipeline = Pipeline(pipeline_checkpoint(checkpoint), runner=GraphRunner(CapturedGraphs()))
         pipeline.warm_up()
     inner: list[list[bytes]] = []
 

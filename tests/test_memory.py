@@ -17,7 +17,7 @@ from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline, memory
 from blip3o_rt.precision import BF16, FP32, MIXED, Precision
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from tests.recorded_graph import RecordedGraphs
 def test_recorded_images_are_counted(tmp_path: Path, edit: EditConfig, geometries: int) -> None:
     write_random_checkpoint(tmp_path / "tiny", preset("tiny", edit), seed=1)
     checkpoint = load_checkpoint(tmp_path / "tiny", dtype=torch.bfloat16)
-    pipeline = Pipeline(checkpoint, runner=GraphRunner(RecordedGraphs()))
+    pipeline = Pipeline(checkpoint, runner=GraphRunner(CapturedGraphs()))
     pipeline.warm_up()
     states = [captured.images[0].state for captured in pipeline._renderer._captured.values()]
     assert len(states) == geometries

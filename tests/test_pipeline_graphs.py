@@ -14,7 +14,7 @@ from blip3o_rt.config import EditConfig
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 STEPS = 3
 EDITS = {
@@ -31,7 +31,7 @@ class Pair:
     def __init__(self, folder: Path, edit: EditConfig) -> None:
         write_random_checkpoint(folder, preset("tiny", edit), seed=1)
         checkpoint = load_checkpoint(folder, dtype=torch.float32, device=torch.device("cpu"))
-        self.graphs = RecordedGraphs()
+        self.graphs = CapturedGraphs()
         self.eager = Pipeline(checkpoint)
         self.captured = Pipeline(checkpoint, runner=GraphRunner(self.graphs))
         self.captured.warm_up()

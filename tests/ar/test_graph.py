@@ -15,11 +15,11 @@ from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.ar.token_step import LateCounts
 from blip3o_rt.graphs import CudaGraphs, GraphRunner
 from blip3o_rt.params import SamplingParams
-from tests import recorded_graph
+from tests import captured_graph
 from tests.ar import test_stress
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 from tests.ar.test_stress import Traffic
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 R = TypeVar("R")
 CONFIG = small_config(head_dim=64)  # which a GPU has a kernel for
@@ -36,7 +36,7 @@ on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda",
 
 
 class CountedCudaGraphs(CudaGraphs):
-    """CUDA graphs that count as RecordedGraphs do."""
+    """CUDA graphs that count as CapturedGraphs do."""
 
     captured = replayed = 0
 
@@ -68,9 +68,9 @@ def make_engine(
 
 def graphed(
     dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> tuple[TokenEngine, RecordedGraphs | CountedCudaGraphs]:
+) -> tuple[TokenEngine, CapturedGraphs | CountedCudaGraphs]:
     """An engine that has recorded its steps and now runs nothing but replays."""
-    graphs = RecordedGraphs() if device == "cpu" else CountedCudaGraphs(torch.device(device))
+    graphs = CapturedGraphs() if device == "cpu" else CountedCudaGraphs(torch.device(device))
     engine = make_engine(GraphRunner(graphs), dtype, device)
     engine.capture()
     return engine, graphs
@@ -176,7 +176,7 @@ def test_padding_touches_no_page_and_no_output_slot(monkeypatch: pytest.MonkeyPa
 
 
 def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> None:
-    runner = GraphRunner(RecordedGraphs())
+    runner = GraphRunner(CapturedGraphs())
     engine = make_engine(runner)
     engine.capture()
     requests = [engine.submit(make_prompt(LONG[:5], image_tokens_only=only)) for only in (True, False)]
@@ -188,7 +188,7 @@ def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> N
 
 
 def test_an_engine_that_did_not_prepare_runs_without_graphs_and_the_report_is_told() -> None:
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     runner = GraphRunner(graphs)
     engine = make_engine(runner)
     request = engine.submit(make_prompt(LONG, n=3))
@@ -248,9 +248,9 @@ def test_a_replay_that_is_interrupted_can_be_taken_again(
     ]
     for _ in range(4):
         engine.step()
-    replay, calls = recorded_graph.Call.replay, 0
+    replay, calls = captured_graph.Call.replay, 0
 
-    def interrupted(call: recorded_graph.Call) -> None:
+    def interrupted(call: captured_graph.Call) -> None:
         nonlocal calls
         calls += 1
         if calls > 12:  # the draws are kept, and the first layer has run
@@ -258,7 +258,7 @@ def test_a_replay_that_is_interrupted_can_be_taken_again(
         replay(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_graph.Call, "replay", interrupted)
+        patch.setattr(captured_graph.Call, "replay", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     while engine.busy:
@@ -268,7 +268,7 @@ def test_a_replay_that_is_interrupted_can_be_taken_again(
 
 def test_traffic_through_replays_is_traffic_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stress of the engine, shorter, over graphs: failures, cancellation, features, both vocabularies."""
-    runner = GraphRunner(RecordedGraphs())
+    runner = GraphRunner(CapturedGraphs())
     engine = test_stress.make_engine(max_batch=7, num_pages=30, runner=runner)
     engine.capture()
     traffic = Traffic(7, engine, [1, None, 2, 5, 16])

@@ -17,12 +17,12 @@ from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.case import Case, copies, outputs, random
 from blip3o_rt.ops import native
 from tests.ar.test_graph import make_engine
+from tests.captured_graph import CapturedGraphs
 from tests.csrc.hazards import HAZARDS, WEIGHTS
 from tests.csrc.simt.build import SimtCompiler, file_of
 from tests.csrc.simt.cases import OPS, size
 from tests.csrc.test_cuda_faults import whole_source_of
 from tests.planting import plant
-from tests.recorded_graph import RecordedGraphs
 
 LARGEST = 30_000  # elements of a case
 WAIT = "    wait_for_previous_kernel();\n"
@@ -230,7 +230,7 @@ def test_planted_faults_are_caught(
 
 def calls_of_a_token_step() -> Iterator[list[Any]]:
     """The calls of every captured pass of a small decoder: named tuples of addresses."""
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     make_engine(GraphRunner(graphs)).capture()
     for capture in graphs._written:
         yield [call.args[0] for call in capture.calls]

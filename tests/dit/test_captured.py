@@ -26,8 +26,8 @@ from blip3o_rt.dit.step import GuidedStep, StepState
 from blip3o_rt.errors import DeviceError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.ops.registry import Implementation
+from tests.captured_graph import CapturedGraphs
 from tests.dit.oracle import oracle, runtime, small_config
-from tests.recorded_graph import RecordedGraphs
 
 TOKENS, SIDE = 7, 5
 
@@ -52,7 +52,7 @@ class Model:
         self.dit: DiT = runtime(config, oracle(config), dtype)
         generator = torch.Generator().manual_seed(3)
         self.connector = torch.randn(4, config.caption_channels, generator=generator)
-        self.graphs = RecordedGraphs()
+        self.graphs = CapturedGraphs()
 
     def tokens(self, hidden: Tensor, seen: Tensor | None) -> ConditionTokens:
         connector = lambda x: (x.float() @ self.connector).to(self.dit.dtype)  # noqa: E731

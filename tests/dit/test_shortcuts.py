@@ -23,9 +23,9 @@ from blip3o_rt.dit.step import EagerSteps, StepState, guided_step
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.switches import SOLVER, SWITCHES, check_switches, one_of
+from tests.captured_graph import CapturedGraphs
 from tests.dit.oracle import oracle, relative_l2, runtime, small_config
 from tests.dit.test_denoise import random_latents, random_tokens
-from tests.recorded_graph import RecordedGraphs
 
 FLOAT32_BOUND = 1e-5  # as for one prediction: the loop adds few roundings and its errors do not grow
 SIGMA_BOUND = 1e-6  # in float64 what is left is that noise levels are float32, whose logits are taken
@@ -299,7 +299,7 @@ def test_a_captured_image_equals_a_fresh_one_whatever_was_drawn_before(switches:
         Geometry.of(noise, hidden, None, None),
         lambda hidden, seen: tokens,
         torch.float32,
-        GraphRunner(RecordedGraphs()),
+        GraphRunner(CapturedGraphs()),
         small.chosen.kinds,
     )
     for start, steps in ((torch.full_like(noise, torch.nan), 6), (noise, 6), (noise, 1), (noise, 6)):

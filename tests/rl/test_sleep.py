@@ -12,7 +12,7 @@ from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import AsleepError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.pipeline import Pipeline
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 from tests.rl.test_update_weights import PROMPT, STEPS, drawn, moved, published, same
 
 
@@ -54,7 +54,7 @@ def test_weights_that_are_updated_while_it_sleeps() -> None:
 
 def test_what_was_captured_is_captured_again() -> None:
     checkpoint = load_checkpoint(embedded_checkpoint(), device="cpu")
-    pipeline = Pipeline(checkpoint, max_batch=1, runner=GraphRunner(RecordedGraphs()))
+    pipeline = Pipeline(checkpoint, max_batch=1, runner=GraphRunner(CapturedGraphs()))
     pipeline.warm_up()
     before = drawn(pipeline)
     pipeline.sleep()

@@ -23,7 +23,7 @@ from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.rl.update import Staged
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 PROMPT = "a red circle on a blue background"
 STEPS = 2
@@ -149,7 +149,7 @@ def test_what_is_captured_stays_valid(tmp_path: Path) -> None:
     for seed, name in ((1, "old"), (2, "new")):
         write_random_checkpoint(tmp_path / name, preset("tiny"), seed=seed)
     checkpoints = [load_checkpoint(tmp_path / n, dtype=torch.float32, device="cpu") for n in ("old", "new")]
-    captured = Pipeline(checkpoints[0], max_batch=2, runner=GraphRunner(RecordedGraphs()))
+    captured = Pipeline(checkpoints[0], max_batch=2, runner=GraphRunner(CapturedGraphs()))
     captured.warm_up()
     fresh = Pipeline(checkpoints[1], max_batch=2)
     captured.update_weights(tmp_path / "new")

@@ -24,7 +24,7 @@ from blip3o_rt.switches import check_tier
 from blip3o_rt.vae import tiles as tiling
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.tiles import TiledBlocks
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 from tests.vae.oracle import oracle, runtime_weights, small_config
 
 FLOAT64, SEEN = 1e-12, 1e-6
@@ -122,7 +122,7 @@ def test_tiles_can_be_recorded() -> None:
     found = stages(1, 1, attention_from=1)
     config = small_config(encoder_stages=found, decoder_stages=found)
     weights = runtime_weights(config, oracle(config), torch.float32)
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     replayed = Autoencoder(config, weights, GraphRunner(graphs), tiles=2)
     replayed.capture_decode(4, 4)
     latent = random(1, config.latent_channels, 4, 4, dtype=torch.float32)

@@ -25,7 +25,7 @@ from blip3o_rt.measure.records import BenchRecord, Line, OpTime, Roofline
 from blip3o_rt.measure.tables import as_text
 from blip3o_rt.measure.units import time_text
 from blip3o_rt.measure.validate.checkpoint import EDITING
-from tests.recorded_graph import RecordedGraphs
+from tests.captured_graph import CapturedGraphs
 
 LINE_KEYS = """samples median p90 min n name what who batch per cold host bytes flops ceiling share
 peak_memory launches operator_calls note"""
@@ -316,9 +316,9 @@ def test_a_fast_tiers_switch_is_off_on_the_one_side_and_on_on_the_other(subject:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
+def recorded(monkeypatch: pytest.MonkeyPatch) -> CapturedGraphs:
     """Stages record as on a GPU."""
-    graphs = RecordedGraphs()
+    graphs = CapturedGraphs()
     monkeypatch.setattr(GraphRunner, "of", lambda _: GraphRunner(graphs))
     return graphs
 
@@ -348,7 +348,7 @@ def test_a_step_with_every_unconditional_token_is_the_same_step(checkpoint: Chec
 def test_what_a_request_replays_is_replayed(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps of each kind, the condition and the connector, to the numbers that they have without."""
     given = replace(subject, switches={"step_cache": "2", "guidance_interval": "0:0.9"})
-    checkpoint, graphs, found = given.load(("connector", "dit")), RecordedGraphs(), []
+    checkpoint, graphs, found = given.load(("connector", "dit")), CapturedGraphs(), []
     for runner in (GraphRunner(None), GraphRunner(graphs)):
         monkeypatch.setattr(GraphRunner, "of", lambda _, runner=runner: runner)
         dit, connector = stages.DitStage(checkpoint, steps=4), stages.ConnectorStage(checkpoint)

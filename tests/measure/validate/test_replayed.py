@@ -16,14 +16,14 @@ from blip3o_rt.measure.validate.golden import Recording, golden_lines
 from blip3o_rt.measure.validate.line import Line
 from blip3o_rt.measure.validate.subject import Subject
 from blip3o_rt.pipeline.renderer import Renderer
+from tests.captured_graph import CapturedGraphs
 from tests.measure.validate.test_golden import CPU, no_images
-from tests.recorded_graph import RecordedGraphs
 
 R = TypeVar("R")
 TEXT, EDIT = (f"{mode}replayed as graphs and run without" for mode in ("", "edit: "))
 
 
-class WithoutTheLastCall(RecordedGraphs):
+class WithoutTheLastCall(CapturedGraphs):
     """Captures all but the last call: of a token step, that the hidden state is kept."""
 
     def capture(self, work: Callable[[], R]) -> tuple[Callable[[], None], R]:
@@ -32,7 +32,7 @@ class WithoutTheLastCall(RecordedGraphs):
         return replay, result
 
 
-def record(graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
+def record(graphs: CapturedGraphs, monkeypatch: pytest.MonkeyPatch) -> CapturedGraphs:
     """The graphs of every device from now on."""
     monkeypatch.setattr(GraphRunner, "of", lambda _: GraphRunner(graphs))
     return graphs
@@ -47,7 +47,7 @@ def failed(items: Iterable[Line | str]) -> set[str]:
 
 
 def test_tokens(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = record(RecordedGraphs(), monkeypatch)
+    graphs = record(CapturedGraphs(), monkeypatch)
     assert failed(ar_lines(subject, ["fp32"])) == set()
     assert graphs.replayed == subject.scope.tokens
     record(WithoutTheLastCall(), monkeypatch)
@@ -55,7 +55,7 @@ def test_tokens(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_images(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = record(RecordedGraphs(), monkeypatch)
+    graphs = record(CapturedGraphs(), monkeypatch)
     lines = lines_of(determinism_lines(subject, ["fp32"]))
     assert all(line.passed for line in lines)
     assert {TEXT, EDIT} <= {line.name for line in lines}
@@ -71,7 +71,7 @@ def test_without_graphs_there_is_nothing_to_compare(subject: Subject) -> None:
 
 
 def test_a_recording(reference_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs = record(RecordedGraphs(), monkeypatch)
+    graphs = record(CapturedGraphs(), monkeypatch)
     monkeypatch.setattr(Renderer, "capture", lambda *_, **__: None)  # the tokens are enough to see, and quick
     lines = lines_of(islice(golden_lines(Recording(reference_dir / "t2i"), CPU, no_images), 2))
     assert [line.name for line in lines] == ["greedy tokens", "hidden states, token by token"]

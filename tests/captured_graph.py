@@ -1,6 +1,6 @@
 """Graphs for machines without a GPU: the calls that work makes are recorded, and replayed without its Python.
 
-`GraphRunner(RecordedGraphs())` puts them in place of CUDA graphs, and they are as strict: a capture fails on
+`GraphRunner(CapturedGraphs())` puts them in place of CUDA graphs, and they are as strict: a capture fails on
 whatever reads back from the device or takes numbers from the host; a replay makes the recorded calls on the
 recorded addresses, and fails where memory that the graph did not allocate itself is gone by then. Whatever
 captures allocated is lost at the next replay of any of these graphs, as it may be in one memory pool: it is
@@ -85,7 +85,7 @@ class Call:
                 place.tensor().copy_(new)
 
 
-class RecordedGraphs:
+class CapturedGraphs:
     """See the head of the file; `captured` and `replayed` count, for tests that ask how often."""
 
     def __init__(self) -> None:
