@@ -123,13 +123,13 @@ def weights_sha256(weights: Mapping[str, Mapping[str, Tensor]]) -> str:
 
 
 def row_scales(matrix: Tensor, values: torch.dtype = torch.int8) -> Tensor:
-    """float32 [N] of a matrix [N, K]: what its largest element is of the largest value; 0 for zeros."""
+    """float32 [N], the scale of each row of a matrix [N, K]: max(abs(row)) / qmax; 0 for a zero row."""
     largest = torch.stack([matrix.amax(dim=1), -matrix.amin(dim=1)]).amax(dim=0)
     return largest.float() / largest_value(values)
 
 
 def row_values(matrix: Tensor, values: torch.dtype = torch.int8) -> Tensor:
-    """int8 or e4m3 [N, K]: those whose multiples of each row's scale are the nearest."""
+    """int8 or e4m3 [N, K], the quantized values: round(row / scale)."""
     blocks = [_values(block, values) for block in matrix.split(ROWS_AT_ONCE)]
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
 
@@ -162,7 +162,7 @@ def quantized_tensors(
 def quantized_specs(
     specs: Iterable[TensorSpec], endings: tuple[str, ...], values: torch.dtype = torch.int8
 ) -> Iterator[TensorSpec]:
-    """The specs, of matrices with a name that ends so two: 8-bit values, and a float32 scale for each row."""
+    """The specs; each matrix whose name ends in `endings` becomes two: 8-bit values, and a scale per row."""
     to_values: RowMaker = row_values if values == torch.int8 else partial(row_values, values=values)
     to_scales: RowMaker = row_scales if values == torch.int8 else partial(row_scales, values=values)
     for spec in specs:

@@ -15,7 +15,7 @@ from blip3o_rt.weights import TensorSpec, affine, direct, packed, quantized_spec
 
 TIMESTEP_FEATURES = 256  # width of the sinusoidal timestep embedding, fixed by the architecture
 
-# How the names of the matrices end that every step multiplies with, kept in 8 bits where asked.
+# Name suffixes of the weights that `dit_weights` quantizes.
 QUANTIZED = ("to_qkv.weight", "to_q.weight", "to_out.0.weight", "conv_inverted.weight", "conv_point.weight")
 
 

@@ -71,7 +71,7 @@ class Implementation:
         supports: Given the bound call, None if it can compute it, else the reason; None for every call.
         available: None if it can run on this machine, else the reason and the remedy.
         weights: Dtypes of the argument `weight` that it takes beside each dtype of the first; None for any.
-        needs: For a dtype of the first argument, what `available` says of calls with that.
+        needs: Further availability check per dtype of the first argument.
         batch_invariant: A row's result is bit-identical whatever other rows are in the call.
         on_request: It runs only where it is forced.
     """

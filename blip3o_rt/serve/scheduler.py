@@ -1,9 +1,9 @@
 """Which image the engine works on next: token passes of all that run, and denoising steps of those ready.
 
-A turn of the scheduler lets images join the token batch, draws one token of every image in it, and makes one
-denoising step of those that share one. While images are denoised, only every fourth turn draws tokens: what
-is nearest to its end is finished first. Messages are read between turns, so a request is cancelled between
-two tokens and two steps.
+A turn of the scheduler lets images join the token batch, draws at least one token of every image in it, and
+makes one denoising step of those that share one. While images are denoised, only every fourth turn draws
+tokens: what is nearest to its end is finished first. Messages are read between turns, so a request is
+cancelled between two tokens and two steps.
 
 An image joins in the order of priority, then of what its client has had so far (start-time fair queueing),
 then of arrival. One minute of waiting raises the priority by one, so nothing waits for ever. Images are

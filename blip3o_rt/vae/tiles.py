@@ -64,7 +64,10 @@ class TiledBlocks(Block):
         return x
 
     def _spans(self, cells: int) -> list[tuple[slice, slice, slice]]:
-        """Pixels of each tile of a side: what it is computed of, its own of the result, its place."""
+        """Pixels of each tile of a side: what it is computed of, its own of the result, its place.
+
+        In cells: `begin:end` without the margin, `first:last` with it.
+        """
         count = min(self._tiles, cells)
         borders = [cells * tile // count for tile in range(count + 1)]
         spans = []
