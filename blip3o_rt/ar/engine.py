@@ -115,11 +115,11 @@ class TokenEngine:
         self.image_tokens = image_tokens
         self.max_batch = max_batch
         self._max_prompt_tokens = max_prompt_tokens
-        self._max_blocks = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
-        num_pages = max_batch * self._max_blocks if num_pages is None else num_pages
-        if num_pages < self._max_blocks:
+        self._max_pages = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
+        num_pages = max_batch * self._max_pages if num_pages is None else num_pages
+        if num_pages < self._max_pages:
             raise ParameterError(
-                f"num_pages is {num_pages}: accepted is at least {self._max_blocks}, which one image takes"
+                f"num_pages is {num_pages}: accepted is at least {self._max_pages}, which one image takes"
             )
         self.cache = PagedKVCache(
             config, num_pages, page_size=page_size, dtype=activations.dtype, device=activations.device
@@ -132,7 +132,7 @@ class TokenEngine:
             runner or GraphRunner.of(self.decoder.device),
             max_batch=max_batch,
             max_rows=max_rows,
-            max_blocks=self._max_blocks,
+            max_pages=self._max_pages,
         )
         self._windows = DraftWindows(max_rows, image_tokens.tokens_per_image)
         self._results = self._token_steps.results

@@ -36,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """Where B rows go: all int32 but `output_slots`, `page_table` [B, max_blocks], the others [B].
+    """Where B rows go: all int32 but `output_slots`, `page_table` [B, max_pages], the others [B].
 
     output_slots: int64, where a row's hidden state is kept. windowed: whether several rows may belong to one
     sequence. Each then attends to those before it.

@@ -89,7 +89,7 @@ class Results:
 
 
 class TokenSteps:
-    """The passes of one decoder over batches of up to `max_rows` rows, with up to `max_blocks` pages each."""
+    """The passes of one decoder over batches of up to `max_rows` rows, with up to `max_pages` pages each."""
 
     def __init__(
         self,
@@ -99,10 +99,10 @@ class TokenSteps:
         *,
         max_batch: int,
         max_rows: int,
-        max_blocks: int,
+        max_pages: int,
     ) -> None:
         self.decoder = decoder
-        self.max_blocks = max_blocks
+        self.max_pages = max_pages
         self.tokens_per_image = image_tokens.tokens_per_image
         self.grid_width = math.isqrt(self.tokens_per_image)
         self.results = Results(max_batch, self.tokens_per_image, decoder)
@@ -175,7 +175,7 @@ class TokenBatch:
             positions=column(torch.int32),
             slot_mapping=column(torch.int32),
             context_lens=column(torch.int32),
-            page_table=column(torch.int32, steps.max_blocks),
+            page_table=column(torch.int32, steps.max_pages),
             output_slots=column(torch.int64),  # of that token and of the hidden state it is drawn from
         )
         self._sampled_ids, self._token_ids = column(torch.int64), column(torch.int64)
@@ -342,7 +342,7 @@ class TokenBatch:
         return *sampling, self._padded(member.sequence.page_table), *state
 
     def _padded(self, table: list[int]) -> list[int]:
-        return table + [0] * (self._steps.max_blocks - len(table))
+        return table + [0] * (self._steps.max_pages - len(table))
 
 
 class LateCounts:

@@ -96,7 +96,7 @@ qk_norm_rope_append.native("cuda", dtypes=FLOATS)
 qk_norm_rope_append.native("cpu", dtypes=FLOATS)
 
 
-@op("q [B, Hq, D], " + CACHES + "page_table [B, max_blocks], context_lens [B] -> [B, Hq, D]", tolerance=4e-6)
+@op("q [B, Hq, D], " + CACHES + "page_table [B, max_pages], context_lens [B] -> [B, Hq, D]", tolerance=4e-6)
 def paged_decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -111,7 +111,7 @@ def paged_decode_attention(
     """softmax(scale q k^T) v of each sequence's one query over its first context_lens[b] positions.
 
     q [B, Hq, D]; k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV head h // (Hq / Hkv).
-    Position p of sequence b is at page page_table[b, p // page_size] (int32 [B, max_blocks]), offset
+    Position p of sequence b is at page page_table[b, p // page_size] (int32 [B, max_pages]), offset
     p % page_size; entries past the context are not read. context_lens int32 [B]; length 0 gives zeros.
     scratch: memory that a call may use (its own if there is none). out may be the memory of q.
     -> [B, Hq, D] in the dtype of q. A sequence's result does not depend on the others of the batch.
@@ -124,7 +124,7 @@ def paged_decode_attention(
     grouped = q.to(dtype).reshape(q.shape[0], kv_heads, -1, head_dim)
     result = torch.zeros_like(grouped)
     position = torch.arange(page_table.shape[1] * page_size, device=q.device)
-    inside = position < context_lens[:, None]  # [B, max_blocks page_size]
+    inside = position < context_lens[:, None]  # [B, max_pages page_size]
     pages = torch.where(inside[:, ::page_size], page_table, 0).long()
     for b in range(q.shape[0]):  # one at a time: a product over the batch may sum in another order
         k, v = (
@@ -151,7 +151,7 @@ paged_decode_attention.native("cpu", dtypes=FLOATS)
 
 
 @op(
-    NEW_TOKENS + ", page_table [T, max_blocks], context_lens [T] -> [T, Hq, D]",
+    NEW_TOKENS + ", page_table [T, max_pages], context_lens [T] -> [T, Hq, D]",
     # In bfloat16 an element of q between two numbers may be rounded to either, which shows in the result.
     tolerance={torch.float32: 8e-6, torch.bfloat16: 5e-4},
 )
@@ -217,7 +217,7 @@ def _(call: Any) -> Tensor:
 @op(
     "q [T, Hq, D], "
     + CACHES
-    + "page_table [B, max_blocks], context_lens [B], cu_seqlens_q [B + 1] -> [T, Hq, D]",
+    + "page_table [B, max_pages], context_lens [B], cu_seqlens_q [B + 1] -> [T, Hq, D]",
     tolerance={torch.float32: 1e-5, torch.bfloat16: 3e-5},  # sums over all keys; bfloat16: weights of 16 bits
 )
 def paged_prefill_attention(
@@ -238,7 +238,7 @@ def paged_prefill_attention(
     positions up to its own. What is before them is in the cache already: of a prompt that is read in pieces,
     or a beginning that sequences share. k_cache, v_cache [pages, Hkv, page_size, D]; query head h reads KV
     head h // (Hq / Hkv). Position p of sequence b is at page page_table[b, p // page_size] (int32 [B,
-    max_blocks]), offset p % page_size; entries past the context are not read. A value of the context that is
+    max_pages]), offset p % page_size; entries past the context are not read. A value of the context that is
     not finite may show in every query of its sequence, also in those before it.
     -> [T, Hq, D] in the dtype of q. Implementation "cuda": a query's bits depend neither on other sequences
     nor on how its prompt was cut.

@@ -75,7 +75,7 @@ sample_tokens.native("cpu", dtypes=(torch.float32,))
 
 
 @op(
-    "sampled_ids [R], cu_rows [B + 1], first_ids [R], page_table [R, max_blocks], num_generated [R], "
+    "sampled_ids [R], cu_rows [B + 1], first_ids [R], page_table [R, max_pages], num_generated [R], "
     "context_lens [R], output_slots [R], output_ids [N], positions [R], slot_mapping [R], embedding [V, D], "
     "embedded [R, D] -> [R]",
     tolerance={torch.int64: 0.0},
@@ -114,7 +114,7 @@ def advance_windows(
     reads as 0.
 
     Of each new row are written its position (positions int32 [R]) and its slot in the cache (slot_mapping
-    int32 [R], from page_table int32 [R, max_blocks]); num_generated, output_slots, and context_lens
+    int32 [R], from page_table int32 [R, max_pages]); num_generated, output_slots, and context_lens
     int32 [R], the cached positions with its own. A row past the image's last token is padding: context
     length 0, position 0, slot -1, output slot N - 1. The next call takes it for one that drew nothing.
 

@@ -69,7 +69,7 @@ PYBIND11_MODULE(_cpu, module) {
                "Whether the kernels in use multiply pairs of bfloat16 in one instruction (AVX512_BF16).");
     module.def("set_isa", &set_isa, "name"_a);
     module.def("philox", &philox, "seed"_a, "stream"_a, "position"_a, "count"_a,
-               "The first `count` numbers of a stream, as blip3o_rt.random.philox_uint32.");
+               "The first `count` numbers of a stream, as blip3o_rt.ops.random.philox_uint32.");
 }
 
 }  // namespace blip3o::bindings

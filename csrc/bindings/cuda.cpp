@@ -98,7 +98,7 @@ template <class Views>
 cuda::LaunchScratch attention_scratch(const char* op, const PagedDecodeAttentionArguments& a,
                                       const Views& views) {
     const int64_t size =
-        cuda::attention_workspace(a.batch, a.q_heads, a.cache.head_dim, a.max_blocks * a.cache.page_size);
+        cuda::attention_workspace(a.batch, a.q_heads, a.cache.head_dim, a.max_pages * a.cache.page_size);
     return check_scratch(op, DType::f32, size, a.batch * a.cache.kv_heads, views);
 }
 

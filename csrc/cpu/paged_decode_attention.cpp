@@ -117,7 +117,7 @@ void finish(const Group& group, T* out) {
 // The page that holds `position` of sequence b.
 template <class T>
 Page<T> page_of(const PagedDecodeAttentionArguments& a, int64_t b, int64_t h, int64_t position) {
-    const int64_t page = a.page_table[b * a.max_blocks + position / a.cache.page_size];
+    const int64_t page = a.page_table[b * a.max_pages + position / a.cache.page_size];
     const int64_t first = (page * a.cache.kv_heads + h) * a.cache.page_size * a.cache.head_dim;
     return {static_cast<const T*>(a.cache.k) + first, static_cast<const T*>(a.cache.v) + first};
 }

@@ -9,7 +9,7 @@ namespace blip3o::cuda {
 template <class Arguments>
 __device__ int context_length(const Arguments& a, int64_t sequence) {
     const int64_t length = a.context_lens[sequence];
-    return length >= 0 && length <= a.max_blocks * a.cache.page_size ? static_cast<int>(length) : -1;
+    return length >= 0 && length <= a.max_pages * a.cache.page_size ? static_cast<int>(length) : -1;
 }
 
 template <class Arguments>
@@ -30,7 +30,7 @@ __device__ int row_on_page(const Arguments& a, int page, int kv_head, uint32_t o
 template <class Arguments>
 __device__ int cache_row(const Arguments& a, int64_t sequence, int kv_head, int position) {
     const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(position);
-    const int page = a.page_table[sequence * a.max_blocks + key / page_size];
+    const int page = a.page_table[sequence * a.max_pages + key / page_size];
     return row_on_page(a, page, kv_head, key % page_size);
 }
 

@@ -32,7 +32,7 @@ struct Partials {
 };
 
 inline Partials partials_in(const LaunchScratch& scratch, const PagedDecodeAttentionArguments& a) {
-    const int64_t splits = splits_of(a.max_blocks * a.cache.page_size);
+    const int64_t splits = splits_of(a.max_pages * a.cache.page_size);
     auto* scale = static_cast<float2*>(scratch.memory);
     auto* sums = reinterpret_cast<float*>(scale + a.batch * a.q_heads * splits);
     return {sums, scale, scratch.arrived, splits};
@@ -145,7 +145,7 @@ __device__ inline bool is_valid(const TokenPlace& place, const PagedDecodeAttent
     if (place.position < 0 || place.position >= token.max_positions) return false;
     if (place.slot < 0 || length <= 0) return place.slot == -1;
     const auto page_size = static_cast<uint32_t>(a.cache.page_size), key = static_cast<uint32_t>(length - 1);
-    const int64_t page = a.page_table[sequence * a.max_blocks + key / page_size];
+    const int64_t page = a.page_table[sequence * a.max_pages + key / page_size];
     return page >= 0 && page < a.cache.pages && place.slot == page * page_size + key % page_size;
 }
 
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(Division<T, kHeadDim>::kThreads, Division<T, k
     const int first_key = static_cast<int>(blockIdx.x) * kSplit, group = heads_per_kv_head(a);
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int channel = lane % D::kLanesPerKey * D::kPack;
-    const int positions = static_cast<int>(a.max_blocks * a.cache.page_size);
+    const int positions = static_cast<int>(a.max_pages * a.cache.page_size);
 
     const int length = context_length(a, sequence);
     TokenPlace place = {0, -1};
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(Division<T, kHeadDim>::kThreads, Division<T, k
     LaneKeys<T, kHeadDim> own;
     own.first = first_key + warp * D::kKeysPerWarp + lane / D::kLanesPerKey;
     const auto page_size = static_cast<uint32_t>(a.cache.page_size);
-    const int32_t* entry = a.page_table + sequence * a.max_blocks + own.first / page_size;
+    const int32_t* entry = a.page_table + sequence * a.max_pages + own.first / page_size;
     int pages[D::kSteps];
     uint32_t offsets[D::kSteps], offset_on_page = own.first % page_size;
 #pragma unroll

@@ -64,7 +64,7 @@ FAULTS = {
         ("const float scale = expf(part.largest[w] - largest);", "const float scale = 1.0f;"),
         ("(length + kSplit - 1) / kSplit", "(length + kSplit) / kSplit"),
         ("total *= rescale;", ""),  # splits beyond the first round
-        ("a.page_table + sequence * a.max_blocks + own", "a.page_table + own"),
+        ("a.page_table + sequence * a.max_pages + own", "a.page_table + own"),
         # The last split instead of the last block to arrive.
         ("count_arrival(arrived, ticket) == ticket", "blockIdx.x == ticket"),
         ("__syncthreads();\n    return last;", "return last;"),
@@ -154,7 +154,7 @@ FAULTS = {
     ],
     "advance_windows": [
         ("context_lens[begin] <= 0", "context_lens[begin] < 0"),
-        ("tokens_per_image <= max_blocks * page_size", "tokens_per_image < max_blocks * page_size"),
+        ("tokens_per_image <= max_pages * page_size", "tokens_per_image < max_pages * page_size"),
         ("context_lens[begin + drawn] > 0", "true"),  # rows that were not decoded draw too
         ("ids[kept + right - 1]", "ids[kept + right]"),  # the wrong guess is compared
         ("right < drawn &&", "right <= drawn &&"),

@@ -296,7 +296,7 @@ def token(config: ModelConfig, dtype: torch.dtype, *, batch: int, positions: int
         GraphRunner.of(device),
         max_batch=batch,
         max_rows=batch,
-        max_blocks=pages,
+        max_pages=pages,
     )
     step = steps.lay_out(members)
     with counting(positions) as counter:

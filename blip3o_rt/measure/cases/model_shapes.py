@@ -341,10 +341,10 @@ def _sampling(label: str, dtype: torch.dtype, batch: int, codes: int, top_k: int
 
 def _windows(label: str, dtype: torch.dtype, batch: int, context: int, tokens: int, width: int) -> Case:
     """Windows of one row, each of another token; an image whose tokens are all there stays at the last."""
-    max_blocks = -(-(context + tokens) // DEFAULT_PAGE_SIZE)
+    max_pages = -(-(context + tokens) // DEFAULT_PAGE_SIZE)
     first_slots = torch.arange(batch) * (tokens + 1)
     output_ids = torch.zeros((batch + 1) * (tokens + 1), dtype=torch.int64)
-    page_table = int32(range(batch * max_blocks)).view(batch, max_blocks)
+    page_table = int32(range(batch * max_pages)).view(batch, max_pages)
     counts = (int32([0] * batch), int32([context] * batch), first_slots, output_ids)
     sizes = (page_table, DEFAULT_PAGE_SIZE, tokens, 27)
     first_ids = torch.zeros(batch, dtype=torch.int64)

@@ -83,7 +83,7 @@ def window_case(
     *,
     tokens: int = 24,
     page_size: int = 4,
-    max_blocks: int = 9,
+    max_pages: int = 9,
     loose: int = 0,
     no_token: Sequence[int] = (),
 ) -> Case:
@@ -94,7 +94,7 @@ def window_case(
     generator = torch.Generator().manual_seed(len(windows) + 31 * tokens)
     rows = sum(window.rows for window in windows) + loose
     ids = torch.randint(0, 3, ((len(windows) + 1) * (tokens + 1),), generator=generator)  # few: they repeat
-    pages = torch.randperm(rows * max_blocks, generator=generator).to(torch.int32).view(rows, max_blocks)
+    pages = torch.randperm(rows * max_pages, generator=generator).to(torch.int32).view(rows, max_pages)
     sampled = torch.randint(3, 6, (rows,), generator=generator)
     num_generated, context_lens = int32([0] * rows), int32([0] * rows)
     output_slots = torch.full((rows,), len(ids) - 1)
@@ -124,7 +124,7 @@ def window_case(
 def repeats_late() -> Case:
     """Of its tokens the early ones repeat both others, the late ones the last one only."""
     found = window_case(
-        "an image that repeats the last token late", [Window(2, 36, 8, 1)], tokens=48, max_blocks=13
+        "an image that repeats the last token late", [Window(2, 36, 8, 1)], tokens=48, max_pages=13
     )
     output_ids = found.arguments[10]
     output_ids[:20] = 0
@@ -150,7 +150,7 @@ def advance_windows_cases() -> Iterator[Case]:
     yield window_case("one row", [Window(1, 0)])
     for page_size in (1, 3, 16):
         edges = [Window(prompt, 1) for prompt in (1, page_size, 2 * page_size - 1, 2 * page_size)]
-        yield window_case(f"edges of pages of {page_size}", edges, page_size=page_size, max_blocks=60)
+        yield window_case(f"edges of pages of {page_size}", edges, page_size=page_size, max_pages=60)
     yield window_case("padding between", [Window(3, 2), Window(0, 0), Window(5, 1), Window(0, 0)], loose=3)
     yield window_case(
         "images that do not fit their pages", [Window(12, 2), Window(13, 2), Window(40, 5, 3, 3)]

@@ -1,4 +1,4 @@
-// Philox4x32-10, the source of every random number; the same function as blip3o_rt/random.py.
+// Philox4x32-10, the source of every random number; the same function as blip3o_rt/ops/random.py.
 //
 // Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC11).
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace blip3o {
 
-// Streams of random numbers; those of blip3o_rt/random.py.
+// Streams of random numbers; those of blip3o_rt/ops/random.py.
 enum class Stream : uint32_t { tokens = 1, noise = 2 };
 
 struct PhiloxBlock {

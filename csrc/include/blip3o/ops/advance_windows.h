@@ -19,14 +19,14 @@ struct AdvanceWindowsArguments {
     Rows embedding, embedded;  // where `embeds`
     DType embedding_dtype, embedded_dtype;
     bool embeds;
-    int64_t rows, windows, max_blocks, page_size, tokens_per_image, grid_width, num_output_slots;
+    int64_t rows, windows, max_pages, page_size, tokens_per_image, grid_width, num_output_slots;
 
     // Whether a window's image is there and fits its pages and its output slots.
     BLIP3O_HOST_DEVICE bool moves(int64_t window) const {
         const int64_t begin = cu_rows[window];
         if (begin >= cu_rows[window + 1] || context_lens[begin] <= 0) return false;
         const int64_t kept = num_generated[begin], first_slot = output_slots[begin] - kept;
-        return context_lens[begin] - kept + tokens_per_image <= max_blocks * page_size && first_slot >= 0 &&
+        return context_lens[begin] - kept + tokens_per_image <= max_pages * page_size && first_slot >= 0 &&
                first_slot + tokens_per_image < num_output_slots;
     }
 
@@ -67,7 +67,7 @@ struct AdvanceWindowsArguments {
                 continue;
             }
             const int64_t position = prompt + index;
-            const int64_t page = page_table[row * max_blocks + position / page_size];
+            const int64_t page = page_table[row * max_pages + position / page_size];
             out[row] = read(ids[index]) + first_ids[row];
             positions[row] = static_cast<int32_t>(position);
             slot_mapping[row] = static_cast<int32_t>(page * page_size + position % page_size);
@@ -95,13 +95,13 @@ struct AdvanceWindows {
         const TensorView& output_ids, const TensorView& positions, const TensorView& slot_mapping,
         const OptionalView& embedding, const OptionalView& embedded, const TensorView& out) {
         Contract contract(kName, device);
-        Dim rows("R"), bounds("B + 1"), max_blocks("max_blocks"), num_output_slots("N");
+        Dim rows("R"), bounds("B + 1"), max_pages("max_pages"), num_output_slots("N");
         Dim vocabulary("V"), width("D");
         AdvanceWindowsArguments a;
         a.sampled_ids = contract(sampled_ids, "sampled_ids").array<int64_t>({&rows});
         a.cu_rows = contract(cu_rows, "cu_rows").array<int32_t>({&bounds});
         a.first_ids = contract(first_ids, "first_ids").array<int64_t>({&rows});
-        a.page_table = contract(page_table, "page_table").array<int32_t>({&rows, &max_blocks});
+        a.page_table = contract(page_table, "page_table").array<int32_t>({&rows, &max_pages});
         a.num_generated = contract(num_generated, "num_generated").array<int32_t>({&rows});
         a.context_lens = contract(context_lens, "context_lens").array<int32_t>({&rows});
         a.output_slots = contract(output_slots, "output_slots").array<int64_t>({&rows});
@@ -125,7 +125,7 @@ struct AdvanceWindows {
         contract.require(grid_width > 0, "grid_width must be at least 1");
         a.rows = rows.value();
         a.windows = bounds.value() - 1;
-        a.max_blocks = max_blocks.value();
+        a.max_pages = max_pages.value();
         a.page_size = page_size;
         a.tokens_per_image = tokens_per_image;
         a.grid_width = grid_width;

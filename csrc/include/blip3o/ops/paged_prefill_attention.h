@@ -12,7 +12,7 @@ struct PagedPrefillAttentionArguments {
     PagedCache cache;
     const int32_t *page_table, *cu_seqlens_q, *context_lens;
     void* out;
-    int64_t tokens, batch, q_heads, max_blocks;
+    int64_t tokens, batch, q_heads, max_pages;
     DType dtype;
     float scale;
 };
@@ -28,12 +28,12 @@ struct PagedPrefillAttention {
                                                 const TensorView& context_lens, double scale,
                                                 const TensorView& out) {
         Contract contract(kName, device);
-        Dim tokens("T"), batch("B"), starts("B + 1"), q_heads("Hq"), head_dim("D"), max_blocks("max_blocks");
+        Dim tokens("T"), batch("B"), starts("B + 1"), q_heads("Hq"), head_dim("D"), max_pages("max_pages");
         PagedPrefillAttentionArguments a;
         a.dtype = q.dtype;
         a.q = contract(q, "q").dtype(kFloats).array(q.dtype, {&tokens, &q_heads, &head_dim});
         a.cache = check_cache(contract, k_cache, v_cache, q.dtype, head_dim);
-        a.page_table = contract(page_table, "page_table").array<int32_t>({&batch, &max_blocks});
+        a.page_table = contract(page_table, "page_table").array<int32_t>({&batch, &max_pages});
         a.cu_seqlens_q = contract(cu_seqlens_q, "cu_seqlens_q").array<int32_t>({&starts});
         a.context_lens = contract(context_lens, "context_lens").array<int32_t>({&batch});
         a.out = contract(out, "out").array(q.dtype, {&tokens, &q_heads, &head_dim});
@@ -44,7 +44,7 @@ struct PagedPrefillAttention {
         a.tokens = tokens.value();
         a.batch = batch.value();
         a.q_heads = q_heads.value();
-        a.max_blocks = max_blocks.value();
+        a.max_pages = max_pages.value();
         a.scale = static_cast<float>(scale);
         return a;
     }
