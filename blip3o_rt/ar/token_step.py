@@ -217,8 +217,7 @@ class TokenBatch:
     def step(self) -> Tensor:
         """Draw at least one token of every member and run its window through the decoder.
 
-        A member's `num_generated` counts what is kept. On a GPU the count of longer windows lags a few passes
-        behind.
+        A member's `num_generated` counts what is kept; on a GPU that of longer windows lags a few passes.
 
         Returns:
             The vocabulary ids that the rows read, int64 [rows]; overwritten by the next step. The id of a row

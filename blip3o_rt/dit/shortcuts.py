@@ -102,7 +102,8 @@ class ShortStep:
         return StepInput(state.model_input, state.tables.at(state.index), condition)
 
     def _move(self, state: StepState, predicted: Tensor | None) -> None:
-        levels = _levels(state)
+        around = torch.cat([state.index - 1, state.index, state.index + 1]).clamp_(min=0)
+        levels = Levels(*state.tables.schedule.sigmas.to(state.latent.dtype).index_select(0, around))
         velocity = self._velocity(state, predicted, levels.here)
         state.latent.add_(self.solver.move(state.latent, velocity, levels, state.history.denoised))
         state.index.add_(1)
@@ -117,8 +118,3 @@ class ShortStep:
         if self.kept:
             state.history.keep(velocity, sigma, state.index[0] == 0)
         return velocity
-
-
-def _levels(state: StepState) -> Levels:
-    around = torch.cat([state.index - 1, state.index, state.index + 1]).clamp_(min=0)
-    return Levels(*state.tables.schedule.sigmas.to(state.latent.dtype).index_select(0, around))

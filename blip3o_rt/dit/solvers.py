@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ class Levels(NamedTuple):
     after: Tensor
 
 
-@dataclass(frozen=True)
 class Solver(ABC):
     """A rule for steps. Latents, velocities and estimates are [1, C, h, w]; all work stays on the device.
 
@@ -43,7 +41,6 @@ class Solver(ABC):
         """The x0 that the step from latent `start` at level `here` to `end` at `after` was made on."""
 
 
-@dataclass(frozen=True)
 class Euler(Solver):
     """A straight line to the estimate of x0."""
 
@@ -54,7 +51,6 @@ class Euler(Solver):
         return start + (end - start) * (here / (here - after))
 
 
-@dataclass(frozen=True)
 class DPMSolver(Solver):
     """DPM-Solver++ (2M) (arXiv 2211.01095): Euler's move, plus a weight times the last change of x0."""
 
