@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from blip3o_rt import trace
 from blip3o_rt.errors import DeviceError, OpError, ParameterError, first_line
+from blip3o_rt.isolation import kept
 from blip3o_rt.ops import native, registry
 
 R = TypeVar("R")
@@ -204,8 +205,7 @@ def _is_on(variable: str, default: str) -> bool:
     return value == "on"
 
 
-@contextmanager
-def dependent_launches(device: torch.device) -> Iterator[None]:
+def dependent_launches(device: torch.device) -> AbstractContextManager[None]:
     """Let a CUDA kernel of ours begin, within the block, while the one before it on the stream ends.
 
     The first of the block is launched in order. Nothing within the block may write a weight. This does
@@ -215,14 +215,7 @@ def dependent_launches(device: torch.device) -> Iterator[None]:
         ParameterError: the variable is neither on nor off.
     """
     module = native.cuda_module() if _is_on(DEPENDENT_VARIABLE, "off") and device.type == "cuda" else None
-    if module is None:
-        yield
-        return
-    module.set_dependent_launches(True)
-    try:
-        yield
-    finally:
-        module.set_dependent_launches(False)
+    return nullcontext() if module is None else kept(module.set_dependent_launches, True, before=False)
 
 
 class RunAhead:

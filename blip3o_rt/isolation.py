@@ -144,18 +144,18 @@ class OwnSettings:
         if torch.get_num_threads() != self._threads:
             yield num_threads(self._threads)
         if sys.float_info.min / 2 == 0.0:
-            yield _put(torch.set_flush_denormal, False, before=True)
+            yield kept(torch.set_flush_denormal, False, before=True)
         yield exact_arithmetic(self._device)
 
 
 def num_threads(count: int) -> AbstractContextManager[None]:
     """Torch's threads within a block."""
-    return _put(torch.set_num_threads, count, before=torch.get_num_threads())
+    return kept(torch.set_num_threads, count, before=torch.get_num_threads())
 
 
 @contextmanager
-def _put(put: Callable[[Any], object], value: int, *, before: int) -> Iterator[None]:
-    """A setting within the block."""
+def kept(put: Callable[[Any], object], value: int, *, before: int) -> Iterator[None]:
+    """A setting within the block, put back to what was before it."""
     put(value)
     try:
         yield

@@ -68,11 +68,8 @@ def check_contents(model: ModelConfig, config: str, sources: Mapping[str, PartSo
             _check_tensor(source, name, tensor, used[id(source.tensors)])
     if model.ar.tie_word_embeddings:
         _check_tied_head(config, sources["ar"].tensors)
-    elsewhere = tuple(
-        PREFIXES[part]
-        for part in ("dit", "vae", "ta_tok")
-        if part not in sources or not sources[part].prefixed
-    )
+    inside = {part for part, source in sources.items() if source.prefixed}
+    elsewhere = tuple(PREFIXES[part] for part in ("dit", "vae", "ta_tok") if part not in inside)
     left: list[str] = []
     for key, tensors in files.items():
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(elsewhere)}
