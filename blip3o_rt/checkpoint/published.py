@@ -14,7 +14,6 @@ from blip3o_rt.checkpoint.parts import HEAD, PREFIXES, PartSource, published_nam
 from blip3o_rt.checkpoint.published_config import ConfigFile, parse_model, parse_ta_tok
 from blip3o_rt.checkpoint.source import (
     KNOWN,
-    KNOWN_SIGLIP,
     SANA_NAME,
     SIGLIP_NAME,
     Source,
@@ -331,8 +330,7 @@ def _read_ta_tok(path: Path) -> tuple[ConfigFile, Tensors]:
 
 def _tokens_without_tower(root: Path) -> int:
     """Tokens per image of a checkpoint that has no tower: its SigLIP configuration's patches, or 729."""
-    own = root / "siglip2" / "config.json"
-    vision = _vision_section(own if own.is_file() else KNOWN_SIGLIP / "config.json")
+    vision = _vision_section(_vision_config(root, None, ConfigFile(str(root), {})))
     return (vision.integer("image_size", 224) // vision.integer("patch_size", 16)) ** 2
 
 

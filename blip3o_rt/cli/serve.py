@@ -130,13 +130,12 @@ def replicas(option: str, arguments: argparse.Namespace) -> tuple[int, int]:
     return found
 
 
-def server_options(arguments: argparse.Namespace) -> Any:
+def server_options(given: argparse.Namespace) -> Any:
     """The arguments as a server takes them."""
     from blip3o_rt.serve.client import Limits
     from blip3o_rt.serve.messages import EngineOptions
     from blip3o_rt.serve.server import ServerOptions
 
-    given = arguments
     as_given = ("host", "port", "data", "keys", "admin_keys", "max_images", "max_steps", "log_prompts")
     admitted = (given.max_queue, given.max_queue_per_client)
     return ServerOptions(
