@@ -23,7 +23,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 KNOWN = Path(__file__).parent / "known"
 SANA_NAME = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
 SIGLIP_NAME = "google/siglip2-so400m-patch14-384"
-KNOWN_SANA, KNOWN_SIGLIP = (KNOWN / name.split("/")[1] for name in (SANA_NAME, SIGLIP_NAME))
+KNOWN_SANA = KNOWN / SANA_NAME.split("/")[1]
 
 
 @dataclass(frozen=True)
