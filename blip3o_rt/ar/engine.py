@@ -204,10 +204,10 @@ class TokenEngine:
         for image, number in zip(self._running, before, strict=True):
             image.request.tokens_drawn += image.num_generated - number
             image.request.passes += 1
-        if not any(self._finished(image) for image in self._running):
-            self._batch = None if self._windows.change(self._running) else batch
-            return tokens
-        self._retire()
+        if any(self._finished(image) for image in self._running):
+            self._retire()
+        elif not self._windows.change(self._running):
+            self._batch = batch
         return tokens
 
     def generate(

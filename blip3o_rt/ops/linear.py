@@ -13,7 +13,7 @@ from blip3o_rt.ops import bf16_products
 from blip3o_rt.ops.dtypes import E4M3, FLOATS, WEIGHTS, cast_out, compute_dtype
 from blip3o_rt.ops.elementwise import gated_add, silu_mul
 from blip3o_rt.ops.norm import rms_norm
-from blip3o_rt.ops.quantized import no_e4m3, row_linear_w8
+from blip3o_rt.ops.quantized import check_memory, no_e4m3, products_of_rows, row_linear_w8
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
@@ -135,26 +135,13 @@ def row_linear(x: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Te
     overlap x; OpError if it begins where x does. Batch-invariant: a row's result is bit-identical whatever
     else is in the batch (contiguous x); the reference takes rows one at a time for that.
     """
-    _check_memory("row_linear", x, out=out)
-    rows = x.split(1) if len(x) > 1 else (x,)
+    check_memory("row_linear", x, out=out)
     dtype = compute_dtype(x)
     rounds_once = x.dtype == torch.bfloat16 and (out is None or out.dtype == x.dtype)
     if weight.dtype == x.dtype and (x.dtype == dtype or rounds_once):  # torch sums bfloat16 in float32
+        rows = x.split(1) if len(x) > 1 else (x,)
         return cast_out(torch.cat([F.linear(row, weight, bias) for row in rows]), x.dtype, out)
-    blocks = [_converted_product(rows, block, dtype) for block in weight.split(CONVERTED_ROWS)]
-    result = torch.cat(blocks, dim=1)
-    return cast_out(result if bias is None else result + bias.to(dtype), x.dtype, out)
-
-
-def _check_memory(op_name: str, x: Tensor, **written: Tensor | None) -> None:
-    for name, tensor in written.items():
-        if tensor is not None and x.numel() and tensor.data_ptr() == x.data_ptr():
-            raise OpError(f"{op_name}: {name} must not be the memory of x; give it memory of its own")
-
-
-def _converted_product(rows: tuple[Tensor, ...], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = weight.to(dtype)
-    return torch.cat([F.linear(row.to(dtype), weight) for row in rows])
+    return products_of_rows(x, (block.to(dtype) for block in weight.split(CONVERTED_ROWS)), bias, out)
 
 
 row_linear.native("cuda", dtypes=FLOATS, supports=same_dtype("x", "weight"))
@@ -211,7 +198,7 @@ def row_linear_add(x: Tensor, weight: Tensor, residual: Tensor, *, scale: Tensor
     tolerance of bfloat16. The residual must not overlap x; OpError if it begins where x does.
     Batch-invariant: a row's result is bit-identical whatever else is in the batch (contiguous x).
     """
-    _check_memory("row_linear_add", x, residual=residual)
+    check_memory("row_linear_add", x, residual=residual)
     dtype = compute_dtype(x)
     return residual.copy_(residual.to(dtype) + _reference_product(x, weight, scale).to(dtype))
 
@@ -244,7 +231,7 @@ def norm_row_linear(
     does. scratch: memory that a call may use (else it makes its own). Batch-invariant: a row's result is
     bit-identical whatever else is in the batch (contiguous x).
     """
-    _check_memory("norm_row_linear", x, out=out)
+    check_memory("norm_row_linear", x, out=out)
     normed = rms_norm.reference(x, norm_weight, eps)
     if not gated:
         return _reference_product(normed, weight, scale, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,14 +45,27 @@ def row_linear_w8(
     does. Meant for one row or a few: with more, arithmetic is the limit and not memory, and less of it saves
     no time. Batch-invariant: a row's result is bit-identical whatever else is in the batch.
     """
-    if out is not None and x.numel() and out.data_ptr() == x.data_ptr():
-        raise OpError("row_linear_w8: out must not be the memory of x; give it memory of its own")
-    rows = x.split(1) if len(x) > 1 else (x,)
+    check_memory("row_linear_w8", x, out=out)
     dtype = compute_dtype(x)
-    blocks = []
-    for values, factors in zip(weight.split(CONVERTED_ROWS), scale.split(CONVERTED_ROWS), strict=True):
-        matrix = values.to(dtype) * factors.to(dtype)[:, None]
-        blocks.append(torch.cat([F.linear(row.to(dtype), matrix) for row in rows]))
+    blocks = zip(weight.split(CONVERTED_ROWS), scale.split(CONVERTED_ROWS), strict=True)
+    matrices = (values.to(dtype) * factors.to(dtype)[:, None] for values, factors in blocks)
+    return products_of_rows(x, matrices, bias, out)
+
+
+def check_memory(op_name: str, x: Tensor, **written: Tensor | None) -> None:
+    """Raise OpError where a tensor that is written begins where x does."""
+    for name, tensor in written.items():
+        if tensor is not None and x.numel() and tensor.data_ptr() == x.data_ptr():
+            raise OpError(f"{op_name}: {name} must not be the memory of x; give it memory of its own")
+
+
+def products_of_rows(
+    x: Tensor, matrices: Iterable[Tensor], bias: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """x weight^T + bias, a row of x at a time; matrices: the weight's rows in blocks, wide."""
+    dtype = compute_dtype(x)
+    rows = [row.to(dtype) for row in (x.split(1) if len(x) > 1 else (x,))]
+    blocks = [torch.cat([F.linear(row, matrix) for row in rows]) for matrix in matrices]
     result = torch.cat(blocks, dim=1)
     return cast_out(result if bias is None else result + bias.to(dtype), x.dtype, out)
 

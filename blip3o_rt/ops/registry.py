@@ -22,7 +22,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -118,12 +118,8 @@ class Choice:
     reason: str | None  # why it is not chosen: unavailable (with the remedy), or another one comes first
 
 
-class Usage(dict[str, set[str]]):
-    """Names of the implementations that each op ran on; ops that were not called are absent."""
-
-    def __missing__(self, op_name: str) -> set[str]:
-        return self.setdefault(op_name, set())
-
+Usage = defaultdict[str, set[str]]
+"""Names of the implementations that each op ran on; ops that were not called are absent."""
 
 Candidates = dict[tuple[torch.device, torch.dtype], tuple[Implementation, ...]]
 
@@ -167,9 +163,9 @@ class Op(Generic[P, R]):
         self._result_like = self._index(self.shapes.like())
         self._out = self._index("out")
         self._result = self._index(self.shapes.returned or "out")
-        self._implementations: tuple[Implementation, ...] = (
+        self.implementations: tuple[Implementation, ...] = (
             Implementation(REFERENCE, self._checked(reference)),
-        )
+        )  # in order of preference; the torch reference is the last
         self._forced: tuple[Implementation, ...] = ()  # by the blocks that are open; the last one counts
         self._candidates: Candidates = {}
 
@@ -180,13 +176,8 @@ class Op(Generic[P, R]):
         return self.argument_names.index(name) if name in self.argument_names else None
 
     @property
-    def implementations(self) -> tuple[Implementation, ...]:
-        """In order of preference; the torch reference is the last."""
-        return self._implementations
-
-    @property
     def implementation_names(self) -> list[str]:
-        return [implementation.name for implementation in self._implementations]
+        return [implementation.name for implementation in self.implementations]
 
     def implementation(
         self,
@@ -236,11 +227,8 @@ class Op(Generic[P, R]):
         self,
         device: str,
         *,
-        dtypes: tuple[torch.dtype, ...],
-        supports: Supports | None = None,
-        available: Callable[[], str | None] | None = None,
         scratch: Callable[[Scratch, Any], Any] | None = None,
-        **others: Any,
+        **options: Any,
     ) -> None:
         """Register the compiled kernel of the op's name, of blip3o_rt._cpu or blip3o_rt._cuda.
 
@@ -248,7 +236,7 @@ class Op(Generic[P, R]):
 
         Args:
             scratch: Given the call's scratch memory and the call, what the kernel takes in its place.
-            others: As in Implementation.
+            options: As in Implementation.
         """
 
         def run(call: Any) -> Any:
@@ -259,18 +247,14 @@ class Op(Generic[P, R]):
             self._apply(kernel, call)
             return call[self._result]
 
-        unavailable = available or getattr(native, f"{device}_unavailable")
-        self._add(Implementation(device, run, device, dtypes, supports, unavailable, **others))
+        options.setdefault("available", getattr(native, f"{device}_unavailable"))
+        self._add(Implementation(device, run, device, **options))
 
-    def triton(
-        self,
-        *,
-        dtypes: tuple[torch.dtype, ...],
-        supports: Supports,
-        available: Callable[[], str | None] = triton_backend.unavailable,
-        **others: Any,
-    ) -> None:
-        """Register the launcher of the op's name in blip3o_rt.triton_kernels; its arguments are the op's."""
+    def triton(self, *, supports: Supports, **options: Any) -> None:
+        """Register the launcher of the op's name in blip3o_rt.triton_kernels; its arguments are the op's.
+
+        options: As in Implementation.
+        """
 
         def run(call: Any) -> Any:
             call = self.with_out(call)
@@ -282,7 +266,8 @@ class Op(Generic[P, R]):
             self.shapes.check(self.name, call)  # before a kernel leaves the memory of a tensor
             return supports(call)
 
-        self._add(Implementation("triton", run, "cuda", dtypes, refusal, available, **others))
+        options.setdefault("available", triton_backend.unavailable)
+        self._add(Implementation("triton", run, "cuda", supports=refusal, **options))
 
     def with_out(self, call: Any) -> Any:
         """The call, with memory for its result where it brings none."""
@@ -312,22 +297,22 @@ class Op(Generic[P, R]):
     def _add(self, found: Implementation) -> None:
         if found.name in self.implementation_names:
             raise OpError(f"op {self.name} has an implementation '{found.name}' already: choose another name")
-        self._reorder(*self._implementations[:-1], found, self._implementations[-1])
+        self._reorder(*self.implementations[:-1], found, self.implementations[-1])
 
     def prefer(self, name: str) -> None:
         """Make an implementation the first that a call tries. Raises OpError for an unknown name."""
         found = self.named(name)
-        self._reorder(found, *(other for other in self._implementations if other is not found))
+        self._reorder(found, *(other for other in self.implementations if other is not found))
 
     def withdraw(self, name: str) -> None:
         """Forget an implementation. Raises OpError for an unknown name and for the torch reference."""
         if name == REFERENCE:
             raise OpError(f"op {self.name}: '{REFERENCE}' is its definition and stays")
         found = self.named(name)
-        self._reorder(*(other for other in self._implementations if other is not found))
+        self._reorder(*(other for other in self.implementations if other is not found))
 
     def _reorder(self, *implementations: Implementation) -> None:
-        self._implementations = implementations
+        self.implementations = implementations
         self.choose_again()
 
     def choose_again(self) -> None:
@@ -339,7 +324,7 @@ class Op(Generic[P, R]):
 
     def named(self, name: str) -> Implementation:
         """The implementation of that name. Raises OpError listing the known ones."""
-        for implementation in self._implementations:
+        for implementation in self.implementations:
             if implementation.name == name:
                 return implementation
         known = ", ".join(self.implementation_names)
@@ -415,7 +400,7 @@ class Op(Generic[P, R]):
         else:
             found = tuple(
                 i
-                for i in self._implementations
+                for i in self.implementations
                 if not (i.on_request or i.takes(device.type, dtype) or i.available())
             )
         if _make_range is not None:
@@ -448,7 +433,7 @@ class Op(Generic[P, R]):
         dtype = dtype if dtype in self.tolerance else next(iter(self.tolerance))
         found: list[Choice] = []
         forced = self.forced
-        for implementation in self._implementations:
+        for implementation in self.implementations:
             reason = implementation.takes(device, dtype, weight) or implementation.available()
             if reason is None and forced is not None and implementation.name != forced.name:
                 reason = f"'{forced.name}' is forced"
@@ -523,27 +508,23 @@ def forced() -> dict[str, str]:
 
 def read_environment() -> None:
     """Apply BLIP3O_OPS="op=implementation,..." once. Raises OpError for unknown names in it."""
-    if not _environment_read:
-        with _lock:
-            _read_environment()
-
-
-def _read_environment() -> None:
     global _environment_read
     if _environment_read:
         return
-    forced: list[tuple[Op[Any, Any], Implementation]] = []
-    for entry in os.environ.get(ENVIRONMENT_VARIABLE, "").split(","):
-        if not entry.strip():
-            continue
-        op_name, equals, implementation_name = (part.strip() for part in entry.partition("="))
-        if not equals:
-            raise OpError(f"{ENVIRONMENT_VARIABLE}: '{entry.strip()}' is not of the form op=implementation")
-        target = find(op_name)
-        forced.append((target, target.named(implementation_name)))
-    for target, implementation in forced:
-        target.force(implementation)
-    _environment_read = True
+    with _lock:
+        forced: list[tuple[Op[Any, Any], Implementation]] = []
+        for entry in filter(str.strip, os.environ.get(ENVIRONMENT_VARIABLE, "").split(",")):
+            op_name, equals, implementation_name = (part.strip() for part in entry.partition("="))
+            if not equals:
+                raise OpError(
+                    f"{ENVIRONMENT_VARIABLE}: '{entry.strip()}' is not of the form op=implementation"
+                )
+            target = find(op_name)
+            forced.append((target, target.named(implementation_name)))
+        if not _environment_read:
+            for target, implementation in forced:
+                target.force(implementation)
+        _environment_read = True
 
 
 @contextmanager
@@ -553,7 +534,7 @@ def recording_usage() -> Iterator[Usage]:
     The calls of other threads are not noted, unless they run in a copy of this context, as
     `asyncio.to_thread` makes it. A recording inside another one is added to it at its end.
     """
-    outer, used = _recording.get(), Usage()
+    outer, used = _recording.get(), Usage(set)
     token = _recording.set(used)
     try:
         yield used

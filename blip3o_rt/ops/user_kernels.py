@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,9 +75,6 @@ def _run(path: Path) -> None:
 def _line_at_fault(error: Exception, path: Path) -> str:
     """ ", line N" of the file, the innermost of its lines in the traceback; empty where there is none."""
     lines = [error.lineno] if isinstance(error, SyntaxError) and error.filename == str(path) else []
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
+    frames = traceback.extract_tb(error.__traceback__)
+    lines += [frame.lineno for frame in frames if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
