@@ -8,10 +8,11 @@ the speed, never the tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from blip3o_rt.params import MAX_DRAFT_WINDOW
 
@@ -51,16 +52,11 @@ class PassTimes:
     """Seconds of a pass by its rows, learned from passes as they run."""
 
     def __init__(self) -> None:
-        self._rows: list[int] = []  # measured, in order
-        self._seconds: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}  # by rows, as measured
 
     def note(self, rows: int, seconds: float) -> None:
         """Add a pass. A quick one counts more: what disturbs a pass only makes it longer."""
-        if rows not in self._seconds:
-            insort(self._rows, rows)
-            self._seconds[rows] = seconds
-            return
-        known = self._seconds[rows]
+        known = self._seconds.setdefault(rows, seconds)
         self._seconds[rows] = known + (0.5 if seconds < known else 0.1) * (min(seconds, 2 * known) - known)
 
     def estimate(self, rows: int) -> float:
@@ -70,19 +66,14 @@ class PassTimes:
         so one pass that was disturbed does not put its number of rows out of use.
         """
         bounds = (seconds * max(1.0, rows / known) for known, seconds in self._seconds.items())
-        return min(self._expected(rows), *bounds) if self._rows else self._prior(rows)
+        return min(self._expected(rows), *bounds) if self._seconds else self._prior(rows)
 
     def _expected(self, rows: int) -> float:
         """As measured, between two measured ones in proportion, beyond them by the prior."""
-        at = bisect_left(self._rows, rows)
-        if at < len(self._rows) and self._rows[at] == rows:
-            return self._seconds[rows]
-        if 0 < at < len(self._rows):
-            low, high = self._rows[at - 1], self._rows[at]
-            weight = (rows - low) / (high - low)
-            return (1 - weight) * self._seconds[low] + weight * self._seconds[high]
-        nearest = self._rows[0] if at == 0 else self._rows[-1]
-        return self._seconds[nearest] * self._prior(rows) / self._prior(nearest)
+        measured = sorted(self._seconds)
+        nearest = min(max(rows, measured[0]), measured[-1])
+        seconds = np.interp(nearest, measured, [self._seconds[known] for known in measured])
+        return float(seconds) * self._prior(rows) / self._prior(nearest)
 
     @staticmethod
     def _prior(rows: int) -> float:

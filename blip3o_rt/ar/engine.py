@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -279,7 +280,7 @@ class TokenEngine:
         while self._waiting and self._free_slots:
             image = self._waiting[0]
             prompt = image.request.prompt
-            donor, shared = self._longest_prefix(prompt)
+            shared, donor = self._longest_prefix(prompt)
             pages = self.cache.pages_for(len(prompt.ids) + self.image_tokens.tokens_per_image)
             if pages - shared // self.cache.page_size > self.cache.free_pages:
                 return
@@ -291,14 +292,11 @@ class TokenEngine:
                 self.cancel(image.request)
                 raise
 
-    def _longest_prefix(self, prompt: TokenPrompt) -> tuple[_Image | None, int]:
-        """The running image with most of the prompt's positions in its pages, and how many."""
-        donor, longest = None, 0
-        for image in self._running:
-            shared = _shared_positions(image.request.prompt, prompt, self.decoder.prefill_chunk)
-            if shared > longest:
-                donor, longest = image, shared
-        return donor, longest
+    def _longest_prefix(self, prompt: TokenPrompt) -> tuple[int, _Image | None]:
+        """How many of the prompt's positions some running image has in its pages, and the first with most."""
+        chunk = self.decoder.prefill_chunk
+        shared = [(_shared_positions(i.request.prompt, prompt, chunk), i) for i in self._running]
+        return max(shared, key=itemgetter(0), default=(0, None))
 
     def _join(self, image: _Image, donor: _Image | None, shared: int) -> None:
         """Give an image its output slot and pages, and read what no other has read of its prompt."""

@@ -59,7 +59,6 @@ class Member:
     decoded: int = 1
     draft_window: int | None = 1
     agreement: Agreement = field(default_factory=Agreement)
-    passes: int = 0
 
 
 class Results:
@@ -229,8 +228,6 @@ class TokenBatch:
         for member in self._members:
             member.decoded = 1  # all that is sure where the pass is interrupted
         token_ids = self._run()
-        for member in self._members:
-            member.passes += 1
         if self._windowed:
             self._count(self._counts.after_a_pass(), offered)
         else:

@@ -219,16 +219,12 @@ def _sides_for_cublas(call: Any) -> str | None:
     return f"takes more than 16 rows, and K and N that are multiples of {CUBLAS_UNIT}"
 
 
-def _int_mm(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+@integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)
+@integer_product.implementation("int_mm", device="cpu", supports=_several_columns, available=_no_int_mm)
+def _(values: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     return cast_out(torch._int_mm(values, weight.t()), torch.int32, out)
 
 
-integer_product.implementation("int_mm", device="cpu", supports=_several_columns, available=_no_int_mm)(
-    _int_mm
-)
-integer_product.implementation("cublas", device="cuda", supports=_sides_for_cublas, available=cuda_status)(
-    _int_mm
-)
 integer_product.native("cpu", dtypes=(torch.int8,))
 
 

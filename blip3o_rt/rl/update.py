@@ -132,11 +132,12 @@ class WeightStore:
         if HEAD not in new or HEAD in used:
             return
         embedding = new.get(published_name("ar", "embed_tokens.weight"))
-        same = embedding is not None and embedding.shape == new[HEAD].shape
-        if not same or not all(
-            torch.equal(one, other)
-            for one, other in zip(new[HEAD].chunks(), embedding.chunks(), strict=True)  # type: ignore[union-attr]
-        ):
+        same = (
+            embedding is not None
+            and embedding.shape == new[HEAD].shape
+            and all(map(torch.equal, new[HEAD].chunks(), embedding.chunks()))
+        )
+        if not same:
             raise CheckpointError(
                 f"{WHERE}: {HEAD!r} is tied to the embedding in this model; accepted: none, or the same "
                 "numbers as the embedding given with it"

@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blip3o_rt import ops
 from blip3o_rt.config import TATokConfig
 from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
-from blip3o_rt.ops.attention import cross_attention
-from blip3o_rt.ops.image import nearest_code
-from blip3o_rt.ops.linear import linear
 from blip3o_rt.weights import hoisted
 
 Weights = Mapping[str, Tensor]
@@ -70,15 +68,15 @@ class ImageTokenizer:
     def _encode_image(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Features [1, N, hidden] and codes [N] of one image."""
         features = self._features(pixels)
-        projected = linear(features[0].to(self.codebook.dtype), *self.bottleneck)
-        return features, nearest_code(projected, self.codebook)
+        projected = ops.linear(features[0].to(self.codebook.dtype), *self.bottleneck)
+        return features, ops.nearest_code(projected, self.codebook)
 
     def _features(self, pixels: Tensor) -> Tensor:
-        x = linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
+        x = ops.linear(patches(pixels, self.config.patch_size), self.patch_weight, self.patch_bias)
         x += self.position_embedding
         for layer in self.layers:
             x = layer(x)
-        return torch.tanh(linear(x, *self.task))
+        return torch.tanh(ops.linear(x, *self.task))
 
 
 def patches(pixels: Tensor, side: int) -> Tensor:
@@ -102,14 +100,14 @@ class EncoderLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x + self._attention(F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps))
-        hidden = linear(F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps), *self.fc1)
-        return x + linear(F.gelu(hidden, approximate="tanh"), *self.fc2)
+        hidden = ops.linear(F.layer_norm(x, x.shape[-1:], *self.norm2, self.eps), *self.fc1)
+        return x + ops.linear(F.gelu(hidden, approximate="tanh"), *self.fc2)
 
     def _attention(self, x: Tensor) -> Tensor:
-        qkv = linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
+        qkv = ops.linear(x, *self.qkv).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [1, heads, N, head_dim]
         if x.device.type == "cpu":
-            attended = cross_attention(q[0].transpose(0, 1).flatten(1), k[0], v[0], None, 0.0)[None]
+            attended = ops.cross_attention(q[0].transpose(0, 1).flatten(1), k[0], v[0], None, 0.0)[None]
         else:
             attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return linear(attended, *self.attention_out)
+        return ops.linear(attended, *self.attention_out)

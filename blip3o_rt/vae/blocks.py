@@ -8,17 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blip3o_rt.ops.attention import relu_linear_attention
+from blip3o_rt import ops
 from blip3o_rt.ops.dtypes import compute_dtype
-from blip3o_rt.ops.image import (
-    add_pixel_shuffle,
-    add_pixel_unshuffle,
-    convolution_silu,
-    depthwise_glu,
-    separable_convolution,
-)
-from blip3o_rt.ops.linear import linear
-from blip3o_rt.ops.norm import channel_rms_norm
 from blip3o_rt.weights import hoisted
 
 NORM_EPS = 1e-5
@@ -74,7 +65,7 @@ class SiluConvolution:
         self.bias = weights[name + ".bias"]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return convolution_silu(x, self.weight, self.bias)
+        return ops.convolution_silu(x, self.weight, self.bias)
 
 
 class ChannelNorm(Block):
@@ -88,7 +79,9 @@ class ChannelNorm(Block):
         self.relu = relu
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return channel_rms_norm(x, self.weight, self.bias, NORM_EPS, residual=residual, relu=self.relu, out=x)
+        return ops.channel_rms_norm(
+            x, self.weight, self.bias, NORM_EPS, residual=residual, relu=self.relu, out=x
+        )
 
 
 class ResidualBlock(Block):
@@ -136,12 +129,12 @@ class MultiscaleAttention:
         self.norm = ChannelNorm(weights, prefix + "norm_out")
 
     def __call__(self, x: Tensor) -> Tensor:
-        qkv = linear(x, self.to_qkv)
-        scales = [qkv, *(separable_convolution(qkv, depth, point) for depth, point in self.scales)]
+        qkv = ops.linear(x, self.to_qkv)
+        scales = [qkv, *(ops.separable_convolution(qkv, depth, point) for depth, point in self.scales)]
         attended = x.new_empty(*x.shape[:-1], self.to_out.shape[1])
         for scale, out in zip(scales, attended.flatten(1, 2).chunk(len(scales), dim=-1), strict=True):
-            relu_linear_attention(scale.flatten(1, 2), None, None, self.num_heads, 0.0, out=out)
-        return self.norm(linear(attended, self.to_out), residual=x)
+            ops.relu_linear_attention(scale.flatten(1, 2), None, None, self.num_heads, 0.0, out=out)
+        return self.norm(ops.linear(attended, self.to_out), residual=x)
 
 
 class GatedConvolution:
@@ -156,8 +149,10 @@ class GatedConvolution:
         self.norm = ChannelNorm(weights, prefix + "norm")
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = depthwise_glu(linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias)
-        return self.norm(linear(hidden, self.point), residual=x)
+        hidden = ops.depthwise_glu(
+            ops.linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias
+        )
+        return self.norm(ops.linear(hidden, self.point), residual=x)
 
 
 class NearestUpsampling(Block):
@@ -178,7 +173,7 @@ class NearestUpsampling(Block):
         bias = None if self.shortcut else self.bias
         doubled = F.conv_transpose2d(channels_first(x), self.weight, bias, stride=2, padding=1)
         result = channels_last(doubled)
-        return add_pixel_shuffle(result, x, bias=self.bias) if self.shortcut else result
+        return ops.add_pixel_shuffle(result, x, bias=self.bias) if self.shortcut else result
 
 
 def fold_nearest_taps(weight: Tensor) -> Tensor:
@@ -205,7 +200,7 @@ class ShuffleUpsampling(WithShortcut):
 
     def __call__(self, x: Tensor) -> Tensor:
         result = channels_last(F.pixel_shuffle(channels_first(self.convolution(x)), 2))
-        return add_pixel_shuffle(result, x) if self.shortcut else result
+        return ops.add_pixel_shuffle(result, x) if self.shortcut else result
 
 
 class Downsampling(Block):
@@ -224,7 +219,7 @@ class Downsampling(Block):
         result = self.convolution(x)
         if self.unshuffle:
             result = channels_last(F.pixel_unshuffle(channels_first(result), 2))
-        return add_pixel_unshuffle(result, x, bias=self.bias) if self.shortcut else result
+        return ops.add_pixel_unshuffle(result, x, bias=self.bias) if self.shortcut else result
 
 
 class LatentIn(WithShortcut):
