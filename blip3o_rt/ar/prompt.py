@@ -44,7 +44,6 @@ class PromptEncoder:
         positions: int | None = None,
     ) -> None:
         self._tokenizer = _load_tokenizer(tokenizer_dir)
-        self._image_tokens = image_tokens
         self._max_tokens = max_tokens
         self._positions = positions or max_tokens
         self._lock = threading.Lock()  # the tokenizer refuses a call from a second thread

@@ -95,11 +95,6 @@ class _Image:
     def branches(self) -> int:
         return 1 if self.condition.null is None else 2
 
-    def part(self) -> None:
-        """Give each branch an x of its own."""
-        if len(self.x) < self.branches:
-            self.x = self.x.repeat(self.branches, 1, 1)
-
 
 class DiT:
     """Noise prediction, both branches of classifier-free guidance at once.
@@ -314,7 +309,8 @@ class _Block:
         """
         self.self_attention(images, layer, normed, workspace)
         for image in images:
-            image.part()
+            if len(image.x) < image.branches:  # which part here, each with an x of its own
+                image.x = image.x.repeat(image.branches, 1, 1)
         attended = self.cross_attention(images, layer, workspace)
         xs = [image.x for image in images]
         normed = workspace.take(Area.NARROW, xs, xs[0].shape[-1])

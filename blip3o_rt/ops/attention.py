@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
 from blip3o_rt.ops import native
-from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype, rms_normed
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.scratch import Scratch
 from blip3o_rt.ops.triton_backend import takes_contiguous
@@ -67,8 +67,7 @@ def qk_norm_rope_append(
     cos, sin = cos_sin_cache[positions.long()].to(heads.dtype)[:, None].chunk(2, dim=-1)
 
     def norm_and_rotate(x: Tensor, weight: Tensor) -> Tensor:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
-        a, b = x.chunk(2, dim=-1)
+        a, b = rms_normed(x, weight, eps).chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
     if tokens:
@@ -354,10 +353,7 @@ def cross_attention(
     the published code are; hence the tolerance of bfloat16.
     """
     dtype = compute_dtype(query)
-    q = query.to(dtype)
-    if query_weight is not None:
-        q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + eps) * query_weight.to(dtype)
-    q = q.unflatten(-1, (key.shape[0], -1)).transpose(0, 1)
+    q = rms_normed(query.to(dtype), query_weight, eps).unflatten(-1, (key.shape[0], -1)).transpose(0, 1)
     bias = None if log_multiplicity is None else log_multiplicity.to(dtype).expand(1, 1, len(query), -1)
     attended = F.scaled_dot_product_attention(q[None], key.to(dtype)[None], value.to(dtype)[None], bias)[0]
     return cast_out(attended.transpose(0, 1).flatten(1), query.dtype, out)
@@ -398,19 +394,12 @@ def relu_linear_attention(
     """
     dtype = compute_dtype(qkv)
     q, k, v = qkv.chunk(3, dim=-1)
-    q, k = _positive(q, q_weight, eps, dtype), _positive(k, k_weight, eps, dtype)
+    q, k = (rms_normed(t.to(dtype), weight, eps).relu() for t, weight in ((q, q_weight), (k, k_weight)))
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v.to(dtype)))  # [B, H, N, d]
     state = k.transpose(2, 3) @ v  # [B, H, d, d]
     total = k.sum(2).unsqueeze(-1)  # [B, H, d, 1]
     attended = (q @ state).div_((q @ total).add_(EPSILON))
     return cast_out(attended.transpose(1, 2).flatten(2), qkv.dtype, out)
-
-
-def _positive(x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype)
-    if weight is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
-    return x.relu()
 
 
 def _small_heads(call: Any) -> str | None:

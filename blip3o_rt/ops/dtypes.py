@@ -33,6 +33,13 @@ def cast_out(result: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     return result.to(dtype) if out is None else out.copy_(result)
 
 
+def rms_normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in the dtype of x; x without a weight."""
+    if weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+
+
 def name_of(dtype: torch.dtype) -> str:
     """The name without its module: float32."""
     return str(dtype).removeprefix("torch.")

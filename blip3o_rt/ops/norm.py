@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.errors import OpError
-from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype
+from blip3o_rt.ops.dtypes import FLOATS, cast_out, compute_dtype, rms_normed
 from blip3o_rt.ops.elementwise import gated_add
 from blip3o_rt.ops.registry import op, same_dtype
 from blip3o_rt.ops.triton_backend import takes_contiguous, takes_rows
@@ -40,7 +40,7 @@ def rms_norm(
     if residual is not None:
         residual.copy_(residual.to(dtype) + y)
         y = residual.to(dtype)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    y = rms_normed(y, weight, eps)
     if bias is not None:
         y = y + bias.to(dtype)
     return cast_out(y, x.dtype, out)

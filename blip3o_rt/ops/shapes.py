@@ -114,11 +114,9 @@ class Shapes:
             raise ValueError(f"shapes {text!r}: cannot read {written!r}")
         self.returned = None if "[" in result else result or None
         self.result = Shape.of(result.strip("[]")) if "[" in result else None
-        self.names = {name for shape in self._all() for size in shape.sizes for name in size.names}
+        shapes = [*self.tensors.values(), *([self.result] if self.result else [])]
+        self.names = {name for shape in shapes for size in shape.sizes for name in size.names}
         self.numbers = self.names & set(argument_names)
-
-    def _all(self) -> list[Shape]:
-        return [*self.tensors.values(), *([self.result] if self.result else [])]
 
     def like(self) -> str | None:
         """The first tensor whose shape the result has, whatever it is; None if there is none."""

@@ -521,11 +521,8 @@ class Pipeline:
                 except Blip3oError as error:
                     done(index, error)
             plans = self._planner.plans([*planned.values()], run)
-            for index, plan in zip(planned, plans, strict=True):
-                try:
-                    done(index, self._image(plan, params, run))
-                except GenerationError as error:
-                    done(index, error)
+            for index, result in zip(planned, self._drawn(plans, params, run), strict=True):
+                done(index, result)
         return [found[index] for index in range(len(requests))]
 
     def _plan_request(self, request: ImageRequest, sampling: SamplingParams, run: Run) -> PlanRequest:
@@ -644,8 +641,6 @@ class Pipeline:
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
         window = check_draft_window(draft_window)
         self._planner.check(prompts, sampling)
-        images: list[Image.Image | None] = []
-        errors: list[GenerationError] = []
         with self._run(progress, callback, on_image) as run:
             reference = self._reference(references, run)
             requests: list[PlanRequest] = []
@@ -653,25 +648,29 @@ class Pipeline:
                 with which_prompt(index, len(prompts)):
                     requests.append(self._planner.request(prompt, samples, reference, window))
             plans = self._planner.plans(requests, run)
-            for index, plan in enumerate(plans):
-                try:
-                    image = self._image(plan, params, run)
-                except GenerationError as error:
-                    errors.append(error)
-                    images.append(None)
-                    continue
-                images.append(image)
-                run.drawn(index, image)
+            drawn: list[Image.Image | GenerationError] = []
+            for index, result in enumerate(self._drawn(plans, params, run)):
+                drawn.append(result)
+                if isinstance(result, Image.Image):
+                    run.drawn(index, result)
             report = run.report(dtype=self.precision, tier=self.tier, switches=self.switches)
-        if errors:
+        images = [result if isinstance(result, Image.Image) else None for result in drawn]
+        if errors := [result for result in drawn if isinstance(result, GenerationError)]:
             raise GenerationError(f"{len(errors)} of {len(plans)} images failed: {errors[0]}", images=images)
         return Result([image for image in images if image is not None], plans, report)
 
-    @trace.spanned("render")
-    def _image(self, plan: Plan, params: DiffusionParams, run: Run) -> Image.Image:
-        if plan.error is not None:
-            raise plan.error
-        return self._renderer.image(plan, params, plan.sampling.seed, run)
+    def _drawn(
+        self, plans: Sequence[Plan], params: DiffusionParams, run: Run
+    ) -> Iterator[Image.Image | GenerationError]:
+        """The image of each plan, or its error."""
+        for plan in plans:
+            result: Image.Image | GenerationError
+            try:
+                with trace.span("render"):
+                    result = plan.error or self._renderer.image(plan, params, plan.sampling.seed, run)
+            except GenerationError as error:
+                result = error
+            yield result
 
     def _reference(self, references: Sequence[ReferenceImage] | None, run: Run) -> Reference:
         """Encode the reference images of an edit in the ways that the checkpoint was trained with."""
