@@ -22,7 +22,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -118,8 +118,12 @@ class Choice:
     reason: str | None  # why it is not chosen: unavailable (with the remedy), or another one comes first
 
 
-Usage = defaultdict[str, set[str]]
-"""Names of the implementations that each op ran on; ops that were not called are absent."""
+class Usage(dict[str, set[str]]):
+    """Names of the implementations that each op ran on; ops that were not called are absent."""
+
+    def __missing__(self, op_name: str) -> set[str]:
+        return self.setdefault(op_name, set())
+
 
 Candidates = dict[tuple[torch.device, torch.dtype], tuple[Implementation, ...]]
 
@@ -534,7 +538,7 @@ def recording_usage() -> Iterator[Usage]:
     The calls of other threads are not noted, unless they run in a copy of this context, as
     `asyncio.to_thread` makes it. A recording inside another one is added to it at its end.
     """
-    outer, used = _recording.get(), Usage(set)
+    outer, used = _recording.get(), Usage()
     token = _recording.set(used)
     try:
         yield used
