@@ -19,7 +19,7 @@ AUTOENCODER: dict[str, Any] = {
     "encoder_block_out_channels": [8, 16, 32, 64, 128],
     "decoder_block_out_channels": [8, 32, 64, 64, 128],
     "encoder_layers_per_block": [1, 1, 1, 1, 1],
-    "decoder_layers_per_block": [1, 1, 1, 1, 1],
+    "decoder_layers_per_block": [3, 2, 2, 1, 1],
     "encoder_qkv_multiscales": [[], [], [], [5], [5]],
     "decoder_qkv_multiscales": [[], [], [], [5], [5]],
     "upsample_block_type": "interpolate",
@@ -52,7 +52,7 @@ TRANSFORMER: dict[str, Any] = {
 VISION_TOWER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "num_channels": 3,
     "image_size": 64,

@@ -126,6 +126,7 @@ def train(
     batch: int,
     peak: float,
     seed: int,
+    crop_share: float = CROP_SHARE,
     bars: Bars | None = None,
 ) -> None:
     """Runs or resumes the stage; leaves run/autoencoder.pt (encoder final from encoder_steps on).
@@ -178,7 +179,7 @@ def train(
             group["lr"] = learning_rate(step, steps, peak)
         rng = random.Random(seed * 1_000_003 + step)
         torch.manual_seed(seed * 1_000_003 + step)
-        crops = step < CROP_SHARE * steps
+        crops = step < crop_share * steps
         losses = reconstruction_loss(model, *training_batch(rng, batch, crops))
         optimiser.zero_grad(set_to_none=True)
         (losses["l1"] + LATENT_PENALTY * losses["latent_square"]).backward()
@@ -202,6 +203,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peak", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--crop-share", type=float, default=CROP_SHARE, help="of the steps, which see crops")
     add_gate_option(parser)
     arguments = parser.parse_args()
     train(
@@ -211,6 +213,7 @@ def main() -> None:
         arguments.batch,
         arguments.peak,
         arguments.seed,
+        arguments.crop_share,
         BARS if arguments.gate else {},
     )
 

@@ -113,7 +113,7 @@ def train(
     coverage_head = nn.Linear(VISION_TOWER["hidden_size"], CELL * CELL)
     trained = [p for p in (*model.parameters(), *coverage_head.parameters()) if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    average = WeightAverage([model], 0.99)
+    average = WeightAverage([model], 0.998)
     first = 0
     if (state := load_state(path)) is not None:
         first = state["step"]

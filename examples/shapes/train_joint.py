@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from blip3o_rt.measure.shapes.captions import caption
 from blip3o_rt.measure.shapes.codes import TOKENS_PER_IMAGE, scene_codes
-from blip3o_rt.measure.shapes.edits import random_edit
+from blip3o_rt.measure.shapes.edits import Edit, random_edit
 from blip3o_rt.measure.shapes.render import render_batch
 from blip3o_rt.measure.shapes.scene import Scene, training_scene
 
@@ -38,12 +38,13 @@ DROP_SHARE = 0.1
 SHAPE_CELL_WEIGHT = 3.0  # of a latent cell that a shape touches: most cells are plain background
 EDIT_DRAWS = {
     "move": 3,
-    "remove": 2,
-    "recolour": 2,
+    "remove": 3,
+    "recolour": 3,
     "background": 1,
     "add": 1,
     "keep": 1,
 }  # hard kinds more often
+REDRAWN_SHARE = 0.7  # of the edits of single shapes: which of two is meant comes slowest
 HEAD_WEIGHTS = {"index": 0.3, "place": 0.1, "shown": 0.1}  # against flow matching
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.25  # of the steps at the end, in which the learning rate falls to a twentieth
@@ -82,6 +83,12 @@ def caption_batch(rng: random.Random, count: int, tokenizer: PromptTokenizer) ->
     return make_batch(prompts, scenes, None, tokenizer.first_image_id)
 
 
+def hard_edit(rng: random.Random, kind: str) -> Edit:
+    """An edit of a kind, of two shapes more often than of one."""
+    edit = random_edit(rng, kind)
+    return random_edit(rng, kind) if len(edit.before.shapes) < 2 and rng.random() < REDRAWN_SHARE else edit
+
+
 def edit_batch(
     rng: random.Random, count: int, tokenizer: PromptTokenizer, eyes: ImageTokenizer | None, foreign: float
 ) -> Batch:
@@ -90,7 +97,7 @@ def edit_batch(
     foreign is the share of references that somebody else drew.
     """
     kinds = rng.choices(list(EDIT_DRAWS), weights=list(EDIT_DRAWS.values()), k=count)
-    edits = [random_edit(rng, kind) for kind in kinds]
+    edits = [hard_edit(rng, kind) for kind in kinds]
     before = [edit.before for edit in edits]
     references, _ = draw_mixed(before, round(foreign * count), rng)
     seen = [scene_codes(s) for s in before] if eyes is None else eyes.encode(references).tolist()
@@ -200,18 +207,27 @@ def train(
     noises: int,
     peak: float,
     seed: int,
+    plans: int | None = None,
+    decoder_alone: bool = False,
     foreign: float = 0.0,
     auxiliary: float = 1.0,
 ) -> None:
-    """Runs or resumes the stage; leaves run/joint.pt."""
+    """Runs or resumes the stage; leaves run/joint.pt.
+
+    plans: edits of which the decoder alone learns. decoder_alone: the transformer and the connectors stay as
+    they are, and only say what hidden states they can draw.
+    """
     path = run / "joint.pt"
     if not (run / "tokenizer" / "tokenizer.json").exists():
         save_tokenizer(run / "tokenizer")
     tokenizer, stages, eyes = PromptTokenizer(run / "tokenizer"), None, None
     torch.manual_seed(seed)
     model = EmbeddedModel(tokenizer.vocab_size).train()
+    if decoder_alone:
+        for part in (model.sana, model.diffusion_connector, model.und_image_vae_connector):
+            part.requires_grad_(False)
     heads = AuxiliaryHeads(model)
-    parameters = [*model.parameters(), *heads.parameters()]
+    parameters = [p for p in (*model.parameters(), *heads.parameters()) if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     average = WeightAverage([model], 0.998)
     first = 0
@@ -237,7 +253,7 @@ def train(
         batches = {
             "caption": caption_batch(rng, batch - edits, tokenizer),
             "edit": edit_batch(rng, edits, tokenizer, eyes, foreign),
-            "plan": replace(edit_batch(rng, batch, tokenizer, eyes, foreign), drawn=False),
+            "plan": replace(edit_batch(rng, plans or batch, tokenizer, eyes, foreign), drawn=False),
         }
         report = accumulate_gradients(model, heads, batches, stages, noises, auxiliary)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -264,6 +280,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--token-steps", type=int, default=200, help="steps that train the decoder alone")
     parser.add_argument("--batch", type=int, default=32, help="examples per step, half of them edits")
+    parser.add_argument("--plans", type=int, help="edits per step besides, of which the decoder alone learns")
+    parser.add_argument("--decoder-alone", action="store_true", help="let only the decoder learn")
     parser.add_argument("--noises", type=int, default=4, help="noise levels per example and step")
     parser.add_argument("--peak", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=3)
@@ -278,6 +296,8 @@ def main() -> None:
         arguments.noises,
         arguments.peak,
         arguments.seed,
+        arguments.plans,
+        arguments.decoder_alone,
         arguments.foreign,
         arguments.auxiliary,
     )

@@ -23,7 +23,9 @@ from blip3o_rt.measure.shapes.scene import IMAGE_SIZE, Scene, Shape
 from blip3o_rt.pipeline import Pipeline
 from examples.shapes import evaluate, train_autoencoder, train_image_tokenizer, train_joint, training
 from examples.shapes.export import checkpoint_tensors, export
+from examples.shapes.image_tokenizer import ImageTokenizer
 from examples.shapes.import_checkpoint import import_checkpoint
+from examples.shapes.model_config import AUTOENCODER, VISION_TOWER
 from examples.shapes.tokenizer import PromptTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -222,6 +224,25 @@ def test_an_imported_checkpoint_is_exported_unchanged(tmp_path: Path) -> None:
     expected = load_file(embedded_checkpoint() / "model.safetensors")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_geometry_with_more_layers_computes_the_same_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+
+    def computed(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        import_checkpoint(embedded_checkpoint(), run)
+        tokenizer = training.finished_module(ImageTokenizer(), run / "image_tokenizer.pt")
+        autoencoder = training.finished_module(train_autoencoder.build_autoencoder(), run / "autoencoder.pt")
+        return tokenizer.similarity_and_states(images)[0], autoencoder(images * 2 - 1).sample
+
+    expected = computed(tmp_path / "as it is")
+    layers = [number + 1 for number in AUTOENCODER["decoder_layers_per_block"]]
+    monkeypatch.setitem(AUTOENCODER, "decoder_layers_per_block", layers)
+    monkeypatch.setitem(VISION_TOWER, "num_hidden_layers", VISION_TOWER["num_hidden_layers"] + 2)
+    for found, wanted in zip(computed(tmp_path / "grown"), expected, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "image_tokenizer"])
