@@ -341,7 +341,7 @@ def _typed(name: str, kind: Any, data: Any) -> Any:
     """Plain data as a value of a type: a dataclass, a tuple, a number, a text, or None. Raises TypeError."""
     if dataclasses.is_dataclass(kind):
         kinds = get_type_hints(kind)
-        values = {key: _typed(key, kinds.get(key), value) for key, value in data.items()}
+        values = {key: _typed(key, kinds[key], data[key]) if key in kinds else data[key] for key in data}
         return kind(**values)  # type: ignore[operator]
     if get_origin(kind) is tuple:
         return tuple(_typed(name, get_args(kind)[0], value) for value in data)

@@ -99,5 +99,5 @@ class Cancelled(Blip3oError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What an error says, in one line; the name of its type where it says nothing."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The paged key/value cache: fixed-size pages, block tables, and prefix pages shared between sequences."""
+"""The paged key/value cache: fixed-size pages, page tables, and prefix pages shared between sequences."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class PagedKVCache:
         sequence.length = 0
 
     def slot_mapping(self, sequence: Sequence, start: int, stop: int) -> list[int]:
-        """Flat cache slot_mapping (page * page_size + offset) of positions start..stop-1."""
+        """Flat cache slots (page * page_size + offset) of positions start..stop-1."""
         return [
             sequence.page_table[position // self.page_size] * self.page_size + position % self.page_size
             for position in range(start, stop)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SUMMARY = "measure how often the shapes model draws what it is asked"
 DESCRIPTION = (
     "Draw captions and edits with a model of the shapes, judge the images by their pixels, and print the "
-    "accuracy by category and by property with 95%% confidence intervals. Edits of images that somebody else "
+    "accuracy by category and by property with 95% confidence intervals. Edits of images that somebody else "
     "drew, the foreign world, are judged by hue and outline."
 )
 MAX_COUNT = 10_000

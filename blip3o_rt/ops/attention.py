@@ -77,7 +77,7 @@ def qk_norm_rope_append(
 
 
 def _append(cache: Tensor, values: Tensor, slot_mapping: Tensor) -> None:
-    """Write values [T, Hkv, D] to their slot_mapping without reading the slot_mapping back from the device.
+    """Write values [T, Hkv, D] to their slots without reading slot_mapping back from the device.
 
     A token that is not written repeats one that is; if none is, all write what slot 0 already holds.
     """

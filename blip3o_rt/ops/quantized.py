@@ -65,8 +65,11 @@ def products_of_rows(
     """x weight^T + bias, a row of x at a time; matrices: the weight's rows in blocks, wide."""
     dtype = compute_dtype(x)
     rows = [row.to(dtype) for row in (x.split(1) if len(x) > 1 else (x,))]
-    blocks = [torch.cat([F.linear(row, matrix) for row in rows]) for matrix in matrices]
-    result = torch.cat(blocks, dim=1)
+
+    def product(matrix: Tensor) -> Tensor:
+        return torch.cat([F.linear(row, matrix) for row in rows])
+
+    result = torch.cat(list(map(product, matrices)), dim=1)  # one block is alive at a time
     return cast_out(result if bias is None else result + bias.to(dtype), x.dtype, out)
 
 

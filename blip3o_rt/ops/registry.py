@@ -231,6 +231,7 @@ class Op(Generic[P, R]):
         self,
         device: str,
         *,
+        dtypes: tuple[torch.dtype, ...],
         scratch: Callable[[Scratch, Any], Any] | None = None,
         **options: Any,
     ) -> None:
@@ -252,9 +253,9 @@ class Op(Generic[P, R]):
             return call[self._result]
 
         options.setdefault("available", getattr(native, f"{device}_unavailable"))
-        self._add(Implementation(device, run, device, **options))
+        self._add(Implementation(device, run, device, dtypes=dtypes, **options))
 
-    def triton(self, *, supports: Supports, **options: Any) -> None:
+    def triton(self, *, dtypes: tuple[torch.dtype, ...], supports: Supports, **options: Any) -> None:
         """Register the launcher of the op's name in blip3o_rt.triton_kernels; its arguments are the op's.
 
         options: As in Implementation.
@@ -271,7 +272,7 @@ class Op(Generic[P, R]):
             return supports(call)
 
         options.setdefault("available", triton_backend.unavailable)
-        self._add(Implementation("triton", run, "cuda", supports=refusal, **options))
+        self._add(Implementation("triton", run, "cuda", dtypes=dtypes, supports=refusal, **options))
 
     def with_out(self, call: Any) -> Any:
         """The call, with memory for its result where it brings none."""

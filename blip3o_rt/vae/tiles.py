@@ -50,8 +50,8 @@ class TiledBlocks(Block):
         rows, columns = (self._spans(side // self._cell_in) for side in x.shape[1:3])
         image: Tensor | None = None
         for (seen_rows, own_rows, to_rows), (seen_columns, own_columns, to_columns) in product(rows, columns):
-            part = x[:, seen_rows, seen_columns].clone(memory_format=torch.contiguous_format)
-            tile = self._run(part)[:, own_rows, own_columns]
+            seen = x[:, seen_rows, seen_columns]  # its copy lives until the first block has read it
+            tile = self._run(seen.clone(memory_format=torch.contiguous_format))[:, own_rows, own_columns]
             if image is None:
                 image = tile.new_empty(1, rows[-1][2].stop, columns[-1][2].stop, tile.shape[3])
             image[:, to_rows, to_columns] = tile

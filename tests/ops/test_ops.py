@@ -6,6 +6,7 @@ A test is an op, an implementation and a dtype; `-k rms_norm` picks an op, `--ca
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from blip3o_rt.measure.cases import cases_of, ops_with_cases
 from blip3o_rt.measure.validate.case import Case, run_exact
 from blip3o_rt.measure.validate.sweep import findings, refusal, selected, variants
 from blip3o_rt.ops.dtypes import name_of
+from blip3o_rt.ops.quantized import products_of_rows
 
 
 def test_every_op_has_cases() -> None:
@@ -72,3 +74,17 @@ def test_reference_runs_on_gpu(op_name: str) -> None:
     op = ops.all_ops()[op_name]
     for case in cases_of(op_name):
         assert not [found for found in findings(op, "torch", case, "cuda") if not found.passed]
+
+
+def test_the_reference_of_products_holds_one_converted_block() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def blocks() -> Iterator[Tensor]:
+        for _ in range(3):
+            assert all(block() is None for block in alive)
+            block = torch.ones(4, 8)
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+
+    assert products_of_rows(torch.ones(2, 8), blocks(), None, None).shape == (2, 12)

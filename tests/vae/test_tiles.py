@@ -6,6 +6,7 @@ convolutions, while a margin one cell too narrow shows at 1e-4 or more.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.switches import check_tier
 from blip3o_rt.vae import tiles as tiling
+from blip3o_rt.vae.blocks import Block
 from blip3o_rt.vae.model import Autoencoder
 from blip3o_rt.vae.tiles import TiledBlocks
 from tests.captured_graph import CapturedGraphs
@@ -116,6 +118,23 @@ def test_tiles_of_the_published_geometry() -> None:
     assert isinstance(decoder, TiledBlocks)
     assert isinstance(encoder, TiledBlocks)
     assert (decoder.margin, encoder.margin) == (7, 7)
+
+
+def test_a_tile_is_let_go_once_the_first_block_has_read_it() -> None:
+    tiles: list[weakref.ref[Tensor]] = []
+
+    class First(Block):
+        def __call__(self, x: Tensor) -> Tensor:
+            tiles.append(weakref.ref(x))
+            return x + 1
+
+    class Second(Block):
+        def __call__(self, x: Tensor) -> Tensor:
+            assert tiles[-1]() is None
+            return x
+
+    TiledBlocks([First(), Second()], 2)(torch.zeros(1, 8, 8, 3))
+    assert len(tiles) == 4
 
 
 def test_tiles_can_be_recorded() -> None:
