@@ -224,6 +224,7 @@ def test_an_imported_checkpoint_is_exported_unchanged(tmp_path: Path) -> None:
     expected = load_file(embedded_checkpoint() / "model.safetensors")
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert train_joint.finished_tokenizer(tmp_path) is not None  # the joint stage sees what it sees
 
 
 def test_a_geometry_with_more_layers_computes_the_same_at_first(
