@@ -30,6 +30,33 @@ def test_the_package_has_no_cycle_and_holds_its_walls(capsys: pytest.CaptureFixt
     assert "BROKEN" not in capsys.readouterr().out
 
 
+def test_only_code_counts_as_code(tree: Path) -> None:
+    text = '''"""A file
+of this kind."""
+
+# a remark
+NAMES = (  # counted by its code
+    "a",
+
+    # a remark
+    "b",
+)
+PROSE = """two
+lines"""
+
+
+class Kind:
+    """What it is."""
+
+    def method(self):
+        """What it
+        does."""
+        f"{NAMES}"
+'''
+    write(tree, kinds=text)
+    assert count.size_of(tree / "kinds.py") == count.Size(code=9, lines=text.count("\n"))
+
+
 @pytest.mark.parametrize(
     ("rule", "module", "text"),
     [
