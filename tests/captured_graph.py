@@ -121,12 +121,13 @@ class CapturedGraphs:
     def _check(self, work: Callable[[], Any], capture: _Capture, result: Any) -> None:
         """Fail where replays of a capture and its work leave different bits."""
         before = self._last if self._last is not None and self._last.is_alive() else None
-        memory = {**capture.used(), **(before.used() if before is not None else {})}
+        used = capture.used()
+        memory = {**used, **(before.used() if before is not None else {})}
         begin = {place: bytes_of(storage).clone() for place, storage in memory.items()}
 
         def outcome(run: Callable[[], Any]) -> list[Tensor]:
             found = run()
-            left = [bytes_of(capture.used()[place]).clone() for place in sorted(capture.used())]
+            left = [bytes_of(used[place]).clone() for place in sorted(used)]
             for place, storage in memory.items():
                 bytes_of(storage).copy_(begin[place])
             return left + [_bits(tensor) for tensor in tree_leaves(found) if isinstance(tensor, Tensor)]
@@ -150,6 +151,7 @@ class _Capture(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.places: dict[int, Address] = {}  # one in each piece of memory that the calls touch
         self.allocated: dict[int, torch.UntypedStorage] = {}
         self._inside_kernel = False
 
@@ -177,18 +179,15 @@ class _Capture(TorchDispatchMode):
 
     def used(self) -> dict[int, torch.UntypedStorage]:
         """The memory that the calls touch, without what the capture allocated, which is lost anyway."""
-        leaves = (leaf for call in self.calls for leaf in tree_leaves((call.args, call.kwargs)))
-        found = {leaf.storage.cdata: leaf for leaf in leaves if isinstance(leaf, Address)}
         return {
             place: address.tensor().untyped_storage()
-            for place, address in found.items()
+            for place, address in self.places.items()
             if place not in self.allocated
         }
 
     def is_alive(self) -> bool:
         """Whether nobody has let go of memory that the calls touch."""
-        leaves = (leaf for call in self.calls for leaf in tree_leaves((call.args, call.kwargs)))
-        return not any(leaf.storage.expired() for leaf in leaves if isinstance(leaf, Address))
+        return not any(address.storage.expired() for address in self.places.values())
 
     def forget(self) -> None:
         """Fill all that the capture allocated."""
@@ -243,7 +242,11 @@ class _Capture(TorchDispatchMode):
                 self._keep(tensor)
 
         def address(value: Any) -> Any:
-            return Address.of(value) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            found = Address.of(value)
+            self.places.setdefault(found.storage.cdata, found)
+            return found
 
         self.calls.append(
             Call(run, tree_map(address, args), tree_map(address, kwargs), tree_map(address, new))

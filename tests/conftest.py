@@ -93,6 +93,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let what was imported go in order: a library that counts its objects warns of those left at the end."""
+    gc.unfreeze()
+
+
 def gpu_unavailable(extension: str | None = None) -> str | None:
     """None where there is a GPU, and the package's CUDA kernels where a test needs "_cuda", else why not."""
     if not torch.cuda.is_available():

@@ -38,7 +38,7 @@ COVERED_WEIGHT = 4.0  # shapes are a few per cent of the pixels
 EDGE_WEIGHT = 8.0
 CROP = IMAGE_SIZE // 2  # side of the crops around shapes that the first part of training sees
 BARS = {"scenes_read": 0.97}
-GATE_BATCH = 50
+GATE_SCENES, GATE_BATCH = 600, 50
 CROP_SHARE = 0.8  # of the steps; the network is convolutional, and crops hold four times the shapes per pixel
 
 
@@ -98,7 +98,7 @@ def reconstruction_psnr(model: AutoencoderDC, seed: int = 7, count: int = 64) ->
 
 
 @torch.no_grad()
-def gate(model: AutoencoderDC, count: int = 600, seed: int = 11) -> dict[str, float]:
+def gate(model: AutoencoderDC, count: int, seed: int = 11) -> dict[str, float]:
     """Share of scenes (held-out ones too) whose reconstruction is read back right."""
     rng = random.Random(seed)
     right = 0
@@ -192,7 +192,7 @@ def train(
     freeze_encoder(model, average)
     save(steps)
     average.swap()
-    enforce("autoencoder", gate(model), bars or {})
+    enforce("autoencoder", gate(model, GATE_SCENES), bars or {})
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ BLUR_SHARE = 0.3
 COVERAGE_WEIGHT = 5.0
 COVERAGE_LAYER = 2  # hidden state that the coverage head reads
 BARS = {"scenes_recovered": 0.95, "foreign_recovered": 0.9}
+GATE_SCENES = 500
 
 
 def roughen(images: torch.Tensor) -> torch.Tensor:
@@ -84,7 +85,7 @@ def tokenizer_loss(
 
 
 @torch.no_grad()
-def gate(model: ImageTokenizer, count: int = 500, seed: int = 11) -> dict[str, float]:
+def gate(model: ImageTokenizer, count: int, seed: int = 11) -> dict[str, float]:
     """Shares of scenes (held-out ones too) recovered from codes alone, by who drew them, and exact grids."""
     rng = random.Random(seed)
     scenes = [random_scene(rng) for _ in range(count)]
@@ -164,7 +165,7 @@ def train(
             save(step + 1)
     save(steps)
     average.swap()
-    enforce("image tokenizer", gate(model), bars or {})
+    enforce("image tokenizer", gate(model, GATE_SCENES), bars or {})
 
 
 def main() -> None:

@@ -55,6 +55,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_gates() -> Iterator[None]:
+    """What a stage has learned is not judged here, only that it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (train_autoencoder, train_image_tokenizer):
+            patch.setattr(stage, "GATE_SCENES", 50)
+        yield
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the first stage."""
