@@ -28,6 +28,7 @@ from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.baselines.published import PublishedModel, Reference
+from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
@@ -131,7 +132,8 @@ def test_hidden_states_of_replayed_tokens(stages: Stages) -> None:
     engine = TokenEngine(
         config.ar, config.image_tokens, weights, max_batch=1, max_prompt_tokens=prompt_ids.shape[1]
     )
-    found = engine.replay(TokenPrompt(prompt_ids[0].tolist(), []), token_ids[0]).hidden_states[None]
+    prompt = TokenPrompt(prompt_ids[0].tolist(), SamplingParams())
+    found = engine.replay(prompt, token_ids[0]).hidden_states[None]
     stages.check(found, lambda model: model.hidden_states(model.embed(prompt_ids), token_ids))
 
 

@@ -219,6 +219,17 @@ def test_a_tokenizer_that_splits_the_image_marks_is_refused(
         pipeline.edit("a", picture)
 
 
+def test_prompt_ids_that_the_decoder_does_not_know_are_refused(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = pipeline.config.ar.vocab_size, pipeline.config.image_tokens.tokens_per_image
+    monkeypatch.setattr(pipeline._planner._prompts, "text_to_image", lambda _: [1, size])
+    with pytest.raises(PromptError, match=f"outside the vocabulary: accepted is 0 to {size - 1}"):
+        pipeline.generate("a", steps=STEPS)
+    with pytest.raises(PromptError, match="outside the vocabulary"):
+        pipeline.plan("a", token_ids=[0] * count)
+
+
 def test_a_picture_that_fails_leaves_the_others(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     make: Callable[..., Plan] = pipeline._planner.plan
 

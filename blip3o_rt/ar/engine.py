@@ -1,9 +1,9 @@
 """The token engine: prompts in, image tokens and the hidden states that steer the diffusion stage out.
 
-    request = engine.submit(TokenPrompt(ids, [SamplingParams(seed=7), SamplingParams(seed=8)]))
-    while not request.done:
-        engine.step()  # at least one token of every image that runs, of this request and of all others
-    first, second = request.plans
+    first, second = (engine.submit(TokenPrompt(ids, SamplingParams(seed=seed))) for seed in (7, 8))
+    while not (first.done and second.done):
+        engine.step()  # at least one token of every image that runs, of these and of all others
+    first.plan, second.plan
 
 Images join and leave between passes. An image joins when there is a row for it and every page that it can
 ever need is free; how long it gets is known, so nothing that runs is ever put back. Only images that run hold
@@ -31,7 +31,7 @@ from blip3o_rt.ar.model import PREFILL_CHUNK, Decoder
 from blip3o_rt.ar.token_step import Member, TokenBatch, TokenSteps
 from blip3o_rt.ar.upload import uploaded
 from blip3o_rt.config import ARConfig, ImageTokenConfig
-from blip3o_rt.errors import GenerationError, ParameterError, PromptError
+from blip3o_rt.errors import GenerationError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_DRAFT_WINDOW, SamplingParams
 
@@ -40,14 +40,14 @@ TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """One prompt and how to sample each of its images.
+    """The prompt of one image and how to sample it.
 
     `features` [n, hidden], where given, replace the embeddings at `feature_positions` of the prompt.
-    `draft_window`: the most rows an image gets in a pass, 1 to 16, or None where the engine chooses.
+    `draft_window`: the most rows the image gets in a pass, 1 to 16, or None where the engine chooses.
     """
 
     ids: list[int]
-    samples: list[SamplingParams]
+    sampling: SamplingParams
     features: Tensor | None = None
     feature_positions: range = range(0)
     draft_window: int | None = 1
@@ -55,40 +55,33 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """One image's tokens int64 [T] (vocabulary ids) and hidden states [T + 1, hidden], or its error."""
+    """One image's tokens int64 [T] (vocabulary ids) and hidden states [T + 1, hidden], or its error.
+
+    passes: of the image over the decoder, which drew a token or more each.
+    """
 
     token_ids: Tensor
     hidden_states: Tensor
+    passes: int = 0
     error: GenerationError | None = None
 
 
-@dataclass(eq=False)
-class Request:
-    """What `submit` hands out: `plans[s]` is the plan of `prompt.samples[s]`, None until it is finished."""
+@dataclass(eq=False, kw_only=True)
+class Request(Member):
+    """What `submit` hands out: an image, whose `plan` is None until its last token is drawn.
+
+    It holds an output slot and pages from joining to leaving.
+    """
 
     prompt: TokenPrompt
-    plans: list[TokenPlan | None]
-    tokens_drawn: int = 0
-    passes: int = 0  # of its images over the decoder, which draw a token or more each
+    plan: TokenPlan | None = None
+    passes: int = 0
     cancelled: bool = False
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come of it: every plan is there, or it was cancelled."""
-        return self.cancelled or None not in self.plans
-
-    @property
-    def finished(self) -> list[TokenPlan]:
-        """The plans that are there, in the order of the samples."""
-        return [plan for plan in self.plans if plan is not None]
-
-
-@dataclass(eq=False, kw_only=True)
-class _Image(Member):
-    """One image of a request; it holds an output slot and pages from joining to leaving."""
-
-    request: Request
-    sample: int
+        """Whether nothing more will come of it: it has its plan, or it was cancelled."""
+        return self.cancelled or self.plan is not None
 
 
 class TokenEngine:
@@ -138,8 +131,8 @@ class TokenEngine:
         self._windows = DraftWindows(max_rows, image_tokens.tokens_per_image)
         self._results = self._token_steps.results
         self._free_slots = list(range(max_batch))
-        self._waiting: deque[_Image] = deque()
-        self._running: list[_Image] = []  # in the order they joined
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in the order they joined
         self._batch: TokenBatch | None = None  # of those who run, until one joins or leaves
 
     def capture(self) -> None:
@@ -147,33 +140,29 @@ class TokenEngine:
         self._token_steps.capture()
 
     def submit(self, prompt: TokenPrompt) -> Request:
-        """Put the images of a prompt at the end of the queue, any number of them.
+        """Put an image at the end of the queue.
 
-        Raises PromptError or ParameterError for what could never run.
+        Its prompt has 1 to `max_prompt_tokens` ids of the vocabulary, and its top_k is not above that.
         """
-        self._check(prompt)
-        request = Request(prompt, [None] * len(prompt.samples))
-        self._waiting.extend(
-            _Image(
-                params=params,
-                prompt_length=len(prompt.ids),
-                draft_window=prompt.draft_window,
-                request=request,
-                sample=sample,
-            )
-            for sample, params in enumerate(prompt.samples)
+        request = Request(
+            prompt=prompt,
+            params=prompt.sampling,
+            prompt_length=len(prompt.ids),
+            draft_window=prompt.draft_window,
         )
+        self._waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Take a request's images out of the queue and the batch; those that are finished stay finished.
+        """Take an image out of the queue or the batch; one that is finished stays finished.
 
         May be called between any two steps; for a request that is done it does nothing.
         """
         request.cancelled = request.cancelled or not request.done
-        self._waiting = deque(image for image in self._waiting if image.request is not request)
-        for image in [image for image in self._running if image.request is request]:
-            self._leave(image)
+        if request in self._waiting:
+            self._waiting.remove(request)
+        if request in self._running:
+            self._leave(request)
 
     @property
     def busy(self) -> bool:
@@ -196,48 +185,39 @@ class TokenEngine:
         if not self._running:
             return self._results.tokens.new_empty(0)
         batch, self._batch = self._batch or self._lay_out(), None  # not kept where its step is interrupted
-        before = [image.num_generated for image in self._running]
         begun = time.perf_counter()
-        with trace.span("ar.token", before[0]):
+        with trace.span("ar.token", self._running[0].num_generated):
             tokens = batch.step()
         if not tokens.is_cuda:  # elsewhere the host does not see how long a pass takes
             self._windows.times.note(len(tokens), time.perf_counter() - begun)
-        for image, number in zip(self._running, before, strict=True):
-            image.request.tokens_drawn += image.num_generated - number
-            image.request.passes += 1
+        for image in self._running:
+            image.passes += 1
         if any(self._finished(image) for image in self._running):
             self._retire()
         elif not self._windows.change(self._running):
             self._batch = batch
         return tokens
 
-    def generate(
-        self, prompts: list[TokenPrompt], callback: TokenCallback | None = None
-    ) -> list[list[TokenPlan]]:
-        """The plans of `run`; `result[p][s]` belongs to `prompts[p].samples[s]`."""
-        return [request.finished for request in self.run(prompts, callback)]
-
-    def run(self, prompts: list[TokenPrompt], callback: TokenCallback | None = None) -> list[Request]:
-        """Sample every image of every prompt; returns a request for each, which is done.
+    def generate(self, prompts: list[TokenPrompt], callback: TokenCallback | None = None) -> list[TokenPlan]:
+        """The plan of every prompt, in order.
 
         An image whose logits are not finite gets a plan with an error; the others are unaffected. The
         callback runs between tokens; what it raises ends the call and returns all pages.
         """
         requests: list[Request] = []
-        total = self.image_tokens.tokens_per_image * sum(len(prompt.samples) for prompt in prompts)
+        total = self.image_tokens.tokens_per_image * len(prompts)
         try:
             for prompt in prompts:
                 requests.append(self.submit(prompt))
             while True:
                 if callback is not None:
-                    callback(sum(request.tokens_drawn for request in requests), total)
+                    callback(sum(request.num_generated for request in requests), total)
                 if all(request.done for request in requests):
-                    break
+                    return [request.plan for request in requests if request.plan is not None]
                 self.step()
         finally:
             for request in requests:
                 self.cancel(request)
-        return requests
 
     def replay(self, prompt: TokenPrompt, token_ids: Tensor) -> TokenPlan:
         """Hidden states of given tokens [T] (teacher forcing), in one pass over prompt and tokens.
@@ -254,34 +234,12 @@ class TokenEngine:
             self.cache.release(sequence)
         return TokenPlan(token_ids, hidden[len(prompt.ids) - 1 :].clone())
 
-    def _check(self, prompt: TokenPrompt) -> None:
-        if not 1 <= len(prompt.ids) <= self._max_prompt_tokens:
-            raise PromptError(
-                f"the prompt is {len(prompt.ids)} tokens long: accepted is 1 to {self._max_prompt_tokens}"
-            )
-        vocab_size = self.decoder.config.vocab_size
-        if min(prompt.ids) < 0 or max(prompt.ids) >= vocab_size:
-            raise PromptError(f"the prompt has ids outside the vocabulary: accepted is 0 to {vocab_size - 1}")
-        span, width = prompt.feature_positions, self.decoder.config.hidden_size
-        if prompt.features is not None and (
-            tuple(prompt.features.shape) != (len(span), width)
-            or span.step != 1
-            or span.stop > len(prompt.ids)
-        ):
-            raise PromptError(
-                f"features {list(prompt.features.shape)} do not fit {span} of {len(prompt.ids)} ids: "
-                f"accepted is a row of {width} for every position"
-            )
-        for params in prompt.samples:
-            params.top_k_for(self.image_tokens.num_image_tokens, vocab_size)
-
     def _admit(self) -> None:
         """Let images join from the head of the queue while there is room for the next."""
         while self._waiting and self._free_slots:
             image = self._waiting[0]
-            prompt = image.request.prompt
-            shared, donor = self._longest_prefix(prompt)
-            pages = self.cache.pages_for(len(prompt.ids) + self.image_tokens.tokens_per_image)
+            shared, donor = self._longest_prefix(image.prompt)
+            pages = self.cache.pages_for(image.prompt_length + self.image_tokens.tokens_per_image)
             if pages - shared // self.cache.page_size > self.cache.free_pages:
                 return
             self._waiting.popleft()
@@ -289,43 +247,42 @@ class TokenEngine:
             try:
                 self._join(image, donor, shared)
             except BaseException:
-                self.cancel(image.request)
+                self.cancel(image)
                 raise
 
-    def _longest_prefix(self, prompt: TokenPrompt) -> tuple[int, _Image | None]:
+    def _longest_prefix(self, prompt: TokenPrompt) -> tuple[int, Request | None]:
         """How many of the prompt's positions some running image has in its pages, and the first with most."""
         chunk = self.decoder.prefill_chunk
-        shared = [(_shared_positions(i.request.prompt, prompt, chunk), i) for i in self._running]
+        shared = [(_shared_positions(image.prompt, prompt, chunk), image) for image in self._running]
         return max(shared, key=itemgetter(0), default=(0, None))
 
-    def _join(self, image: _Image, donor: _Image | None, shared: int) -> None:
+    def _join(self, image: Request, donor: Request | None, shared: int) -> None:
         """Give an image its output slot and pages, and read what no other has read of its prompt."""
-        prompt = image.request.prompt
         self._batch = None
         self._windows.begin(image)
         image.slot = self._free_slots.pop()
         if donor is not None:
             image.sequence = self.cache.fork(donor.sequence, shared)
-        self.cache.reserve(image.sequence, len(prompt.ids) + self.image_tokens.tokens_per_image)
-        if donor is not None and shared == len(prompt.ids):
+        self.cache.reserve(image.sequence, image.prompt_length + self.image_tokens.tokens_per_image)
+        if donor is not None and shared == image.prompt_length:
             first_hidden = self._results.hidden[donor.slot, 0]
         else:
-            first_hidden = self.decoder.prefill(self._embed_prompt(prompt)[shared:], image.sequence)[-1]
+            unread = self._embed_prompt(image.prompt)[shared:]
+            first_hidden = self.decoder.prefill(unread, image.sequence)[-1]
         self._results.hidden[image.slot, 0] = first_hidden
 
     def _retire(self) -> None:
         """Give those whose last token is drawn their plans, and let them leave."""
         for image in [image for image in self._running if self._finished(image)]:
-            plans = image.request.plans
-            if plans[image.sample] is None:  # else it was interrupted on its way out
-                plans[image.sample] = self._plan(image)
+            if image.plan is None:  # else it was interrupted on its way out
+                image.plan = self._plan(image)
                 self._windows.finish(image)
             self._leave(image)
 
-    def _finished(self, image: _Image) -> bool:
+    def _finished(self, image: Request) -> bool:
         return image.num_generated == self.image_tokens.tokens_per_image
 
-    def _leave(self, image: _Image) -> None:
+    def _leave(self, image: Request) -> None:
         """The one way out of the batch: pages and output slot come back."""
         self._running.remove(image)
         self._batch = None
@@ -347,7 +304,7 @@ class TokenEngine:
             embeddings[span.start : span.stop] = prompt.features.to(embeddings)
         return embeddings
 
-    def _plan(self, image: _Image) -> TokenPlan:
+    def _plan(self, image: Request) -> TokenPlan:
         drawn = self._results.tokens[image.slot, : self.image_tokens.tokens_per_image]
         first_id = self._token_steps.vocabularies[image.params.image_tokens_only].start
         error = None
@@ -356,7 +313,8 @@ class TokenEngine:
                 "the decoder's logits are not finite: "
                 "the checkpoint's weights are damaged or overflow in this dtype"
             )
-        return TokenPlan(drawn.clamp(min=0) + first_id, self._results.hidden[image.slot].clone(), error)
+        hidden = self._results.hidden[image.slot].clone()
+        return TokenPlan(drawn.clamp(min=0) + first_id, hidden, image.passes, error)
 
 
 def _shared_positions(donor: TokenPrompt, prompt: TokenPrompt, prefill_chunk: int) -> int:

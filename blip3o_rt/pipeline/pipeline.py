@@ -325,7 +325,7 @@ class Pipeline:
         references = None if image is None else reference_list(image)
         with self._run(progress, callback) as run:
             reference = self._reference(references, run)
-            request = self._planner.request(prompt, [sampling], reference, window)
+            (request,) = self._planner.requests(prompt, [sampling], reference, window)
             if given is None:
                 (plan,) = self._planner.plans([request], run)
             else:
@@ -530,7 +530,8 @@ class Pipeline:
         sampling = dataclasses.replace(sampling, seed=request.seed)
         self._planner.check([request.prompt], sampling)
         references = None if request.reference is None else reference_list(request.reference)
-        return self._planner.request(request.prompt, [sampling], self._reference(references, run))
+        (found,) = self._planner.requests(request.prompt, [sampling], self._reference(references, run))
+        return found
 
     def rollout(
         self,
@@ -597,11 +598,7 @@ class Pipeline:
         self._planner.check(texts, sampling)
         rollouts: list[Rollout] = []
         with self._run(progress, callback) as run:
-            requests: list[PlanRequest] = []
-            for index, (text, one) in enumerate(zip(texts, given, strict=True)):
-                reference = self._reference(one, run)
-                with which_prompt(index, len(texts)):
-                    requests += [self._planner.request(text, [sample], reference) for sample in samples]
+            requests = self._plan_requests(texts, given, samples, None, run)
             window = BATCHES * self.max_batch
             for first in range(0, len(requests), window):
                 plans = self._planner.plans(requests[first : first + window], run)
@@ -642,11 +639,7 @@ class Pipeline:
         window = check_draft_window(draft_window)
         self._planner.check(prompts, sampling)
         with self._run(progress, callback, on_image) as run:
-            reference = self._reference(references, run)
-            requests: list[PlanRequest] = []
-            for index, prompt in enumerate(prompts):
-                with which_prompt(index, len(prompts)):
-                    requests.append(self._planner.request(prompt, samples, reference, window))
+            requests = self._plan_requests(prompts, [references] * len(prompts), samples, window, run)
             plans = self._planner.plans(requests, run)
             drawn: list[Image.Image | GenerationError] = []
             for index, result in enumerate(self._drawn(plans, params, run)):
@@ -658,6 +651,22 @@ class Pipeline:
         if errors := [result for result in drawn if isinstance(result, GenerationError)]:
             raise GenerationError(f"{len(errors)} of {len(plans)} images failed: {errors[0]}", images=images)
         return Result([image for image in images if image is not None], plans, report)
+
+    def _plan_requests(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[ReferenceImage] | None],
+        samples: Sequence[SamplingParams],
+        draft_window: int | None,
+        run: Run,
+    ) -> list[PlanRequest]:
+        """An image of every sample of each prompt, which has a reference of its own."""
+        requests: list[PlanRequest] = []
+        for index, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
+            reference = self._reference(images, run)
+            with which_prompt(index, len(prompts)):
+                requests += self._planner.requests(prompt, samples, reference, draft_window)
+        return requests
 
     def _drawn(
         self, plans: Sequence[Plan], params: DiffusionParams, run: Run

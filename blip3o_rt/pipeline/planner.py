@@ -15,7 +15,7 @@ from blip3o_rt.ar.log_probs import token_log_probs
 from blip3o_rt.ar.prompt import PromptEncoder
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
-from blip3o_rt.errors import GenerationError, ImageError, ParameterError, shown
+from blip3o_rt.errors import GenerationError, ImageError, ParameterError, PromptError, shown
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.images import pixels_sha256, tower_pixels
 from blip3o_rt.params import SamplingParams, check_dense, which_prompt
@@ -39,7 +39,7 @@ NO_REFERENCE = Reference([])
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Images of one prompt: what the token engine takes for them, and what else goes into their plans."""
+    """One image: what the token engine takes for it, and what else goes into its plan."""
 
     prompt: str
     reference: Reference
@@ -131,44 +131,45 @@ class Planner:
         ids = [start + code for _, codes in encoded for code in codes.flatten().tolist()]
         return Reference(ids, sha256=hashes)
 
-    def request(
+    def requests(
         self,
         prompt: str,
-        samples: list[SamplingParams],
+        samples: Sequence[SamplingParams],
         reference: Reference = NO_REFERENCE,
         draft_window: int | None = None,
-    ) -> PlanRequest:
+    ) -> list[PlanRequest]:
         """An image of every sample, of a prompt that `check` let pass.
 
         draft_window: as `check_draft_window` returns it. Raises PromptError where prompt and reference are
-        too long.
+        too long, or have ids that the decoder does not know.
         """
         if not reference.token_ids:
             ids, span = self._prompts.text_to_image(prompt), range(0)
         else:
             ids = self._prompts.edit(prompt, reference.token_ids)
             span = self._prompts.image_positions(ids, reference.token_ids)
-        tokens = TokenPrompt(ids, samples, reference.features, span, draft_window)
-        return PlanRequest(prompt, reference, tokens)
-
-    def plans(self, requests: Sequence[PlanRequest], run: Run) -> list[Plan]:
-        """The plans of all images, the first request's first; a failed one has an error."""
-        asked = [request.tokens for request in requests]
-        count = self.config.image_tokens.tokens_per_image * sum(len(tokens.samples) for tokens in asked)
-        with trace.span("plan"), run.stage("tokens", count) as update:
-            drawn = self.engine.run(asked, lambda done, _: update(done))
-        run.passes += sum(found.passes for found in drawn)
+        if max(ids) >= self.config.ar.vocab_size:
+            accepted = f"accepted is 0 to {self.config.ar.vocab_size - 1}"
+            raise PromptError(f"the prompt has ids outside the vocabulary: {accepted}")
         return [
-            self.plan(request, sample, tokens)
-            for request, found in zip(requests, drawn, strict=True)
-            for sample, tokens in zip(request.tokens.samples, found.finished, strict=True)
+            PlanRequest(prompt, reference, TokenPrompt(ids, sample, reference.features, span, draft_window))
+            for sample in samples
         ]
 
+    def plans(self, requests: Sequence[PlanRequest], run: Run) -> list[Plan]:
+        """The plan of every request, in order; a failed one has an error."""
+        count = self.config.image_tokens.tokens_per_image * len(requests)
+        with trace.span("plan"), run.stage("tokens", count) as update:
+            asked = [request.tokens for request in requests]
+            drawn = self.engine.generate(asked, lambda done, _: update(done))
+        run.passes += sum(tokens.passes for tokens in drawn)
+        return [self.plan(*pair) for pair in zip(requests, drawn, strict=True)]
+
     def replay(self, request: PlanRequest, token_ids: Tensor) -> Plan:
-        """The plan of a request's one image from given tokens, int64 [T]."""
+        """The plan of a request from given tokens, int64 [T]."""
         with trace.span("plan"):
             tokens = self.engine.replay(request.tokens, token_ids)
-        return replace(self.plan(request, request.tokens.samples[0], tokens), replayed=True)
+        return replace(self.plan(request, tokens), replayed=True)
 
     def log_probs(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Raw and processed log-probabilities, float32 [T], of the tokens of a plan that was drawn here."""
@@ -200,8 +201,8 @@ class Planner:
             )
         return found.reshape(count).to(torch.int64)
 
-    def plan(self, request: PlanRequest, sampling: SamplingParams, tokens: TokenPlan) -> Plan:
-        """The plan that the token engine's result for one image makes."""
+    def plan(self, request: PlanRequest, tokens: TokenPlan) -> Plan:
+        """The plan that the token engine's result for a request makes."""
         token_ids = tokens.token_ids.cpu()
         image_tokens = self.config.image_tokens.image_token_range
         others = [i for i, token in enumerate(token_ids.tolist()) if token not in image_tokens]
@@ -210,7 +211,7 @@ class Planner:
             prompt_ids=torch.tensor([request.tokens.ids]),
             token_ids=token_ids[None],
             hidden_states=tokens.hidden_states[None],
-            sampling=sampling,
+            sampling=request.tokens.sampling,
             reference_latents=request.reference.latents,
             reference_sha256=request.reference.sha256,
             non_image_positions=tuple(others),

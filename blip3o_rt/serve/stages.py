@@ -116,14 +116,17 @@ class Stages:
         if images:
             with self._pipeline._run() as run:
                 reference = self._pipeline._reference(images, run)
-        return Prepared(submit, self._pipeline._planner.request(submit.prompt, [], reference))
+        sampling = SamplingParams(**submit.sampling)
+        (request,) = self._pipeline._planner.requests(
+            submit.prompt, [sampling], reference, submit.draft_window
+        )
+        return Prepared(submit, request)
 
     def begin_tokens(self, prepared: Prepared, seed: int) -> Request:
         """Put one image into the token batch."""
-        sampling = SamplingParams(seed, **prepared.submit.sampling)
-        window = prepared.submit.draft_window
-        prompt = dataclasses.replace(prepared.request.tokens, samples=[sampling], draft_window=window)
-        return self._engine.submit(prompt)
+        prompt = prepared.request.tokens
+        sampling = dataclasses.replace(prompt.sampling, seed=seed)
+        return self._engine.submit(dataclasses.replace(prompt, sampling=sampling))
 
     def step_tokens(self) -> None:
         """Draw at least one token of every image in the batch."""
@@ -131,7 +134,7 @@ class Stages:
 
     def tokens_drawn(self, tokens: Request) -> int:
         """How many tokens an image has."""
-        return tokens.tokens_drawn
+        return tokens.num_generated
 
     def tokens_done(self, tokens: Request) -> bool:
         """Whether an image's last token is drawn. Raises GenerationError where its request was dropped."""
@@ -145,12 +148,12 @@ class Stages:
 
     def begin_denoising(self, prepared: Prepared, tokens: Request) -> Drawing:
         """Begin to denoise an image whose tokens are done. Raises the plan's own GenerationError."""
-        found = tokens.plans[0]
+        found = tokens.plan
         assert found is not None
         if found.error is not None:
             raise found.error
-        plan = self._pipeline._planner.plan(prepared.request, tokens.prompt.samples[0], found)
-        return Drawing(self._pipeline, plan, prepared.diffusion)
+        request = dataclasses.replace(prepared.request, tokens=tokens.prompt)
+        return Drawing(self._pipeline, self._pipeline._planner.plan(request, found), prepared.diffusion)
 
     @property
     def images_per_step(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ar.draft_window import Agreement, PassTimes, Share, choose
-from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
+from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.params import MAX_DRAFT_WINDOW, SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
@@ -37,20 +37,15 @@ def make_engine(dtype: torch.dtype = torch.float32, page_size: int = 16, max_bat
     )
 
 
-def make_prompt(window: int | None, n: int = 1, **sampling: Any) -> TokenPrompt:
+def make_prompts(window: int | None, n: int = 1, **sampling: Any) -> list[TokenPrompt]:
     samples = [SamplingParams(seed=11 + i, **sampling) for i in range(n)]
-    return TokenPrompt(PROMPT, samples, draft_window=window)
+    return [TokenPrompt(PROMPT, sample, draft_window=window) for sample in samples]
 
 
-def drawn(engine: TokenEngine, prompt: TokenPrompt) -> Request:
-    (request,) = engine.run([prompt])
-    return request
-
-
-def same(found: Request, expected: Request) -> bool:
+def same(found: list[TokenPlan], expected: list[TokenPlan]) -> bool:
     return all(
         torch.equal(plan.token_ids, other.token_ids) and torch.equal(plan.hidden_states, other.hidden_states)
-        for plan, other in zip(found.finished, expected.finished, strict=True)
+        for plan, other in zip(found, expected, strict=True)
     )
 
 
@@ -77,18 +72,20 @@ DRAWN = [
 @pytest.mark.parametrize(("sampling", "dtype", "page_size"), DRAWN)
 def test_the_image_of_one_token_a_pass(sampling: dict[str, Any], dtype: torch.dtype, page_size: int) -> None:
     engine = make_engine(dtype, page_size)
-    expected = drawn(engine, make_prompt(1, 2, **sampling))
-    assert expected.passes == expected.tokens_drawn == 2 * COUNT
+    expected = engine.generate(make_prompts(1, 2, **sampling))
+    assert [plan.passes for plan in expected] == [COUNT, COUNT]
+    told: list[tuple[int, int]] = []
     for window in WINDOWS:
-        found = drawn(engine, make_prompt(window, 2, **sampling))
+        found = engine.generate(make_prompts(window, 2, **sampling), lambda *counts: told.append(counts))
         assert same(found, expected), f"window {window}"
-        assert found.tokens_drawn == 2 * COUNT
+        assert told[-1] == (2 * COUNT, 2 * COUNT)
 
 
 def test_guesses_that_are_right_save_passes() -> None:
     """A greedy decoder of random weights soon repeats itself, as the guesses do."""
     engine = make_engine()
-    passes = {window: drawn(engine, make_prompt(window, top_k=1)).passes for window in (1, 2, 4, 8)}
+    found = {window: engine.generate(make_prompts(window, top_k=1)) for window in (1, 2, 4, 8)}
+    passes = {window: plan.passes for window, (plan,) in found.items()}
     assert passes[1] == COUNT
     assert passes[8] <= passes[4] <= passes[2] < passes[1]
 
@@ -96,22 +93,25 @@ def test_guesses_that_are_right_save_passes() -> None:
 def test_windows_of_a_batch_differ_and_nobody_notices() -> None:
     engine = make_engine(max_batch=3)
     prompts = [
-        make_prompt(window, n, top_k=1 + n, temperature=0.5)
+        prompt
         for n, window in ((1, 8), (2, None), (3, 3), (1, 16), (2, 1))
+        for prompt in make_prompts(window, n, top_k=1 + n, temperature=0.5)
     ]
-    found = engine.run(prompts)
-    for request, prompt in zip(found, prompts, strict=True):
-        assert same(request, drawn(make_engine(), dataclasses.replace(prompt, draft_window=1)))
+    found = engine.generate(prompts)
+    for plan, prompt in zip(found, prompts, strict=True):
+        alone = make_engine().generate([dataclasses.replace(prompt, draft_window=1)])
+        assert same([plan], alone)
     assert engine.cache.free_pages == engine.cache.num_pages
 
 
 def test_a_full_batch_of_as_many_images_as_rows_draws_one_token_a_pass() -> None:
     engine = make_engine(max_batch=MAX_DRAFT_WINDOW)
-    request = engine.submit(make_prompt(8, MAX_DRAFT_WINDOW, top_k=2))
+    requests = [engine.submit(prompt) for prompt in make_prompts(8, MAX_DRAFT_WINDOW, top_k=2)]
     assert len(engine.step()) == MAX_DRAFT_WINDOW
     while engine.busy:
         assert len(engine.step()) <= MAX_DRAFT_WINDOW
-    assert same(request, drawn(make_engine(), make_prompt(1, MAX_DRAFT_WINDOW, top_k=2)))
+    plans = [request.plan for request in requests if request.plan is not None]
+    assert same(plans, make_engine().generate(make_prompts(1, MAX_DRAFT_WINDOW, top_k=2)))
 
 
 def shifted(which: str) -> Callable[..., Tensor]:
@@ -140,9 +140,9 @@ def shifted(which: str) -> Callable[..., Tensor]:
 def test_an_off_by_one_is_seen(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the noise of a draw, of the rotation, of what attention masks, of how much is accepted."""
     sampling = {"top_k": 3, "temperature": 0.5}
-    expected = drawn(make_engine(), make_prompt(1, 2, **sampling))
+    expected = make_engine().generate(make_prompts(1, 2, **sampling))
     monkeypatch.setattr(ops, "advance_windows", shifted(which))
-    assert not same(drawn(make_engine(), make_prompt(6, 2, **sampling)), expected)
+    assert not same(make_engine().generate(make_prompts(6, 2, **sampling)), expected)
 
 
 # How many rows
@@ -165,13 +165,13 @@ def test_a_new_image_expects_what_the_last_one_showed() -> None:
     engine = make_engine()
     chances = []  # at the beginning and at the end of each image
     for _ in range(2):
-        request = engine.submit(make_prompt(8, top_k=3, temperature=0.5))
+        (prompt,) = make_prompts(8, top_k=3, temperature=0.5)
+        request = engine.submit(prompt)
         engine.step()
-        (image,) = engine._running
-        chances.append(image.agreement.chance)
+        chances.append(request.agreement.chance)
         while not request.done:
             engine.step()
-        chances.append(image.agreement.chance)
+        chances.append(request.agreement.chance)
     assert chances[0] == Agreement().chance != chances[1]
     assert chances[2] == pytest.approx(chances[1])
 

@@ -23,8 +23,8 @@ def make_engine(max_batch: int = 4, dtype: torch.dtype = torch.float32) -> Token
     return TokenEngine(CONFIG, TOKENS, weights, max_batch=max_batch, max_prompt_tokens=40, page_size=4)
 
 
-def sampling(*seeds: int, **changes: object) -> list[SamplingParams]:
-    return [dataclasses.replace(SAMPLED, seed=seed, **changes) for seed in seeds]  # type: ignore[arg-type]
+def prompts(ids: list[int], *seeds: int) -> list[TokenPrompt]:
+    return [TokenPrompt(ids, dataclasses.replace(SAMPLED, seed=seed)) for seed in seeds]
 
 
 def assert_same(found: TokenPlan, expected: TokenPlan) -> None:
@@ -35,7 +35,7 @@ def assert_same(found: TokenPlan, expected: TokenPlan) -> None:
 def test_greedy_tokens_and_hidden_states_match_transformers() -> None:
     model = oracle(CONFIG)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    plan = make_engine().generate([TokenPrompt(prompt, [SamplingParams(top_k=1)])])[0][0]
+    (plan,) = make_engine().generate([TokenPrompt(prompt, SamplingParams(top_k=1))])
     ids = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(TOKENS.tokens_per_image):
@@ -50,25 +50,20 @@ def test_greedy_tokens_and_hidden_states_match_transformers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
 def test_batches_waves_and_order_change_nothing(max_batch: int, dtype: torch.dtype) -> None:
-    prompts = [
-        TokenPrompt([3, 1, 4], sampling(5, 6, 7)),
-        TokenPrompt([2], sampling(5)),
-        TokenPrompt(list(range(1, 40)), sampling(11, 5)),
-    ]
+    asked = [*prompts([3, 1, 4], 5, 6, 7), *prompts([2], 5), *prompts(list(range(1, 40)), 11, 5)]
     engine = make_engine(max_batch, dtype)
-    found = engine.generate(prompts)
-    backwards = engine.generate(prompts[::-1])[::-1]
-    for index, prompt in enumerate(prompts):
-        for sample, params in enumerate(prompt.samples):
-            alone = engine.generate([TokenPrompt(prompt.ids, [params])])[0][0]
-            assert_same(found[index][sample], alone)
-            assert_same(backwards[index][sample], alone)
+    found = engine.generate(asked)
+    backwards = engine.generate(asked[::-1])[::-1]
+    for index, prompt in enumerate(asked):
+        (alone,) = engine.generate([prompt])
+        assert_same(found[index], alone)
+        assert_same(backwards[index], alone)
     assert engine.cache.free_pages == engine.cache.num_pages
 
 
 def test_seeds_differ_and_repeat() -> None:
     engine = make_engine()
-    first, other, again = engine.generate([TokenPrompt([3, 1, 4], sampling(1, 2, 1))])[0]
+    first, other, again = engine.generate(prompts([3, 1, 4], 1, 2, 1))
     assert_same(first, again)
     assert not torch.equal(first.token_ids, other.token_ids)
 
@@ -80,9 +75,10 @@ def test_one_batch_mixes_vocabularies_and_parameters() -> None:
         dataclasses.replace(SAMPLED, seed=2, image_tokens_only=False, top_k=0, top_p=1.0, temperature=3.0),
         dataclasses.replace(SAMPLED, seed=3, top_k=1),
     ]
-    together = engine.generate([TokenPrompt([3, 1, 4], params)])[0]
-    for plan, one in zip(together, params, strict=True):
-        assert_same(plan, engine.generate([TokenPrompt([3, 1, 4], [one])])[0][0])
+    asked = [TokenPrompt([3, 1, 4], one) for one in params]
+    together = engine.generate(asked)
+    for plan, prompt in zip(together, asked, strict=True):
+        assert_same(plan, *engine.generate([prompt]))
     allowed = set(TOKENS.image_token_range)
     assert set(together[0].token_ids.tolist()) <= allowed
     assert not set(together[1].token_ids.tolist()) <= allowed
@@ -90,32 +86,30 @@ def test_one_batch_mixes_vocabularies_and_parameters() -> None:
 
 def test_a_prompt_that_overflows_fails_alone() -> None:
     engine = make_engine()
-    broken = TokenPrompt(
-        [3, 1, 4],
-        sampling(5),
-        features=torch.full((1, CONFIG.hidden_size), float("nan")),
-        feature_positions=range(1, 2),
-    )
-    healthy = TokenPrompt([3, 1, 4], sampling(5))
+    (healthy,) = prompts([3, 1, 4], 5)
+    features = torch.full((1, CONFIG.hidden_size), float("nan"))
+    broken = dataclasses.replace(healthy, features=features, feature_positions=range(1, 2))
     failed, fine = engine.generate([broken, healthy])
-    assert failed[0].error is not None
-    assert "not finite" in str(failed[0].error)
-    assert fine[0].error is None
-    assert_same(fine[0], engine.generate([healthy])[0][0])
+    assert failed.error is not None
+    assert "not finite" in str(failed.error)
+    assert fine.error is None
+    assert_same(fine, *engine.generate([healthy]))
 
 
 def test_features_replace_embeddings() -> None:
     engine = make_engine()
-    as_ids = engine.generate([TokenPrompt([3, 1, 4], sampling(5))])[0][0]
+    (as_ids,) = engine.generate(prompts([3, 1, 4], 5))
     features = engine.decoder.embed(torch.tensor([1]))
-    as_features = engine.generate([TokenPrompt([3, 0, 4], sampling(5), features, range(1, 2))])[0][0]
+    (other,) = prompts([3, 0, 4], 5)
+    with_features = dataclasses.replace(other, features=features, feature_positions=range(1, 2))
+    (as_features,) = engine.generate([with_features])
     assert_same(as_features, as_ids)
 
 
 def test_replaying_tokens_gives_the_hidden_states_of_decoding() -> None:
     engine = make_engine()
-    prompt = TokenPrompt([3, 1, 4, 1, 5], sampling(9))
-    plan = engine.generate([prompt])[0][0]
+    (prompt,) = prompts([3, 1, 4, 1, 5], 9)
+    (plan,) = engine.generate([prompt])
     replayed = engine.replay(prompt, plan.token_ids)
     assert torch.equal(replayed.token_ids, plan.token_ids)
     assert relative_l2(replayed.hidden_states, plan.hidden_states) < FLOAT32_TOLERANCE
@@ -124,9 +118,9 @@ def test_replaying_tokens_gives_the_hidden_states_of_decoding() -> None:
 
 def test_progress_counts_every_token_and_cancelling_returns_the_pages() -> None:
     engine = make_engine(max_batch=2)
-    prompts = [TokenPrompt([3, 1, 4], sampling(1, 2, 3))]
+    asked = prompts([3, 1, 4], 1, 2, 3)
     seen: list[tuple[int, int]] = []
-    engine.generate(prompts, lambda done, total: seen.append((done, total)))
+    engine.generate(asked, lambda done, total: seen.append((done, total)))
     total = 3 * TOKENS.tokens_per_image
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
@@ -137,5 +131,5 @@ def test_progress_counts_every_token_and_cancelling_returns_the_pages() -> None:
             raise Cancelled("stop")
 
     with pytest.raises(Cancelled):
-        engine.generate(prompts, cancel)
+        engine.generate(asked, cancel)
     assert engine.cache.free_pages == engine.cache.num_pages

@@ -83,24 +83,27 @@ def without_python(engine: TokenEngine, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(engine.decoder, "decode", decode)
 
 
-def make_prompt(
-    ids: list[int], n: int = 1, seed: int = 0, draft_window: int | None = 1, **changes: Any
-) -> TokenPrompt:
+def submit(
+    engine: TokenEngine,
+    ids: list[int],
+    n: int = 1,
+    seed: int = 0,
+    draft_window: int | None = 1,
+    **changes: Any,
+) -> list[Request]:
+    """n images of a prompt."""
     samples = [SamplingParams(seed=seed + i, **{"top_k": 20, **changes}) for i in range(n)]
-    return TokenPrompt(ids, samples, draft_window=draft_window)
+    return [engine.submit(TokenPrompt(ids, sample, draft_window=draft_window)) for sample in samples]
 
 
 def assert_as_alone(requests: list[Request], dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
     """Each image is what an engine without graphs draws for it alone, bit for bit."""
     engine = make_engine(GraphRunner(None), dtype, device)
     for request in requests:
-        for plan, params in zip(request.plans, request.prompt.samples, strict=True):
-            alone = engine.generate([dataclasses.replace(request.prompt, samples=[params], draft_window=1)])[
-                0
-            ][0]
-            assert plan is not None
-            assert torch.equal(plan.token_ids, alone.token_ids)
-            assert torch.equal(plan.hidden_states, alone.hidden_states)
+        (alone,) = engine.generate([dataclasses.replace(request.prompt, draft_window=1)])
+        assert request.plan is not None
+        assert torch.equal(request.plan.token_ids, alone.token_ids)
+        assert torch.equal(request.plan.hidden_states, alone.hidden_states)
 
 
 @on_every_device
@@ -113,10 +116,11 @@ def test_members_come_and_go_and_every_token_is_a_replay(
     engine, graphs = graphed(dtype, device)
     assert graphs.captured == CAPTURED
     without_python(engine, monkeypatch)
-    requests, sizes, steps = [], [], 0
+    requests: list[Request] = []
+    sizes, steps = [], 0
     for seed in range(7):
-        prompt = make_prompt(LONG[: 2 * seed + 1], 1 + seed % 2, 10 * seed, image_tokens_only=image_only)
-        requests.append(engine.submit(prompt))
+        ids, n = LONG[: 2 * seed + 1], 1 + seed % 2
+        requests += submit(engine, ids, n, 10 * seed, image_tokens_only=image_only)
         for _ in range(1 + seed % 3):
             sizes.append(len(engine.step()))
             steps += 1
@@ -136,10 +140,11 @@ def test_every_pass_of_windows_is_a_replay(
 ) -> None:
     engine, graphs = graphed(dtype, device)
     without_python(engine, monkeypatch)
-    requests, passes = [], 0
+    requests: list[Request] = []
+    passes = 0
     for seed, window in enumerate((8, 2, None, 3, 16, 1, None)):
-        prompt = make_prompt(LONG[: 2 * seed + 1], 1 + seed % 2, 10 * seed, window, top_k=1 + seed % 3)
-        requests.append(engine.submit(prompt))
+        ids, n = LONG[: 2 * seed + 1], 1 + seed % 2
+        requests += submit(engine, ids, n, 10 * seed, window, top_k=1 + seed % 3)
         for _ in range(1 + seed % 3):
             engine.step()
             passes += 1
@@ -147,7 +152,7 @@ def test_every_pass_of_windows_is_a_replay(
         engine.step()
         passes += 1
     assert graphs.replayed == passes
-    assert passes < sum(request.tokens_drawn for request in requests)
+    assert passes < COUNT * len(requests)
     assert_as_alone(requests, dtype, device)
 
 
@@ -158,9 +163,8 @@ def test_padding_touches_no_page_and_no_output_slot(monkeypatch: pytest.MonkeyPa
     cache, results = engine.cache, engine._results
     for memory in (*cache.keys, *cache.values, results.hidden):
         memory.fill_(torch.nan)
-    request = engine.submit(make_prompt(LONG, n=3))
+    running = submit(engine, LONG, 3)
     engine.step()
-    running = list(engine._running)
     for _ in range(COUNT - 2):
         engine.step()
     owned = {page for image in running for page in image.sequence.page_table}
@@ -172,15 +176,18 @@ def test_padding_touches_no_page_and_no_output_slot(monkeypatch: pytest.MonkeyPa
     unused = [slot for slot in range(MAX_BATCH) if slot not in slots]
     assert results.hidden[unused].isnan().all()
     engine.step()
-    assert_as_alone([request])
+    assert_as_alone(running)
 
 
 def test_vocabularies_that_mix_run_without_a_graph_and_the_report_is_told() -> None:
     runner = GraphRunner(CapturedGraphs())
     engine = make_engine(runner)
     engine.capture()
-    requests = [engine.submit(make_prompt(LONG[:5], image_tokens_only=only)) for only in (True, False)]
-    requests.append(engine.submit(make_prompt(LONG[:7], seed=9)))
+    requests = [
+        *submit(engine, LONG[:5], image_tokens_only=True),
+        *submit(engine, LONG[:5], image_tokens_only=False),
+        *submit(engine, LONG[:7], seed=9),
+    ]
     while engine.busy:
         engine.step()
     assert runner.eager == {"tokens of images that draw from different vocabularies"}
@@ -191,12 +198,12 @@ def test_an_engine_that_did_not_prepare_runs_without_graphs_and_the_report_is_to
     graphs = CapturedGraphs()
     runner = GraphRunner(graphs)
     engine = make_engine(runner)
-    request = engine.submit(make_prompt(LONG, n=3))
+    requests = submit(engine, LONG, 3)
     while engine.busy:
         engine.step()
     assert graphs.replayed == graphs.captured == 0
     assert runner.eager == {"tokens of 3 rows"}
-    assert_as_alone([request])
+    assert_as_alone(requests)
 
 
 def test_where_no_kernels_are_built_the_definitions_are_recorded() -> None:
@@ -205,21 +212,23 @@ def test_where_no_kernels_are_built_the_definitions_are_recorded() -> None:
         for name in ops.all_ops():
             forced.enter_context(ops.force(name, "torch"))
         engine, graphs = graphed()
-        request = engine.submit(make_prompt(LONG, n=3))
+        requests = submit(engine, LONG, 3)
         while engine.busy:
             engine.step()
         assert graphs.replayed == COUNT
-        assert_as_alone([request])
+        assert_as_alone(requests)
 
 
 def test_the_ops_of_replayed_tokens_are_reported() -> None:
     engine, _ = graphed()
     eager = make_engine(None)
     for one in (eager, engine):
-        one.generate([make_prompt(LONG)])
+        submit(one, LONG)
+        while one.busy:
+            one.step()
     found = []
     for one in (eager, engine):
-        request = one.submit(make_prompt(LONG))
+        (request,) = submit(one, LONG)
         one.step()
         with ops.recording_usage() as used:
             one.step()
@@ -242,10 +251,9 @@ def test_a_replay_that_is_interrupted_can_be_taken_again(
     monkeypatch.setattr(LateCounts, "after_a_pass", after_a_pass)
     monkeypatch.setattr(LateCounts, "newest", lambda _: noted.pop() if noted else None)
     engine, _ = graphed()
-    requests = [
-        engine.submit(make_prompt(LONG[:length], seed=length, draft_window=window, top_k=2))
-        for length in (5, 10, 3)
-    ]
+    requests: list[Request] = []
+    for length in (5, 10, 3):
+        requests += submit(engine, LONG[:length], seed=length, draft_window=window, top_k=2)
     for _ in range(4):
         engine.step()
     replay, calls = captured_graph.Call.replay, 0

@@ -49,23 +49,23 @@ def test_names_and_dtypes_are_those_of_the_layout(tied: bool, values: torch.dtyp
 def test_tokens_and_states_are_those_of_the_meant_weights(tied: bool, values: torch.dtype) -> None:
     weights = weights_in_8_bits(values, tied=tied)
     untied = {**dequantized(weights), EMBEDDING: weights[EMBEDDING]}
-    prompt = TokenPrompt(PROMPT, [SamplingParams(top_k=1)])
+    prompt = TokenPrompt(PROMPT, SamplingParams(top_k=1))
     with ops.recording_usage() as used:
-        found = engine(weights, tied=tied).generate([prompt])[0][0]
+        (found,) = engine(weights, tied=tied).generate([prompt])
     assert "row_linear_w8" in used
     assert "row_linear" not in used
-    expected = engine(untied, tied=False).generate([prompt])[0][0]
+    (expected,) = engine(untied, tied=False).generate([prompt])
     assert torch.equal(found.token_ids, expected.token_ids)
     error = (found.hidden_states - expected.hidden_states).norm() / expected.hidden_states.norm()
     assert error < FLOAT32_TOLERANCE
 
 
 def test_an_image_does_not_depend_on_its_batch() -> None:
-    samples = [SamplingParams(seed=seed) for seed in range(4)]
+    prompts = [TokenPrompt(PROMPT, SamplingParams(seed=seed)) for seed in range(4)]
     weights = weights_in_8_bits(torch.int8, tied=False)
-    together = engine(weights, tied=False, batch=4).generate([TokenPrompt(PROMPT, samples)])
-    for sample, plan in zip(samples, together[0], strict=True):
-        alone = engine(weights, tied=False).generate([TokenPrompt(PROMPT, [sample])])[0][0]
+    together = engine(weights, tied=False, batch=4).generate(prompts)
+    for prompt, plan in zip(prompts, together, strict=True):
+        (alone,) = engine(weights, tied=False).generate([prompt])
         assert torch.equal(alone.token_ids, plan.token_ids)
         assert torch.equal(alone.hidden_states, plan.hidden_states)
 

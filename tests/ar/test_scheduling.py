@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import Request, TokenEngine, TokenPlan, TokenPrompt
-from blip3o_rt.errors import ParameterError, PromptError
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
@@ -36,17 +36,19 @@ def make_engine(max_batch: int = 4, *, prompt: int = 28, num_pages: int | None =
     )
 
 
-def make_prompt(ids: list[int], n: int = 1, seed: int = 0, **changes: object) -> TokenPrompt:
-    samples = [SamplingParams(seed=seed + i, top_k=20, **changes) for i in range(n)]  # type: ignore[arg-type]
-    return TokenPrompt(ids, samples)
+def make_prompt(ids: list[int], seed: int = 0) -> TokenPrompt:
+    return TokenPrompt(ids, SamplingParams(seed=seed, top_k=20))
 
 
-def alone(prompt: TokenPrompt) -> list[TokenPlan]:
-    """Each image of a prompt in an engine of its own."""
-    return [
-        make_engine(1).generate([dataclasses.replace(prompt, samples=[params])])[0][0]
-        for params in prompt.samples
-    ]
+def submit(engine: TokenEngine, ids: list[int], n: int, seed: int = 0) -> list[Request]:
+    """n images of a prompt."""
+    return [engine.submit(make_prompt(ids, seed + i)) for i in range(n)]
+
+
+def alone(prompt: TokenPrompt) -> TokenPlan:
+    """An image in an engine of its own."""
+    (plan,) = make_engine(1).generate([prompt])
+    return plan
 
 
 def finish(engine: TokenEngine) -> None:
@@ -57,11 +59,11 @@ def finish(engine: TokenEngine) -> None:
 
 def assert_as_alone(*requests: Request) -> None:
     for request in requests:
-        for plan, expected in zip(request.plans, alone(request.prompt), strict=True):
-            assert plan is not None
-            assert plan.error is None
-            assert torch.equal(plan.token_ids, expected.token_ids)
-            assert torch.equal(plan.hidden_states, expected.hidden_states)
+        plan, expected = request.plan, alone(request.prompt)
+        assert plan is not None
+        assert plan.error is None
+        assert torch.equal(plan.token_ids, expected.token_ids)
+        assert torch.equal(plan.hidden_states, expected.hidden_states)
 
 
 def pages_taken(engine: TokenEngine) -> int:
@@ -92,7 +94,7 @@ def test_requests_join_and_leave_between_tokens() -> None:
     engine = make_engine(3)
     requests: list[Request] = []
     for seed in range(6):
-        requests.append(engine.submit(make_prompt(LONG[: 3 * seed + 1], n=1 + seed % 2, seed=seed)))
+        requests += submit(engine, LONG[: 3 * seed + 1], 1 + seed % 2, seed)
         for _ in range(seed):
             engine.step()
     finish(engine)
@@ -102,13 +104,13 @@ def test_requests_join_and_leave_between_tokens() -> None:
 def test_images_of_a_prompt_share_its_full_pages_and_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(4)
     read = prefilled(engine, monkeypatch)
-    request = engine.submit(make_prompt(LONG[:10], n=3))
+    requests = submit(engine, LONG[:10], 3)
     engine.step()
     assert read == [10]
     whole = engine.cache.pages_for(10 + COUNT)
     assert pages_taken(engine) == whole + 2 * (whole - 10 // PAGE)
     finish(engine)
-    assert_as_alone(request)
+    assert_as_alone(*requests)
 
 
 def test_a_prompt_that_runs_is_forked_by_a_later_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,47 +174,42 @@ def test_nobody_overtakes_a_large_request_at_the_head() -> None:
     engine = make_engine(4, num_pages=make_engine(1).cache.pages_for(28 + COUNT))
     running = engine.submit(make_prompt(small))
     engine.step()
-    waiting = engine.submit(make_prompt(large, n=2))
+    waiting = submit(engine, large, 2)
     late = engine.submit(make_prompt(small, seed=9))  # there is room for this one, and it has to wait
     while not running.done:
         assert len(engine.step()) == 1
-    assert waiting.tokens_drawn == 0
-    while not waiting.done:
+    assert [image.num_generated for image in waiting] == [0, 0]
+    while not all(image.done for image in waiting):
         engine.step()
-        assert late.tokens_drawn == 0
+        assert late.num_generated == 0
     finish(engine)
-    assert_as_alone(running, waiting, late)
+    assert_as_alone(running, *waiting, late)
 
 
 def test_more_images_than_rows_take_turns() -> None:
     engine = make_engine(3)
-    request = engine.submit(make_prompt(LONG, n=8))
-    other = engine.submit(make_prompt(LONG[:5]))
+    requests = [*submit(engine, LONG, 8), engine.submit(make_prompt(LONG[:5]))]
     finish(engine)
-    assert_as_alone(request, other)
+    assert_as_alone(*requests)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, COUNT, COUNT + 1, 2 * COUNT])
 def test_cancelling_in_every_state(steps: int) -> None:
-    """Waiting, running with images that wait, running with images that are finished, done."""
+    """Images that wait, that run beside those that wait or are finished, and that are done."""
     engine = make_engine(3)
     before = engine.submit(make_prompt(LONG[:6], seed=1))
-    request = engine.submit(make_prompt(LONG, n=4, seed=2))
+    requests = submit(engine, LONG, 4, seed=2)
     after = engine.submit(make_prompt(LONG, seed=3))
     for _ in range(steps):
         engine.step()
-    finished = list(request.plans)
-    was_done = request.done
-    engine.cancel(request)
-    engine.cancel(request)
-    assert request.done
-    assert request.cancelled != was_done
+    finished = [request for request in requests if request.done]
+    for request in [*requests, *requests]:
+        engine.cancel(request)
+    assert all(request.done for request in requests)
     finish(engine)
-    assert request.plans == finished
-    assert_as_alone(before, after)
-    expected = alone(request.prompt)
-    for plan, one in zip(finished, expected, strict=True):
-        assert plan is None or torch.equal(plan.hidden_states, one.hidden_states)
+    assert [request for request in requests if not request.cancelled] == finished
+    assert [request for request in requests if request.plan is not None] == finished
+    assert_as_alone(before, after, *finished)
 
 
 def test_cancelling_who_read_the_prompt_leaves_who_forked_it() -> None:
@@ -233,14 +230,13 @@ def test_an_image_that_fails_midway_fails_alone() -> None:
     broken, healthy = engine.submit(make_prompt(LONG, seed=1)), engine.submit(make_prompt(LONG[::-1], seed=2))
     for _ in range(3):
         engine.step()
-    page = next(image for image in engine._running if image.request is broken).sequence.page_table[0]
-    engine.cache.values[0][page] = float("nan")
+    engine.cache.values[0][broken.sequence.page_table[0]] = float("nan")
     late = [engine.submit(make_prompt(LONG, seed=seed)) for seed in (3, 4)]
     finish(engine)
-    plan = broken.plans[0]
+    plan = broken.plan
     assert plan is not None
     assert "not finite" in str(plan.error)
-    assert plan.token_ids[:3].tolist() == alone(broken.prompt)[0].token_ids[:3].tolist()
+    assert plan.token_ids[:3].tolist() == alone(broken.prompt).token_ids[:3].tolist()
     assert_as_alone(healthy, *late)
 
 
@@ -248,7 +244,7 @@ def test_a_prompt_that_cannot_be_read_ends_its_request_alone(monkeypatch: pytest
     engine = make_engine(4)
     first = engine.submit(make_prompt(LONG[:6], seed=1))
     engine.step()
-    broken = engine.submit(make_prompt(LONG, n=2, seed=2))
+    broken = engine.submit(make_prompt(LONG, seed=2))
     last = engine.submit(make_prompt(LONG[:9], seed=3))
     with monkeypatch.context() as patch:
         patch.setattr(engine.decoder, "prefill", raising(RuntimeError("out of memory")))
@@ -278,7 +274,7 @@ def test_a_finished_image_that_could_not_be_collected_is_collected_by_the_next_s
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(3)
-    first = engine.submit(make_prompt(LONG[:6], n=2, seed=1))
+    first, second = submit(engine, LONG[:6], 2, seed=1)
     engine.step()
     late = engine.submit(make_prompt(LONG, seed=3))
     for _ in range(COUNT - 2):
@@ -290,8 +286,9 @@ def test_a_finished_image_that_could_not_be_collected_is_collected_by_the_next_s
     assert not first.done
     assert len(engine.step()) == 1
     assert first.done
+    assert second.done
     finish(engine)
-    assert_as_alone(first, late)
+    assert_as_alone(first, second, late)
 
 
 @pytest.mark.parametrize("cancel", [False, True])
@@ -306,7 +303,7 @@ def test_an_image_that_was_interrupted_on_its_way_out_leaves_all_the_same(
         patch.setattr(engine, "_leave", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             engine.step()
-    plan = request.plans[0]
+    plan = request.plan
     assert request.done
     if cancel:
         engine.cancel(request)
@@ -315,34 +312,13 @@ def test_an_image_that_was_interrupted_on_its_way_out_leaves_all_the_same(
     assert not engine.busy
     assert pages_taken(engine) == 0
     assert not request.cancelled
-    assert request.plans[0] is plan
+    assert request.plan is plan
     again = engine.submit(make_prompt(LONG[:3]))
     finish(engine)
     assert_as_alone(request, again)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        (make_prompt([]), "0 tokens long: accepted is 1 to 28"),
-        (make_prompt([1] * 29), "29 tokens long: accepted is 1 to 28"),
-        (make_prompt([1, CONFIG.vocab_size]), "accepted is 0 to 96"),
-        (make_prompt([1, -1]), "accepted is 0 to 96"),
-        (TokenPrompt([1, 2], [], torch.zeros(2, 5), range(2)), "accepted is a row of 48 for every position"),
-        (TokenPrompt([1, 2], [], torch.zeros(2, 48), range(1, 3)), "do not fit"),
-    ],
-)
-def test_what_could_never_run_ends_at_the_door(prompt: TokenPrompt, message: str) -> None:
-    engine = make_engine()
-    with pytest.raises(PromptError, match=message):
-        engine.submit(prompt)
-    assert not engine.busy
-
-
-def test_parameters_that_could_never_run_end_at_the_door() -> None:
-    engine = make_engine()
-    with pytest.raises(ParameterError, match="the vocabulary's size"):
-        engine.submit(TokenPrompt([1], [SamplingParams(top_k=98)]))
+def test_a_cache_that_not_even_one_image_fits_into_is_refused() -> None:
     with pytest.raises(ParameterError, match="accepted is at least 10, which one image takes"):
         make_engine(num_pages=9)
 
@@ -350,5 +326,4 @@ def test_parameters_that_could_never_run_end_at_the_door() -> None:
 def test_nothing_to_do_is_no_step() -> None:
     engine = make_engine()
     assert len(engine.step()) == 0
-    assert engine.submit(TokenPrompt([1], [])).done
-    assert len(engine.step()) == 0
+    assert engine.generate([]) == []

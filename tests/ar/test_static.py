@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blip3o_rt import ops
-from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
+from blip3o_rt.ar.engine import Request, TokenEngine, TokenPrompt
 from blip3o_rt.ar.layout import quantized
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.ops import native
@@ -63,8 +63,10 @@ def make_engine(weights: dict[str, Tensor], runner: GraphRunner | None = None) -
     )
 
 
-def make_prompt(length: int, n: int) -> TokenPrompt:
-    return TokenPrompt([*range(1, 1 + length)], [SamplingParams(seed=seed) for seed in range(n)])
+def submit(engine: TokenEngine, length: int, n: int) -> list[Request]:
+    """n images of a prompt of so many ids."""
+    prompts = [TokenPrompt([*range(1, 1 + length)], SamplingParams(seed=seed)) for seed in range(n)]
+    return [engine.submit(prompt) for prompt in prompts]
 
 
 @needs_cpu_kernels
@@ -73,7 +75,7 @@ def make_prompt(length: int, n: int) -> TokenPrompt:
 def test_a_token_allocates_nothing(weights: dict[str, Tensor], composed: bool) -> None:
     """`composed` is what more than 8 rows take on a GPU."""
     engine = make_engine(weights)
-    engine.submit(make_prompt(5, n=3))
+    submit(engine, 5, n=3)
     with ops.force("norm_row_linear", "composed") if composed else nullcontext():
         engine.step()
         with Allocations() as allocations:
@@ -83,10 +85,10 @@ def test_a_token_allocates_nothing(weights: dict[str, Tensor], composed: bool) -
 
 def test_what_joins_is_uploaded_without_waiting() -> None:
     engine = make_engine(WEIGHTS)
-    engine.submit(make_prompt(5, n=2))
+    submit(engine, 5, n=2)
     engine.step()
     with NoBlockingCopies():
-        engine.submit(make_prompt(17, n=2))
+        submit(engine, 17, n=2)
         engine.step()
     assert len(engine.step()) == 4
 
@@ -100,7 +102,7 @@ def test_an_image_joins_while_a_gpu_is_busy() -> None:
         torch.cuda._sleep(2 * 10**9)  # about a second
         queued = torch.cuda.Event()
         queued.record()
-        request = engine.submit(make_prompt(17, n=1))
+        (request,) = submit(engine, 17, n=1)
         engine.step()
         waited = queued.query()
         engine.cancel(request)

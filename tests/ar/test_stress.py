@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -52,10 +53,12 @@ def make_engine(
 def make_prompts() -> list[TokenPrompt]:
     """Prompts of every length to a page and past it, with and without a common beginning; features; NaN."""
     plain = [[7], [7, 8], [50, 3, 1], SHARED, [*SHARED, 9], [*SHARED, 8, 7, 7, 7], [*SHARED[:5], 2, 2, 2, 2]]
-    prompts = [TokenPrompt(ids, []) for ids in [*plain, [*SHARED, *SHARED]]]
+    sampling = SAMPLINGS[0]  # whose place another takes
+    prompts = [TokenPrompt(ids, sampling) for ids in [*plain, [*SHARED, *SHARED]]]
     features = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
-    prompts.append(TokenPrompt([*SHARED, 1, 2, 3], [], features, range(4, 7)))
-    prompts.append(TokenPrompt([*SHARED, 1, 2], [], torch.full_like(features, float("nan")), range(5, 8)))
+    prompts.append(TokenPrompt([*SHARED, 1, 2, 3], sampling, features, range(4, 7)))
+    broken = torch.full_like(features, float("nan"))
+    prompts.append(TokenPrompt([*SHARED, 1, 2], sampling, broken, range(5, 8)))
     return prompts
 
 
@@ -67,28 +70,27 @@ class Traffic:
         self.prompts = make_prompts()
         single = make_engine(max_batch=1)
         self.expected: dict[tuple[int, SamplingParams], TokenPlan] = {
-            (index, params): single.generate([dataclasses.replace(prompt, samples=[params])])[0][0]
+            (index, params): single.generate([dataclasses.replace(prompt, sampling=params)])[0]
             for index, prompt in enumerate(self.prompts)
             for params in SAMPLINGS
         }
-        self.requests: list[tuple[int, Request]] = []
+        self.requests: list[tuple[int, list[Request]]] = []  # the images of a prompt, and which it is
         self.numbers: dict[Request, int] = {}
-        self.joined: dict[
-            tuple[int, int], None
-        ] = {}  # request and sample, in the order they were seen to run
+        self.joined: dict[int, None] = {}  # numbers of images, in the order they were seen to run
 
     def submit(self) -> None:
         index = self.random.randrange(len(self.prompts))
         samples = self.random.choices(SAMPLINGS, k=self.random.randint(1, MAX_IMAGES))
         window = self.random.choice(self.windows)
-        prompt = dataclasses.replace(self.prompts[index], samples=samples, draft_window=window)
-        request = self.engine.submit(prompt)
-        self.numbers[request] = len(self.requests)
-        self.requests.append((index, request))
+        prompt = dataclasses.replace(self.prompts[index], draft_window=window)
+        images = [self.engine.submit(dataclasses.replace(prompt, sampling=params)) for params in samples]
+        self.numbers |= zip(images, itertools.count(len(self.numbers)), strict=False)
+        self.requests.append((index, images))
 
     def cancel(self) -> None:
         recent = self.requests[-12:]
-        self.engine.cancel(self.random.choice(recent)[1])
+        for image in self.random.choice(recent)[1]:
+            self.engine.cancel(image)
 
     def check_pages(self) -> None:
         """Every page is free or held by who runs; the page a token is written to has one holder."""
@@ -101,30 +103,29 @@ class Traffic:
 
     def check_order(self) -> None:
         """Who runs for the first time was submitted after all who ever ran."""
-        running = [(self.numbers[image.request], image.sample) for image in self.engine._running]
-        new = [key for key in running if key not in self.joined]
-        last = next(reversed(self.joined), (-1, 0))
+        running = [self.numbers[image] for image in self.engine._running]
+        new = [number for number in running if number not in self.joined]
+        last = next(reversed(self.joined), -1)
         assert [last, *new] == sorted([last, *new])
         self.joined.update(dict.fromkeys(new))
 
     def check_results(self) -> Counter[str]:
         found: Counter[str] = Counter()
-        for index, request in self.requests:
-            assert request.done
-            for params, plan in zip(request.prompt.samples, request.plans, strict=True):
-                if plan is None:
-                    assert request.cancelled
-                    found["cancelled"] += 1
-                    continue
-                expected = self.expected[index, params]
-                if expected.error is not None:
-                    assert plan.error is not None
-                    found["failed"] += 1
-                    continue
-                assert plan.error is None
-                assert torch.equal(plan.token_ids, expected.token_ids)
-                assert torch.equal(plan.hidden_states, expected.hidden_states)
-                found["finished"] += 1
+        for index, image in ((index, image) for index, images in self.requests for image in images):
+            assert image.done
+            plan, expected = image.plan, self.expected[index, image.prompt.sampling]
+            if plan is None:
+                assert image.cancelled
+                found["cancelled"] += 1
+                continue
+            if expected.error is not None:
+                assert plan.error is not None
+                found["failed"] += 1
+                continue
+            assert plan.error is None
+            assert torch.equal(plan.token_ids, expected.token_ids)
+            assert torch.equal(plan.hidden_states, expected.hidden_states)
+            found["finished"] += 1
         return found
 
 

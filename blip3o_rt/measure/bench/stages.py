@@ -153,16 +153,16 @@ class TokenSteps:
         self, engine: TokenEngine, context: list[int], sampling: SamplingParams, batch: int, queued: int = 1
     ) -> None:
         self._engine, self._queued = engine, queued
-        samples = [replace(sampling, seed=sampling.seed + image) for image in range(batch)]
-        self._prompt = TokenPrompt(context, samples)
-        self._request: Request | None = None
+        seeds = range(sampling.seed, sampling.seed + batch)
+        self._prompts = [TokenPrompt(context, replace(sampling, seed=seed)) for seed in seeds]
+        self._requests: list[Request] = []
         self._left = 0  # tokens to draw until the images are finished
 
     def prepare(self) -> None:
         """Read the context again where too few tokens are left; the first token after it is drawn here."""
         if self._left < self._queued:
             self.close()
-            self._request = self._engine.submit(self._prompt)
+            self._requests = [self._engine.submit(prompt) for prompt in self._prompts]
             self._left = self._engine.image_tokens.tokens_per_image
             self()
 
@@ -173,9 +173,8 @@ class TokenSteps:
 
     def close(self) -> None:
         """Return the pages of the cache."""
-        if self._request is not None and not self._request.done:
-            self._engine.cancel(self._request)
-        self._request = None
+        for request in self._requests:
+            self._engine.cancel(request)
 
 
 class ConnectorStage:

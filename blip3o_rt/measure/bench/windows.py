@@ -64,12 +64,11 @@ def window_times(
             for window in windows:
                 progress(f"round {number + 1} of {rounds}: window {window}")
                 sample = replace(sampling, seed=sampling.seed + number)
-                asked = planner.request(prompt, [sample], draft_window=check_draft_window(window))
+                (asked,) = planner.requests(prompt, [sample], draft_window=check_draft_window(window))
                 begun = _now(pipeline)
-                (request,) = planner.engine.run([asked.tokens])
+                (plan,) = planner.engine.generate([asked.tokens])
                 seconds[window].append(_now(pipeline) - begun)
-                passes[window] += request.passes
-                (plan,) = request.finished
+                passes[window] += plan.passes
                 first = first or plan
                 assert torch.equal(plan.token_ids, first.token_ids), f"window {window}: other tokens"
                 assert torch.equal(plan.hidden_states, first.hidden_states), f"window {window}: other bits"
@@ -141,7 +140,8 @@ def tables(record: Mapping[str, Any]) -> tuple[Table, Table]:
 
 def _passes(pipeline: Pipeline, prompt: str, rows: int) -> Iterator[float]:
     engine = pipeline._planner.engine
-    request = engine.submit(pipeline._planner.request(prompt, [SamplingParams()], draft_window=rows).tokens)
+    (asked,) = pipeline._planner.requests(prompt, [SamplingParams()], draft_window=rows)
+    request = engine.submit(asked.tokens)
     try:
         engine.step()
         for _ in range(PASSES):

@@ -63,8 +63,9 @@ def _ours(subject: Subject, dtype: str) -> tuple[TokenPlan, TokenPlan, Tensor]:
     )
     with exact_arithmetic(subject.device):
         engine.capture()
-        plan = engine.generate([TokenPrompt(ids, [GREEDY])])[0][0]
-        replayed = engine.replay(TokenPrompt(ids, []), subject.tokens[0])
+        prompt = TokenPrompt(ids, GREEDY)
+        (plan,) = engine.generate([prompt])
+        replayed = engine.replay(prompt, subject.tokens[0])
     if plan.error is not None:
         raise plan.error
     return plan, replayed, torch.tensor([ids])

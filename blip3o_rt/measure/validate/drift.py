@@ -25,28 +25,25 @@ class Drift:
 
 
 def token_drift(exact: TokenEngine, lossy: TokenEngine, prompts: Sequence[TokenPrompt]) -> Drift:
-    """Draw every prompt's images with the exact engine, then let both read those tokens.
+    """Draw every prompt's image with the exact engine, then let both read its tokens.
 
     Distributions are over the image tokens, at temperature 1 and before top-k and top-p.
     """
     totals = torch.zeros(4, dtype=torch.float64)
     count = 0
-    for prompt, plans in zip(prompts, exact.generate(list(prompts)), strict=True):
-        for plan in plans:
-            expected, found = (
-                _log_probabilities(engine, prompt, plan.token_ids) for engine in (exact, lossy)
-            )
-            first = exact.image_tokens.image_token_range.start
-            drawn = (plan.token_ids.cpu() - first)[:, None]
-            totals += torch.stack(
-                [
-                    -expected.gather(1, drawn).sum(),
-                    -found.gather(1, drawn).sum(),
-                    (expected.exp() * (expected - found)).sum(),
-                    (expected.argmax(dim=1) == found.argmax(dim=1)).sum(),
-                ]
-            )
-            count += len(drawn)
+    for prompt, plan in zip(prompts, exact.generate(list(prompts)), strict=True):
+        expected, found = (_log_probabilities(engine, prompt, plan.token_ids) for engine in (exact, lossy))
+        first = exact.image_tokens.image_token_range.start
+        drawn = (plan.token_ids.cpu() - first)[:, None]
+        totals += torch.stack(
+            [
+                -expected.gather(1, drawn).sum(),
+                -found.gather(1, drawn).sum(),
+                (expected.exp() * (expected - found)).sum(),
+                (expected.argmax(dim=1) == found.argmax(dim=1)).sum(),
+            ]
+        )
+        count += len(drawn)
     return Drift(count, *(totals / count).tolist())
 
 

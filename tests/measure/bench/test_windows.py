@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import render
 from blip3o_rt import Pipeline
-from blip3o_rt.ar.engine import TokenEngine
+from blip3o_rt.ar.engine import TokenEngine, TokenPlan, TokenPrompt
 from blip3o_rt.cli import main
 from blip3o_rt.measure.bench.windows import ROWS, pass_times, window_times
 from blip3o_rt.params import SamplingParams
@@ -51,18 +51,15 @@ def test_a_record_that_cannot_be_written_is_refused_before_the_work(
 
 def test_a_window_that_changes_the_image_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline.load(max_batch=1)
-    run = TokenEngine.run
+    generate = TokenEngine.generate
 
-    def wrong(engine: TokenEngine, prompts: list, callback: object = None) -> list:  # type: ignore[type-arg]
-        requests = run(engine, prompts)
+    def wrong(engine: TokenEngine, prompts: list[TokenPrompt]) -> list[TokenPlan]:
+        (plan,) = generate(engine, prompts)
         if prompts[0].draft_window == 2:
-            (plan,) = requests[0].finished
-            requests[0].plans = [
-                dataclasses.replace(plan, hidden_states=torch.zeros_like(plan.hidden_states))
-            ]
-        return requests
+            plan = dataclasses.replace(plan, hidden_states=torch.zeros_like(plan.hidden_states))
+        return [plan]
 
-    monkeypatch.setattr(TokenEngine, "run", wrong)
+    monkeypatch.setattr(TokenEngine, "generate", wrong)
     with pytest.raises(AssertionError, match="window 2: other bits"):
         window_times(pipeline, [PROMPT], [1, 2], SamplingParams(), 1, lambda _: None)
 

@@ -10,7 +10,7 @@ from blip3o_rt.measure.validate.drift import token_drift
 from blip3o_rt.params import SamplingParams
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
-PROMPTS = [TokenPrompt([3, 1, 4, 1, 5], [SamplingParams(seed=1), SamplingParams(seed=2)])]
+PROMPTS = [TokenPrompt([3, 1, 4, 1, 5], SamplingParams(seed=seed)) for seed in (1, 2)]
 
 
 def test_int8_drifts_little_and_damage_much() -> None:
