@@ -28,53 +28,42 @@ _SPAWN = (
 )
 
 
-class _Ticket:
-    def __init__(self, thread: int) -> None:
-        self.thread = thread
-        self.called = threading.Event()
-
-
 class FairLock:
     """A lock that threads get in the order in which they asked; a thread that has it may enter it again."""
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._tickets: deque[_Ticket] = deque()  # the first one has the lock
+        self._changed = threading.Condition()
+        self._threads: deque[int] = deque()  # the first one has the lock
         self._reentries = 0
 
     @property
     def taken(self) -> bool:
         """Whether any thread has the lock."""
-        return bool(self._tickets)
+        return bool(self._threads)
 
     def __enter__(self) -> None:
-        ticket = _Ticket(threading.get_ident())
-        with self._mutex:
-            if self._tickets and self._tickets[0].thread == ticket.thread:
+        thread = threading.get_ident()
+        with self._changed:
+            if self._threads and self._threads[0] == thread:
                 self._reentries += 1
                 return
-            self._tickets.append(ticket)
-            self._call_next()
-        try:
-            ticket.called.wait()
-        except BaseException:  # Ctrl-C: what follows must not wait for this thread
-            self._leave(ticket)
-            raise
+            self._threads.append(thread)
+            try:
+                self._changed.wait_for(lambda: self._threads[0] == thread)
+            except BaseException:  # Ctrl-C: what follows must not wait for this thread
+                self._leave()
+                raise
 
     def __exit__(self, *error: object) -> None:
-        if self._reentries:
-            self._reentries -= 1
-        else:
-            self._leave(self._tickets[0])
+        with self._changed:
+            if self._reentries:
+                self._reentries -= 1
+            else:
+                self._leave()
 
-    def _leave(self, ticket: _Ticket) -> None:
-        with self._mutex:
-            self._tickets.remove(ticket)
-            self._call_next()
-
-    def _call_next(self) -> None:
-        if self._tickets:
-            self._tickets[0].called.set()
+    def _leave(self) -> None:
+        self._threads.remove(threading.get_ident())
+        self._changed.notify_all()
 
 
 class Isolation:

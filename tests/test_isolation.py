@@ -68,7 +68,7 @@ def test_threads_get_the_lock_in_the_order_they_asked() -> None:
     with lock:
         for number, thread in enumerate(threads):
             thread.start()
-            while len(lock._tickets) < number + 2:
+            while len(lock._threads) < number + 2:
                 time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -92,7 +92,7 @@ lock, held, left = FairLock(), threading.Event(), threading.Event()
 def hold():
     with lock:
         held.set()
-        while len(lock._tickets) < 2: time.sleep(0.01)
+        while len(lock._threads) < 2: time.sleep(0.01)
         time.sleep(0.1)  # it waits by now
         os.kill(os.getpid(), signal.SIGINT)
         left.wait()
@@ -101,7 +101,7 @@ held.wait()
 try:
     with lock: pass
 except KeyboardInterrupt:
-    print("interrupted", len(lock._tickets))
+    print("interrupted", len(lock._threads))
     left.set()
 with lock: print("again")
 """
