@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,14 +49,6 @@ class DecodeStep:
     windowed: bool = False
 
 
-class Workspace(NamedTuple):
-    """Activations of a decode step, one row per sequence, reused by every layer and token."""
-
-    qkv: Tensor
-    attended: Tensor
-    activated: Tensor
-
-
 def rotary_table(config: ARConfig, positions: int, device: torch.device) -> Tensor:
     """[positions, head_dim] float32: cosines in the first half of the columns, sines in the second.
 
@@ -86,7 +77,7 @@ class Decoder:
         weights: Mapping[str, Tensor],
         cache: PagedKVCache,
         *,
-        max_rows: int = 1,
+        max_rows: int,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.config = config
@@ -100,8 +91,11 @@ class Decoder:
         self.dtype = self.final_norm.dtype  # of activations
         self.device = self.embedding.device
         self._rope = rotary_table(config, config.max_position_embeddings, self.device)
-        self._workspace = self._allocate(max_rows)
-        self._workspaces: dict[int, Workspace] = {}  # views of the first so many rows
+        heads = config.num_heads, config.head_dim
+        shapes = (config.query_size + 2 * config.kv_size,), heads, (config.intermediate_size,)
+        self._workspace = [  # q|k|v, attended and activated of a row, reused by every layer and token
+            torch.empty(max_rows, *shape, dtype=self.dtype, device=self.device) for shape in shapes
+        ]
         self.scratch = ops.Scratch()  # of the kernels of a token step
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -163,39 +157,40 @@ class Decoder:
     ) -> Tensor:
         """Run B rows: embeddings of their tokens [B, hidden] -> hidden states [B, hidden].
 
-        kept [N, hidden] receives them too, at step.output_slots. The embeddings are overwritten. A row's
-        result does not depend on the other rows.
+        B is at most `max_rows`. kept [N, hidden] receives them too, at step.output_slots. The embeddings are
+        overwritten. A row's result does not depend on the other rows.
         """
         config = self.config
-        space = self._rows(len(residual))
+        qkv, attended, activated = (memory[: len(residual)] for memory in self._workspace)
         for layer, keys, values in zip(self.layers, self.cache.keys, self.cache.values, strict=True):
             layer.qkv.norm_row_linear(
-                residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=space.qkv
+                residual, layer.input_norm, config.rms_norm_eps, scratch=self.scratch, out=qkv
             )
-            self._attend(layer, space, keys, values, step)
-            layer.attention_out.row_linear_add(space.attended.flatten(1), residual)
+            self._attend(layer, qkv, keys, values, step, attended)
+            layer.attention_out.row_linear_add(attended.flatten(1), residual)
             layer.gate_up.norm_row_linear(
                 residual,
                 layer.mlp_norm,
                 config.rms_norm_eps,
                 gated=True,
                 scratch=self.scratch,
-                out=space.activated,
+                out=activated,
             )
-            layer.down.row_linear_add(space.activated, residual)
+            layer.down.row_linear_add(activated, residual)
         norm = (self.final_norm, config.rms_norm_eps)
         return ops.rms_norm_keep(residual, *norm, step.output_slots, kept, out=out)
 
-    def _attend(self, layer: Layer, space: Workspace, keys: Tensor, values: Tensor, step: DecodeStep) -> None:
-        """Append the rows of space.qkv to the cache and attend to it, into space.attended.
+    def _attend(
+        self, layer: Layer, qkv: Tensor, keys: Tensor, values: Tensor, step: DecodeStep, out: Tensor
+    ) -> None:
+        """Append the rows of qkv to the cache and attend to it, into out.
 
         Rows of one sequence read each other's keys, so all are appended before any attends: the fused op
         promises that for one row of a sequence only. The bits are the same.
         """
-        heads = (space.qkv, layer.q_norm, layer.k_norm, self._rope, step.positions, step.slot_mapping)
+        heads = (qkv, layer.q_norm, layer.k_norm, self._rope, step.positions, step.slot_mapping)
         eps, scale = self.config.rms_norm_eps, self.config.head_dim**-0.5
         pages = (step.page_table, step.context_lens)
-        out = space.attended
         if step.windowed:
             ops.qk_norm_rope_append(*heads, keys, values, eps, out=out)
             ops.paged_decode_attention(out, keys, values, *pages, scale, scratch=self.scratch, out=out)
@@ -205,20 +200,3 @@ class Decoder:
     def logits(self, hidden: Tensor, vocabulary: range, *, out: Tensor) -> Tensor:
         """Hidden states [B, hidden] -> logits of a range of ids: out, float32 [B, len(vocabulary)]."""
         return self.head.rows(vocabulary.start, vocabulary.stop).row_linear(hidden, out=out)
-
-    def _rows(self, batch: int) -> Workspace:
-        """The workspace of so many sequences; memory is allocated only for more than ever before."""
-        if batch > len(self._workspace.qkv):
-            self._workspace = self._allocate(batch)
-            self._workspaces.clear()
-        if batch not in self._workspaces:
-            self._workspaces[batch] = Workspace(*(memory[:batch] for memory in self._workspace))
-        return self._workspaces[batch]
-
-    def _allocate(self, rows: int) -> Workspace:
-        config = self.config
-        heads = config.num_heads, config.head_dim
-        shapes = (config.query_size + 2 * config.kv_size,), heads, (config.intermediate_size,)
-        return Workspace(
-            *(torch.empty(rows, *shape, dtype=self.dtype, device=self.device) for shape in shapes)
-        )

@@ -34,7 +34,7 @@ def make_decoder(
     cache = PagedKVCache(
         config, num_pages, page_size=page_size, dtype=embedding.dtype, device=embedding.device
     )
-    return Decoder(config, weights, cache, prefill_chunk=prefill_chunk)
+    return Decoder(config, weights, cache, max_rows=8, prefill_chunk=prefill_chunk)
 
 
 def run_ragged(decoder: Decoder, streams: list[Tensor], prompt_lengths: list[int]) -> list[Tensor]:
