@@ -57,17 +57,6 @@ class Convolution(Block):
         return channels_last(F.conv2d(x, self.weight, self.bias, self.stride, padding))
 
 
-class SiluConvolution:
-    """silu of a k x k convolution (k odd) that keeps the size."""
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.weight = weights[name + ".weight"]
-        self.bias = weights[name + ".bias"]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.convolution_silu(x, self.weight, self.bias)
-
-
 class ChannelNorm(Block):
     """RMSNorm over the channels with weight and bias, in place, plus a residual, then ReLU where asked."""
 
@@ -90,12 +79,12 @@ class ResidualBlock(Block):
     reach = 2
 
     def __init__(self, weights: Weights, prefix: str) -> None:
-        self.conv1 = SiluConvolution(weights, prefix + "conv1")
+        self.conv1 = weights[prefix + "conv1.weight"], weights[prefix + "conv1.bias"]
         self.conv2 = Convolution(weights, prefix + "conv2")
         self.norm = ChannelNorm(weights, prefix + "norm")
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv2(self.conv1(x)), residual=x)
+        return self.norm(self.conv2(ops.convolution_silu(x, *self.conv1)), residual=x)
 
 
 class EfficientViTBlock(Block):
