@@ -25,13 +25,9 @@ class Connector:
         self.weight_out, self.bias_out = weights[f"{name}.2.weight"], weights[f"{name}.2.bias"]
         self.norm_weight = weights[f"{name}.3.weight"]
 
-    @property
-    def in_features(self) -> int:
-        return self.weight_in.shape[1]
-
     @trace.spanned("connector")
     def __call__(self, features: Tensor) -> Tensor:
-        """[..., in_features] of any float dtype -> [..., out_features] in the dtype of the biases."""
+        """[..., features] of any float dtype -> [..., features out] in the dtype of the biases."""
         hidden = ops.linear(features.to(self.bias_in.dtype), self.weight_in, self.bias_in)
         hidden = ops.linear(F.gelu(hidden, approximate="tanh"), self.weight_out, self.bias_out)
         return ops.rms_norm(hidden, self.norm_weight, NORM_EPS)

@@ -183,8 +183,8 @@ class ConnectorStage:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.config, self.weights = checkpoint.config, checkpoint.weights["connector"]
         self.connector = Connector(self.weights, "diffusion_connector")
-        count = self.config.image_tokens.tokens_per_image + 1
-        self.hidden = seeded(count, self.connector.in_features, device=checkpoint.device).to(checkpoint.dtype)
+        shape = self.config.image_tokens.tokens_per_image + 1, self.config.ar.hidden_size
+        self.hidden = seeded(*shape, device=checkpoint.device).to(checkpoint.dtype)
         work = partial(condition_tokens, self.hidden, self.connector)
         self._run = GraphRunner.of(checkpoint.device).capture("connector", work)
 
