@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
@@ -25,27 +25,23 @@ from blip3o_rt.params import check_dense
 from blip3o_rt.weights import TensorSpec, UpdatableWeights, concatenate_rows
 
 NewWeights: TypeAlias = "str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]"
+Staged: TypeAlias = list[tuple[Tensor, Tensor]]  # tensors in use and what they become
 WHERE = Path("update_weights")  # what messages name in place of a file
 CHECKSUM_ELEMENTS = 2**22  # that are summed at a time
 
 
-@dataclass(frozen=True)
-class Staged:
-    """Pairs of a tensor in use and what it becomes."""
+def overwrite(staged: Staged) -> None:
+    """Copy. What interrupts it is raised at the end: no half of an update is left."""
 
-    pairs: list[tuple[Tensor, Tensor]]
-
-    def apply(self) -> None:
-        """Copy. What interrupts it is raised at the end: no half of an update is left."""
-        try:
-            self._copy()
-        except BaseException:
-            self._copy()
-            raise
-
-    def _copy(self) -> None:
-        for target, value in self.pairs:
+    def copy() -> None:
+        for target, value in staged:
             target.copy_(value)
+
+    try:
+        copy()
+    except BaseException:
+        copy()
+        raise
 
 
 class WeightStore:
@@ -70,7 +66,7 @@ class WeightStore:
 
     def apply(self, staged: Staged) -> None:
         """Put staged weights in place and compute anew what is hoisted from them."""
-        staged.apply()
+        overwrite(staged)
         for part in self._weights.values():
             part.refresh()
         self.version += 1
@@ -96,17 +92,15 @@ class WeightStore:
         if opened.config != self._config:
             raise CheckpointError(f"{folder}: another model; accepted: one of the configuration in use")
         loaded = opened.load(self._device, self._precision, switches=self._switches).weights
-        return Staged(
-            [
-                (tensor, loaded[part][name])
-                for part, tensors in self._weights.items()
-                for name, tensor in tensors.items()
-            ]
-        )
+        return [
+            (tensor, loaded[part][name])
+            for part, tensors in self._weights.items()
+            for name, tensor in tensors.items()
+        ]
 
     def _of_tensors(self, new: dict[str, StoredTensor]) -> Staged:
         used: set[str] = set()
-        pairs: list[tuple[Tensor, Tensor]] = []
+        staged: Staged = []
         extremes: Extremes = {}
         for part, specs in layouts(self._config, self._switches).items():
             source = PartSource(part, new, WHERE.name, prefixed=True)
@@ -114,10 +108,14 @@ class WeightStore:
                 names = [source.name(original.name) for original in spec.sources]
                 used.update(names)
                 for name, original in zip(names, spec.sources, strict=True):
-                    _check(new.get(name), original.shape)
+                    if name in new and new[name].shape != original.shape:
+                        raise CheckpointError(
+                            f"{WHERE}: tensor {name!r} has shape {list(new[name].shape)}; "
+                            f"accepted: {list(original.shape)}"
+                        )
                 for target, piece in _pieces(self._weights[part][spec.name], spec, names, new):
                     dtype = piece.model_dtype(self._precision)
-                    pairs.append((target, assemble(source, piece, dtype, extremes).to(self._device)))
+                    staged.append((target, assemble(source, piece, dtype, extremes).to(self._device)))
         self._check_head(new, used)
         for name in sorted(set(new) - used):
             if not UNUSED.match(name):
@@ -125,7 +123,7 @@ class WeightStore:
                     f"{WHERE}: tensor {name!r} is none of this model; accepted: the names of its published "
                     "checkpoint"
                 )
-        return Staged(pairs)
+        return staged
 
     def _check_head(self, new: dict[str, StoredTensor], used: set[str]) -> None:
         """A head beside a tied embedding must be the embedding."""
@@ -171,13 +169,6 @@ def _chunks(tensor: Tensor, every: int) -> Iterator[Tensor]:
     flat = tensor.detach().reshape(-1)
     for piece in flat.split(max(1, CHUNK_BYTES // tensor.dtype.itemsize))[::every]:
         yield piece.cpu()
-
-
-def _check(given: StoredTensor | None, shape: tuple[int, ...]) -> None:
-    if given is not None and given.shape != shape:
-        raise CheckpointError(
-            f"{WHERE}: tensor {given.name!r} has shape {list(given.shape)}; accepted: {list(shape)}"
-        )
 
 
 def _pieces(

@@ -22,7 +22,7 @@ from blip3o_rt.errors import Blip3oError, CheckpointError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
-from blip3o_rt.rl.update import Staged
+from blip3o_rt.rl.update import overwrite
 from tests.captured_graph import CapturedGraphs
 
 PROMPT = "a red circle on a blue background"
@@ -291,7 +291,7 @@ def test_an_interrupted_copy_is_finished() -> None:
 
     targets = [torch.zeros(3), torch.zeros(3).as_subclass(Interrupted), torch.zeros(3)]
     with pytest.raises(KeyboardInterrupt):
-        Staged([(target, torch.ones(3)) for target in targets]).apply()
+        overwrite([(target, torch.ones(3)) for target in targets])
     assert all(bool((target == 1).all()) for target in targets)
 
 
