@@ -35,8 +35,9 @@ PUBLISHED_TOP_K = 1200
 PUBLISHED_NUM_IMAGE_TOKENS = 65536
 
 
-def _integer(name: str, value: object, low: int, high: int, accepted: str) -> int:
+def _integer(name: str, value: object, low: int, high: int, accepted: str = "") -> int:
     """The value as an int in [low, high], or ParameterError naming what is accepted."""
+    accepted = accepted or f"a whole number from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
         raise ParameterError(f"{name} is {shown(value)}: accepted is {accepted}")
     return int(value)
@@ -116,13 +117,13 @@ def reference_list(images: ReferenceImage | Sequence[ReferenceImage]) -> list[Re
 
 def check_seed(seed: object) -> int:
     """A seed, 0 to 2^63 - 1. Raises ParameterError."""
-    return _integer("seed", seed, 0, MAX_SEED, "a whole number from 0 to 9223372036854775807")
+    return _integer("seed", seed, 0, MAX_SEED)
 
 
 def image_seeds(seed: object, n: object) -> list[int]:
     """The seeds of the n images of one request: seed, seed + 1, ... Raises ParameterError."""
     first = check_seed(seed)
-    count = _integer("n", n, 1, MAX_IMAGES, f"a whole number from 1 to {MAX_IMAGES}")
+    count = _integer("n", n, 1, MAX_IMAGES)
     if first + count - 1 > MAX_SEED:
         raise ParameterError(
             f"seed is {first} with n {count}: the last image's, seed + n - 1, may be at most {MAX_SEED}"
@@ -140,13 +141,12 @@ def check_draft_window(value: object) -> int | None:
 
 def check_max_batch(value: object) -> int:
     """How many images are drawn together, 1 to 256. Raises ParameterError."""
-    return _integer("max_batch", value, 1, MAX_BATCH, f"a whole number from 1 to {MAX_BATCH}")
+    return _integer("max_batch", value, 1, MAX_BATCH)
 
 
 def check_max_prompt_tokens(value: object) -> int:
     """Positions kept for a prompt with its reference images, 16 to 1,000,000. Raises ParameterError."""
-    accepted = f"a whole number from {MIN_PROMPT_TOKENS} to {MAX_PROMPT_TOKENS}"
-    return _integer("max_prompt_tokens", value, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS, accepted)
+    return _integer("max_prompt_tokens", value, MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class DiffusionParams:
     guidance: float = 2.0
 
     def __post_init__(self) -> None:
-        steps = _integer("steps", self.steps, 1, MAX_STEPS, f"a whole number from 1 to {MAX_STEPS}")
+        steps = _integer("steps", self.steps, 1, MAX_STEPS)
         accepted = f"a number from 0 to {MAX_GUIDANCE:g} (1 is no guidance)"
         guidance = _number("guidance", self.guidance, 0.0, MAX_GUIDANCE, accepted)
         object.__setattr__(self, "steps", steps)
