@@ -223,7 +223,7 @@ def test_prompt_ids_that_the_decoder_does_not_know_are_refused(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size, count = pipeline.config.ar.vocab_size, pipeline.config.image_tokens.tokens_per_image
-    monkeypatch.setattr(pipeline._planner._prompts, "text_to_image", lambda _: [1, size])
+    monkeypatch.setattr(pipeline._planner._prompts, "encode", lambda *_: ([1, size], range(0)))
     with pytest.raises(PromptError, match=f"outside the vocabulary: accepted is 0 to {size - 1}"):
         pipeline.generate("a", steps=STEPS)
     with pytest.raises(PromptError, match="outside the vocabulary"):

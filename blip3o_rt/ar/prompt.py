@@ -76,25 +76,16 @@ class PromptEncoder:
                     "write it in other words"
                 )
 
-    def text_to_image(self, prompt: str) -> list[int]:
-        """Prompt ids of a text-to-image request that `check` let pass, ending in `<im_start><S0>`."""
-        return self._encode(prompt, TEXT_TO_IMAGE, image_ids=[])
+    def encode(self, prompt: str, image_ids: Sequence[int] = ()) -> tuple[list[int], range]:
+        """Prompt ids of a request, ending in `<im_start><S0>`, and where the reference image's stand in them.
 
-    def edit(self, prompt: str, image_ids: Sequence[int]) -> list[int]:
-        """Prompt ids of an edit.
-
-        `image_ids` are the vocabulary ids of the reference image's tokens (of several images one after
-        another, between one pair of markers), or as many `image_pad_id` where features stand for them.
+        Args:
+            prompt: What `check` let pass.
+            image_ids: For an edit the vocabulary ids of the reference image's tokens (of several images one
+                after another, between one pair of markers), or as many `image_pad_id` where features stand
+                for them. None for text-to-image.
         """
-        return self._encode(prompt, EDIT, image_ids)
-
-    def image_positions(self, prompt_ids: Sequence[int], image_ids: Sequence[int]) -> range:
-        """Where in an edit's prompt the reference image's tokens stand."""
-        start = prompt_ids.index(self._tokenizer.convert_tokens_to_ids(IMAGE_START)) + 1
-        return range(start, start + len(image_ids))
-
-    def _encode(self, prompt: str, wording: str, image_ids: Sequence[int]) -> list[int]:
-        content = wording.format_map({"prompt": prompt})
+        content = (EDIT if image_ids else TEXT_TO_IMAGE).format_map({"prompt": prompt})
         if image_ids:
             content += IMAGE_START + IMAGE_PAD * len(image_ids) + IMAGE_END
         ids = self._rendered(content)[1]
@@ -110,8 +101,10 @@ class PromptEncoder:
                 f"the tokenizer does not know {IMAGE_START}, {IMAGE_PAD} and {IMAGE_END}, which edits need; "
                 "use the tokenizer files that came with the checkpoint"
             )
-        replacements = iter(image_ids)
-        return [next(replacements) if token == self.image_pad_id else token for token in ids]
+        start = ids.index(self.image_pad_id) if image_ids else 0
+        span = range(start, start + len(image_ids))
+        ids[span.start : span.stop] = image_ids
+        return ids, span
 
     def _ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         with self._lock:

@@ -99,10 +99,8 @@ class Planner:
 
     def count_tokens(self, prompt: str, references: int = 0) -> int:
         """Tokens of a prompt that `check` let pass with so many reference images. Raises PromptError."""
-        if not references:
-            return len(self._prompts.text_to_image(prompt))
-        tokens = self.require_editing().config.tokens * references
-        return len(self._prompts.edit(prompt, [self._prompts.image_pad_id] * tokens))
+        tokens = self.require_editing().config.tokens * references if references else 0
+        return len(self._prompts.encode(prompt, [self._prompts.image_pad_id] * tokens)[0])
 
     def require_editing(self) -> ImageTokenizer:
         """The image tokenizer. Raises ImageError where the checkpoint has none."""
@@ -143,11 +141,7 @@ class Planner:
         draft_window: as `check_draft_window` returns it. Raises PromptError where prompt and reference are
         too long, or have ids that the decoder does not know.
         """
-        if not reference.token_ids:
-            ids, span = self._prompts.text_to_image(prompt), range(0)
-        else:
-            ids = self._prompts.edit(prompt, reference.token_ids)
-            span = self._prompts.image_positions(ids, reference.token_ids)
+        ids, span = self._prompts.encode(prompt, reference.token_ids)
         if max(ids) >= self.config.ar.vocab_size:
             accepted = f"accepted is 0 to {self.config.ar.vocab_size - 1}"
             raise PromptError(f"the prompt has ids outside the vocabulary: {accepted}")

@@ -86,7 +86,7 @@ class ArStage:
         """The ids of the prompt that is timed, as the checkpoint's tokenizer makes them."""
         tokens = checkpoint.config.image_tokens
         longest = checkpoint.config.ar.max_position_embeddings - tokens.tokens_per_image
-        return PromptEncoder(checkpoint.tokenizer_dir, tokens, longest).text_to_image(PROMPT)
+        return PromptEncoder(checkpoint.tokenizer_dir, tokens, longest).encode(PROMPT)[0]
 
     @property
     def steps_per_run(self) -> int:

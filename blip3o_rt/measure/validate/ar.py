@@ -57,7 +57,7 @@ def _ours(subject: Subject, dtype: str) -> tuple[TokenPlan, TokenPlan, Tensor]:
     checkpoint = subject.ours(dtype, "ar")
     config = checkpoint.config
     encoder = PromptEncoder(checkpoint.tokenizer_dir, config.image_tokens, config.ar.max_position_embeddings)
-    ids = encoder.text_to_image(PROMPT)
+    ids, _ = encoder.encode(PROMPT)
     engine = TokenEngine(
         config.ar, config.image_tokens, checkpoint.weights["ar"], max_batch=1, max_prompt_tokens=len(ids)
     )
