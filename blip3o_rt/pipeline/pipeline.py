@@ -318,8 +318,7 @@ class Pipeline:
         window = check_draft_window(draft_window)
         references = None if image is None else reference_list(image)
         with self._run(progress, callback) as run:
-            reference = self._reference(references, run)
-            (request,) = self._planner.requests(prompt, [sampling], reference, window)
+            (request,) = self._plan_requests([prompt], [references], [sampling], window, run)
             if given is None:
                 (plan,) = self._planner.plans([request], run)
             else:
@@ -658,10 +657,9 @@ class Pipeline:
         with trace.span("reference"):
             images = [load_reference(image) for image in references]
             self._planner.require_editing()
-            self._renderer.check_references(len(images))
             with run.stage("reference", len(images)):
-                found = self._planner.reference(images)
-                return dataclasses.replace(found, latents=self._renderer.reference_latents(images))
+                latents = self._renderer.reference_latents(images)
+                return dataclasses.replace(self._planner.reference(images), latents=latents)
 
     @contextmanager
     def _run(

@@ -139,13 +139,13 @@ class Renderer:
             else:
                 captured.run_once()
 
-    def check_references(self, count: int) -> None:
-        """Raise ImageError for more reference images than the checkpoint takes."""
-        if count > 1 and self.sees_reference:
-            raise ImageError(f"this checkpoint edits one reference image at a time; {count} were given")
-
     def reference_latents(self, images: Sequence[Image.Image]) -> tuple[Tensor, ...]:
-        """The latents [1, C, h, w] of an edit's reference images, none where the checkpoint takes none."""
+        """The latents [1, C, h, w] of an edit's reference images, none where the checkpoint takes none.
+
+        Raises ImageError for more images than it takes.
+        """
+        if len(images) > 1 and self.sees_reference:
+            raise ImageError(f"this checkpoint edits one reference image at a time; {len(images)} were given")
         size = self.config.image_size
         taken = images if self.takes_references else []
         return tuple(self._vae.encode(reference_pixels(image, size)) for image in taken)
