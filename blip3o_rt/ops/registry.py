@@ -152,7 +152,7 @@ class Op(Generic[P, R]):
         self.__doc__ = reference.__doc__
         parameters = list(inspect.signature(reference).parameters.values())
         self.argument_names = [parameter.name for parameter in parameters]
-        self.shapes = Shapes(shapes, self.argument_names)
+        self.shapes = Shapes.of(shapes, self.argument_names)
         # Compiled, because every call passes here: function(call[0], call[1], out=call[2]).
         passed = [
             f"{p.name}=call[{i}]" if p.kind is p.KEYWORD_ONLY else f"call[{i}]"
@@ -337,32 +337,30 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         call = self.bind(*args, **kwargs)
-        first = call[0]
-        kind = (first.device, first.dtype)
         try:
-            for implementation in self._candidates.get(kind) or self._find_candidates(*kind):
-                if implementation.supports is None or implementation.supports(call) is None:
-                    used = _recording.get()
-                    if used is not None:
-                        used[self.name].add(implementation.name)
-                    result: R = implementation.run(call)
-                    return result
+            implementation = self._choose(call)
+            used = _recording.get()
+            if used is not None:
+                used[self.name].add(implementation.name)
+            result: R = implementation.run(call)
+            return result
         except Exception:
             self.shapes.check(self.name, call)  # a wrong shape is said in the words of the contract
             raise
-        self.shapes.check(self.name, call)
-        # The torch reference takes every call, so this implementation was forced.
-        raise self._forced_error(implementation, implementation.refusal(call) or "it refused the call")
 
     def chosen(self, *args: P.args, **kwargs: P.kwargs) -> Implementation:
         """The implementation that such a call goes to. Raises OpError where one is forced and refuses it."""
-        call = self.bind(*args, **kwargs)
-        kind = (call[0].device, call[0].dtype)
+        return self._choose(self.bind(*args, **kwargs))
+
+    def _choose(self, call: Any) -> Implementation:
+        first = call[0]
+        kind = (first.device, first.dtype)
         for implementation in self._candidates.get(kind) or self._find_candidates(*kind):
             reason = implementation.refusal(call)
             if reason is None:
                 return implementation
-        raise self._forced_error(implementation, reason or "")
+        # The torch reference takes every call, so this implementation was forced.
+        raise self._forced_error(implementation, reason or "it refused the call")
 
     @property
     def forced(self) -> Implementation | None:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +23,6 @@ from blip3o_rt.errors import OpError
 LEADING = "..."
 TENSOR = re.compile(r"\s*(\w*)\s*\[([^\[\]]*)\]\s*(?:,|$)")
 PRODUCT = re.compile(r"(?<=[\w)])\s+(?=[\w(])")  # "2 I" is 2 * I
-Dims = dict[str, Any]  # name -> int; LEADING -> tuple of int
 
 
 @dataclass(frozen=True)
@@ -33,32 +31,13 @@ class Size:
 
     text: str
     expression: str
-    code: CodeType
     names: frozenset[str]
 
     @classmethod
     def of(cls, text: str) -> Size:
         """The dimension of a text such as "D", "3" or "2 I"."""
         expression = PRODUCT.sub(" * ", text)
-        code = compile(expression, text, "eval")
-        return cls(text, expression, code, frozenset(code.co_names))
-
-    def value(self, dims: Dims) -> float:
-        """What the expression is, all its names being bound."""
-        found: float = eval(self.code, {"__builtins__": {}}, dims)
-        return found
-
-    def accepts(self, size: int, dims: Dims) -> bool:
-        """Whether a dimension of this size fits; binds the name that is new, in which sizes are linear."""
-        new = self.names - dims.keys()
-        if new:
-            (name,) = new
-            none, one = self.value({**dims, name: 0}), self.value({**dims, name: 1})
-            solved = (size - none) / (one - none) if one != none else -1
-            if solved < 0 or solved != int(solved):
-                return False
-            dims[name] = int(solved)
-        return self.value(dims) == size
+        return cls(text, expression, frozenset(compile(expression, text, "eval").co_names))
 
 
 @dataclass(frozen=True)
@@ -75,48 +54,39 @@ class Shape:
         leading = names[:1] == [LEADING]
         return cls(leading, tuple(Size.of(name) for name in names[leading:]))
 
-    def accepts(self, shape: tuple[int, ...], dims: Dims) -> bool:
-        """Whether a tensor of this shape fits; binds names that are new."""
-        extra = len(shape) - len(self.sizes)
-        if extra < 0 or (extra and not self.leading):
-            return False
-        if self.leading and dims.setdefault(LEADING, tuple(shape[:extra])) != tuple(shape[:extra]):
-            return False
-        return all(size.accepts(found, dims) for size, found in zip(self.sizes, shape[extra:], strict=True))
-
-    def describe(self, dims: Dims, origins: Mapping[str, str]) -> str:
-        """The shape with the sizes that are known, and whence: [..., D = 8] (D as in x)."""
-        parts = [f"{LEADING} = {_size_text(dims[LEADING])}" if LEADING in dims else LEADING] * self.leading
-        for size in self.sizes:
-            known = size.names and not size.names - dims.keys()
-            parts.append(f"{size.text} = {size.value(dims):g}" if known else size.text)
-        whence: dict[str, list[str]] = {}
-        names = [LEADING] * self.leading + [name for size in self.sizes for name in sorted(size.names)]
-        for name in dict.fromkeys(names):
-            if name in origins:
-                whence.setdefault(origins[name], []).append(name)
-        said = ", ".join(f"{', '.join(names)} as in {tensor}" for tensor, names in whence.items())
-        return f"[{', '.join(parts)}]" + (f" ({said})" if said else "")
+    @property
+    def names(self) -> list[str]:
+        """What its dimensions are made of, "..." too."""
+        return [LEADING] * self.leading + [name for size in self.sizes for name in sorted(size.names)]
 
 
-def _size_text(size: int | tuple[int, ...]) -> str:
-    return str(size) if isinstance(size, int) else " x ".join(map(str, size)) or "none"
-
-
+@dataclass(frozen=True)
 class Shapes:
-    """The shapes of an op's tensors, from the notation at the head of this file."""
+    """The shapes of an op's tensors.
 
-    def __init__(self, text: str, argument_names: Iterable[str]) -> None:
+    Attributes:
+        tensors: By the names of the arguments.
+        numbers: Names of dimensions that are numbers among the arguments.
+        result: The shape of what the op returns, where it may make it.
+        returned: Else the argument that it returns.
+    """
+
+    tensors: dict[str, Shape]
+    numbers: set[str]
+    result: Shape | None = None
+    returned: str | None = None
+
+    @classmethod
+    def of(cls, text: str, argument_names: Iterable[str]) -> Shapes:
+        """Those of a text in the notation at the head of this file."""
         arguments, _, result = (part.strip() for part in text.partition("->"))
-        self.tensors = {name: Shape.of(dims) for name, dims in TENSOR.findall(arguments)}
+        tensors = {name: Shape.of(dims) for name, dims in TENSOR.findall(arguments)}
         written = TENSOR.sub("", arguments).strip() or (TENSOR.sub("", result) if "[" in result else "")
         if written:
             raise ValueError(f"shapes {text!r}: cannot read {written!r}")
-        self.returned = None if "[" in result else result or None
-        self.result = Shape.of(result.strip("[]")) if "[" in result else None
-        shapes = [*self.tensors.values(), *([self.result] if self.result else [])]
-        self.names = {name for shape in shapes for size in shape.sizes for name in size.names}
-        self.numbers = self.names & set(argument_names)
+        if "[" in result:
+            return cls(tensors, set(argument_names), Shape.of(result.strip("[]")))
+        return cls(tensors, set(argument_names), returned=result or None)
 
     def like(self) -> str | None:
         """The first tensor whose shape the result has, whatever it is; None if there is none."""
@@ -124,29 +94,44 @@ class Shapes:
 
     def check(self, op_name: str, call: Any) -> None:
         """Raise OpError, one line that names the tensor, where one of a bound call does not fit."""
-        try:
-            fits = self._fits(call)
-        except Exception:  # a dimension that is missing, or a division by none
-            fits = False
-        if not fits:
-            self._explain(op_name, call)
-
-    def _explain(self, op_name: str, call: Any) -> None:
-        dims: Dims = {name: getattr(call, name) for name in self.numbers}
-        origins: dict[str, str] = {}
-        for name, shape in self._given(call):
+        if self._fit(call):
+            return
+        out = {} if self.result is None or "out" not in call._fields else {"out": self.result}
+        known = Shapes({}, self.numbers)
+        for name, shape in {**self.tensors, **out}.items():
             tensor = getattr(call, name)
             if not isinstance(tensor, Tensor):
                 continue
-            if not shape.accepts(tensor.shape, found := dict(dims)):
-                accepted = shape.describe(dims, origins)
+            found = Shapes({**known.tensors, name: shape}, self.numbers)
+            if not found._fit(call):
+                accepted = known._described(shape, call)
                 raise OpError(f"{op_name}: {name} has shape {list(tensor.shape)}; accepted: {accepted}")
-            origins.update(dict.fromkeys(found.keys() - dims.keys(), name))
-            dims = found
+            known = found
 
-    def _given(self, call: Any) -> list[tuple[str, Shape]]:
-        out = [("out", self.result)] if self.result is not None and "out" in call._fields else []
-        return [*self.tensors.items(), *out]
+    def _fit(self, call: Any) -> bool:
+        try:
+            return self._fits(call)
+        except Exception:  # a dimension that is missing, or a division by none
+            return False
+
+    def _described(self, shape: Shape, call: Any) -> str:
+        """A shape with the sizes that are known from these, and whence: [..., D = 8] (D as in x)."""
+        origins = {name: tensor for tensor, s in reversed(self.tensors.items()) for name in s.names}
+        known = origins.keys() | self.numbers
+        parts = [LEADING] * shape.leading
+        if shape.leading and LEADING in known:
+            sizes = self._compiled("leading", self._leading(), ())(call)
+            parts = [f"{LEADING} = {' x '.join(map(str, sizes)) or 'none'}"]
+        for size in shape.sizes:
+            is_known = size.names and size.names <= known
+            value = self._compiled("value", size.expression, size.names)(call) if is_known else None
+            parts.append(size.text if value is None else f"{size.text} = {value:g}")
+        whence: dict[str, list[str]] = {}
+        for name in dict.fromkeys(shape.names):
+            if name in origins.keys() - self.numbers:
+                whence.setdefault(origins[name], []).append(name)
+        said = ", ".join(f"{', '.join(names)} as in {tensor}" for tensor, names in whence.items())
+        return f"[{', '.join(parts)}]" + (f" ({said})" if said else "")
 
     # Calls pass through the two functions below, so they are compiled.
 
@@ -156,19 +141,19 @@ class Shapes:
         tests = [
             f"call.{name} is None or call.{name}.shape == {self._code(s)}" for name, s in self.tensors.items()
         ]
-        tests += [f"{name} >= 0" for name in self.names - self.numbers]
+        names = {name for shape in self.tensors.values() for name in shape.names} - {LEADING}
+        tests += [f"{name} >= 0" for name in names - self.numbers]
         if self.result is not None:
             tests.append(
                 f"(out := getattr(call, 'out', None)) is None or out.shape == {self._code(self.result)}"
             )
-        return self._compiled("fits", " and ".join(f"({test})" for test in tests) or "True", self.names)
+        return self._compiled("fits", " and ".join(f"({test})" for test in tests) or "True", names)
 
     @functools.cached_property
     def result_shape(self) -> Callable[[Any], tuple[int, ...]]:
         """The shape of a call's result, where its arguments fit."""
         assert self.result is not None
-        names = {name for size in self.result.sizes for name in size.names}
-        return self._compiled("result_shape", self._code(self.result).replace("/", "//"), names)
+        return self._compiled("result_shape", self._code(self.result).replace("/", "//"), self.result.names)
 
     def _compiled(self, name: str, value: str, names: Iterable[str]) -> Any:
         """The function of a call that solves for these dimensions and returns the value."""
@@ -182,15 +167,17 @@ class Shapes:
 
     def _code(self, shape: Shape) -> str:
         """The code of a tuple."""
-        sizes = [f"{size.expression}," for size in shape.sizes]
-        if shape.leading:
-            tensor, first = next((name, s) for name, s in self.tensors.items() if s.leading)
-            sizes.insert(0, f"*call.{tensor}.shape[: call.{tensor}.ndim - {len(first.sizes)}],")
-        return f"({' '.join(sizes)})"
+        sizes = [f"*{self._leading()},"] if shape.leading else []
+        return f"({' '.join([*sizes, *(f'{size.expression},' for size in shape.sizes)])})"
+
+    def _leading(self) -> str:
+        """The code of the leading dimensions."""
+        tensor, shape = next((name, shape) for name, shape in self.tensors.items() if shape.leading)
+        return f"call.{tensor}.shape[: call.{tensor}.ndim - {len(shape.sizes)}]"
 
     def _solve(self, name: str, lines: dict[str, str]) -> None:
         """Add the lines of code that give a name its value: from the first tensor that has it."""
-        if name in lines:
+        if name in lines or name == LEADING:
             return
         if name in self.numbers:
             lines[name] = f"call.{name}"

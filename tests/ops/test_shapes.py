@@ -76,7 +76,7 @@ def test_a_result_without_memory_of_its_own_has_the_shape_of_the_contract(op: Op
 
 def shapes(text: str, **arguments: Any) -> tuple[Shapes, Any]:
     call = namedtuple("call", arguments)(**arguments)  # type: ignore[misc]
-    return Shapes(text, list(arguments)), call
+    return Shapes.of(text, list(arguments)), call
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,11 @@ def shapes(text: str, **arguments: Any) -> tuple[Shapes, Any]:
             "x [..., D], y [...]",
             {"x": (2, 3, 4), "y": (2,)},
             "y has shape [2]; accepted: [... = 2 x 3] (... as in x)",
+        ),
+        (
+            "x [..., D], y [..., 2]",
+            {"x": (4,), "y": (3, 2)},
+            "y has shape [3, 2]; accepted: [... = none, 2] (... as in x)",
         ),
         ("x [2 I], y [I]", {"x": (6,), "y": (4,)}, "y has shape [4]; accepted: [I = 3] (I as in x)"),
         ("x [2 I]", {"x": (5,)}, "x has shape [5]; accepted: [2 I]"),
@@ -127,4 +132,4 @@ def test_what_fits(text: str, arguments: dict[str, Any]) -> None:
 
 def test_a_notation_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot read"):
-        Shapes("x [D, weight [D]", ["x", "weight"])
+        Shapes.of("x [D, weight [D]", ["x", "weight"])
