@@ -126,14 +126,16 @@ def paged_decode_attention(
     inside = position < context_lens[:, None]  # [B, max_pages page_size]
     pages = torch.where(inside[:, ::page_size], page_table, 0).long()
     for b in range(q.shape[0]):  # one at a time: a product over the batch may sum in another order
-        k, v = (
-            cache[pages[b]].transpose(0, 1).reshape(kv_heads, -1, head_dim).to(dtype)
-            for cache in (k_cache, v_cache)
-        )
+        k, v = (_in_order(cache, pages[b]).to(dtype) for cache in (k_cache, v_cache))
         scores = torch.where(inside[b], scale * grouped[b] @ k.transpose(1, 2), -torch.inf)
         weights = torch.where(inside[b], torch.softmax(scores, dim=-1), 0)  # NaN where nothing is inside
         result[b] = weights @ torch.where(inside[b, :, None], v, 0)
     return cast_out(result.reshape(q.shape), q.dtype, out)
+
+
+def _in_order(cache: Tensor, pages: Tensor) -> Tensor:
+    """[Hkv, positions, D]: what a cache holds of the sequence that has these pages."""
+    return cache[pages].transpose(0, 1).flatten(1, 2)
 
 
 def _attention_scratch(scratch: Scratch, call: Any) -> tuple[Tensor, Tensor]:
@@ -246,7 +248,7 @@ def paged_prefill_attention(
     that the lengths are never read back from the device.
     """
     dtype = compute_dtype(q)
-    tokens, (_, kv_heads, page_size, head_dim) = q.shape[0], k_cache.shape
+    tokens, (_, kv_heads, page_size, _) = q.shape[0], k_cache.shape
     token = torch.arange(tokens, dtype=torch.int32, device=q.device)
     key = torch.arange(page_table.shape[1] * page_size, device=q.device)
     grouped = q.to(dtype).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, group, T, D]
@@ -254,10 +256,7 @@ def paged_prefill_attention(
     for b, length in enumerate(context_lens):
         inside = key < length
         pages = torch.where(inside[::page_size], page_table[b], 0).long()
-        k, v = (
-            cache[pages].transpose(0, 1).reshape(kv_heads, 1, -1, head_dim).to(dtype)
-            for cache in (k_cache, v_cache)
-        )
+        k, v = (_in_order(cache, pages).to(dtype)[:, None] for cache in (k_cache, v_cache))
         own = (token >= cu_seqlens_q[b]) & (token < cu_seqlens_q[b + 1])
         seen = own[:, None] & (key <= (length - cu_seqlens_q[b + 1] + token)[:, None])  # [T, keys]
         scores = torch.where(seen, scale * grouped @ k.transpose(-1, -2), -torch.inf)
@@ -301,9 +300,7 @@ def _gathered(
                 f"sequence's queries, to {positions}, what page_table holds"
             )
         pages = page_table[b, : -(-length // k_cache.shape[2])].long()
-        k, v = (
-            cache[pages].transpose(0, 1).flatten(1, 2)[:, :length].float() for cache in (k_cache, v_cache)
-        )
+        k, v = (_in_order(cache, pages)[:, :length].float() for cache in (k_cache, v_cache))
         attended = _causal_attention(q[first:end].transpose(0, 1).float(), k, v, scale)
         out[first:end] = attended.transpose(0, 1)
     return out

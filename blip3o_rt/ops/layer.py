@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +48,9 @@ class Linear:
             return ops.row_linear(x, self.weight, out=out)
         return ops.row_linear_w8(x, self.weight, self.scale, out=out)
 
-    def norm_row_linear(
-        self,
-        x: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        *,
-        gated: bool = False,
-        scratch: ops.Scratch,
-        out: Tensor,
-    ) -> Tensor:
-        """RMSNorm of x [M, K] and its product -> out [M, N], or [M, N / 2] of gates and ups."""
-        return ops.norm_row_linear(
-            x, norm_weight, eps, self.weight, scale=self.scale, gated=gated, scratch=scratch, out=out
-        )
+    def norm_row_linear(self, x: Tensor, norm_weight: Tensor, eps: float, **options: Any) -> Tensor:
+        """RMSNorm of x [M, K] and its product -> [M, N]; options: those of the op."""
+        return ops.norm_row_linear(x, norm_weight, eps, self.weight, scale=self.scale, **options)
 
     def row_linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual [M, N] += the product with x [M, K], in place."""
@@ -73,7 +63,7 @@ class Linear:
         product = ops.row_linear_w8 if len(x) <= FEW_ROWS else ops.linear_w8a16
         return product(x, self.weight, self.scale)
 
-    # The transformer: W8A8 where the weight has 8 bits
+    # The transformer: W8A8 where the weight has 8 bits, each row of x rounded to multiples of its own scale
 
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N], contiguous. `out` must not overlap x."""
@@ -81,8 +71,13 @@ class Linear:
             out = x.new_empty(*x.shape[:-1], len(self.weight))
         if self.scale is None:
             return ops.linear(x, self.weight, self.bias, out=out)
-        product = self._int8 if self.weight.dtype == torch.int8 else self._fp8
-        product(x.reshape(-1, x.shape[-1]), self.scale, out.view(-1, len(self.weight)))
+        rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, len(self.weight))
+        row_scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        values = ops.quantize_rows(rows, row_scale, dtype=self.weight.dtype)
+        if self.weight.dtype == torch.int8:
+            self._integer_product(values, row_scale, self.scale, result)
+        else:
+            ops.linear_fp8(values, row_scale, self.weight, self.scale, bias=self.bias, out=result)
         return out
 
     def gated_add(self, x: Tensor, residual: Tensor, gate: Tensor, *, product: Tensor) -> Tensor:
@@ -97,18 +92,9 @@ class Linear:
             return ops.linear.chosen(x, self.weight, self.bias, out=out).batch_invariant
         return self.weight.dtype == torch.int8  # sums of integers are exact, and scaled element by element
 
-    def _int8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
-        """The product of integers, each row of x [M, K] rounded to multiples of its own scale."""
-        row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        values = ops.quantize_rows(x, row_scale)
+    def _integer_product(self, values: Tensor, row_scale: Tensor, scale: Tensor, out: Tensor) -> None:
         for first in range(0, len(self.weight), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             product = ops.integer_product(values, self.weight[block])
             bias = None if self.bias is None else self.bias[block]
             ops.scale_product(product, scale[block], row_scale=row_scale, bias=bias, out=out[:, block])
-
-    def _fp8(self, x: Tensor, scale: Tensor, out: Tensor) -> None:
-        """The product of e4m3 numbers, each row of x [M, K] rounded to multiples of its own scale."""
-        row_scale = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        values = ops.quantize_rows(x, row_scale, dtype=self.weight.dtype)
-        ops.linear_fp8(values, row_scale, self.weight, scale, bias=self.bias, out=out)

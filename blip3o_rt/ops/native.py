@@ -17,23 +17,21 @@ from blip3o_rt.errors import OpError
 ISA_VARIABLE = "BLIP3O_CPU_ISA"
 
 
+REMEDIES = {
+    "_cpu": "install a C++17 compiler (g++ or clang++), then run pip install again",
+    "_cuda": "install the CUDA toolkit (nvcc), then run pip install again with BLIP3O_CUDA=on",
+}
+
+
 @functools.cache
-def _load(name: str, remedy: str) -> tuple[ModuleType | None, str | None]:
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """The module, or None and the reason with the remedy."""
     try:
         return importlib.import_module(f"blip3o_rt.{name}"), None
     except ModuleNotFoundError:
-        return None, f"blip3o_rt.{name} is not built; {remedy}"
+        return None, f"blip3o_rt.{name} is not built; {REMEDIES[name]}"
     except ImportError as error:
-        return None, f"blip3o_rt.{name} cannot be loaded ({error}); {remedy}"
-
-
-def _load_cpu() -> tuple[ModuleType | None, str | None]:
-    return _load("_cpu", "install a C++17 compiler (g++ or clang++), then run pip install again")
-
-
-def _load_cuda() -> tuple[ModuleType | None, str | None]:
-    return _load("_cuda", "install the CUDA toolkit (nvcc), then run pip install again with BLIP3O_CUDA=on")
+        return None, f"blip3o_rt.{name} cannot be loaded ({error}); {REMEDIES[name]}"
 
 
 @functools.cache
@@ -43,7 +41,7 @@ def cpu_module() -> ModuleType | None:
     It uses as many threads as torch does (see `cpu`). BLIP3O_CPU_ISA=portable|avx2|avx512 overrides the
     choice of the best instruction set. Raises OpError if this machine lacks the one asked for.
     """
-    module, _ = _load_cpu()
+    module, _ = _load("_cpu")
     if module is not None:
         isa = os.environ.get(ISA_VARIABLE)
         if isa and isa not in module.isas():
@@ -57,13 +55,13 @@ def cpu_module() -> ModuleType | None:
 
 def cpu_unavailable() -> str | None:
     """None if blip3o_rt._cpu can be used, else the reason and the remedy."""
-    return _load_cpu()[1] if cpu_module() is None else None
+    return _load("_cpu")[1] if cpu_module() is None else None
 
 
 @functools.cache
 def cuda_module() -> ModuleType | None:
     """blip3o_rt._cuda, or None (cuda_unavailable says why). It imports without a GPU or a driver."""
-    return _load_cuda()[0]
+    return _load("_cuda")[0]
 
 
 @functools.cache
@@ -71,7 +69,7 @@ def cuda_unavailable() -> str | None:
     """None if kernels of blip3o_rt._cuda can run here, else the reason and the remedy."""
     module = cuda_module()
     if module is None:
-        return _load_cuda()[1]
+        return _load("_cuda")[1]
     info = module.device_info()
     if not info["devices"]:
         return f"no usable GPU ({info['reason']}); needs an NVIDIA GPU and its driver"
@@ -113,18 +111,13 @@ def cpu() -> Any:
 
     Torch keeps a number of threads for each thread that calls it: the number last changed counts.
     """
-    threads = torch.get_num_threads()
-    if threads != getattr(_seen, "threads", None):
-        _cpu_or_error().set_num_threads(threads)
-        _seen.threads = threads
-    return _cpu_or_error()
-
-
-@functools.cache
-def _cpu_or_error() -> Any:
     module = cpu_module()
     if module is None:
         raise OpError(str(cpu_unavailable()))
+    threads = torch.get_num_threads()
+    if threads != getattr(_seen, "threads", None):
+        module.set_num_threads(threads)
+        _seen.threads = threads
     return module
 
 
@@ -135,5 +128,5 @@ def cuda() -> Any:
     """blip3o_rt._cuda. Raises OpError with the remedy where it is not built."""
     module = cuda_module()
     if module is None:
-        raise OpError(str(_load_cuda()[1]))
+        raise OpError(str(_load("_cuda")[1]))
     return module

@@ -33,18 +33,18 @@ def unavailable() -> str | None:
         return "triton is not installed; pip install 'triton>=3.6' (Linux)"
     if tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < OLDEST_RELEASE:
         return f"triton {release} is too old; pip install 'triton>=3.6'"
-    if not torch.cuda.is_available():
-        return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"
-    return older_than(OLDEST_CAPABILITY) or _no_compiler()
+    return no_gpu_of(OLDEST_CAPABILITY) or _no_compiler()
 
 
 def e4m3_unavailable() -> str | None:
     """None if Triton kernels can run here and make e4m3 numbers, else the reason and the remedy."""
-    return unavailable() or older_than(E4M3_CAPABILITY)
+    return unavailable() or no_gpu_of(E4M3_CAPABILITY)
 
 
-def older_than(capability: tuple[int, int]) -> str | None:
-    """None if all of this machine's GPUs have a compute capability, else the first that has not."""
+def no_gpu_of(capability: tuple[int, int]) -> str | None:
+    """None if there are GPUs and all have a compute capability, else what is wrong and what to do."""
+    if not torch.cuda.is_available():
+        return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"
     for index in range(torch.cuda.device_count()):
         if torch.cuda.get_device_capability(index) < capability:
             return (
