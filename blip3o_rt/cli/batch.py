@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from blip3o_rt.cli import options
-from blip3o_rt.cli.options import add_options, flag, number, option, parameter, pathname
+from blip3o_rt.cli.options import add_options, count, flag, number, option, parameter, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import DIFFUSION_NAMES
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option(
             "--format", choices=FORMATS, default="folder", help="PNG, WebDataset or parquet (%(default)s)"
         ),
-        number("--shard-rows", "N", "rows of a folder or file", 1000),
+        count("--shard-rows", "N", "rows of a folder or file", 1000),
         flag("--quiet", "no progress bar"),
     )
     add_options(
         parser.add_argument_group("Ray"),
         option("--ray", metavar="ADDRESS", help="a cluster: auto, ray://HOST:PORT, or local"),
-        number("--workers", "N", "models at a time", 1),
+        count("--workers", "N", "models at a time", 1),
         number("--gpus-per-worker", "X", "1, or a fraction (1 on a GPU)", kind=float),
         number("--cpus-per-worker", "X", "", 1.0, float),
     )
@@ -48,11 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw what is missing of the batch; returns the exit code, 1 where rows failed."""
     sampling = options.sampling_arguments(arguments)
     model = options.model_arguments(arguments)
-    for name in ("shard_rows", "workers"):
-        if getattr(arguments, name) < 1:
-            raise ParameterError(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: accepted is 1 or more"
-            )
     if arguments.ray is None and arguments.workers != 1:
         raise ParameterError("--workers is for --ray: without it one process draws")
 

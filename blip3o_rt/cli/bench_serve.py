@@ -7,9 +7,10 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from blip3o_rt.cli.options import add_options, flag, number, option, pathname
+from blip3o_rt.cli.options import add_options, count, flag, number, option, pathname
 from blip3o_rt.cli.outputs import make_folder
 from blip3o_rt.errors import ParameterError
+from blip3o_rt.params import named
 
 SUMMARY = "what clients of an images server see: latency, queue, first preview, images/s"
 DESCRIPTION = f"Measure {SUMMARY}."
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(
         parser.add_argument_group("load"),
-        number("--requests", "N", "requests in all", 32),
-        number("--concurrency", "N", "closed loop: in flight", 8),
+        count("--requests", "N", "requests in all", 32),
+        count("--concurrency", "N", "closed loop: in flight", 8),
         number("--rate", "R", "open loop: requests a second; inf: all at once", kind=float),
         pathname("--prompts", "FILE", "a prompt a line (eight of shapes)"),
         number("--steps", "N", "denoising steps (the server's)"),
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         number("--previews", "N", "partial images, 0: no stream", 1),
         flag("--no-seed", "send no seed, for servers that know none"),
         number("--warm-up", "N", "requests before", 8),
-        number("--rounds", "N", "how often the load is sent (5 with --one-call, else 1)"),
+        count("--rounds", "N", "how often the load is sent (5 with --one-call, else 1)"),
         number("--timeout", "SECONDS", "of a request", 600.0, float),
     )
     add_options(
@@ -58,9 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write the record; 0 done, 1 where a request failed."""
-    numbers = (arguments.requests, arguments.concurrency, arguments.rate, arguments.rounds)
-    if any(number is not None and number <= 0 for number in numbers):
-        raise ParameterError("requests, concurrency, rate and rounds: accepted is a number above 0")
+    if arguments.rate is not None and not arguments.rate > 0:
+        raise ParameterError(f"--rate is {arguments.rate:g}: accepted is a number above 0")
     prompts: tuple[str, ...] = PROMPTS
     if arguments.prompts is not None:
         prompts = tuple(filter(None, arguments.prompts.read_text(encoding="utf-8").splitlines()))
@@ -97,14 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
         load = Load(
             url,
             prompts,
-            arguments.requests,
-            None if arguments.rate is not None else arguments.concurrency,
-            arguments.rate or 1.0,
-            body,
-            None if arguments.no_seed else 0,
-            arguments.previews,
-            arguments.timeout,
-            arguments.key,
+            concurrency=None if arguments.rate is not None else arguments.concurrency,
+            rate=arguments.rate or 1.0,
+            body=body,
+            seed=None if arguments.no_seed else 0,
+            **named(vars(arguments), ("requests", "previews", "timeout", "key")),
         )
         samples, calls = measure(load, arguments.warm_up, arguments.rounds or (5 if call else 1), call)
     found = record.summary(load, samples, arguments.deadline, calls)

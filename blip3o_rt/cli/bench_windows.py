@@ -8,9 +8,8 @@ from pathlib import Path
 
 from blip3o_rt.cli import options
 from blip3o_rt.cli.drawing import load_pipeline
-from blip3o_rt.cli.options import add_options, flag, number, option, pathname
+from blip3o_rt.cli.options import add_options, count, flag, option, pathname
 from blip3o_rt.cli.outputs import check_file, make_folder
-from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
 
 SUMMARY = "tokens a pass and time of an image by draft_window, and of a pass by its rows"
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         option("--prompt", action="append", metavar="TEXT", help="again for another (two of shapes)"),
         option("--windows", default=WINDOWS, metavar="N,N,..", help="(%(default)s)"),
-        number("--rounds", "N", "images per prompt", 5),
+        count("--rounds", "N", "images per prompt", 5),
         flag("--passes-only", "no images: only what a pass costs by its rows"),
         pathname("--out", "FILE.json", "write the numbers too"),
     )
@@ -34,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    if arguments.rounds < 1:
-        raise ParameterError(f"--rounds is {arguments.rounds}: accepted is a number above 0")
     windows = [int(text) if text.isdigit() else text for text in arguments.windows.split(",")]
     for window in windows:
         check_draft_window(window)

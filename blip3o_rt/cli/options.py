@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from blip3o_rt import params, trace
 from blip3o_rt.cli.like import check_model
+from blip3o_rt.errors import ParameterError
 from blip3o_rt.switches import EXACT, check_tier, parse_switches
 
 Option: TypeAlias = tuple[tuple[str, ...], dict[str, Any]]
@@ -26,6 +27,16 @@ class Renamed(argparse.Action):
         name, *earlier = self.option_strings
         if option in earlier:
             print(f"blip3o-rt: {option} is deprecated: its name is {name}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+class Count(argparse.Action):
+    """An option that takes whole numbers from 1."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if values < 1:
+            name = self.option_strings[0]
+            raise ParameterError(f"{name} is {values}: accepted is a whole number from 1")
         setattr(namespace, self.dest, values)
 
 
@@ -58,6 +69,12 @@ def number(
     """The option of a number, whose help ends with its default."""
     shown = meaning if default is None else f"{meaning} ({default:g})".lstrip()
     return option(name, type=kind, metavar=metavar, default=default, help=shown)
+
+
+def count(name: str, metavar: str, meaning: str, default: int | None = None) -> Option:
+    """The option of a number that is 1 or more."""
+    flags, keywords = number(name, metavar, meaning, default)
+    return flags, {**keywords, "action": Count}
 
 
 def flag(name: str, meaning: str) -> Option:

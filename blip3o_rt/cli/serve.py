@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from blip3o_rt.cli import options
-from blip3o_rt.cli.options import add_options, flag, number, option, pathname
+from blip3o_rt.cli.options import add_options, count, flag, number, option, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import named
 
@@ -37,17 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(
         parser.add_argument_group("limits"),
-        number("--max-queue", "N", "images that wait or run", 64),
-        number("--max-queue-per-client", "N", "images of one client that wait or run", 64),
-        number("--max-images", "N", "images of a request", 10),
-        number("--max-steps", "N", "denoising steps of an image", 100),
-        number("--max-body", "MIB", "size of a request", 64),
-        number("--max-pixels", "MEGAPIXELS", "size of an uploaded image", 32),
-        number("--timeout", "SECONDS", "how long a request may take", 600),
-        number("--stall-timeout", "SECONDS", "how long a step may take before the engine is restarted", 300),
+        count("--max-queue", "N", "images that wait or run", 64),
+        count("--max-queue-per-client", "N", "images of one client that wait or run", 64),
+        count("--max-images", "N", "images of a request", 10),
+        count("--max-steps", "N", "denoising steps of an image", 100),
+        count("--max-body", "MIB", "size of a request", 64),
+        count("--max-pixels", "MEGAPIXELS", "size of an uploaded image", 32),
+        count("--timeout", "SECONDS", "how long a request may take", 600),
+        count("--stall-timeout", "SECONDS", "how long a step may take before the engine is restarted", 300),
         number("--drain", "SECONDS", "how long requests may go on after SIGTERM", 30),
-        number("--keep-hours", "HOURS", "how long jobs and linked images are kept", 168),
-        number("--keep-gib", "GIB", "how much of them is kept", 10),
+        count("--keep-hours", "HOURS", "how long jobs and linked images are kept", 168),
+        count("--keep-gib", "GIB", "how much of them is kept", 10),
         number("--memory-reserve", "MIB", "free memory below which requests are refused", 256),
     )
     add_options(
@@ -70,9 +70,6 @@ def run(arguments: argparse.Namespace) -> int:
     options.model_arguments(arguments)
     if not 0 <= arguments.port <= 65535:
         raise ParameterError(f"--port is {arguments.port}: accepted is 0 to 65535")
-    for name, value in vars(arguments).items():
-        if name.startswith(("max_", "keep_", "timeout", "stall_")) and isinstance(value, int) and value < 1:
-            raise ParameterError(f"--{name.replace('_', '-')} is {value}: accepted is 1 or more")
     try:
         import asyncio
 

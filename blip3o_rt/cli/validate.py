@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from blip3o_rt.cli import options
-from blip3o_rt.cli.options import add_options, number, option, pathname
+from blip3o_rt.cli.options import add_options, count, option, pathname
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.params import named
 
@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option("--op", action="append", default=[], metavar="NAME", help="one op alone; repeatable"),
         option("--dtype", type=_names, default=DTYPES, metavar="fp32,bf16", help="(both)"),
         pathname("--kernel", "FILE.py", kernel, action="append", default=[]),
-        number("--tokens", "N", "image tokens drawn (all, or 8 of a large model)"),
-        number("--latent", "N", "side of the latent (the model's, or 8 of a large one)"),
-        number("--steps", "N", "denoising steps (4, or 2 of a large model)"),
+        count("--tokens", "N", "image tokens drawn (all, or 8 of a large model)"),
+        count("--latent", "N", "side of the latent (the model's, or 8 of a large one)"),
+        count("--steps", "N", "denoising steps (4, or 2 of a large model)"),
     )
     out = "where validate.json, validate.html and the images go (%(default)s)"
     add_options(parser, pathname("--out", "DIR", out, default=Path("out/validate")))
@@ -91,9 +91,5 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ParameterError("--only golden needs --against DIR, the folder of the recorded results")
     if (arguments.diffusion or arguments.ta_tok) and arguments.model in (EMBEDDED_MODEL, *RANDOM_MODELS):
         raise ParameterError("--diffusion and --ta-tok are of a published checkpoint: give --model DIR too")
-    for name in ("tokens", "latent", "steps"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ParameterError(f"--{name} is {value}: accepted is a whole number from 1")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise ParameterError(f"--out is {arguments.out}, a file: accepted is a folder")
