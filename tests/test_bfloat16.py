@@ -23,7 +23,6 @@ from blip3o_rt.checkpoint.load import Checkpoint, load_checkpoint
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import condition_tokens
-from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.measure.baselines.measure import relative_l2
@@ -32,6 +31,7 @@ from blip3o_rt.params import SamplingParams
 from blip3o_rt.pipeline import Pipeline
 from blip3o_rt.tatok.model import ImageTokenizer
 from blip3o_rt.vae.model import Autoencoder
+from tests.dit.loop import denoise
 
 RATIO = 1.5
 GUIDANCE = 2.0

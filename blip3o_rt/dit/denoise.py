@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from blip3o_rt import trace
-from blip3o_rt.dit.captured import CapturedImages
-from blip3o_rt.dit.conditioning import Condition
-from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.step import EagerSteps, StepKind, Steps, StepState, guided_step
+from blip3o_rt.dit.model import ScheduleTables
+from blip3o_rt.dit.step import StepKind, Steps, StepState, guided_step
 from blip3o_rt.graphs import RunAhead
 
 STEPS_AHEAD = 4  # queued on a GPU at most: what a cancelled image still waits for
@@ -42,6 +40,12 @@ class Denoising:
         """Make the next step."""
         step_together([self])
 
+    def run(self) -> Tensor:
+        """Make the steps that are left; returns the latent."""
+        while self.done < self.total:
+            self.step()
+        return self.latent
+
     @property
     def estimate(self) -> Tensor:
         """The estimate of the clean latent [1, C, h, w] that the last step was made on."""
@@ -70,33 +74,3 @@ def step_together(images: Sequence[Denoising]) -> None:
             steps(kind, [image._state for image in sharing])
         for image in sharing:
             image.done += 1
-
-
-def denoise(
-    dit: DiT,
-    noise: Tensor,
-    tables: ScheduleTables,
-    condition: Condition,
-    guidance_scale: float,
-    *,
-    reference_latent: Tensor | None = None,
-    kinds: Sequence[StepKind] | None = None,
-    captured: CapturedImages | None = None,
-) -> Tensor:
-    """The latent [1, C, H, W] in fp32 that the noise [1, C, H, W] becomes (still times the scaling factor).
-
-    reference_latent [1, C, H, W'] is what an edit lays beside the noise, see `with_reference`. `kinds`
-    says how each step is made, all of them guided Euler steps where it is None (`Shortcuts` has others).
-    `captured`: buffers of this geometry; `condition` must be that of its first image. Raises ParameterError
-    for shapes that do not fit.
-    """
-    if captured is None:
-        state = StepState.begin(dit, noise, tables, condition, guidance_scale, reference_latent)
-        denoising = Denoising(EagerSteps(dit), state, tables, kinds)
-    else:
-        image = captured.images[0]
-        image.begin(noise, tables, guidance_scale, reference_latent)
-        denoising = Denoising(captured, image.state, tables, kinds)
-    while denoising.done < denoising.total:
-        denoising.step()
-    return denoising.latent

@@ -19,7 +19,7 @@ from blip3o_rt.dit.captured import (
     images_of_a_step,
 )
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import Denoising, denoise, step_together
+from blip3o_rt.dit.denoise import Denoising, step_together
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.step import GuidedStep, StepState
@@ -27,6 +27,7 @@ from blip3o_rt.errors import DeviceError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.ops.registry import Implementation
 from tests.captured_graph import CapturedGraphs
+from tests.dit.loop import denoise
 from tests.dit.oracle import oracle, runtime, small_config
 
 TOKENS, SIDE = 7, 5

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from blip3o_rt.config import DiTConfig, SchedulerConfig
 from blip3o_rt.dit.conditioning import ConditionTokens
-from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.errors import ParameterError
+from tests.dit.loop import denoise
 from tests.dit.oracle import oracle, predict, relative_l2, runtime, small_config
 
 FLOAT32_BOUND = 1e-5  # as for one prediction: the loop adds few roundings and its errors do not grow

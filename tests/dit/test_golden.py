@@ -19,9 +19,9 @@ from torch import Tensor
 from blip3o_rt.config import DiTConfig, SchedulerConfig
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
 from blip3o_rt.dit.model import DiT, ScheduleTables, StepInput
 from blip3o_rt.dit.schedule import flow_schedule
+from tests.dit.loop import denoise
 from tests.dit.oracle import predict, relative_l2, runtime_weights
 
 BOUND = 1e-5

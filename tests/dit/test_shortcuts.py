@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blip3o_rt.config import SchedulerConfig
 from blip3o_rt.dit.captured import CapturedImages, Geometry
-from blip3o_rt.dit.denoise import Denoising, denoise
+from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.schedule import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
 from blip3o_rt.dit.solvers import EULER, Levels, Solver
@@ -24,6 +24,7 @@ from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.switches import SOLVER, SWITCHES, check_switches, one_of
 from tests.captured_graph import CapturedGraphs
+from tests.dit.loop import denoise
 from tests.dit.oracle import oracle, relative_l2, runtime, small_config
 from tests.dit.test_denoise import random_latents, random_tokens
 

@@ -20,11 +20,11 @@ from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.conditioning import Condition, ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
+from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.model import DiT, ScheduleTables
 from blip3o_rt.dit.schedule import flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts
-from blip3o_rt.dit.step import StepKind, StepState, guided_step
+from blip3o_rt.dit.step import EagerSteps, StepKind, StepState, guided_step
 from blip3o_rt.errors import ConfigError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.measure.bench import work
@@ -282,10 +282,13 @@ class DitStage:
     def denoise(self) -> Tensor:
         """The latent after all steps of the schedule, as the checkpoint's switches make them."""
         assert self.state is not None
-        given = self.noise, self.state.tables, self.state.condition, GUIDANCE
-        return denoise(
-            self.dit, *given, reference_latent=self.reference, kinds=self.kinds, captured=self._captured
-        )
+        tables, given = self.state.tables, (GUIDANCE, self.reference)
+        if self._captured is None:
+            state = StepState.begin(self.dit, self.noise, tables, self.state.condition, *given)
+            return Denoising(EagerSteps(self.dit), state, tables, self.kinds).run()
+        image = self._captured.images[0]
+        image.begin(self.noise, tables, *given)
+        return Denoising(self._captured, image.state, tables, self.kinds).run()
 
     def tables_work(self) -> Work:
         return work.dit_tables(self.config.dit, self.itemsize, steps=self.schedule.steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from blip3o_rt.checkpoint.load import Checkpoint
 from blip3o_rt.connector.model import Connector
 from blip3o_rt.dit.conditioning import ConditionTokens, condition_tokens
-from blip3o_rt.dit.denoise import denoise
-from blip3o_rt.dit.model import DiT, ScheduleTables
-from blip3o_rt.dit.schedule import Schedule, flow_schedule
+from blip3o_rt.dit.denoise import Denoising
+from blip3o_rt.dit.model import DiT
+from blip3o_rt.dit.schedule import flow_schedule
+from blip3o_rt.dit.step import EagerSteps, StepState
 from blip3o_rt.machine import exact_arithmetic
 from blip3o_rt.measure.baselines.measure import relative_l2
 from blip3o_rt.measure.baselines.published import Reference, Step
@@ -121,15 +122,10 @@ def _ours(subject: Subject, dtype: str, references: list[Reference], steps: list
             dit.predict(steps[index].model_input[:1], tables.step(index), condition)
             for index in (0, len(steps) - 1)
         ]
-        latents, beside = [subject.noise], latent if subject.lays_beside else None
-        for index in range(len(steps)):
-            one = _single_step(tables, index)
-            latents.append(denoise(dit, latents[-1], one, condition, GUIDANCE, reference_latent=beside))
-    return Denoised(torch.cat([tokens.conditional, tokens.null]), predictions, latents[1:])
-
-
-def _single_step(tables: ScheduleTables, index: int) -> ScheduleTables:
-    """The schedule of one step alone, so that the loop gives the latent after it."""
-    here = slice(index, index + 1)
-    schedule = Schedule(tables.schedule.sigmas[index : index + 2], tables.schedule.timesteps[here])
-    return replace(tables, schedule=schedule, blocks=tables.blocks[here], final=tables.final[here])
+        latents, beside = [], latent if subject.lays_beside else None
+        state = StepState.begin(dit, subject.noise, tables, condition, GUIDANCE, beside)
+        denoising = Denoising(EagerSteps(dit), state, tables)
+        while denoising.done < denoising.total:
+            denoising.step()
+            latents.append(denoising.latent)
+    return Denoised(torch.cat([tokens.conditional, tokens.null]), predictions, latents)
