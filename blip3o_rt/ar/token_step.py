@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, product
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,20 @@ class Member:
     decoded: int = 1
     draft_window: int | None = 1
     agreement: Agreement = field(default_factory=Agreement)
+
+
+class Row(NamedTuple):
+    """What a pass reads of one row. The defaults are those of padding."""
+
+    first_id: int  # of the vocabulary that is drawn from
+    page_table: list[int]
+    output_slot: int
+    number: int = 0  # of the token that the row draws
+    context_len: int = 0
+    temperature: float = 1.0
+    top_k: int = 1
+    top_p: float = 1.0
+    seed: int = 0
 
 
 class Results:
@@ -302,40 +316,46 @@ class TokenBatch:
 
     def _write(self, members: list[Member], image_only: bool) -> None:
         """Write what a pass reads; rows beyond those of the members are padding of the same kind."""
-        columns = (
-            self._temperature,
-            self._top_k,
-            self._top_p,
-            self._seeds,
-            self._first_ids,
-            self._step.page_table,
-            self._num_generated,
-            self._step.context_lens,
-            self._step.output_slots,
-        )
-        first_id, dummy = self._steps.vocabularies[image_only].start, self._steps.results.dummy
+        columns = {
+            "first_id": self._first_ids,
+            "page_table": self._step.page_table,
+            "output_slot": self._step.output_slots,
+            "number": self._num_generated,
+            "context_len": self._step.context_lens,
+            "temperature": self._temperature,
+            "top_k": self._top_k,
+            "top_p": self._top_p,
+            "seed": self._seeds,
+        }
+        padding = Row(self._steps.vocabularies[image_only].start, self._padded([]), self._steps.results.dummy)
         rows = [self._row(member, row) for member in members for row in range(member.window)]
-        rows += [(1.0, 1, 1.0, 0, first_id, self._padded([]), 0, 0, dummy)] * (self._size - len(rows))
-        for column, values in zip(columns, zip(*rows, strict=True), strict=True):
-            upload([*values], column)
+        rows += [padding] * (self._size - len(rows))
+        for name, values in zip(Row._fields, zip(*rows, strict=True), strict=True):
+            upload([*values], columns[name])
         bounds = list(accumulate((member.window for member in members), initial=0))
         upload(bounds + bounds[-1:] * (self._size - len(members)), self._cu_rows)
         torch.index_select(self._kept_hidden, 0, self._step.output_slots, out=self._hidden)
 
-    def _row(self, member: Member, row: int) -> tuple[Any, ...]:
-        """What the columns hold of a row of a window.
+    def _row(self, member: Member, row: int) -> Row:
+        """What a pass reads of a row of a window.
 
         Number, context length and output slot are those of padding where the last pass left no hidden state.
         """
         params, results, vocabularies = member.params, self._steps.results, self._steps.vocabularies
         number = member.num_generated + row
-        state = number, member.prompt_length + number, results.index(member.slot, number)
+        found = Row(
+            first_id=vocabularies[params.image_tokens_only].start,
+            page_table=self._padded(member.sequence.page_table),
+            output_slot=results.dummy,
+            temperature=params.temperature,
+            top_k=params.top_k_for(len(vocabularies[True]), len(vocabularies[False])),
+            top_p=params.top_p,
+            seed=params.seed,
+        )
         if row >= member.decoded or number > self._steps.tokens_per_image:
-            state = 0, 0, results.dummy
-        top_k = params.top_k_for(len(vocabularies[True]), len(vocabularies[False]))
-        first_id = vocabularies[params.image_tokens_only].start
-        sampling = params.temperature, top_k, params.top_p, params.seed, first_id
-        return *sampling, self._padded(member.sequence.page_table), *state
+            return found
+        slot, length = results.index(member.slot, number), member.prompt_length + number
+        return found._replace(output_slot=slot, number=number, context_len=length)
 
     def _padded(self, table: list[int]) -> list[int]:
         return table + [0] * (self._steps.max_pages - len(table))

@@ -312,7 +312,9 @@ class Pipeline:
             Cancelled: The callback returned False.
             GenerationError: The logits are not finite.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
+        sampling = SamplingParams(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, image_tokens_only=image_tokens_only
+        )
         self._planner.check([prompt], sampling)
         given = None if token_ids is None else self._planner.check_token_ids(token_ids)
         window = check_draft_window(draft_window)
@@ -357,7 +359,7 @@ class Pipeline:
             GenerationError: The plan failed, or the image is not finite.
         """
         check_choice("output", output, OUTPUTS)
-        params = DiffusionParams(steps, guidance)
+        params = DiffusionParams(steps=steps, guidance=guidance)
         self._renderer.check_plan(plan)
         seed = plan.sampling.seed if seed is None else check_seed(seed)
         noise = None if noise is None else self._renderer.check_noise(noise)
@@ -413,8 +415,10 @@ class Pipeline:
             Cancelled: The callback returned False.
             GenerationError: An image failed. The others are drawn first and are in its `images`.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
-        params, prompts = DiffusionParams(steps, guidance), prompt_list(prompt)
+        sampling = SamplingParams(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, image_tokens_only=image_tokens_only
+        )
+        params, prompts = DiffusionParams(steps=steps, guidance=guidance), prompt_list(prompt)
         return self._images(prompts, None, n, sampling, draft_window, params, progress, callback, on_image)
 
     def edit(
@@ -440,8 +444,10 @@ class Pipeline:
         Raises:
             ImageError: The reference image cannot be used. Otherwise what `generate` raises.
         """
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
-        params, references = DiffusionParams(steps, guidance), reference_list(reference)
+        sampling = SamplingParams(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, image_tokens_only=image_tokens_only
+        )
+        params, references = DiffusionParams(steps=steps, guidance=guidance), reference_list(reference)
         return self._images(
             [prompt], references, n, sampling, draft_window, params, progress, callback, on_image
         )
@@ -476,8 +482,10 @@ class Pipeline:
         Raises:
             ParameterError: An argument that is common to all is wrong; raised before any work.
         """
-        sampling = SamplingParams(SAMPLING.seed, temperature, top_k, top_p, image_tokens_only)
-        params = DiffusionParams(steps, guidance)
+        sampling = SamplingParams(
+            temperature=temperature, top_k=top_k, top_p=top_p, image_tokens_only=image_tokens_only
+        )
+        params = DiffusionParams(steps=steps, guidance=guidance)
         self._planner.check([], sampling)
         check_callback("on_result", on_result, "index", "image")
         if not isinstance(requests, list | tuple) or not all(isinstance(r, ImageRequest) for r in requests):
@@ -559,8 +567,10 @@ class Pipeline:
         """
         check_flag("images", images)
         check_flag("hidden_states", hidden_states)
-        sampling = SamplingParams(seed, temperature, top_k, top_p, image_tokens_only)
-        params = DiffusionParams(steps, guidance)
+        sampling = SamplingParams(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, image_tokens_only=image_tokens_only
+        )
+        params = DiffusionParams(steps=steps, guidance=guidance)
         samples = [dataclasses.replace(sampling, seed=seed) for seed in image_seeds(sampling.seed, n)]
         texts = prompt_list(prompts)
         given = references_of(references, len(texts))
