@@ -46,7 +46,8 @@ Partials = Annotated[int, Field(ge=0, le=3), WHOLE]
 
 _diffusion, _sampling = DiffusionParams(), SamplingParams()
 
-Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT, pattern=r"\S")]
+VISIBLE = r"[^\s\x00-\x1f\x7f-\x9f]"  # the pipeline refuses marks and format characters alone too
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT, pattern=VISIBLE)]
 
 
 class ImageRequest(BaseModel):

@@ -6,10 +6,12 @@ import base64
 import io
 import json
 import logging
+import re
 import socket
 import struct
 import threading
 import time
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 from PIL import Image
 
 from blip3o_rt.serve.log import JsonLines
+from blip3o_rt.serve.schema import GenerationRequest
 from tests.serve.conftest import RunningServer
 from tests.serve.fakes import SIDE, TOKENS, fake_image
 
@@ -193,7 +196,18 @@ def test_an_error_in_a_stream_is_an_event_and_one_before_it_a_status(server: Run
     last = events(server.http.post(GENERATIONS, json=body(stream=True, prompt="nan")))[-1]
     assert last["type"] == "error"
     assert last["error"]["message"] == "the decoder's logits are not finite"
-    assert error(server.http.post(GENERATIONS, json=body(stream=True, prompt=" ")), 400)["param"] == "prompt"
+    for prompt in (" ", "\x1f", "\x00\x85", "\n\u2003"):
+        refused = server.http.post(GENERATIONS, json=body(stream=True, prompt=prompt))
+        assert error(refused, 400)["param"] == "prompt"
+
+
+def test_the_schema_says_which_prompts_show_nothing() -> None:
+    """In the schema too: a client that reads it sends none."""
+    pattern = GenerationRequest.model_json_schema()["properties"]["prompt"]["pattern"]
+    spaces_and_controls = {"Cc", "Zs", "Zl", "Zp"}
+    blank = [char for char in map(chr, range(0x3001)) if unicodedata.category(char) in spaces_and_controls]
+    assert not [char for char in blank if re.search(pattern, char)]
+    assert all(re.search(pattern, text) for text in ("a", "\u00e9", " \u7ea2 ", "\x1fa"))
 
 
 @pytest.mark.parametrize(
