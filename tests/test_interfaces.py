@@ -1,8 +1,11 @@
-"""Every parameter of an image is in every interface, and reaches what it is for."""
+"""Every parameter of an image is in every interface: Python, the command line, HTTP and the page."""
 
 from __future__ import annotations
 
 import inspect
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +14,12 @@ from blip3o_rt.cli.commands import build_parser
 from blip3o_rt.cli.options import sampling_arguments
 from blip3o_rt.params import DIFFUSION_NAMES, SAMPLING_NAMES, DiffusionParams, SamplingParams
 from blip3o_rt.pipeline import Pipeline
+from blip3o_rt.serve import schema
 from blip3o_rt.serve.schema import EditRequest, GenerationRequest, ImageRequest, JobRequest
 
 NAMES = (*SAMPLING_NAMES, *DIFFUSION_NAMES)
 DEFAULTS = vars(SamplingParams()) | vars(DiffusionParams())
+PAGE = Path(schema.__file__).parent / "page"
 NOT_IN_HTTP = {"image_tokens_only"}  # docs/serving.md says why
 
 METHODS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {  # what each is given, and what it takes
@@ -57,3 +62,11 @@ def test_a_request_over_http_has_a_field_for_every_parameter(request_class: type
     assert {name: fields[name].default for name in NAMES if name in fields} == {
         name: DEFAULTS[name] for name in NAMES if name not in NOT_IN_HTTP
     }
+
+
+def test_the_page_asks_for_every_parameter() -> None:
+    (listed,) = re.findall(r"^const FIELDS = (\[.*\]);$", (PAGE / "page.js").read_text(), re.MULTILINE)
+    asked = set(re.findall(r'<input id="(\w+)" name="\1"', (PAGE / "index.html").read_text()))
+    wanted = {name for name in NAMES if name not in NOT_IN_HTTP}
+    assert wanted - set(json.loads(listed)) == set()
+    assert wanted - asked == set()

@@ -96,9 +96,10 @@ def test_with_weights_in_8_bits(values: torch.dtype) -> None:
     assert_as_alone(DiT(CONFIG, quantized(weights(FP32).items(), values)), range(4))
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("prediction", [GUIDED, CONDITIONAL])
-def test_steps_of_the_fast_tier(prediction: str) -> None:
-    assert_as_alone(dit_of(FP32), range(4), ShortStep(prediction, kept=True, solver=SOLVERS["dpm++"]))
+def test_steps_of_the_fast_tier(prediction: str, solver: str) -> None:
+    assert_as_alone(dit_of(FP32), range(4), ShortStep(prediction, kept=True, solver=SOLVERS[solver]))
 
 
 def test_images_without_guidance_share_with_those_that_have_it() -> None:

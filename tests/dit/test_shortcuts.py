@@ -18,7 +18,7 @@ from blip3o_rt.dit.captured import CapturedImages, Geometry
 from blip3o_rt.dit.denoise import Denoising
 from blip3o_rt.dit.schedule import Schedule, flow_schedule
 from blip3o_rt.dit.shortcuts import Shortcuts, ShortStep
-from blip3o_rt.dit.solvers import EULER, Levels, Solver
+from blip3o_rt.dit.solvers import EULER, SOLVERS, Levels, Solver
 from blip3o_rt.dit.step import EagerSteps, StepState, guided_step
 from blip3o_rt.errors import ParameterError
 from blip3o_rt.graphs import GraphRunner
@@ -31,6 +31,7 @@ from tests.dit.test_denoise import random_latents, random_tokens
 FLOAT32_BOUND = 1e-5  # as for one prediction: the loop adds few roundings and its errors do not grow
 SIGMA_BOUND = 1e-6  # in float64 what is left is that noise levels are float32, whose logits are taken
 SHAPE = (1, 4, 2, 3)
+ORDERS = {"euler": 1, "dpm++": 2}  # of convergence, of every solver
 NO_CONDITION = SimpleNamespace(unguided=None)
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of a latent and its noise level
@@ -38,6 +39,11 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # of a latent and its noise level
 
 def shortcuts(**switches: str) -> Shortcuts:
     return Shortcuts.of(check_switches(switches))
+
+
+def with_solver(name: str) -> Shortcuts:
+    """The steps of a solver; Euler's is the one without a switch."""
+    return shortcuts() if SOLVERS[name] is EULER else shortcuts(solver=name)
 
 
 def levels(steps: int, shift: float = 1.0) -> Schedule:
@@ -125,22 +131,26 @@ def error_of(chosen: Shortcuts, schedule: Schedule) -> float:
     return float((found - at_level(last)).norm())
 
 
-@pytest.mark.parametrize(("switches", "order"), [({}, 1), ({"solver": "dpm++"}, 2)], ids=["Euler", "dpm++"])
-def test_order_of_convergence(switches: dict[str, str], order: int) -> None:
+def test_every_solver_has_an_order() -> None:
+    assert set(ORDERS) == set(SOLVERS)
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+def test_order_of_convergence(solver: str) -> None:
     """Between two levels that have some of image and of noise: steps halved, the error 2^order less."""
     schedules = (Schedule(torch.linspace(0.9, 0.1, steps + 1), torch.empty(steps)) for steps in (20, 40, 80))
-    errors = [error_of(shortcuts(**switches), schedule) for schedule in schedules]
+    errors = [error_of(with_solver(solver), schedule) for schedule in schedules]
     for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(2**order, rel=0.15)
+        assert coarse / fine == pytest.approx(2 ** ORDERS[solver], rel=0.15)
 
 
-@pytest.mark.parametrize("switches", [{}, {"solver": "dpm++"}])
-def test_the_estimate_is_the_clean_latent_of_the_prediction(switches: dict[str, str]) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_estimate_is_the_clean_latent_of_the_prediction(solver: str) -> None:
     """Whatever the solver adds to the step, and whatever steps come after."""
     dit, schedule = Flow(wavy), levels(6, 3.0)
     tables = dit.tables(schedule)
     state = StepState.begin(dit, noise(), tables, NO_CONDITION, 2.0)  # type: ignore[arg-type]
-    image = Denoising(EagerSteps(dit), state, tables, shortcuts(**switches).steps(schedule))  # type: ignore[arg-type]
+    image = Denoising(EagerSteps(dit), state, tables, with_solver(solver).steps(schedule))  # type: ignore[arg-type]
     found, expected = [], []
     for sigma in schedule.sigmas[:-1].double():
         expected.append(image.latent - sigma * wavy(image.latent, sigma))
@@ -151,10 +161,10 @@ def test_the_estimate_is_the_clean_latent_of_the_prediction(switches: dict[str, 
 
 
 def test_a_solver_that_only_the_switch_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    accepting = replace(SWITCHES[SOLVER], parse=one_of("dpm++", "heun"))
+    accepting = replace(SWITCHES[SOLVER], parse=one_of("dpm++", "unheard of"))
     monkeypatch.setattr("blip3o_rt.switches.SWITCHES", {**SWITCHES, SOLVER: accepting})
-    with pytest.raises(ParameterError, match=r"^solver 'heun' is not in the table .*: euler, dpm\+\+$"):
-        shortcuts(solver="heun")
+    with pytest.raises(ParameterError, match=r"^solver 'unheard of' is not in the table .*: euler, dpm\+\+$"):
+        shortcuts(solver="unheard of")
 
 
 class Unmoved(Solver):
@@ -287,7 +297,13 @@ def test_a_switch_changes_the_latent(name: str) -> None:
     assert 1e-4 < change < 0.5
 
 
-@pytest.mark.parametrize("switches", [ALL, {"step_cache": "3"}])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"step_cache": "3"},
+        *(ALL | {"solver": name} for name, solver in SOLVERS.items() if solver is not EULER),
+    ],
+)
 def test_a_captured_image_equals_a_fresh_one_whatever_was_drawn_before(switches: dict[str, str]) -> None:
     """Its buffers are those of every image, and nothing of an earlier one is left: here of one that fails,
     and of one of a single step."""

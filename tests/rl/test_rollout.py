@@ -18,7 +18,7 @@ from PIL import Image
 from blip3o_rt.ar.log_probs import kept_logits
 from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import Cancelled, GenerationError, ImageError, ParameterError, PromptError
-from blip3o_rt.params import SamplingParams
+from blip3o_rt.params import SAMPLING_NAMES, SamplingParams
 from blip3o_rt.pipeline import Pipeline, renderer
 from blip3o_rt.result import Progress
 from blip3o_rt.rl.rollout import Rollout
@@ -80,6 +80,25 @@ def test_log_probs_are_those_of_transformers(
         # then shows in every log-probability of the position.
         close = (rollout.processed_logprobs.double() - processed).abs() <= TOLERANCE
         assert close.float().mean() > 0.99
+
+
+WIDE: dict[str, float] = {"seed": 5, "temperature": 3.0, "top_k": 0, "top_p": 1.0}
+OTHER: dict[str, float] = {"temperature": 0.1, "top_k": 2, "top_p": 0.2, "image_tokens_only": False}
+
+
+@pytest.mark.parametrize("name", SAMPLING_NAMES)
+def test_every_parameter_of_sampling_changes_tokens_and_log_probs(pipeline: Pipeline, name: str) -> None:
+    """Not how it does: this is to notice one that an interface has and nothing hears of."""
+    usual, other = (
+        pipeline.plan(PROMPTS[0], **{**WIDE, **given})  # type: ignore[arg-type]
+        for given in ({}, {name: OTHER[name]})
+    )
+    assert not torch.equal(usual.token_ids, other.token_ids)
+    log_probs = pipeline._planner.log_probs
+    _, as_usual = log_probs(dataclasses.replace(other, sampling=usual.sampling))
+    _, found = log_probs(other)
+    assert found.isfinite().all()
+    assert not torch.equal(found, as_usual)
 
 
 def test_processed_logits_are_those_of_transformers() -> None:
