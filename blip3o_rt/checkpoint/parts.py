@@ -81,7 +81,8 @@ def weight_bytes(
 def layout_fingerprint(config: ModelConfig, switches: Mapping[str, str] = NO_SWITCHES) -> str:
     """A hash of how every runtime tensor is made.
 
-    It changes when a tensor is stored in another arrangement, even under the same name and shape.
+    It changes when a tensor is made by another function, even under the same name and shape. What a function
+    does is not in it: rename a function that is to arrange a tensor in another way.
     """
     recipes = [
         (
