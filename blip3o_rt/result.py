@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from blip3o_rt import ops
 from blip3o_rt.errors import Cancelled, GenerationError, ParameterError, first_line, shown
-from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
 from blip3o_rt.metadata import save_free
 from blip3o_rt.ops import bf16_products
@@ -238,7 +236,8 @@ ImageCallback = Callable[[int, Any], None]  # an image's index in the result, an
 class Run:
     """One request while it runs: the time of its stages, its progress, and the implementations it uses.
 
-    A context: what runs within is noted for its report. Callbacks run under the caller's settings of torch.
+    used: the implementations of ops that run. not_captured: what runs without a graph where there are graphs.
+    Both fill while it runs. Callbacks run under the caller's settings of torch.
     `callback` may return False, which ends the request with Cancelled between two tokens or two steps. `show`
     draws progress bars on standard error where that is a terminal, and in a notebook.
     """
@@ -246,30 +245,23 @@ class Run:
     def __init__(
         self,
         device: torch.device,
-        runner: GraphRunner,
+        used: Mapping[str, set[str]],
+        not_captured: set[str],
         settings: OwnSettings,
         callback: ProgressCallback | None = None,
         on_image: ImageCallback | None = None,
         *,
         show: bool = False,
     ) -> None:
-        self._device, self._runner, self._show = device, runner, show
+        self._device, self._show = device, show
+        self._used, self._not_captured = used, not_captured
         self._callback = callback and settings.outside(callback)
         self._on_image = on_image and settings.outside(on_image)
         self._seconds: dict[str, float] = {}
         self._work: dict[str, int] = {}
         self.passes = 0  # of images over the decoder
-        self._exit = ExitStack()
-
-    def __enter__(self) -> Run:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        self._used = self._exit.enter_context(ops.recording_usage())
-        self._not_captured = self._exit.enter_context(self._runner.noting_eager())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._exit.close()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -20,7 +20,6 @@ from PIL import Image
 
 from blip3o_rt import result
 from blip3o_rt.errors import Cancelled, ParameterError
-from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.isolation import OwnSettings
 from blip3o_rt.metadata import image_fields
 from blip3o_rt.result import Progress, Report, Result, Run, Stage, peak_memory_bytes
@@ -43,8 +42,8 @@ def make_report(*stages: Stage) -> Report:
 @contextmanager
 def make_run(**options: Any) -> Iterator[Run]:
     cpu = torch.device("cpu")
-    with OwnSettings(cpu, 1) as settings, Run(cpu, GraphRunner(None), settings, **options) as run:
-        yield run
+    with OwnSettings(cpu, 1) as settings:
+        yield Run(cpu, {}, set(), settings, **options)
 
 
 def stages(run: Run) -> tuple[Stage, ...]:

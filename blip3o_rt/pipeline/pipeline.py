@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip3o_rt import trace
+from blip3o_rt import ops, trace
 from blip3o_rt.checkpoint.load import Checkpoint, open_checkpoint
 from blip3o_rt.checkpoint.source import Source
 from blip3o_rt.config import ModelConfig
@@ -684,10 +684,11 @@ class Pipeline:
         check_callback("on_image", on_image, "index", "image")
         with (
             self._isolation.turn() as settings,
-            Run(self.device, self._runner, settings, callback, on_image, show=progress) as run,
+            ops.recording_usage() as used,
+            self._runner.noting_eager() as not_captured,
         ):
             self._requests += 1
             try:
-                yield run
+                yield Run(self.device, used, not_captured, settings, callback, on_image, show=progress)
             finally:
                 self._requests -= 1
