@@ -36,14 +36,13 @@ NO_SWITCHES: Mapping[str, str] = {}
 class Switch:
     """One switch of the fast tier.
 
-    gives_up: what it changes, in words. accepted: its settings in words, for the errors. parse: what a
+    accepted: its settings in words, for the errors. parse: what a
     setting stands for; raises ValueError where it is none. devices: types of device by setting, where not
     every device has it. kernels: per setting, {op: implementation} that must be available; otherwise the
     switch is refused. weights: whether weights are made for it, at load or when converted; any other acts
     while an image is made. default: what tier "fast" takes where no switch is named, None to leave it off.
     """
 
-    gives_up: str
     accepted: str
     parse: Callable[[str], Any]
     devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -88,8 +87,8 @@ def interval(text: str) -> tuple[float, float]:
 
 
 SWITCHES: Mapping[str, Switch] = {
+    # The decoder's matrices and its head are kept in 8 bits, with a scale per row.
     AR_WEIGHTS: Switch(
-        gives_up="the decoder's matrices and its head are kept in 8 bits, with a scale per row",
         accepted="int8 or fp8",
         parse=one_of(INT8, FP8),
         devices={INT8: ("cpu", "cuda"), FP8: ("cuda",)},
@@ -97,9 +96,8 @@ SWITCHES: Mapping[str, Switch] = {
         weights=True,
         default=INT8,
     ),
+    # The transformer's matrices and the activations they are multiplied with take 8 bits, a scale per row.
     DIT_WEIGHTS: Switch(
-        gives_up="the transformer's matrices and the activations they are multiplied with take 8 bits, "
-        "with a scale per row",
         accepted="int8 or fp8",
         parse=one_of(INT8, FP8),
         devices={INT8: ("cpu",), FP8: ("cuda",)},
@@ -107,23 +105,23 @@ SWITCHES: Mapping[str, Switch] = {
         weights=True,
         default=INT8,
     ),
+    # No guidance, and half the work of a step, where the noise level is outside of an interval.
     GUIDANCE_INTERVAL: Switch(
-        gives_up="guidance, and half the work of a step, where the noise level is outside of an interval",
         accepted="LOW:HIGH, noise levels from 0 to 1, as 0:0.9",
         parse=interval,
     ),
+    # The predictions of all steps but every Nth and the last are extrapolated.
     STEP_CACHE: Switch(
-        gives_up="the predictions of all steps but every Nth and the last, which are extrapolated",
         accepted=f"a whole number from 1 (all are made) to {MAX_STEP_CACHE}",
         parse=whole_number(1, MAX_STEP_CACHE),
     ),
+    # Steps of DPM-Solver++ (2M), of which fewer are needed than of Euler's.
     SOLVER: Switch(
-        gives_up="Euler's steps for those of DPM-Solver++ (2M), of which fewer are needed",
         accepted=DPM,
         parse=one_of(DPM),
     ),
+    # Less memory in more time: the autoencoder's fine stages go in that many tiles along a side.
     VAE_TILES: Switch(
-        gives_up="time, for memory: the autoencoder's fine stages go in that many tiles along a side",
         accepted=f"a whole number from 1 (the whole image) to {MAX_VAE_TILES}",
         parse=whole_number(1, MAX_VAE_TILES),
     ),
