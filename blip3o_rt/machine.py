@@ -164,18 +164,13 @@ def _cgroup_limit(group: Path, limit: str, usage: str, reclaimable: str) -> list
     return [(most, max(0, most - used + (int(cached[1]) if cached else 0)))]
 
 
-def require_memory(
-    needed: int,
-    what: str,
-    device: torch.device | None = None,
-    remedy: str = "close other programs or use a machine with more",
-) -> None:
+def require_memory(needed: int, what: str, device: torch.device, remedy: str) -> None:
     """Raise InsufficientMemoryError where fewer than `needed` bytes are free, saying both figures.
 
-    what: the work that needs them, as the subject of a sentence. device: a CUDA device, to ask of its memory
-    instead of the host's. remedy: what the reader can do about it.
+    what: the work that needs them, as the subject of a sentence. device: whose memory is asked for. remedy:
+    what the reader can do about it.
     """
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         free, where = torch.cuda.mem_get_info(device)[0], str(device)
     else:
         free, where = memory().available, "this machine"

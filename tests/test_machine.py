@@ -16,6 +16,7 @@ import torch
 from blip3o_rt import machine
 from blip3o_rt.errors import DeviceError, InsufficientMemoryError
 
+CPU = torch.device("cpu")
 GIB = 2**30
 
 
@@ -77,12 +78,12 @@ class TestMemory:
 
     def test_too_little_says_both_figures(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "memory", lambda: machine.Memory(16 * GIB, 10 * GIB, "machine"))
-        machine.require_memory(10 * GIB, "loading the model")
+        machine.require_memory(10 * GIB, "loading the model", CPU, "buy more")
         with pytest.raises(InsufficientMemoryError) as caught:
-            machine.require_memory(10 * GIB + GIB // 2, "loading the model")
+            machine.require_memory(10 * GIB + GIB // 2, "loading the model", CPU, "buy more")
         message = str(caught.value)
-        assert message.startswith(
-            "loading the model needs 10.5 GiB of memory, this machine has 10.0 GiB free: "
+        assert message == (
+            "loading the model needs 10.5 GiB of memory, this machine has 10.0 GiB free: buy more"
         )
 
 
@@ -90,7 +91,7 @@ class TestMemory:
 def test_two_figures_never_read_the_same(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "memory", lambda: machine.Memory(16 * GIB, 10 * GIB, "machine"))
     with pytest.raises(InsufficientMemoryError) as found:
-        machine.require_memory(needed, "loading the model")
+        machine.require_memory(needed, "loading the model", CPU, "buy more")
     wanted, free = map(float, re.findall(r"([\d.]+) GiB", str(found.value)))
     assert wanted > free
 
@@ -140,11 +141,11 @@ class TestDevice:
 
     def test_gpu_memory_is_asked_of_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 80 * GIB))
-        machine.require_memory(GIB, "the model", torch.device("cuda", 0))
+        machine.require_memory(GIB, "the model", torch.device("cuda", 0), "buy more")
         with pytest.raises(
             InsufficientMemoryError, match=r"needs 2\.0 GiB of memory, cuda:0 has 1\.0 GiB free"
         ):
-            machine.require_memory(2 * GIB, "the model", torch.device("cuda", 0))
+            machine.require_memory(2 * GIB, "the model", torch.device("cuda", 0), "buy more")
 
 
 def test_description_is_json_and_true() -> None:
