@@ -146,9 +146,7 @@ class DraftWindows:
     def change(self, members: Sequence[Drafting]) -> bool:
         """Whether other windows are worth the laying out, after a pass."""
         self._passes += 1
-        if all(member.draft_window == 1 for member in members):
-            return False
-        if self._passes < PASSES_BETWEEN:
+        if self._passes < PASSES_BETWEEN or all(member.draft_window == 1 for member in members):
             return False
         current = [member.window for member in members]
         return self._rate(members, self.choose(members)) > WORTH_A_CHANGE * self._rate(members, current)
@@ -166,7 +164,5 @@ class DraftWindows:
         return max(1, self._tokens - member.num_generated)
 
     def _share(self, member: Drafting) -> Share:
-        left = self._left(member)
-        if member.draft_window is None:
-            return Share(member.agreement.chance, min(MAX_DRAFT_WINDOW, left))
-        return Share(member.agreement.chance, min(member.draft_window, left), fixed=True)
+        most = min(member.draft_window or MAX_DRAFT_WINDOW, self._left(member))
+        return Share(member.agreement.chance, most, fixed=member.draft_window is not None)

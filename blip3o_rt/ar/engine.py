@@ -108,7 +108,6 @@ class TokenEngine:
         activations = weights["norm.weight"]  # whose dtype they have
         self.image_tokens = image_tokens
         self.max_batch = max_batch
-        self._max_prompt_tokens = max_prompt_tokens
         self._max_pages = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
         num_pages = max_batch * self._max_pages if num_pages is None else num_pages
         if num_pages < self._max_pages:

@@ -70,14 +70,13 @@ class PagedKVCache:
             self._owners[page] = 1
             sequence.page_table.append(page)
 
-    def fork(self, parent: Sequence, length: int | None = None) -> Sequence:
-        """A sequence with the parent's first `length` positions (None: all that are taken).
+    def fork(self, parent: Sequence, length: int) -> Sequence:
+        """A sequence with the parent's first `length` positions.
 
         Full pages are shared; a partly filled last page is copied.
 
         Raises InsufficientMemoryError, and takes none, when there is no page for the copy.
         """
-        length = parent.length if length is None else length
         full, rest = divmod(length, self.page_size)
         child = Sequence()
         if rest:

@@ -42,7 +42,8 @@ class TiledBlocks(Block):
     def __init__(self, blocks: list[Block], tiles: int) -> None:
         self._blocks = blocks
         self._tiles = tiles
-        self._cell_in, self._cell_out = _cell(blocks)
+        self._cell_in = 2 ** sum(block.halves for block in blocks)  # pixels along the side of a cell, before
+        self._cell_out = 2 ** sum(block.doubles for block in blocks)  # and after the blocks
         self.margin = _margin(blocks, self._cell_in, max(self._cell_in, self._cell_out))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -80,11 +81,6 @@ class TiledBlocks(Block):
 
 def _pixels(begin: int, end: int, cell: int) -> slice:
     return slice(begin * cell, end * cell)
-
-
-def _cell(blocks: list[Block]) -> tuple[int, int]:
-    """Pixels along the side of a cell, before and after the blocks."""
-    return 2 ** sum(block.halves for block in blocks), 2 ** sum(block.doubles for block in blocks)
 
 
 def _margin(blocks: list[Block], cell_in: int, cell: int) -> int:

@@ -50,7 +50,7 @@ def test_fork_shares_full_pages_and_copies_the_partial_one(length: int) -> None:
     parent.length = length
     for layer in cache.keys + cache.values:
         layer.copy_(torch.randn(layer.shape, generator=torch.Generator().manual_seed(length)))
-    child = cache.fork(parent)
+    child = cache.fork(parent, parent.length)
     full = length // cache.page_size
     assert child.page_table[:full] == parent.page_table[:full]
     assert set(child.page_table[full:]).isdisjoint(parent.page_table)
@@ -65,7 +65,7 @@ def test_pages_come_back_whatever_the_order_of_release() -> None:
     cache, parent = make_cache(), Sequence()
     cache.reserve(parent, 7)
     parent.length = 7
-    children = [cache.fork(parent) for _ in range(3)]
+    children = [cache.fork(parent, parent.length) for _ in range(3)]
     cache.release(parent)
     assert cache.free_pages == 8 - 1 - 3  # one shared full page, three copied partial ones
     for child in children:
@@ -78,7 +78,7 @@ def test_a_fork_that_does_not_fit_leaves_nothing_taken() -> None:
     cache.reserve(parent, 7)
     parent.length = 7
     with pytest.raises(InsufficientMemoryError):
-        cache.fork(parent)
+        cache.fork(parent, parent.length)
     cache.release(parent)
     assert cache.free_pages == 2
 
