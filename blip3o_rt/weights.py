@@ -71,6 +71,11 @@ def affine(name: str, rows: int, *columns: int) -> list[TensorSpec]:
     return [direct(name + ".weight", rows, *columns), direct(name + ".bias", rows)]
 
 
+def weight_and_bias(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """The tensors of a layer or a norm of that name, which `affine` describes."""
+    return weights[name + ".weight"], weights[name + ".bias"]
+
+
 def packed(name: str, rows: Sequence[tuple[str, int]], *columns: int) -> TensorSpec:
     """Several tensors [rows_i, *columns] concatenated along the rows."""
     sources = tuple(Source(source, (count, *columns)) for source, count in rows)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt import ops, trace
+from blip3o_rt.weights import weight_and_bias
 
 NORM_EPS = 1e-5
 
@@ -21,8 +22,8 @@ class Connector:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
-        self.weight_in, self.bias_in = weights[f"{name}.0.weight"], weights[f"{name}.0.bias"]
-        self.weight_out, self.bias_out = weights[f"{name}.2.weight"], weights[f"{name}.2.bias"]
+        self.weight_in, self.bias_in = weight_and_bias(weights, f"{name}.0")
+        self.weight_out, self.bias_out = weight_and_bias(weights, f"{name}.2")
         self.norm_weight = weights[f"{name}.3.weight"]
 
     @trace.spanned("connector")

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.config import TATokConfig
-from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
-from blip3o_rt.weights import hoisted
+from blip3o_rt.weights import hoisted, weight_and_bias
 
 Weights = Mapping[str, Tensor]
 
@@ -35,7 +34,7 @@ class ImageTokenizer:
             EncoderLayer(config, weights, f"encoder.encoder.layers.{index}.")
             for index in range(config.layers_run)
         ]
-        self.task = weights["encode_task_layer.0.weight"], weights["encode_task_layer.0.bias"]
+        self.task = weight_and_bias(weights, "encode_task_layer.0")
         wide = self.codebook.dtype
         self.bottleneck = (
             hoisted(weights, lambda: weights["bottleneck.in_linear.weight"].to(wide)),
@@ -57,11 +56,8 @@ class ImageTokenizer:
 
         N is config.tokens. The features are those after Linear and Tanh; the codes are rows of the codebook,
         chosen in float32 whatever the dtype of the tower. Images go through one at a time: the last bit of
-        a result does not depend on a batch. Raises ImageError for pixels of another shape.
+        a result does not depend on a batch.
         """
-        size, channels = self.config.image_size, self.config.image_channels
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (channels, size, size):
-            raise ImageError(f"pixels must be [B, {channels}, {size}, {size}], not {list(pixels.shape)}")
         encoded = [self._encode(single) for single in pixels.to(self.device, self.dtype).split(1)]
         return torch.cat([features for features, _ in encoded]), torch.stack([codes for _, codes in encoded])
 
@@ -91,12 +87,12 @@ class EncoderLayer:
         self.num_heads = config.num_heads
         self.eps = config.layer_norm_eps
 
-        def affine(name: str) -> tuple[Tensor, Tensor]:
-            return weights[f"{prefix}{name}.weight"], weights[f"{prefix}{name}.bias"]
-
-        self.norm1, self.norm2 = affine("layer_norm1"), affine("layer_norm2")
-        self.qkv, self.attention_out = affine("self_attn.qkv_proj"), affine("self_attn.out_proj")
-        self.fc1, self.fc2 = affine("mlp.fc1"), affine("mlp.fc2")
+        self.norm1 = weight_and_bias(weights, prefix + "layer_norm1")
+        self.qkv = weight_and_bias(weights, prefix + "self_attn.qkv_proj")
+        self.attention_out = weight_and_bias(weights, prefix + "self_attn.out_proj")
+        self.norm2 = weight_and_bias(weights, prefix + "layer_norm2")
+        self.fc1 = weight_and_bias(weights, prefix + "mlp.fc1")
+        self.fc2 = weight_and_bias(weights, prefix + "mlp.fc2")
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x + self._attention(F.layer_norm(x, x.shape[-1:], *self.norm1, self.eps))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blip3o_rt import ops
 from blip3o_rt.ops.dtypes import compute_dtype
-from blip3o_rt.weights import hoisted
+from blip3o_rt.weights import hoisted, weight_and_bias
 
 NORM_EPS = 1e-5
 
@@ -63,8 +63,7 @@ class ChannelNorm(Block):
     reach = 0
 
     def __init__(self, weights: Weights, name: str, *, relu: bool = False) -> None:
-        self.weight = weights[name + ".weight"]
-        self.bias = weights[name + ".bias"]
+        self.weight, self.bias = weight_and_bias(weights, name)
         self.relu = relu
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -79,7 +78,7 @@ class ResidualBlock(Block):
     reach = 2
 
     def __init__(self, weights: Weights, prefix: str) -> None:
-        self.conv1 = weights[prefix + "conv1.weight"], weights[prefix + "conv1.bias"]
+        self.conv1 = weight_and_bias(weights, prefix + "conv1")
         self.conv2 = Convolution(weights, prefix + "conv2")
         self.norm = ChannelNorm(weights, prefix + "norm")
 
@@ -130,17 +129,13 @@ class GatedConvolution:
     """x + norm(pointwise(value * silu(gate))), value|gate = depthwise(silu(pointwise(x)))."""
 
     def __init__(self, weights: Weights, prefix: str) -> None:
-        self.inverted = weights[prefix + "conv_inverted.weight"]
-        self.inverted_bias = weights[prefix + "conv_inverted.bias"]
-        self.depth = weights[prefix + "conv_depth.weight"]
-        self.depth_bias = weights[prefix + "conv_depth.bias"]
+        self.inverted, self.inverted_bias = weight_and_bias(weights, prefix + "conv_inverted")
+        self.depth = weight_and_bias(weights, prefix + "conv_depth")
         self.point = weights[prefix + "conv_point.weight"]
         self.norm = ChannelNorm(weights, prefix + "norm")
 
     def __call__(self, x: Tensor) -> Tensor:
-        hidden = ops.depthwise_glu(
-            ops.linear(x, self.inverted), self.inverted_bias, self.depth, self.depth_bias
-        )
+        hidden = ops.depthwise_glu(ops.linear(x, self.inverted), self.inverted_bias, *self.depth)
         return self.norm(ops.linear(hidden, self.point), residual=x)
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
-from blip3o_rt.errors import ImageError
 from blip3o_rt.graphs import CapturedFunction, GraphRunner
 from blip3o_rt.ops.dtypes import compute_dtype
 from blip3o_rt.vae.blocks import (
@@ -71,13 +70,9 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """The latent of an image: [B, image_channels, H, W] in -1..1 -> float32 [B, latent_channels, h, w].
 
-        The latent is multiplied by the scaling factor, as the diffusion model wants it. Raises ImageError
-        unless H and W are multiples of config.compression.
+        The latent is multiplied by the scaling factor, as the diffusion model wants it. H and W are multiples
+        of config.compression.
         """
-        height, width = pixels.shape[-2:]
-        side = self.config.compression
-        if height % side or width % side:
-            raise ImageError(f"cannot encode {width} x {height} pixels: multiples of {side} are accepted")
         images = pixels.to(self.device, compute_dtype(pixels))
         return torch.cat([self._encode(single) for single in images.split(1)])
 
