@@ -62,8 +62,8 @@ class PassTimes:
     def estimate(self, rows: int) -> float:
         """Seconds of a pass of so many rows, between and beyond those that were measured.
 
-        It is never more than what a pass of as many rows or more takes, nor more a row than a smaller pass:
-        so one pass that was disturbed does not put its number of rows out of use.
+        An estimate never exceeds the time of a larger pass, nor a smaller pass's time per row. So one pass
+        that was disturbed does not put its number of rows out of use.
         """
         bounds = (seconds * max(1.0, rows / known) for known, seconds in self._seconds.items())
         return min(self._expected(rows), *bounds) if self._seconds else self._prior(rows)

@@ -6,11 +6,11 @@
     first.plan, second.plan
 
 Images join and leave between passes. An image joins when there is a row for it and every page that it can
-ever need is free; how long it gets is known, so nothing that runs is ever put back. Only images that run hold
-pages, and the one that has waited longest joins first: none overtakes it, and it joins at the latest when all
-that run have left. An image's result does not depend on the others, bit for bit, where the ops keep their
-contract that a row does not (row_linear, decode_attention, sample_tokens). Nor does it depend on how many
-rows an image gets in a pass (draft_window): guesses make it quicker, never different.
+ever need is free. Its length is known, so nothing that runs is put back. Only images that run hold pages.
+The one that has waited longest joins first, at the latest when all that run have left. An image's result
+does not depend on the others, bit for bit, where the ops keep their contract that a row does not
+(row_linear, decode_attention, sample_tokens). Nor does it depend on how many rows an image gets in a pass
+(draft_window): guesses make it quicker, never different.
 """
 
 from __future__ import annotations

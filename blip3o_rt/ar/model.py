@@ -107,8 +107,8 @@ class Decoder:
         """Hidden states [N, hidden] of a prompt's embeddings [N, hidden], from `sequence.length` on.
 
         The sequence's pages must be reserved. Each prompt runs alone, so its result cannot depend on a
-        batch-mate; and in chunks at fixed positions, so where it begins at one of them (behind the pages of
-        another sequence with the same beginning) every number is as if it had begun at 0.
+        batch-mate. Chunks begin at fixed positions. So a prompt that continues shared pages has the bits of
+        one that is read from 0.
         """
         first = self.prefill_chunk - sequence.length % self.prefill_chunk
         pieces = [embeddings[:first], *embeddings[first:].split(self.prefill_chunk)]

@@ -28,8 +28,9 @@ class Levels(NamedTuple):
 class Solver(ABC):
     """A rule for steps. Latents, velocities and estimates are [1, C, h, w]; all work stays on the device.
 
-    `denoised` holds the last estimate of x0 for the solver that keeps it there; at an image's first step it
-    has an earlier image's.
+    A solver sees one velocity a step: a method with two predictions a step is another kind of step, in
+    shortcuts.py. `denoised` is memory between steps that the solver alone reads and writes, for an estimate
+    of x0. At an image's first step it holds another image's.
     """
 
     @abstractmethod

@@ -26,7 +26,7 @@ class History:
 
     predictions [2, C, h, w], of the last two times that the DiT ran, the newer first, and the noise levels
     [2] that they were made at; denoised [1, C, h, w], the last estimate of x0, where the solver keeps it.
-    Where `first` [] is true, values of the previous image are ignored.
+    Where `first` [] is true, what is kept belongs to another image and is ignored.
     """
 
     predictions: Tensor

@@ -39,10 +39,11 @@ def sample_tokens(
     positions int32 [B] name the random numbers of the draw (ops/random.py, stream TOKENS). scratch: memory
     that a call may use (its own if there is none).
 
-    Tokens are ordered by (logit descending, index ascending). The first top_k are kept; of those, the
-    shortest prefix whose probability (softmax of logits / temperature over the kept) reaches top_p, at least
-    one. The drawn token is the kept i with the largest logit_i / temperature - log(-log(u_i)), the lower
-    index on a tie, u_i being the i-th uniform: an exact draw (Gumbel-max) that needs no sum over the tokens.
+    Tokens are ordered by (logit descending, index ascending). The first top_k are kept. Of those, the
+    shortest prefix is kept whose probability (softmax of logits / temperature over the kept) reaches top_p;
+    it has at least one token. The drawn token is the kept i with the largest logit_i / temperature -
+    log(-log(u_i)), the lower index on a tie, u_i being the i-th uniform: an exact draw (Gumbel-max) that
+    needs no sum over tokens.
 
     Everything after the logits is float64, so implementations agree but for sums that end within a rounding
     of top_p. A row that holds NaN or +inf, or nothing finite, or whose temperature is not positive, gives -1

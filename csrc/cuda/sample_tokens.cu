@@ -78,6 +78,7 @@ struct Sampler {
           position(static_cast<uint32_t>(a.positions[row])) {}
 
     __device__ bool can_draw() const { return temperature > 0.0; }
+    // Whether chunks can draw by themselves: a filter that compares with the whole row is to be counted here.
     __device__ bool takes_all() const { return top_k == 0 && top_p >= 1.0; }
 
     // What the token scores in the draw (Gumbel-max).

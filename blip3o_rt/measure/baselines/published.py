@@ -1,9 +1,8 @@
 """BLIP3o-NEXT run the published way, on transformers, diffusers and torch alone: what the runtime must equal.
 
 Everything is written out: a second full pass for the hidden states, every null token, both branches of
-guidance
-at every step, whole vision tower. Nothing of the runtime is imported but the published configurations that a
-checkpoint refers to by name, so a mistake cannot be in both.
+guidance at every step, the whole vision tower. Nothing of the runtime is imported but the published
+configurations that a checkpoint refers to by name, so a mistake cannot be in both.
 """
 
 from __future__ import annotations
