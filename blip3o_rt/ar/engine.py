@@ -35,8 +35,6 @@ from blip3o_rt.errors import GenerationError, ParameterError
 from blip3o_rt.graphs import GraphRunner
 from blip3o_rt.params import MAX_DRAFT_WINDOW, SamplingParams
 
-TokenCallback = Callable[[int, int], None]  # tokens done, tokens in all; raises to cancel
-
 
 @dataclass(frozen=True)
 class TokenPrompt:
@@ -108,11 +106,11 @@ class TokenEngine:
         activations = weights["norm.weight"]  # whose dtype they have
         self.image_tokens = image_tokens
         self.max_batch = max_batch
-        self._max_pages = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
-        num_pages = max_batch * self._max_pages if num_pages is None else num_pages
-        if num_pages < self._max_pages:
+        max_pages = -(-(max_prompt_tokens + image_tokens.tokens_per_image) // page_size)
+        num_pages = max_batch * max_pages if num_pages is None else num_pages
+        if num_pages < max_pages:
             raise ParameterError(
-                f"num_pages is {num_pages}: accepted is at least {self._max_pages}, which one image takes"
+                f"num_pages is {num_pages}: accepted is at least {max_pages}, which one image takes"
             )
         self.cache = PagedKVCache(
             config, num_pages, page_size=page_size, dtype=activations.dtype, device=activations.device
@@ -125,7 +123,7 @@ class TokenEngine:
             runner or GraphRunner.of(self.decoder.device),
             max_batch=max_batch,
             max_rows=max_rows,
-            max_pages=self._max_pages,
+            max_pages=max_pages,
         )
         self._windows = DraftWindows(max_rows, image_tokens.tokens_per_image)
         self._results = self._token_steps.results
@@ -197,20 +195,21 @@ class TokenEngine:
             self._batch = batch
         return tokens
 
-    def generate(self, prompts: list[TokenPrompt], callback: TokenCallback | None = None) -> list[TokenPlan]:
+    def generate(
+        self, prompts: list[TokenPrompt], callback: Callable[[int], None] | None = None
+    ) -> list[TokenPlan]:
         """The plan of every prompt, in order.
 
         An image whose logits are not finite gets a plan with an error; the others are unaffected. The
-        callback runs between tokens; what it raises ends the call and returns all pages.
+        callback is told how many tokens are drawn; what it raises ends the call and returns all pages.
         """
         requests: list[Request] = []
-        total = self.image_tokens.tokens_per_image * len(prompts)
         try:
             for prompt in prompts:
                 requests.append(self.submit(prompt))
             while True:
                 if callback is not None:
-                    callback(sum(request.num_generated for request in requests), total)
+                    callback(sum(request.num_generated for request in requests))
                 if all(request.done for request in requests):
                     return [request.plan for request in requests if request.plan is not None]
                 self.step()

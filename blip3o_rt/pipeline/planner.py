@@ -154,8 +154,7 @@ class Planner:
         """The plan of every request, in order; a failed one has an error."""
         count = self.config.image_tokens.tokens_per_image * len(requests)
         with trace.span("plan"), run.stage("tokens", count) as update:
-            asked = [request.tokens for request in requests]
-            drawn = self.engine.generate(asked, lambda done, _: update(done))
+            drawn = self.engine.generate([request.tokens for request in requests], update)
         run.passes += sum(tokens.passes for tokens in drawn)
         return [self.plan(*pair) for pair in zip(requests, drawn, strict=True)]
 
