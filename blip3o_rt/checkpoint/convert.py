@@ -34,7 +34,7 @@ Update: TypeAlias = Callable[[int], object]
 
 
 def convert(
-    source: Source | PathName,
+    source: Source | PathName | PublishedCheckpoint,
     destination: PathName,
     *,
     dtype: str = "bf16",
@@ -58,7 +58,7 @@ def convert(
     name; the next run renames it back before anything else.)
 
     Args:
-        source: The published checkpoint.
+        source: The published checkpoint, which may be opened already.
         destination: A new folder.
         dtype: "bf16" or "fp32", of the weights written.
         switches: Of the fast tier, to write the weights for: a lossy form that no other tier then loads.
@@ -74,33 +74,21 @@ def convert(
         CheckpointError, ConfigError: What cannot be read, or a destination that is taken or out of space.
         ParameterError: A switch that is not of the weights.
     """
-    source = Source.of(source)
+    if not isinstance(source, PublishedCheckpoint):
+        source = Source.of(source)
     if not isinstance(dtype, str) or dtype not in parts.DTYPES:
         raise CheckpointError(f"dtype is {shown(dtype)}; accepted: {' or '.join(parts.DTYPES)}")
     check_flag("progress", progress)
     check_flag("force", force)
-    check_stored(switches)
-    if is_converted(checkpoint_folder(source.path)):
+    chosen, extremes = check_stored(switches), parts.Extremes()
+    if isinstance(source, PublishedCheckpoint):
+        published = source
+    elif is_converted(checkpoint_folder(source.path)):
         raise CheckpointError(f"{source.path}: already converted; accepted: a published checkpoint")
-    published = open_published(source)
+    else:
+        published = open_published(source)
     if lora is not None:
         published = merge_lora(published, lora, lora_scale)
-    return convert_opened(
-        published, destination, dtype=dtype, switches=switches, progress=progress, force=force
-    )
-
-
-def convert_opened(
-    published: PublishedCheckpoint,
-    destination: PathName,
-    *,
-    dtype: str,
-    switches: Mapping[str, str] | None = None,
-    progress: bool = True,
-    force: bool = False,
-) -> Manifest:
-    """`convert` of a checkpoint that is opened."""
-    chosen, extremes = check_stored(switches), parts.Extremes()
     output_bytes = sum(parts.weight_bytes(published.config, parts.DTYPES[dtype], chosen).values())
     with _disk_errors(destination, output_bytes):
         target = _target(destination)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from blip3o_rt.checkpoint.convert import convert_opened
+from blip3o_rt.checkpoint.convert import convert
 from blip3o_rt.checkpoint.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER_FOLDER, Manifest, check_files
 from blip3o_rt.checkpoint.parts import (
     DTYPES,
@@ -238,7 +238,7 @@ def _cached(
     destination = cache / f"{published.path.resolve().name}-{dtype}-{digest}"
     if not is_file(destination / MANIFEST):
         try:
-            convert_opened(published, destination, dtype=dtype, switches=switches, progress=False)
+            convert(published, destination, dtype=dtype, switches=switches, progress=False)
         except CheckpointError:
             if not is_file(destination / MANIFEST):  # another process may have been faster
                 raise
