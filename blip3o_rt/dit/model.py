@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -389,19 +390,14 @@ class _CrossAttention:
         asking = workspace.joined(Area.MIDDLE, xs)
         query = asking.product(self.to_q, workspace.take(Area.NARROW, xs, width))
         attended = workspace.take(Area.MIDDLE, xs, width)
+        attend = partial(ops.cross_attention, query_weight=self.q_norm, eps=QK_NORM_EPS)
         for image, q, out in zip(images, query.images, attended.images, strict=True):
             condition, null = image.condition, image.condition.null
-            self._attend(q[-1], condition.keys[layer], condition.values[layer], None, out[-1])
+            attend(q[-1], condition.keys[layer], condition.values[layer], out=out[-1])
             if isinstance(null, WeightedNull):
-                self._attend(q[0], null.keys[layer], null.values[layer], null.log_multiplicity, out[0])
+                logs = null.log_multiplicity
+                attend(q[0], null.keys[layer], null.values[layer], log_multiplicity=logs, out=out[0])
         return attended.product(self.to_out, workspace.take(Area.WIDE, xs, xs[0].shape[-1]))
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, log_multiplicity: Tensor | None, out: Tensor
-    ) -> None:
-        ops.cross_attention(
-            query, key, value, self.q_norm, QK_NORM_EPS, log_multiplicity=log_multiplicity, out=out
-        )
 
 
 class _FeedForward:
