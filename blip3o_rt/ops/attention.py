@@ -362,8 +362,10 @@ def _channels_of_one_dtype(call: Any) -> str | None:
     for tensor in (call.query, call.key, call.value, call.out):
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return "takes query, key, value and out with contiguous channels"
-    reason = same_dtype("query", "key", "value", "out")(call)
-    return reason or takes_contiguous(call, "query_weight", "log_multiplicity")
+    return _attended_dtype(call) or takes_contiguous(call, "query_weight", "log_multiplicity")
+
+
+_attended_dtype = same_dtype("query", "key", "value", "out")  # compiled, so once
 
 
 cross_attention.triton(dtypes=FLOATS, supports=_channels_of_one_dtype)

@@ -45,18 +45,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor
 
 
 def _rows_and_bfloat16_weight(call: Any) -> str | None:
-    for tensor in (call.x, call.weight, call.out):
-        if tensor is not None and not (
-            tensor.is_contiguous() or (tensor.ndim == 2 and tensor.stride(1) == 1)
-        ):
-            return "takes contiguous tensors, or matrices with contiguous rows"
-    if call.bias is not None and not call.bias.is_contiguous():
-        return "takes a contiguous bias"
+    tensors = [t for t in (call.x, call.weight, call.out) if t is not None]
+    if not all(t.is_contiguous() or (t.ndim == 2 and t.stride(1) == 1) for t in tensors):
+        return "takes contiguous tensors, or matrices with contiguous rows"
     if call.weight.dtype != torch.bfloat16:
         return "takes a bfloat16 weight"
     if call.x.dtype == torch.bfloat16 and call.x.shape[-1] % 2:
         return "takes an even K"
-    return _one_dtype(call)
+    return _one_dtype(call) or takes_contiguous(call, "bias")
 
 
 _one_dtype = same_dtype("x", "bias", "out")
