@@ -54,7 +54,6 @@ from blip3o_rt.result import ImageCallback, Plan, ProgressCallback, Result, Run
 from blip3o_rt.rl.rollout import BATCHES, Rollout, Rollouts, references_of
 from blip3o_rt.rl.update import NewWeights, WeightStore
 from blip3o_rt.switches import EXACT, FAST, check_device, check_tier
-from blip3o_rt.weights import UpdatableWeights
 
 References: TypeAlias = "ReferenceImage | Sequence[ReferenceImage]"
 SAMPLING, DIFFUSION = SamplingParams(), DiffusionParams()  # the defaults
@@ -107,9 +106,8 @@ class Pipeline:
 
     def _build(self, weights: Mapping[str, Mapping[str, Tensor]], version: int = 0) -> None:
         """Make the stages over weights on the device."""
-        held = {part: UpdatableWeights(tensors) for part, tensors in weights.items()}
-        checkpoint = dataclasses.replace(self._checkpoint, weights={**held})
-        self._weights = WeightStore(checkpoint, held, version)
+        self._weights = WeightStore(self._checkpoint, weights, version)
+        checkpoint = dataclasses.replace(self._checkpoint, weights={**self._weights.weights})
         self._runner = self._given_runner or GraphRunner.of(self.device)
         self._planner = Planner(checkpoint, self._runner, **self._sizes)
         self._renderer = Renderer(checkpoint, self._runner)
@@ -257,9 +255,8 @@ class Pipeline:
             if self.asleep:
                 return
             host = torch.device("cpu")
-            kept = {part: UpdatableWeights(t) for part, t in self._weights.on(host).items()}
             checkpoint = dataclasses.replace(self._checkpoint, device=host)
-            self._weights = WeightStore(checkpoint, kept, self._weights.version)
+            self._weights = WeightStore(checkpoint, self._weights.on(host), self._weights.version)
             self._planner = self._renderer = cast(Any, Asleep())
             self._runner = GraphRunner(None)
             gc.collect()

@@ -48,11 +48,11 @@ class WeightStore:
     """The weights of a pipeline by part and runtime name, and how they are updated."""
 
     def __init__(
-        self, checkpoint: Checkpoint, weights: Mapping[str, UpdatableWeights], version: int = 0
+        self, checkpoint: Checkpoint, weights: Mapping[str, Mapping[str, Tensor]], version: int
     ) -> None:
         self._config, self._switches = checkpoint.config, checkpoint.switches
         self._precision, self._device = checkpoint.precision, checkpoint.device
-        self._weights = weights
+        self.weights = {part: UpdatableWeights(tensors) for part, tensors in weights.items()}
         self.version = version
 
     def stage(self, new: NewWeights) -> Staged:
@@ -67,14 +67,14 @@ class WeightStore:
     def apply(self, staged: Staged) -> None:
         """Put staged weights in place and compute anew what is hoisted from them."""
         overwrite(staged)
-        for part in self._weights.values():
+        for part in self.weights.values():
             part.refresh()
         self.version += 1
 
     def checksum(self) -> str:
         """A hash of every byte of every weight, in hexadecimal."""
         digest = hashlib.sha256()
-        for part, tensors in sorted(self._weights.items()):
+        for part, tensors in sorted(self.weights.items()):
             for name, tensor in sorted(tensors.items()):
                 text = f"{part} {name} {list(tensor.shape)} {tensor.dtype} {_sum(tensor)}\n"
                 digest.update(text.encode())
@@ -84,7 +84,7 @@ class WeightStore:
         """The weights by part and name on a device, those that are there already as they are."""
         return {
             part: {name: tensor.to(device) for name, tensor in tensors.items()}
-            for part, tensors in self._weights.items()
+            for part, tensors in self.weights.items()
         }
 
     def _of_folder(self, folder: str | Path) -> Staged:
@@ -94,7 +94,7 @@ class WeightStore:
         loaded = opened.load(self._device, self._precision, switches=self._switches).weights
         return [
             (tensor, loaded[part][name])
-            for part, tensors in self._weights.items()
+            for part, tensors in self.weights.items()
             for name, tensor in tensors.items()
         ]
 
@@ -113,7 +113,7 @@ class WeightStore:
                             f"{WHERE}: tensor {name!r} has shape {list(new[name].shape)}; "
                             f"accepted: {list(original.shape)}"
                         )
-                for target, piece in _pieces(self._weights[part][spec.name], spec, names, new):
+                for target, piece in _pieces(self.weights[part][spec.name], spec, names, new):
                     dtype = piece.model_dtype(self._precision)
                     staged.append((target, assemble(source, piece, dtype, extremes).to(self._device)))
         self._check_head(new, used)

@@ -93,13 +93,13 @@ def test_it_is_a_fresh_load(options: dict[str, object], new: dict[str, Tensor], 
     fresh = Pipeline.load(folder, device="cpu", **options)
     pipeline = Pipeline.load(device="cpu", **options)
     before, old = drawn(pipeline, REFERENCE), pipeline.weights_checksum()
-    addresses = {t.data_ptr() for part in pipeline._weights._weights.values() for t in part.values()}
+    addresses = {t.data_ptr() for part in pipeline._weights.weights.values() for t in part.values()}
 
     assert pipeline.update_weights(new) == pipeline.weights_version == 1
     assert same(drawn(pipeline, REFERENCE), drawn(fresh, REFERENCE))
     assert not same(drawn(pipeline), before[:1])
     assert pipeline.weights_checksum() == fresh.weights_checksum() != old
-    assert addresses == {t.data_ptr() for part in pipeline._weights._weights.values() for t in part.values()}
+    assert addresses == {t.data_ptr() for part in pipeline._weights.weights.values() for t in part.values()}
 
     assert pipeline.update_weights(published().items()) == 2
     assert same(drawn(pipeline, REFERENCE), before)
@@ -298,7 +298,7 @@ def test_an_interrupted_copy_is_finished() -> None:
 def test_the_checksum_sees_any_change() -> None:
     pipeline = Pipeline.load(device="cpu", dtype="bf16")
     seen = {pipeline.weights_checksum()}
-    weight = pipeline._weights._weights["ar"]["layers.0.mlp.down_proj.weight"].view(-1)
+    weight = pipeline._weights.weights["ar"]["layers.0.mlp.down_proj.weight"].view(-1)
     for place in (0, 1, -1):
         weight[place] = weight[place] * 1.5 + 1
         seen.add(pipeline.weights_checksum())
