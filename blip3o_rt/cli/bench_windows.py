@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from blip3o_rt.cli import options
-from blip3o_rt.cli.drawing import load_pipeline
+from blip3o_rt.cli import drawing
 from blip3o_rt.cli.options import add_options, count, flag, option, pathname
 from blip3o_rt.cli.outputs import check_file, make_folder
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         check_file("--out", arguments.out)
         make_folder("--out", arguments.out.parent)
-    pipeline = load_pipeline(arguments)
+    pipeline = drawing.load_pipeline(arguments)
     import torch
 
     from blip3o_rt.measure.bench import windows as measured
