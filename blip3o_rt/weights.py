@@ -176,15 +176,3 @@ def quantized_specs(
             continue
         yield replace(spec, rows=to_values, dtype=values)
         yield replace(spec, name=spec.name + SCALE, shape=spec.shape[:1], rows=to_scales, dtype=torch.float32)
-
-
-def dequantized(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The runtime tensors with 8-bit matrices as the numbers they stand for, in the dtype of the others."""
-    kept = {name: tensor for name, tensor in weights.items() if not name.endswith(SCALE)}
-    dtype = next(t.dtype for name, t in kept.items() if t.is_floating_point() and name + SCALE not in weights)
-    return {
-        name: (tensor.float() * weights[name + SCALE][:, None]).to(dtype)
-        if name + SCALE in weights
-        else tensor
-        for name, tensor in kept.items()
-    }

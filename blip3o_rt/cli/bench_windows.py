@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from blip3o_rt.cli import options
-from blip3o_rt.cli import drawing
+from blip3o_rt.cli import drawing, options
 from blip3o_rt.cli.options import add_options, count, flag, option, pathname
 from blip3o_rt.cli.outputs import check_file, make_folder
 from blip3o_rt.params import AUTO, SamplingParams, check_draft_window
@@ -40,10 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_file("--out", arguments.out)
         make_folder("--out", arguments.out.parent)
     pipeline = drawing.load_pipeline(arguments)
-    import torch
-
     from blip3o_rt.measure.bench import windows as measured
-    from blip3o_rt.measure.provenance import record_head, write_record
+    from blip3o_rt.measure.provenance import model_record, record_head, write_record
 
     prompts = arguments.prompt or list(PROMPTS)
     found = []
@@ -54,12 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(measured.as_text(tables))
     if arguments.out is not None:
         head = record_head("windows", ["blip3o-rt", *sys.argv[1:]])
-        model = {
-            "size": "shapes" if arguments.model is None else Path(arguments.model).name,
-            "dtype": pipeline.precision,
-            "device": str(pipeline.device),
-            "threads": torch.get_num_threads(),
-        }
+        model = model_record(pipeline, arguments.model)
         write_record(arguments.out, {**head, "model": model, **tables, "complete": True})
         print(arguments.out)
     return 0

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip3o_rt.cli import drawing, options
 from blip3o_rt.cli.options import add_options, flag, number, option, parameter, pathname
@@ -134,23 +134,14 @@ def check(arguments: argparse.Namespace) -> None:
 
 def write(arguments: argparse.Namespace, pipeline: Pipeline, drawn: list[Drawn], complete: bool) -> None:
     """Write the record and, where anything was drawn, the contact sheet; prints their paths."""
-    import torch
-
-    from blip3o_rt.measure.provenance import record_head, write_record
+    from blip3o_rt.measure.provenance import model_record, record_head, write_record
     from blip3o_rt.measure.shapes.contact_sheet import contact_sheet
     from blip3o_rt.measure.shapes.score import record
     from blip3o_rt.metadata import save_png
 
     head = record_head("score", ["blip3o-rt", *sys.argv[1:]])
     settings = named(vars(arguments), ("count", "seed", "world")) | options.sampling_arguments(arguments)
-    model: dict[str, Any] = {
-        "size": "shapes" if arguments.model is None else str(arguments.model),
-        "dtype": pipeline.precision,
-        "tier": pipeline.tier,
-        "device": str(pipeline.device),
-        "threads": torch.get_num_threads(),
-        "switches": pipeline.switches,
-    }
+    model = model_record(pipeline, arguments.model)
     content = head | {"complete": complete, "model": model, "settings": settings} | record(drawn)
     write_record(arguments.out / RECORD, content)
     print(arguments.out / RECORD)

@@ -9,11 +9,16 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from blip3o_rt import __version__
 from blip3o_rt.files import replacing
 from blip3o_rt.machine import cuda_status, gpus, memory, package_version, processor
+
+if TYPE_CHECKING:
+    from blip3o_rt.pipeline import Pipeline
 
 RECORD_VERSION = 1
 KINDS = ("bench", "validate", "score", "switches", "windows")
@@ -39,6 +44,18 @@ def record_head(kind: str, command: Sequence[str]) -> dict[str, Any]:
         "versions": versions(),
         "commit": commit(),
         "complete": False,
+    }
+
+
+def model_record(pipeline: Pipeline, checkpoint: str | Path | None) -> dict[str, Any]:
+    """Which model was measured and how it ran, for the key "model". checkpoint: None is the embedded one."""
+    return {
+        "size": "shapes" if checkpoint is None else Path(checkpoint).name,
+        "dtype": pipeline.precision,
+        "tier": pipeline.tier,
+        "device": str(pipeline.device),
+        "threads": torch.get_num_threads(),
+        "switches": pipeline.switches,
     }
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.ar.engine import TokenEngine, TokenPrompt
 from blip3o_rt.ar.layout import EMBEDDING, HEAD, layout, quantized
+from blip3o_rt.measure.bench.baseline_modules import dequantized
 from blip3o_rt.measure.cases.quantized import quantized as random_matrix
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.ops.layer import Linear
 from blip3o_rt.params import SamplingParams
-from blip3o_rt.weights import dequantized
 from tests.ar.oracle import image_tokens, oracle, runtime_weights, small_config
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]

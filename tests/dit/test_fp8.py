@@ -14,12 +14,13 @@ from torch import Tensor
 from blip3o_rt import ops
 from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.model import DiT
+from blip3o_rt.measure.bench.baseline_modules import dequantized
 from blip3o_rt.measure.cases import cases_of
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops.dtypes import E4M3
 from blip3o_rt.ops.layer import Linear
 from blip3o_rt.ops.quantized import scaled_mm, scaled_mm_arguments
-from blip3o_rt.weights import SCALE, dequantized, in_8_bits, row_scales, row_values
+from blip3o_rt.weights import SCALE, in_8_bits, row_scales, row_values
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 

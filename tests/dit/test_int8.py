@@ -15,11 +15,12 @@ import torch
 from blip3o_rt import ops
 from blip3o_rt.dit.layout import layout, quantized
 from blip3o_rt.dit.model import DiT
+from blip3o_rt.measure.bench.baseline_modules import dequantized
 from blip3o_rt.measure.validate.case import random
 from blip3o_rt.ops import layer, native
 from blip3o_rt.ops import quantized as quantized_ops
 from blip3o_rt.ops.layer import Linear
-from blip3o_rt.weights import SCALE, dequantized, in_8_bits
+from blip3o_rt.weights import SCALE, in_8_bits
 from tests.dit.oracle import oracle, relative_l2, runtime_weights, small_config
 from tests.dit.test_model import random_latent, random_tokens, run
 

@@ -23,7 +23,7 @@ from blip3o_rt.dit.layout import layout as dit_layout
 from blip3o_rt.measure.random_checkpoint import language_config, transformer_config, vae_config, vision_config
 from blip3o_rt.tatok.layout import layout as ta_tok_layout
 from blip3o_rt.vae.layout import layout as vae_layout
-from blip3o_rt.weights import TensorSpec, concatenate_rows, dequantized
+from blip3o_rt.weights import SCALE, TensorSpec, concatenate_rows
 
 Weights = Mapping[str, Tensor]
 
@@ -35,6 +35,18 @@ def missing_package(name: str) -> str | None:
     except ImportError as error:
         return f"{name} cannot be imported ({error}): pip install 'blip3o_rt[bench]'"
     return None
+
+
+def dequantized(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The runtime tensors with 8-bit matrices as the numbers they stand for, in the dtype of the others."""
+    kept = {name: tensor for name, tensor in weights.items() if not name.endswith(SCALE)}
+    dtype = next(t.dtype for name, t in kept.items() if t.is_floating_point() and name + SCALE not in weights)
+    return {
+        name: (tensor.float() * weights[name + SCALE][:, None]).to(dtype)
+        if name + SCALE in weights
+        else tensor
+        for name, tensor in kept.items()
+    }
 
 
 def original_tensors(specs: Sequence[TensorSpec], weights: Weights) -> dict[str, Tensor]:

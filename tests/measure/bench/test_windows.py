@@ -42,9 +42,7 @@ def test_the_table_of_the_embedded_model(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_record_that_cannot_be_written_is_refused_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "blip3o_rt.cli.bench_windows.load_pipeline", lambda arguments: pytest.fail("it worked")
-    )
+    monkeypatch.setattr("blip3o_rt.cli.drawing.load_pipeline", lambda arguments: pytest.fail("it worked"))
     assert main(["bench", "windows", "--out", str(tmp_path)]) == 2
     assert f"--out is {tmp_path}, a folder: accepted is a file's path" in capsys.readouterr().err
 
