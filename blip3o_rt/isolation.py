@@ -51,7 +51,8 @@ class FairLock:
             try:
                 self._changed.wait_for(lambda: self._threads[0] == thread)
             except BaseException:  # Ctrl-C: what follows must not wait for this thread
-                self._leave()
+                self._threads.remove(thread)
+                self._changed.notify_all()
                 raise
 
     def __exit__(self, *error: object) -> None:
@@ -59,11 +60,8 @@ class FairLock:
             if self._reentries:
                 self._reentries -= 1
             else:
-                self._leave()
-
-    def _leave(self) -> None:
-        self._threads.remove(threading.get_ident())
-        self._changed.notify_all()
+                self._threads.popleft()  # of the thread that entered, whichever leaves
+                self._changed.notify_all()
 
 
 class Isolation:

@@ -36,11 +36,11 @@ NO_SWITCHES: Mapping[str, str] = {}
 class Switch:
     """One switch of the fast tier.
 
-    accepted: its settings in words, for the errors. parse: what a
-    setting stands for; raises ValueError where it is none. devices: types of device by setting, where not
-    every device has it. kernels: per setting, {op: implementation} that must be available; otherwise the
-    switch is refused. weights: whether weights are made for it, at load or when converted; any other acts
-    while an image is made. default: what tier "fast" takes where no switch is named, None to leave it off.
+    accepted: its settings in words, for the errors. parse: what a setting stands for; raises ValueError where
+    it is none. devices: types of device by setting, where not every device has it. kernels: per setting,
+    {op: implementation} that must be available; otherwise the switch is refused. weights: whether weights are
+    made for it, at load or when converted; any other acts while an image is made. default: what tier "fast"
+    takes where no switch is named, None to leave it off.
     """
 
     accepted: str

@@ -83,6 +83,17 @@ def test_the_lock_is_reentrant_and_left_after_an_error() -> None:
     assert not lock.taken
 
 
+def test_a_turn_that_another_thread_ends_is_over() -> None:
+    lock = FairLock()
+    thread = threading.Thread(target=lock.__enter__)
+    thread.start()
+    thread.join()
+    lock.__exit__()
+    assert not lock.taken
+    with lock:
+        assert lock.taken
+
+
 def test_a_thread_that_is_interrupted_while_it_waits_leaves_the_queue() -> None:
     code = """
 import os, signal, threading, time

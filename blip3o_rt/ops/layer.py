@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +47,13 @@ class Linear:
             return ops.row_linear(x, self.weight, out=out)
         return ops.row_linear_w8(x, self.weight, self.scale, out=out)
 
-    def norm_row_linear(self, x: Tensor, norm_weight: Tensor, eps: float, **options: Any) -> Tensor:
-        """RMSNorm of x [M, K] and its product -> [M, N]; options: those of the op."""
-        return ops.norm_row_linear(x, norm_weight, eps, self.weight, scale=self.scale, **options)
+    def norm_row_linear(
+        self, x: Tensor, norm: Tensor, eps: float, *, scratch: ops.Scratch, out: Tensor, gated: bool = False
+    ) -> Tensor:
+        """RMSNorm of x [M, K] with weight `norm` [K] and its product -> out [M, N], or [M, N / 2] gated."""
+        return ops.norm_row_linear(
+            x, norm, eps, self.weight, scale=self.scale, gated=gated, scratch=scratch, out=out
+        )
 
     def row_linear_add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual [M, N] += the product with x [M, K], in place."""
@@ -93,6 +96,7 @@ class Linear:
         return self.weight.dtype == torch.int8  # sums of integers are exact, and scaled element by element
 
     def _integer_product(self, values: Tensor, row_scale: Tensor, scale: Tensor, out: Tensor) -> None:
+        """The product of integers; the weight a block of rows at a time."""
         for first in range(0, len(self.weight), BLOCK_ROWS):
             block = slice(first, first + BLOCK_ROWS)
             product = ops.integer_product(values, self.weight[block])

@@ -129,7 +129,7 @@ def _takes_scaled_mm(call: Any) -> str | None:
 
 def _no_scaled_mm() -> str | None:
     """None if torch's product of scaled matrices runs on this machine's GPUs, else the reason."""
-    return triton_backend.no_gpu_of(triton_backend.E4M3_CAPABILITY)
+    return triton_backend.gpu_unavailable(triton_backend.E4M3_CAPABILITY)
 
 
 @linear_fp8.implementation("scaled_mm", device="cuda", supports=_takes_scaled_mm, available=_no_scaled_mm)

@@ -75,7 +75,8 @@ def normal_noise(seed: int, shape: Sequence[int], position: int = 0) -> Tensor:
     Elements 2j and 2j + 1 (in row-major order) are the cosine and sine branch of the uniforms 2j and 2j + 1.
     """
     count = math.prod(shape)
-    words = philox_uint32(torch.tensor([seed]), NOISE, torch.tensor([position]), count + count % 2)
+    of_seed, of_position = (torch.tensor([number], device="cpu") for number in (seed, position))
+    words = philox_uint32(of_seed, NOISE, of_position, count + count % 2)
     uniform = as_uniform(words).numpy().reshape(-1, 2)
     radius = np.sqrt(-2.0 * np.log(uniform[:, 0]))
     angle = 2.0 * np.pi * uniform[:, 1]

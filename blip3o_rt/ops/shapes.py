@@ -120,7 +120,7 @@ class Shapes:
         known = origins.keys() | self.numbers
         parts = [LEADING] * shape.leading
         if shape.leading and LEADING in known:
-            sizes = self._compiled("leading", self._leading(), ())(call)
+            sizes = self._compiled("leading", self._leading(), ())(call)  # needs no dimension solved
             parts = [f"{LEADING} = {' x '.join(map(str, sizes)) or 'none'}"]
         for size in shape.sizes:
             is_known = size.names and size.names <= known

@@ -33,15 +33,15 @@ def unavailable() -> str | None:
         return "triton is not installed; pip install 'triton>=3.6' (Linux)"
     if tuple(int(number) for number in re.findall(r"\d+", release)[:2]) < OLDEST_RELEASE:
         return f"triton {release} is too old; pip install 'triton>=3.6'"
-    return no_gpu_of(OLDEST_CAPABILITY) or _no_compiler()
+    return gpu_unavailable(OLDEST_CAPABILITY) or _no_compiler()
 
 
 def e4m3_unavailable() -> str | None:
     """None if Triton kernels can run here and make e4m3 numbers, else the reason and the remedy."""
-    return unavailable() or no_gpu_of(E4M3_CAPABILITY)
+    return unavailable() or gpu_unavailable(E4M3_CAPABILITY)
 
 
-def no_gpu_of(capability: tuple[int, int]) -> str | None:
+def gpu_unavailable(capability: tuple[int, int]) -> str | None:
     """None if there are GPUs and all have a compute capability, else what is wrong and what to do."""
     if not torch.cuda.is_available():
         return "no usable GPU; needs an NVIDIA GPU, its driver and a PyTorch with CUDA"

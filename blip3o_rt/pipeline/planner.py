@@ -156,7 +156,7 @@ class Planner:
         with trace.span("plan"), run.stage("tokens", count) as update:
             drawn = self.engine.generate([request.tokens for request in requests], update)
         run.passes += sum(tokens.passes for tokens in drawn)
-        return [self.plan(*pair) for pair in zip(requests, drawn, strict=True)]
+        return [self.plan(request, tokens) for request, tokens in zip(requests, drawn, strict=True)]
 
     def replay(self, request: PlanRequest, token_ids: Tensor) -> Plan:
         """The plan of a request from given tokens, int64 [T]."""

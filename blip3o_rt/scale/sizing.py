@@ -15,9 +15,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from blip3o_rt.cli.options import MODEL, add_options, model_arguments
+from blip3o_rt.cli.options import MODEL, add_options, count, model_arguments
 from blip3o_rt.cli.serve import DEFAULT_MAX_BATCH
-from blip3o_rt.errors import Blip3oError, ParameterError
+from blip3o_rt.errors import Blip3oError
 from blip3o_rt.pipeline import Pipeline
 
 PROMPT = "a red circle on a blue background"
@@ -113,12 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_options(parser.add_argument_group("model"), *MODEL)
     parser.add_argument("--max-batch", type=int, default=DEFAULT_MAX_BATCH, metavar="N", help="(%(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="of each batch (%(default)s)")
+    add_options(parser, count("--runs", "N", "of each batch", 3))
     parser.set_defaults(max_prompt_tokens=None)
     arguments = parser.parse_args(argv)
     try:
-        if arguments.runs < 1:
-            raise ParameterError(f"--runs is {arguments.runs}: accepted is 1 or more")
         pipeline = Pipeline.load(**model_arguments(arguments))
         print(table(measure(pipeline, arguments.runs, arguments.steps)))
     except Blip3oError as error:

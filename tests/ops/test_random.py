@@ -92,3 +92,10 @@ def test_noise_of_any_shape_is_a_prefix(shape: tuple[int, ...]) -> None:
     noise = random.normal_noise(5, shape)
     assert noise.shape == shape
     assert torch.equal(noise.reshape(-1), random.normal_noise(5, (64,))[: noise.numel()])
+
+
+def test_noise_is_made_on_the_cpu_whatever_the_default_device_is() -> None:
+    expected = random.normal_noise(7, (3, 5))
+    with torch.device("meta"):
+        found = random.normal_noise(7, (3, 5))
+    assert torch.equal(found, expected)

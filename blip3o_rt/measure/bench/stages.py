@@ -175,6 +175,7 @@ class TokenSteps:
         """Return the pages of the cache."""
         for request in self._requests:
             self._engine.cancel(request)
+        self._requests = []
 
 
 class ConnectorStage:
