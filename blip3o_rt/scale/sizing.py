@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's)")
     add_options(parser, count("--runs", "N", "of each batch", 3))
     parser.set_defaults(max_prompt_tokens=None)
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         pipeline = Pipeline.load(**model_arguments(arguments))
         print(table(measure(pipeline, arguments.runs, arguments.steps)))
     except Blip3oError as error:
