@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blip3o_rt.checkpoint.load import load_checkpoint
-from blip3o_rt.embedded import embedded_checkpoint
 from blip3o_rt.errors import AsleepError, ParameterError
 from blip3o_rt.graphs import GraphRunner
+from blip3o_rt.measure.random_checkpoint import preset, write_random_checkpoint
 from blip3o_rt.pipeline import Pipeline
 from tests.captured_graph import CapturedGraphs
 from tests.rl.test_update_weights import PROMPT, STEPS, drawn, moved, published, same
@@ -52,15 +53,16 @@ def test_weights_that_are_updated_while_it_sleeps() -> None:
     assert same(drawn(pipeline), drawn(other))
 
 
-def test_what_was_captured_is_captured_again() -> None:
-    checkpoint = load_checkpoint(embedded_checkpoint(), device="cpu")
+def test_what_was_captured_is_captured_again(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path / "tiny", preset("tiny"), seed=1)
+    checkpoint = load_checkpoint(tmp_path / "tiny", device="cpu")
     pipeline = Pipeline(checkpoint, max_batch=1, runner=GraphRunner(CapturedGraphs()))
     pipeline.warm_up()
-    before = drawn(pipeline)
+    before = pipeline.generate(PROMPT, seed=3, steps=STEPS)
     pipeline.sleep()
     pipeline.wake()
     result = pipeline.generate(PROMPT, seed=3, steps=STEPS)
-    assert np.array_equal(np.asarray(result[0]), before[0])
+    assert np.array_equal(np.asarray(result[0]), np.asarray(before[0]))
     assert not result.report.not_captured
 
 

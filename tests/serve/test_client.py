@@ -107,6 +107,13 @@ def test_a_killed_engine_is_restarted_and_its_requests_are_finished() -> None:
     run(test)
 
 
+@pytest.fixture
+def two_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine takes seconds to start; two ends of it show what more would."""
+    monkeypatch.setattr(client_module, "MAX_ATTEMPTS", 2)
+
+
+@pytest.mark.usefixtures("two_attempts")
 def test_a_request_that_ends_the_engine_fails_alone() -> None:
     async def test(engine: Engine) -> None:
         poison = engine.submit("crash")
@@ -137,7 +144,7 @@ def test_a_stopped_engine_is_seen_at_once_and_goes_on_where_it_was() -> None:
 
 
 def test_an_engine_that_stays_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(client_module, "PATIENCE_SECONDS", 3.0)
 
     async def test(engine: Engine) -> None:
         handle = engine.submit("slow circle")
@@ -148,6 +155,7 @@ def test_an_engine_that_stays_silent_is_ended(monkeypatch: pytest.MonkeyPatch) -
     run(test)
 
 
+@pytest.mark.usefixtures("two_attempts")
 def test_an_engine_that_hangs_while_its_heart_beats_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: Engine) -> None:
         hung, waits = engine.submit("hang"), engine.submit("slow circle")
