@@ -19,7 +19,7 @@ RowMaker = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceTensor:
     """One tensor of the original layout, named within its part (the part's prefix is stripped)."""
 
     name: str
@@ -43,7 +43,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[SourceTensor, ...]
     combine: Callable[[Sequence[Tensor]], Tensor] = concatenate_rows
     dtype: torch.dtype | None = None
     rows: Callable[[Tensor], Tensor] | None = None
@@ -63,7 +63,7 @@ class TensorSpec:
 
 def direct(name: str, *shape: int) -> TensorSpec:
     """A tensor taken over under its own name and shape."""
-    return TensorSpec(name, shape, (Source(name, shape),))
+    return TensorSpec(name, shape, (SourceTensor(name, shape),))
 
 
 def affine(name: str, rows: int, *columns: int) -> list[TensorSpec]:
@@ -78,13 +78,13 @@ def weight_and_bias(weights: Mapping[str, Tensor], name: str) -> tuple[Tensor, T
 
 def packed(name: str, rows: Sequence[tuple[str, int]], *columns: int) -> TensorSpec:
     """Several tensors [rows_i, *columns] concatenated along the rows."""
-    sources = tuple(Source(source, (count, *columns)) for source, count in rows)
+    sources = tuple(SourceTensor(source, (count, *columns)) for source, count in rows)
     return TensorSpec(name, (sum(count for _, count in rows), *columns), sources)
 
 
 def reshaped(name: str, shape: tuple[int, ...], source_shape: tuple[int, ...]) -> TensorSpec:
     """A tensor stored under another shape with the same elements (a 1x1 convolution as a matrix)."""
-    return TensorSpec(name, shape, (Source(name, source_shape),))
+    return TensorSpec(name, shape, (SourceTensor(name, source_shape),))
 
 
 class UpdatableWeights(dict[str, Tensor]):

@@ -12,7 +12,7 @@ from blip3o_rt.checkpoint.parts import HEAD, PREFIXES, PartSource, layouts, publ
 from blip3o_rt.checkpoint.tensor_file import WEIGHT_DTYPES, StoredTensor, Tensors
 from blip3o_rt.config import MAX_LAYERS, ModelConfig
 from blip3o_rt.errors import CheckpointError
-from blip3o_rt.weights import Source as Needed
+from blip3o_rt.weights import SourceTensor
 
 # Tensors that a published checkpoint has and inference does not use.
 _TOWER = re.escape(PREFIXES["ta_tok"])
@@ -94,7 +94,7 @@ def _contradiction(tensor: StoredTensor, reason: str) -> CheckpointError:
     )
 
 
-def _check_tensor(source: PartSource, name: str, needed: Needed, used: set[str]) -> None:
+def _check_tensor(source: PartSource, name: str, needed: SourceTensor, used: set[str]) -> None:
     if name not in source.tensors:
         spare = difflib.get_close_matches(name, sorted(set(source.tensors) - used), n=1, cutoff=0.8)
         hint = f"; the closest unused name there is {spare[0]!r}" if spare else ""

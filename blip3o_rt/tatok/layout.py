@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blip3o_rt.config import TATokConfig
-from blip3o_rt.weights import Source, TensorSpec, affine, direct, packed
+from blip3o_rt.weights import SourceTensor, TensorSpec, affine, direct, packed
 
 CODEBOOK_ROWS_AT_ONCE = 8192  # bounds the projection's working memory; fixed, so that results are too
 
@@ -54,9 +54,9 @@ def _codebook(config: TATokConfig) -> TensorSpec:
     codes, width = config.codebook_size, config.bottleneck_dim
     regularizer = "bottleneck.regularizer."
     sources = (
-        Source(regularizer + "embedding.weight", (codes, width)),
-        Source(regularizer + "embedding_proj.weight", (width, width)),
-        Source(regularizer + "embedding_proj.bias", (width,)),
+        SourceTensor(regularizer + "embedding.weight", (codes, width)),
+        SourceTensor(regularizer + "embedding_proj.weight", (width, width)),
+        SourceTensor(regularizer + "embedding_proj.bias", (width,)),
     )
     return TensorSpec("codebook", (codes, width), sources, _normalised_projection, torch.float32)
 

@@ -12,7 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from blip3o_rt.config import VAEConfig, VAEStageConfig
-from blip3o_rt.weights import Source, TensorSpec, affine, concatenate_rows, direct, reshaped
+from blip3o_rt.weights import SourceTensor, TensorSpec, affine, concatenate_rows, direct, reshaped
 
 GATED_EXPANSION = 4  # hidden width of an EfficientViT block's gated convolution, in channels
 
@@ -62,7 +62,7 @@ def _convolution(prefix: str, channels_out: int, channels_in: int) -> list[Tenso
 
 
 def _taps(name: str, channels_out: int, channels_in: int) -> TensorSpec:
-    source = Source(name, (channels_out, channels_in, 3, 3))
+    source = SourceTensor(name, (channels_out, channels_in, 3, 3))
     return TensorSpec(name, (channels_out, 3, 3, channels_in), (source,), _channels_last)
 
 
@@ -100,9 +100,9 @@ def _multiscale_attention(config: VAEConfig, stage: VAEStageConfig, prefix: str)
     grouped = partial(_group_by_letter, head_dim=head_dim)
 
     def regrouped(name: str, source_shape: tuple[int, ...], *shape: int) -> TensorSpec:
-        return TensorSpec(name, shape, (Source(name, source_shape),), grouped)
+        return TensorSpec(name, shape, (SourceTensor(name, source_shape),), grouped)
 
-    thirds = tuple(Source(f"{prefix}to_{letter}.weight", (inner, channels)) for letter in "qkv")
+    thirds = tuple(SourceTensor(f"{prefix}to_{letter}.weight", (inner, channels)) for letter in "qkv")
     specs = [TensorSpec(prefix + "to_qkv.weight", (3 * inner, channels), thirds, grouped)]
     for index, kernel in enumerate(stage.multiscales):
         scale = f"{prefix}to_qkv_multiscale.{index}."

@@ -21,8 +21,7 @@ from blip3o_rt.measure.random_tokenizer import write_tokenizer
 from blip3o_rt.measure.validate.checkpoint import EDITING, named_checkpoint
 from blip3o_rt.precision import Precision, precision_of
 from blip3o_rt.switches import check_device, weight_switches
-from blip3o_rt.weights import Source as TensorSource
-from blip3o_rt.weights import TensorSpec
+from blip3o_rt.weights import SourceTensor, TensorSpec
 
 SEED = 0
 NOISE = 2**24 + 43  # normal numbers that all random weights are taken from
@@ -99,7 +98,7 @@ def random_weights(
     return found
 
 
-def _random_source(source: TensorSource, noise: Tensor) -> Tensor:
+def _random_source(source: SourceTensor, noise: Tensor) -> Tensor:
     """A tensor of the published layout: consecutive noise from a place that its name decides."""
     count = math.prod(source.shape)
     place = int.from_bytes(hashlib.sha256(source.name.encode()).digest()[:4], "little") % NOISE
