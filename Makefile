@@ -18,8 +18,9 @@ CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 .DELETE_ON_ERROR:
 .PHONY: help demo build test exhaustive test-all coverage gpu lint count docs format clean
 
-# Workers of the suite, each on one thread of its own. What Python compiles is kept, whatever the environment says.
-JOBS ?= 2
+# Workers of the suite, each on one thread of its own: three for 2 cores, as one of them often waits for a process
+# that it started. What Python compiles is kept, whatever the environment says.
+JOBS ?= 3
 COVERAGE ?=
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	$(if $(COVERAGE),--cov --cov-append --cov-report=)
@@ -37,6 +38,7 @@ build: $(BUILT) ## Install and build; BLIP3O_CUDA=auto|on|off says whether with 
 test: $(BUILT) $(DEVELOPMENT) ## Run every test but the exhaustive ones, on 2 cores.
 	$(PYTEST) -m "not exhaustive"
 
+exhaustive: JOBS := 2 # these need more memory
 exhaustive: $(BUILT) $(EXHAUSTIVE) ## Run the tests that `make test` leaves out.
 	$(PYTEST) -m exhaustive
 
