@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,17 @@ def test_distributions() -> None:
     assert stats.kstest(noise.numpy().reshape(-1), "norm").pvalue > 1e-3
     pairs = noise.reshape(-1, 2)
     assert abs(np.corrcoef(pairs.T.numpy())[0, 1]) < 0.03  # 3 sigma of 10,000 pairs
+
+
+def test_noise_is_box_muller_of_stream_2() -> None:
+    """A seed keeps its image only if stream, position and the order of the two branches stay."""
+    uniform = [(word // 2**8 + 0.5) / 2**24 for word in numbers(-7, 2, 3, 6)]
+    expected = []
+    for first, second in zip(uniform[::2], uniform[1::2], strict=True):
+        radius = math.sqrt(-2 * math.log(first))
+        expected += [radius * math.cos(2 * math.pi * second), radius * math.sin(2 * math.pi * second)]
+    found = random.normal_noise(-7, (2, 3), 3).flatten().tolist()
+    assert found == pytest.approx(expected, rel=1e-6)  # rounded to float32 once
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (0, 4)])
